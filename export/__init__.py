@@ -1,0 +1,1 @@
+"""From a quantized checkpoint to a verified bundle."""

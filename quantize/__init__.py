@@ -1,0 +1,1 @@
+"""From float weights to the integers that every backend shares."""

@@ -1,0 +1,174 @@
+"""What every backend looks like to the code above it: tokens in, logits out, a cache that never grows.
+
+A backend implements `_forward` and `_clear`; chunking, positions and statistics are here. Sampling, text and chat are
+generate.py's, tokenizer.py's and session.py's.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma_edge.errors import InputError
+from gemma_edge.export.bundle import Manifest
+
+Logits = NDArray[np.float32]
+
+
+@dataclass
+class Stats:
+    """What a runtime has done since it was opened."""
+
+    load_s: float = 0.0
+    prefill_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_tokens: int = 0
+    decode_s: float = 0.0
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Prompt tokens per second; 0 before the first prompt."""
+        return self.prefill_tokens / self.prefill_s if self.prefill_s else 0.0
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """Generated tokens per second; 0 before the first token."""
+        return self.decode_tokens / self.decode_s if self.decode_s else 0.0
+
+
+class Runtime(Protocol):
+    """A loaded bundle with one KV cache."""
+
+    bundle: Path
+    manifest: Manifest
+    stats: Stats
+
+    @property
+    def position(self) -> int:
+        """Tokens fed since the last reset, also those that have slid out of the window."""
+
+    def prefill(self, ids: Sequence[int]) -> Logits:
+        """Append `ids` (at least one) at the current position; return the logits (V,) after the last of them."""
+
+    def decode(self, token: int) -> Logits:
+        """Append one token; return the logits (V,) after it."""
+
+    def score(self, ids: Sequence[int]) -> Logits:
+        """Logits (T, V) at each position of `ids`, from a reset state."""
+
+    def score_chunks(self, ids: Sequence[int]) -> Iterator[Logits]:
+        """The rows of `score`, one prefill chunk at a time: (<= prefill_chunk, V) each."""
+
+    def reset(self) -> None:
+        """Forget everything; the next token is at position 0."""
+
+
+class BaseRuntime(ABC):
+    """The part of `Runtime` that no backend needs to write again."""
+
+    def __init__(self, bundle: Path, manifest: Manifest) -> None:
+        self.bundle = bundle
+        self.manifest = manifest
+        self.stats = Stats()
+        self._position = 0
+
+    @abstractmethod
+    def _forward(self, ids: NDArray[np.int64], *, every_position: bool) -> Logits:
+        """Run one chunk (T,), 1 <= T <= prefill_chunk, at `self._position`; logits (T, V), or (1, V) of the last."""
+
+    @abstractmethod
+    def _clear(self) -> None:
+        """Bring the cache into its first state."""
+
+    @property
+    def position(self) -> int:
+        """Tokens fed since the last reset."""
+        return self._position
+
+    def prefill(self, ids: Sequence[int]) -> Logits:
+        """Append `ids` chunk by chunk; return the logits (V,) after the last of them."""
+        start = time.perf_counter()
+        logits = np.empty((0, 0), np.float32)
+        for chunk in self._chunks(ids):
+            logits = self._step(chunk, every_position=False)
+        self.stats.prefill_tokens += len(ids)
+        self.stats.prefill_s += time.perf_counter() - start
+        return logits[-1]
+
+    def decode(self, token: int) -> Logits:
+        """Append one token; return the logits (V,) after it."""
+        start = time.perf_counter()
+        logits = self._step(self._chunks([token])[0], every_position=False)
+        self.stats.decode_tokens += 1
+        self.stats.decode_s += time.perf_counter() - start
+        return logits[-1]
+
+    def score_chunks(self, ids: Sequence[int]) -> Iterator[Logits]:
+        """Logits of every position from a reset state, (<= prefill_chunk, V) at a time."""
+        chunks = self._chunks(ids)
+        self.reset()
+        for chunk in chunks:
+            yield self._step(chunk, every_position=True)
+
+    def score(self, ids: Sequence[int]) -> Logits:
+        """Logits (T, V) at every position of `ids`, from a reset state."""
+        return np.concatenate(list(self.score_chunks(ids)))
+
+    def reset(self) -> None:
+        """Forget everything; the next token is at position 0."""
+        self._clear()
+        self._position = 0
+
+    def _step(self, chunk: NDArray[np.int64], *, every_position: bool) -> Logits:
+        logits = self._forward(chunk, every_position=every_position)
+        self._position += len(chunk)
+        return logits
+
+    def _chunks(self, ids: Sequence[int]) -> list[NDArray[np.int64]]:
+        """Split into chunks of at most `prefill_chunk`, after checking the ids."""
+        tokens = np.asarray(ids, dtype=np.int64)
+        vocab_size = int(self.manifest.config["vocab_size"])
+        if tokens.ndim != 1 or tokens.size == 0:
+            raise InputError("no token to feed: give at least one token id")
+        if tokens.min() < 0 or tokens.max() >= vocab_size:
+            bad = tokens[(tokens < 0) | (tokens >= vocab_size)][0]
+            raise InputError(f"token id {bad} is not below the vocabulary size {vocab_size}")
+        size = self.manifest.cache.prefill_chunk
+        return [tokens[start : start + size] for start in range(0, len(tokens), size)]
+
+
+# backend -> (module, class, the package it needs, the extra that installs it)
+RUNTIMES = {
+    "onnx": ("gemma_edge.runtimes.onnx", "OnnxRuntime", "onnxruntime", "onnx"),
+}
+
+
+def open_runtime(bundle: str | Path, *, backend: str | None = None, threads: int | None = None) -> Runtime:
+    """`gemma_edge.load`; see there."""
+    folder = Path(bundle)
+    manifest = Manifest.load(folder)
+    wanted = [backend] if backend else list(manifest.backends)
+    missing = []
+    for name in wanted:
+        if name not in manifest.backends:
+            raise InputError(f"{folder} holds no {name!r} backend, only {', '.join(manifest.backends)}")
+        if name not in RUNTIMES:
+            raise InputError(f"{folder}: this gemma-edge cannot run the {name!r} backend; it runs {', '.join(RUNTIMES)}")
+        module, cls, package, extra = RUNTIMES[name]
+        if importlib.util.find_spec(package) is None:
+            missing.append(f"{name}: pip install 'gemma-edge[{extra}]'")
+            continue
+        start = time.perf_counter()
+        runtime: Runtime = getattr(importlib.import_module(module), cls)(folder, manifest, threads=threads)
+        runtime.stats.load_s = time.perf_counter() - start
+        return runtime
+    raise InputError(f"no runtime installed for {folder}: {'; '.join(missing)}")
