@@ -1,0 +1,229 @@
+"""Reads a Hugging Face folder tensor by tensor, never the whole model. safetensors only: pickle files are refused.
+
+A file is opened for each read and closed after it, so that its pages do not stay mapped: peak memory is the slice asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gemma_edge.errors import InputError
+from gemma_edge.model.config import Gemma2Config
+from gemma_edge.model.gemma2 import DecoderLayer, Gemma2
+from gemma_edge.model.lora import Lora
+
+TABLE = "model.embed_tokens"
+FINAL_NORM = "model.norm.weight"
+NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+SLICE_BYTES = 4 << 20  # float32 of a weight that are looked at together: what stays in the cores' caches
+
+
+def linear_shapes(config: Gemma2Config, layer: int) -> dict[str, tuple[int, int]]:
+    """(out, in) of one layer's linears, by their name in the checkpoint without `.weight`."""
+    hidden, ffn = config.hidden_size, config.intermediate_size
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    shapes = {
+        "self_attn.q_proj": (q, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, q),
+        "mlp.gate_proj": (ffn, hidden),
+        "mlp.up_proj": (ffn, hidden),
+        "mlp.down_proj": (hidden, ffn),
+    }
+    return {f"model.layers.{layer}.{name}": shape for name, shape in shapes.items()}
+
+
+def weight_shapes(config: Gemma2Config) -> dict[str, tuple[int, int]]:
+    """Every matrix, the tied table first: name without `.weight` -> (out, in)."""
+    shapes = {TABLE: (config.vocab_size, config.hidden_size)}
+    for layer in range(config.num_hidden_layers):
+        shapes |= linear_shapes(config, layer)
+    return shapes
+
+
+def norm_names(config: Gemma2Config) -> list[str]:
+    """Every norm's tensor, each (hidden_size,)."""
+    layers = range(config.num_hidden_layers)
+    return [f"model.layers.{i}.{norm}.weight" for i in layers for norm in NORMS] + [FINAL_NORM]
+
+
+class Shards:
+    """Tensors of a folder's safetensors files by name."""
+
+    def __init__(self, folder: Path, files: list[Path] | None = None) -> None:
+        self.folder = folder
+        self._file_of = {name: path for path in files or _shard_paths(folder) for name in _names(path)}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._file_of
+
+    def header(self, name: str) -> tuple[tuple[int, ...], str]:
+        """Shape and safetensors dtype of a tensor, without reading it.
+
+        Raises:
+            InputError: the folder has no such tensor.
+        """
+        if name not in self._file_of:
+            raise InputError(f"{self.folder}: tensor {name} is missing from its safetensors files")
+        with safe_open(self._file_of[name], "pt") as file:
+            part = file.get_slice(name)
+            return tuple(part.get_shape()), str(part.get_dtype())
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows `start:stop` of a tensor in its stored dtype, in memory of its own."""
+        with safe_open(self._file_of[name], "pt") as file:
+            found: Tensor = file.get_slice(name)[start:stop].clone()
+        return found
+
+    def expect(self, name: str, shape: tuple[int, ...]) -> None:
+        """Check that a float tensor is there with this shape.
+
+        Raises:
+            InputError: missing, another shape, or no float.
+        """
+        found, dtype = self.header(name)
+        if found != shape:
+            raise InputError(
+                f"{self._file_of[name]}: {name} has shape {list(found)}, config.json asks for {list(shape)}"
+            )
+        if dtype not in FLOATS:
+            raise InputError(f"{self._file_of[name]}: {name} is {dtype}; supported: {', '.join(FLOATS)}")
+
+
+class Weights(ABC):
+    """A model's matrices and norms as float32, read piece by piece. Also quantized weights are `Weights`: dequantized."""
+
+    def __init__(self, folder: Path, config: Gemma2Config) -> None:
+        self.folder, self.config = folder, config
+
+    @abstractmethod
+    def rows(self, weight: str, start: int, stop: int) -> Tensor:
+        """Rows of a matrix as float32, in memory of their own; `weight` is its name without `.weight`."""
+
+    @abstractmethod
+    def vector(self, name: str) -> Tensor:
+        """A norm's weight as float32."""
+
+    def matrix(self, weight: str) -> Tensor:
+        """A whole matrix as float32."""
+        return self.rows(weight, 0, weight_shapes(self.config)[weight][0])
+
+    def load_layer(self, layer: int) -> DecoderLayer:
+        """One block in float32."""
+        with torch.device("meta"):
+            block = DecoderLayer(self.config, layer)
+        prefix = f"model.layers.{layer}."
+        state = {name.removeprefix(prefix) + ".weight": self.matrix(name) for name in linear_shapes(self.config, layer)}
+        state |= {f"{norm}.weight": self.vector(f"{prefix}{norm}.weight") for norm in NORMS}
+        block.load_state_dict(state, strict=True, assign=True)
+        return block
+
+    def load(self) -> Gemma2:
+        """The whole model in float32: 4 bytes per parameter, for small models and tests."""
+        with torch.device("meta"):
+            model = Gemma2(self.config)
+        state = {f"{name}.weight": self.matrix(name) for name in weight_shapes(self.config)}
+        state |= {name: self.vector(name) for name in norm_names(self.config)}
+        model.load_state_dict(state, strict=True, assign=True)
+        return model
+
+
+def row_slices(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    """(start, stop) of consecutive row slices of about SLICE_BYTES in float32."""
+    rows, columns = shape
+    step = max(1, SLICE_BYTES // (4 * columns))
+    for start in range(0, rows, step):
+        yield start, min(rows, start + step)
+
+
+class Checkpoint(Weights):
+    """The float weights of a Gemma 2 folder, with a LoRA merged on the way when one is given."""
+
+    def __init__(self, folder: Path, config: Gemma2Config, shards: Shards, lora: Lora | None) -> None:
+        super().__init__(folder, config)
+        self._shards, self._lora = shards, lora
+
+    @classmethod
+    def open(cls, folder: Path, *, lora: Path | None = None) -> Checkpoint:
+        """Check the folder: configuration, files, every tensor's shape and type. Reads headers only.
+
+        Raises:
+            InputError: names the file, key or tensor at fault.
+        """
+        config = Gemma2Config.from_hf(folder)
+        shards = Shards(folder)
+        for name, shape in weight_shapes(config).items():
+            shards.expect(f"{name}.weight", shape)
+        for name in norm_names(config):
+            shards.expect(name, (config.hidden_size,))
+        adapter = Lora.open(lora, weight_shapes(config)) if lora else None
+        return cls(folder, config, shards, adapter)
+
+    def dtype(self, weight: str) -> torch.dtype:
+        """The narrowest type that holds a matrix exactly: as stored, float32 once a LoRA is merged into it."""
+        if self._lora and weight in self._lora.pairs:
+            return torch.float32
+        return FLOATS[self._shards.header(f"{weight}.weight")[1]]
+
+    def rows(self, weight: str, start: int, stop: int) -> Tensor:
+        """Rows of a matrix as float32, LoRA merged.
+
+        Raises:
+            InputError: a value is NaN or infinite.
+        """
+        values = self._shards.rows(f"{weight}.weight", start, stop).float()
+        if self._lora:
+            self._lora.add_to(values, weight, start)
+        return finite(values, f"{weight}.weight", self.folder)
+
+    def vector(self, name: str) -> Tensor:
+        """A norm's weight as float32."""
+        return finite(self._shards.rows(name).float(), name, self.folder)
+
+
+def finite(values: Tensor, name: str, folder: Path) -> Tensor:
+    """The values, unless one of them is NaN or infinite (InputError)."""
+    # one pass without a temporary: a sum is finite exactly when nothing in it is NaN or infinite (float64 cannot overflow)
+    if not math.isfinite(values.sum(dtype=torch.float64).item()):
+        raise InputError(f"{folder}: tensor {name} holds NaN or infinite values; the checkpoint is damaged")
+    return values
+
+
+def _shard_paths(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise InputError(f"{index} is damaged: {error}") from None
+        for name in names:
+            if Path(name).name != name or not (folder / name).is_file():
+                raise InputError(f"{folder}: shard {name} named by {index.name} is missing; download it again")
+        return [folder / name for name in names]
+    if single.is_file():
+        return [single]
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickles:
+        raise InputError(
+            f"{folder} holds {pickles[0]}, a pickle file; only safetensors are read: save it as safetensors"
+        )
+    raise InputError(f"{folder} has no model.safetensors; pass a Hugging Face model folder with safetensors weights")
+
+
+def _names(path: Path) -> list[str]:
+    try:
+        with safe_open(path, "pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is damaged or truncated ({error}); download it again") from None

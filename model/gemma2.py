@@ -1,0 +1,184 @@
+"""The Gemma 2 decoder, in the order of the paper. Source: Gemma 2 report (arXiv 2408.00118); HF modeling_gemma2.py.
+
+Three seams that a backend may replace, and nothing else: `Linear`, `Embedding` and `KVCache.attend`. Module and parameter names
+are Hugging Face's, so that a checkpoint's tensor names are the model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gemma_edge.model.config import Gemma2Config
+from gemma_edge.model.kv_cache import KVCache, Rope
+
+
+class Linear(nn.Module):
+    """y = x W^T, without bias."""
+
+    def __init__(self, name: str, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.name = name
+        self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, in) -> (B, T, out)."""
+        return F.linear(x, self.weight)
+
+
+class Embedding(nn.Module):
+    """The table that turns tokens into vectors, and, being tied, vectors into logits."""
+
+    def __init__(self, name: str, vocab_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.name = name
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size), requires_grad=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, T) int64 -> (B, T, hidden)."""
+        return F.embedding(tokens, self.weight)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(B, T, hidden) -> (B, T, V)."""
+        return F.linear(x, self.weight)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """How the two weight seams are built: by the name of the weight in the checkpoint, without `.weight`."""
+
+    linear: Callable[[str, int, int], nn.Module] = Linear
+    embedding: Callable[[str, int, int], nn.Module] = Embedding
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * (1 + w): Gemma stores the weight as its distance from one."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(hidden_size), requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, hidden) -> same."""
+        return F.rms_norm(x, (x.shape[-1],), 1.0 + self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; scores, masks and the cache are `KVCache.attend`'s."""
+
+    def __init__(self, config: Gemma2Config, layer: int, layers: Layers) -> None:
+        super().__init__()
+        self.layer = layer
+        name, hidden = f"model.layers.{layer}.self_attn", config.hidden_size
+        q_size = config.num_attention_heads * config.head_dim
+        kv_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = layers.linear(f"{name}.q_proj", hidden, q_size)
+        self.k_proj = layers.linear(f"{name}.k_proj", hidden, kv_size)
+        self.v_proj = layers.linear(f"{name}.v_proj", hidden, kv_size)
+        self.o_proj = layers.linear(f"{name}.o_proj", q_size, hidden)
+
+    def forward(self, x: Tensor, cache: KVCache, rope: Rope, input_pos: Tensor) -> Tensor:
+        """(B, T, hidden) -> same."""
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        out: Tensor = self.o_proj(cache.attend(self.layer, q, k, v, rope, input_pos))
+        return out
+
+
+class MLP(nn.Module):
+    """GeGLU with the tanh approximation of GELU."""
+
+    def __init__(self, config: Gemma2Config, layer: int, layers: Layers) -> None:
+        super().__init__()
+        name, hidden, ffn = f"model.layers.{layer}.mlp", config.hidden_size, config.intermediate_size
+        self.gate_proj = layers.linear(f"{name}.gate_proj", hidden, ffn)
+        self.up_proj = layers.linear(f"{name}.up_proj", hidden, ffn)
+        self.down_proj = layers.linear(f"{name}.down_proj", ffn, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, hidden) -> same."""
+        out: Tensor = self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+        return out
+
+
+class DecoderLayer(nn.Module):
+    """One block, normalised before and after each branch."""
+
+    def __init__(self, config: Gemma2Config, layer: int, layers: Layers | None = None) -> None:
+        super().__init__()
+        layers = layers or Layers()
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.self_attn = Attention(config, layer, layers)
+        self.mlp = MLP(config, layer, layers)
+        self.input_layernorm = RMSNorm(hidden, eps)
+        self.post_attention_layernorm = RMSNorm(hidden, eps)
+        self.pre_feedforward_layernorm = RMSNorm(hidden, eps)
+        self.post_feedforward_layernorm = RMSNorm(hidden, eps)
+
+    def forward(self, x: Tensor, cache: KVCache, rope: Rope, input_pos: Tensor) -> Tensor:
+        """(B, T, hidden) -> same."""
+        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), cache, rope, input_pos))
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+
+
+class Gemma2Model(nn.Module):
+    """Embedding, blocks and final norm: everything below the head."""
+
+    def __init__(self, config: Gemma2Config, layers: Layers | None = None) -> None:
+        super().__init__()
+        layers = layers or Layers()
+        self.config = config
+        self.embed_tokens = layers.embedding("model.embed_tokens", config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i, layers) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.register_buffer("inv_freq", inverse_frequencies(config), persistent=False)
+
+    def forward(self, tokens: Tensor, input_pos: Tensor, cache: KVCache) -> Tensor:
+        """(B, T) int64 tokens at `input_pos` (1,) -> (B, T, hidden)."""
+        rope = rotary_angles(self.get_buffer("inv_freq"), input_pos, tokens.shape[1])
+        x = self.embed_tokens(tokens) * self.config.hidden_size**0.5
+        for layer in self.layers:
+            x = layer(x, cache, rope, input_pos)
+        out: Tensor = self.norm(x)
+        return out
+
+
+class Gemma2(nn.Module):
+    """The whole language model."""
+
+    def __init__(self, config: Gemma2Config, layers: Layers | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Gemma2Model(config, layers)
+
+    def forward(self, tokens: Tensor, input_pos: Tensor, cache: KVCache) -> Tensor:
+        """Logits (B, T, V) of the tokens (B, T) written at `input_pos` (1,)."""
+        return self.head(self.model(tokens, input_pos, cache))
+
+    def head(self, x: Tensor) -> Tensor:
+        """(B, T, hidden) -> soft-capped logits (B, T, V)."""
+        embedding = self.model.embed_tokens
+        assert isinstance(embedding, nn.Module)
+        return soft_cap(embedding.logits(x), self.config.final_logit_softcapping)
+
+
+def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
+    """cap * tanh(logits / cap); unchanged without a cap."""
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def inverse_frequencies(config: Gemma2Config) -> Tensor:
+    """(D/2,) float32; always on the CPU, also when the model is built on `meta`."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
+    return 1.0 / config.rope_theta**exponents
+
+
+def rotary_angles(inv_freq: Tensor, input_pos: Tensor, tokens: int) -> Rope:
+    """Angles of `tokens` positions from `input_pos` (1,) on, computed and not looked up: there is no last position."""
+    positions = (input_pos + torch.arange(tokens)).to(torch.float32)  # (T,)
+    angles = positions[:, None] * inv_freq[None, :]  # (T, D/2)
+    return Rope(angles.cos(), angles.sin())

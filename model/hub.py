@@ -1,0 +1,45 @@
+"""Where a model comes from: a folder, or a Hugging Face id fetched through huggingface_hub (or its local cache)."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from gemma_edge.errors import InputError
+
+DEFAULT_MODEL = "google/gemma-2-2b-it"
+FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+WAY_OUT = "download the model yourself and pass its folder: gemma-export FOLDER"
+
+
+def resolve(model: str) -> Path:
+    """The folder of a model given as a folder or a hub id.
+
+    Raises:
+        InputError: no such folder, and the hub cannot give it: not installed, offline, no such model, licence not accepted.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or Path(model).exists():
+        raise InputError(f"{model} is neither a folder nor a Hugging Face model id like {DEFAULT_MODEL}")
+    try:
+        import huggingface_hub
+        from huggingface_hub import errors
+    except ImportError:
+        raise InputError(
+            f"{model} is no folder here; to fetch it: pip install 'gemma-edge[hub]', or {WAY_OUT}"
+        ) from None
+    try:
+        return Path(huggingface_hub.snapshot_download(model, allow_patterns=FILES, local_files_only=True))
+    except errors.LocalEntryNotFoundError:
+        pass
+    try:
+        return Path(huggingface_hub.snapshot_download(model, allow_patterns=FILES))
+    except errors.GatedRepoError:
+        page = f"the page of {model} on Hugging Face"
+        raise InputError(f"{model}: its licence is not accepted; accept it on {page} and run `hf auth login`") from None
+    except errors.RepositoryNotFoundError:
+        raise InputError(f"{model} is no folder here and no model on Hugging Face; {WAY_OUT}") from None
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        raise InputError(f"cannot fetch {model} ({reason}); {WAY_OUT}") from None

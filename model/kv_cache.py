@@ -1,0 +1,129 @@
+"""The KV cache: a ring buffer per layer, so that memory never grows. Rotation, writing, masking and attention are here.
+
+Source: HF modeling_gemma2.py (`eager_attention_forward`, `apply_rotary_pos_emb`); the ring's bound is derived below.
+
+A layer with window W that is written in chunks of at most T tokens holds R slots. Position p lives in slot p mod R. The chunk
+at positions a .. a+T-1 overwrites the slots of positions a+T-1-R and older, and its first query (at a) needs keys back to
+a-W+1. So nothing needed is lost iff a+T-1-R < a-W+1, that is
+
+    R >= W + T - 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gemma_edge.errors import InputError
+from gemma_edge.model.config import Gemma2Config
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Cosine and sine of a chunk's rotary angles, each (T, D/2)."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Rotary embedding of (B, heads, T, D): the halves of the last axis are the two coordinates of each plane."""
+    a, b = x.chunk(2, dim=-1)  # (B, heads, T, D/2) each
+    return torch.cat([a * rope.cos - b * rope.sin, b * rope.cos + a * rope.sin], dim=-1)
+
+
+def slots_needed(window: int, chunk: int) -> int:
+    """Rows a ring needs for a window written in chunks of at most `chunk` tokens."""
+    return window + chunk - 1
+
+
+class KVCache(nn.Module):
+    """The seam that a backend replaces: rotate the chunk, write its keys and values, attend to what is visible."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope, input_pos: Tensor) -> Tensor:
+        """Attention of one layer over the cache and the chunk itself.
+
+        Args:
+            layer: index of the layer.
+            q: (B, T, H*D), not rotated.
+            k, v: (B, T, K*D), k not rotated.
+            rope: the chunk's angles.
+            input_pos: (1,) int64, absolute position of the chunk's first token.
+
+        Returns:
+            (B, T, H*D).
+        """
+        raise NotImplementedError
+
+
+class RingCache(KVCache):
+    """The reference cache in plain torch: one ring per layer, keys stored rotated, so nothing is rotated twice."""
+
+    def __init__(self, config: Gemma2Config, *, context: int, chunk: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        if context < 1 or chunk < 1:
+            raise InputError(f"context {context} and chunk {chunk} must be at least 1 token")
+        self.config, self.chunk = config, chunk
+        self.windows = [
+            min(config.sliding_window, context) if config.is_local(i) else context
+            for i in range(config.num_hidden_layers)
+        ]
+        for i, window in enumerate(self.windows):
+            shape = (1, config.num_key_value_heads, slots_needed(window, chunk), config.head_dim)
+            self.register_buffer(f"k_{i}", torch.zeros(shape, dtype=dtype), persistent=False)
+            self.register_buffer(f"v_{i}", torch.zeros(shape, dtype=dtype), persistent=False)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope, input_pos: Tensor) -> Tensor:
+        """See `KVCache.attend`; B must be 1 and T at most the chunk that the ring was made for."""
+        c, tokens = self.config, q.shape[1]
+        keys, values = self.get_buffer(f"k_{layer}"), self.get_buffer(f"v_{layer}")  # (1, K, R, D)
+        slots = keys.shape[2]
+        # R >= W + T - 1, else the chunk overwrites keys that its first query needs
+        assert slots >= slots_needed(self.windows[layer], tokens), f"chunk of {tokens} tokens exceeds {self.chunk}"
+        q = rotate(q.unflatten(-1, (c.num_attention_heads, c.head_dim)).transpose(1, 2), rope)  # (1, H, T, D)
+        k = rotate(k.unflatten(-1, (c.num_key_value_heads, c.head_dim)).transpose(1, 2), rope)  # (1, K, T, D)
+        v = v.unflatten(-1, (c.num_key_value_heads, c.head_dim)).transpose(1, 2)  # (1, K, T, D)
+        positions = input_pos + torch.arange(tokens)  # (T,)
+        keys.index_copy_(2, positions % slots, k)
+        values.index_copy_(2, positions % slots, v)
+        mask = visible(positions, slots, self.windows[layer])  # (T, R)
+        return soft_capped_attention(q, keys, values, mask, c).transpose(1, 2).flatten(2)  # (1, T, H*D)
+
+
+def visible(positions: Tensor, slots: int, window: int) -> Tensor:
+    """Which slots each query may see, after the chunk was written.
+
+    Args:
+        positions: (T,) int64, absolute and consecutive.
+
+    Returns:
+        (T, slots) bool.
+    """
+    last = positions[-1]
+    slot = torch.arange(slots)
+    held = last - (last - slot) % slots  # (slots,) the newest position p <= last with p % slots == slot
+    age = positions[:, None] - held[None, :]  # (T, slots)
+    return (held >= 0) & (age >= 0) & (age < window)
+
+
+def soft_capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, config: Gemma2Config) -> Tensor:
+    """softmax(cap * tanh(q k^T / sqrt(query_pre_attn_scalar) / cap)) v over the visible slots.
+
+    Args:
+        q: (B, H, T, D).
+        k, v: (B, K, S, D); each kv head serves H/K query heads.
+        mask: (T, S) bool.
+
+    Returns:
+        (B, H, T, D).
+    """
+    heads, tokens = q.shape[1], q.shape[2]
+    group = heads // k.shape[1]
+    q = q.unflatten(1, (k.shape[1], group)).flatten(2, 3)  # (B, K, G*T, D)
+    scores = q @ k.transpose(2, 3) * config.query_pre_attn_scalar**-0.5  # (B, K, G*T, S)
+    if config.attn_logit_softcapping is not None:
+        scores = torch.tanh(scores / config.attn_logit_softcapping) * config.attn_logit_softcapping
+    scores = scores.masked_fill(~mask.repeat(group, 1), float("-inf"))
+    return (scores.softmax(dim=-1) @ v).unflatten(2, (group, tokens)).flatten(1, 2)  # (B, H, T, D)

@@ -1,0 +1,125 @@
+"""A LoRA adapter in PEFT's folder format, merged tensor by tensor. Source: PEFT, `tuners/lora/layer.py` (`get_delta_weight`).
+
+Only plain LoRA on the linears: DoRA, trained biases, whole saved modules and adapters of the table are refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gemma_edge.errors import InputError
+
+# Keys of adapter_config.json that change the merged weight, with the values that this file computes.
+ONLY_VALUE: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "use_dora": (False, None),
+    "bias": ("none", None),
+    "modules_to_save": (None, []),
+    "fan_in_fan_out": (False, None),
+    "lora_bias": (False, None),
+    "trainable_token_indices": (None,),
+    "target_parameters": (None, []),
+}
+KEY = re.compile(r"(?:base_model\.model\.)?(?P<weight>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One weight's update: scaling * b @ a."""
+
+    a: Tensor  # (r, in) float32
+    b: Tensor  # (out, r) float32
+    scaling: float
+
+
+class Lora:
+    """Updates by weight name, without `.weight`."""
+
+    def __init__(self, pairs: Mapping[str, Pair]) -> None:
+        self.pairs = pairs
+
+    @classmethod
+    def open(cls, folder: Path, shapes: Mapping[str, tuple[int, int]]) -> Lora:
+        """Read an adapter for weights of the given (out, in) shapes.
+
+        Raises:
+            InputError: no adapter, a kind that is not plain LoRA, a weight that the model lacks, or a wrong shape.
+        """
+        config = _config(folder)
+        tensors = _tensors(folder)
+        sides: dict[str, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            match = KEY.fullmatch(key)
+            if match is None or match["weight"] not in shapes:
+                raise InputError(f"{folder}: {key} is no LoRA of a weight of this model")
+            sides.setdefault(match["weight"], {})[match["side"]] = value.float()
+        pairs = {}
+        for weight, side in sides.items():
+            out_features, in_features = shapes[weight]
+            if set(side) != {"A", "B"}:
+                raise InputError(f"{folder}: {weight} has only lora_{next(iter(side))}; the other half is missing")
+            rank = side["A"].shape[0]
+            if side["A"].shape != (rank, in_features) or side["B"].shape != (out_features, rank):
+                found = f"{list(side['B'].shape)} x {list(side['A'].shape)}"
+                raise InputError(
+                    f"{folder}: {weight} has a LoRA of {found}, the weight is {[out_features, in_features]}"
+                )
+            pairs[weight] = Pair(side["A"], side["B"], _scaling(config, weight, rank))
+        if not pairs:
+            raise InputError(f"{folder} holds no LoRA weight")
+        return cls(pairs)
+
+    def add_to(self, values: Tensor, weight: str, start: int) -> None:
+        """Add the update to rows `start ...` of a float32 weight, in place."""
+        pair = self.pairs.get(weight)
+        if pair is not None:
+            values.addmm_(pair.b[start : start + len(values)], pair.a, alpha=pair.scaling)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "adapter_config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{folder} has no adapter_config.json; --lora takes a PEFT adapter folder") from None
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from None
+    for key, allowed in ONLY_VALUE.items():
+        if key in config and config[key] not in allowed:
+            raise InputError(f"{path}: {key} is {config[key]!r}; only plain LoRA is merged: merge it with PEFT first")
+    return config
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    path = folder / "adapter_model.safetensors"
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}
+    except FileNotFoundError:
+        raise InputError(f"{folder} has no adapter_model.safetensors; pickle adapters are not read") from None
+    except SafetensorError as error:
+        raise InputError(f"{path} is damaged or truncated ({error})") from None
+
+
+def _scaling(config: Mapping[str, Any], weight: str, rank: int) -> float:
+    alpha = _pattern(config.get("alpha_pattern"), weight, config.get("lora_alpha", 8))
+    declared = _pattern(config.get("rank_pattern"), weight, config.get("r", rank))
+    if declared != rank:
+        raise InputError(f"LoRA of {weight} has rank {rank}, adapter_config.json says {declared}")
+    return float(alpha / rank**0.5 if config.get("use_rslora") else alpha / rank)
+
+
+def _pattern(patterns: Mapping[str, float] | None, weight: str, default: float) -> float:
+    """PEFT's rule: the first key that matches the end of the module's name as a regular expression."""
+    for key, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({key})$", weight):
+            return value
+    return default

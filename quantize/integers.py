@@ -1,0 +1,86 @@
+"""Float weights to symmetric integers by the rules that every backend takes: docs/quantization.md says why each is there.
+
+No zero point; the scale is rounded to bfloat16 before the integers are fixed, and never zero; 4 bits -8..7, 8 bits -127..127.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gemma_edge.quantize.recipe import QuantConfig
+
+RANGE = {4: (-8, 7), 8: (-127, 127)}
+# the smallest float16 above zero: a backend that stores scales as float16 keeps it, and weights that small count for nothing
+MIN_SCALE = 2.0**-24
+# Scales tried by `mse`, as parts of the one that maps the largest weight to the largest code.
+SHRINKS = (1.0, 0.94, 0.88, 0.82, 0.76)
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """Rows of a weight as integers: w = code * scale."""
+
+    codes: Tensor  # (rows, in) int8
+    scale: Tensor  # (rows, in / group_size), or (rows, 1) per channel; bfloat16
+    config: QuantConfig
+
+    def dequantize(self) -> Tensor:
+        """(rows, in) float32."""
+        groups = self.codes.unflatten(1, (self.scale.shape[1], -1)).float()  # (rows, groups, G)
+        return (groups * self.scale.float().unsqueeze(-1)).flatten(1)
+
+
+def quantize(values: Tensor, config: QuantConfig, method: str) -> QuantizedTensor:
+    """Round rows of a weight.
+
+    Args:
+        values: (rows, in) float32, finite; in is a multiple of the group size.
+        config: bits and group.
+        method: "rtn" takes the largest weight of a group as the end of the range; "mse" searches the scale that rounds
+            the group with the least squared error.
+    """
+    rows, columns = values.shape
+    groups = values.reshape(-1, config.group_size or columns)  # (rows * groups, G)
+    scale = SCALES[method](groups, config.bits)  # (rows * groups, 1)
+    codes = _codes(groups, scale, config.bits).to(torch.int8)
+    return QuantizedTensor(codes.view(rows, columns), scale.view(rows, -1).to(torch.bfloat16), config)
+
+
+def _round_scale(scale: Tensor) -> Tensor:
+    return scale.clamp_min(MIN_SCALE).to(torch.bfloat16).float()
+
+
+def _codes(groups: Tensor, scale: Tensor, bits: int) -> Tensor:
+    low, high = RANGE[bits]
+    return (groups / scale).round_().clamp_(low, high)
+
+
+def absmax_scale(groups: Tensor, bits: int) -> Tensor:
+    """The scale that maps the largest magnitude of each group to the largest code: (N, G) -> (N, 1), bfloat16 values."""
+    return _round_scale(groups.abs().amax(dim=1, keepdim=True) / RANGE[bits][1])
+
+
+def mse_scale(groups: Tensor, bits: int) -> Tensor:
+    """The scale of least squared rounding error among SHRINKS of `absmax_scale`, each refitted to its codes once.
+
+    For fixed codes q the best scale is <w, q> / <q, q>, and its error is |w|^2 - <w, q>^2 / <q, q>: the largest
+    <w, q>^2 / <q, q> wins.
+    """
+    widest = groups.abs().amax(dim=1, keepdim=True) / RANGE[bits][1]  # (N, 1)
+    best_gain = torch.full_like(widest, -1.0)
+    best = widest.clone()
+    for shrink in SHRINKS:
+        codes = _codes(groups, (widest * shrink).clamp_min_(MIN_SCALE), bits)
+        dot = torch.linalg.vecdot(groups, codes).unsqueeze(1)  # (N, 1)
+        norm = torch.linalg.vecdot(codes, codes).unsqueeze(1).clamp_min_(1.0)  # (N, 1)
+        gain = dot.square() / norm
+        better = gain > best_gain
+        best_gain = torch.where(better, gain, best_gain)
+        best = torch.where(better, dot / norm, best)
+    return _round_scale(best)
+
+
+SCALES = {"rtn": absmax_scale, "mse": mse_scale}

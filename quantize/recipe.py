@@ -1,0 +1,131 @@
+"""Which weight gets which integers, as data: the first rule whose pattern matches a weight's name wins.
+
+A recipe says nothing of packing, tensor classes or backends. How the integers are computed is integers.py's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from gemma_edge.errors import InputError
+
+GROUP_MULTIPLE = 32  # every backend's kernels take groups of a multiple of 32
+METHODS = ("rtn", "mse")
+BITS = (4, 8, 16, 32)
+TABLE_PATTERN = r"model\.embed_tokens"
+ANY = r".*"
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """The integers of one weight."""
+
+    bits: int  # 4 or 8
+    group_size: int  # along in_features; 0 = one scale per output channel
+    symmetric: bool = True  # no zero point; the only form that every backend runs exactly
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            raise InputError(f"{self.bits} bits; quantized weights have 4 or 8")
+        if self.group_size < 0 or self.group_size % GROUP_MULTIPLE:
+            near = max(GROUP_MULTIPLE, round(self.group_size / GROUP_MULTIPLE) * GROUP_MULTIPLE)
+            raise InputError(
+                f"group size {self.group_size} is not a multiple of {GROUP_MULTIPLE}, which the kernels need;"
+                f" use --group-size {near}, or 0 for one scale per channel"
+            )
+        if not self.symmetric:
+            raise InputError("asymmetric weights (zero points) are not supported: not every backend runs them exactly")
+
+    def fit(self, in_features: int) -> QuantConfig:
+        """The same with the largest group that divides a row: a row of 96 at group 128 gets one group of 96.
+
+        Raises:
+            InputError: no multiple of 32 divides the row.
+        """
+        if self.group_size == 0:
+            return self
+        sizes = range(min(self.group_size, in_features), 0, -1)
+        fitting = next((g for g in sizes if g % GROUP_MULTIPLE == 0 and in_features % g == 0), None)
+        if fitting is None:
+            raise InputError(
+                f"rows of {in_features} cannot be cut into groups of a multiple of {GROUP_MULTIPLE};"
+                " use --group-size 0 (one scale per channel)"
+            )
+        return QuantConfig(self.bits, fitting, self.symmetric)
+
+
+@dataclass(frozen=True)
+class QuantRule:
+    """What the weights whose whole name (without `.weight`) matches `pattern` get; None leaves them float."""
+
+    pattern: str
+    config: QuantConfig | None
+    method: str = "rtn"  # one of METHODS
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise InputError(f"method {self.method!r}; supported: {', '.join(METHODS)}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Rules for a whole model, and the width of what stays float."""
+
+    name: str
+    rules: tuple[QuantRule, ...]
+    float_bits: int = 32  # 16 or 32: how unquantized matrices are stored
+
+    def rule_for(self, weight: str) -> QuantRule:
+        """The first rule that matches."""
+        return next(rule for rule in self.rules if re.fullmatch(rule.pattern, weight))
+
+    def config_for(self, weight: str, in_features: int) -> QuantConfig | None:
+        """The fitted configuration of one weight; None = float."""
+        config = self.rule_for(weight).config
+        return config.fit(in_features) if config else None
+
+    def configs(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, QuantConfig | None]:
+        """The configuration of every weight of a model, from its (out, in) shapes."""
+        return {name: self.config_for(name, shape[1]) for name, shape in shapes.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for a manifest."""
+        return asdict(self)
+
+
+INT8_ROW = QuantConfig(bits=8, group_size=0)
+UNCALIBRATED_GROUP = 32  # data-free rounding is good enough only in groups this small (docs/quantization.md)
+CALIBRATED_GROUP = 128
+
+
+def default_method(bits: int, group_size: int) -> str:
+    """Searched scales where they help without data: small 4-bit groups. Per channel, clipping without data does harm."""
+    return "mse" if bits == 4 and group_size else "rtn"
+
+
+def make_recipe(bits: int, *, group_size: int | None = None, method: str | None = None, table_bits: int = 8) -> Recipe:
+    """The recipe of a command line.
+
+    Args:
+        bits: 4 or 8 for the linears; 16 or 32 leaves the whole model float.
+        group_size: weights per scale, 0 = per channel; None takes the default of the bits.
+        method: one of METHODS; None takes the one that suits bits and group.
+        table_bits: of the tied table; 8 = one scale per row, 4 = groups like the body's.
+
+    Raises:
+        InputError: a value outside the allowed ones.
+    """
+    if bits not in BITS:
+        raise InputError(f"--bits {bits}; supported: {', '.join(map(str, BITS))}")
+    if bits >= 16:
+        if group_size is not None or method is not None:
+            raise InputError(f"--bits {bits} leaves the weights float: --group-size and --method do not apply")
+        return Recipe(f"float{bits}", (QuantRule(ANY, None),), float_bits=bits)
+    group = group_size if group_size is not None else (UNCALIBRATED_GROUP if bits == 4 else 0)
+    body = QuantRule(ANY, QuantConfig(bits, group), method or default_method(bits, group))
+    table = INT8_ROW if table_bits == 8 else QuantConfig(table_bits, group or UNCALIBRATED_GROUP)
+    name = f"int{bits}-" + (f"g{group}" if group else "channel") + ("" if table_bits == 8 else f"-table{table_bits}")
+    return Recipe(name, (QuantRule(TABLE_PATTERN, table), body))

@@ -1,0 +1,338 @@
+"""The quantized checkpoint: a Hugging Face folder in compressed-tensors' `pack-quantized` layout, written and read by slices.
+
+transformers and vLLM load the folder. What that layout cannot say, a quantized tied table, lies in a file of ours beside it
+(TABLE_FILE), where they do not look: they use the plain table. Source: compressed-tensors, `pack_quantized/helpers.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemma_edge.errors import InputError
+from gemma_edge.model.checkpoint import (
+    FINAL_NORM,
+    FLOATS,
+    NORMS,
+    TABLE,
+    Checkpoint,
+    Shards,
+    Weights,
+    finite,
+    linear_shapes,
+    norm_names,
+    row_slices,
+    weight_shapes,
+)
+from gemma_edge.model.config import Gemma2Config
+from gemma_edge.quantize.integers import QuantizedTensor, quantize
+from gemma_edge.quantize.recipe import QuantConfig, Recipe
+from gemma_edge.quantize.safetensors_writer import Spec, write_safetensors
+
+TABLE_FILE = "gemma_edge_table.safetensors"
+KEPT_FILES = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.jinja")
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """(rows, in) int8 -> (rows, ceil(in * bits / 32)) int32: each code plus 2^(bits-1), the first in the lowest bits."""
+    unsigned = (codes.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
+    if bits == 4:
+        unsigned = _pad(unsigned, 8)
+        unsigned = unsigned[:, 0::2] | (unsigned[:, 1::2] << 4)
+    return _pad(unsigned, 4).contiguous().view(torch.int32)
+
+
+def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """Inverse of `pack`: (rows, columns) int8."""
+    unsigned = packed.contiguous().view(torch.uint8)
+    if bits == 4:
+        unsigned = torch.stack((unsigned & 15, unsigned >> 4), dim=-1).flatten(1)
+    return (unsigned[:, :columns].to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
+
+
+def _pad(codes: Tensor, multiple: int) -> Tensor:
+    return torch.nn.functional.pad(codes, (0, -codes.shape[1] % multiple))
+
+
+class QuantizedCheckpoint(Weights):
+    """A folder whose matrices are integers (or float, where the recipe left them); as `Weights` it is dequantized."""
+
+    def __init__(self, folder: Path, config: Gemma2Config, shards: Shards) -> None:
+        super().__init__(folder, config)
+        self._shards = shards
+        table = folder / TABLE_FILE
+        self._table = Shards(folder, [table]) if table.is_file() else shards
+        self._shapes = weight_shapes(config)
+        self.configs = {name: self._config_of(name) for name in self._shapes}
+
+    @classmethod
+    def open(cls, folder: Path) -> QuantizedCheckpoint:
+        """Check the folder's layout, tensors and shapes. Reads headers only.
+
+        Raises:
+            InputError: another quantization format, or a missing or misshapen tensor.
+        """
+        quantization = _raw_config(folder).get("quantization_config")
+        if quantization is not None:
+            _refuse_other_formats(folder, quantization)
+        config = Gemma2Config.from_hf(folder)
+        shards = Shards(folder)
+        for name in norm_names(config):
+            shards.expect(name, (config.hidden_size,))
+        return cls(folder, config, shards)
+
+    def _holder(self, weight: str) -> Shards:
+        return self._table if weight == TABLE else self._shards
+
+    def _config_of(self, weight: str) -> QuantConfig | None:
+        holder, (rows, columns) = self._holder(weight), self._shapes[weight]
+        if f"{weight}.weight_packed" not in holder:
+            self._shards.expect(f"{weight}.weight", (rows, columns))
+            return None
+        for extra in ("weight_zero_point", "weight_g_idx"):
+            if f"{weight}.{extra}" in holder:
+                raise InputError(f"{self.folder}: {weight} has a {extra}; only symmetric, ordered groups are supported")
+        packed, scale = (holder.header(f"{weight}.{part}")[0] for part in ("weight_packed", "weight_scale"))
+        bits = packed[1] * 32 // columns
+        groups = scale[1] if len(scale) == 2 else 1
+        if bits not in (4, 8) or packed != (rows, -(-columns * bits // 32)) or scale[0] != rows or columns % groups:
+            raise InputError(
+                f"{self.folder}: {weight} has packed shape {list(packed)} and scales {list(scale)};"
+                f" a weight of {[rows, columns]} needs 4 or 8 bits and whole groups"
+            )
+        return QuantConfig(bits, 0 if groups == 1 else columns // groups)
+
+    def quantized(self, weight: str, start: int, stop: int) -> QuantizedTensor:
+        """Rows of a quantized matrix, its integers as stored."""
+        config, holder = self.configs[weight], self._holder(weight)
+        assert config is not None, f"{weight} is not quantized"
+        packed = holder.rows(f"{weight}.weight_packed", start, stop)
+        scale = holder.rows(f"{weight}.weight_scale", start, stop).reshape(stop - start, -1)
+        finite(scale.float(), f"{weight}.weight_scale", self.folder)
+        return QuantizedTensor(unpack(packed, config.bits, self._shapes[weight][1]), scale, config)
+
+    def scale_dtype(self, weight: str) -> torch.dtype:
+        """Type in which a quantized matrix's scales are stored."""
+        return FLOATS[self._holder(weight).header(f"{weight}.weight_scale")[1]]
+
+    def dtype(self, weight: str) -> torch.dtype:
+        """Type in which a float matrix is stored."""
+        return FLOATS[self._shards.header(f"{weight}.weight")[1]]
+
+    def rows(self, weight: str, start: int, stop: int) -> Tensor:
+        """Rows as float32: code * scale, or the float weight itself."""
+        if self.configs[weight] is not None:
+            return self.quantized(weight, start, stop).dequantize()
+        return finite(self._shards.rows(f"{weight}.weight", start, stop).float(), f"{weight}.weight", self.folder)
+
+    def plain_rows(self, weight: str, start: int, stop: int) -> Tensor:
+        """Rows of a matrix that is stored plainly, also of a table that has a quantized form beside it."""
+        return finite(self._shards.rows(f"{weight}.weight", start, stop).float(), f"{weight}.weight", self.folder)
+
+    def vector(self, name: str) -> Tensor:
+        """A norm's weight as float32."""
+        return finite(self._shards.rows(name).float(), name, self.folder)
+
+
+def _raw_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{folder} has no config.json; pass a Hugging Face model folder") from None
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from None
+    return raw
+
+
+def _refuse_other_formats(folder: Path, quantization: dict[str, Any]) -> None:
+    found = quantization.get("quant_method"), quantization.get("format")
+    if found != ("compressed-tensors", "pack-quantized"):
+        raise InputError(
+            f"{folder} is quantized as {found[0]} / {found[1]}; supported: compressed-tensors / pack-quantized,"
+            " or pass the original float folder"
+        )
+    for name, group in quantization.get("config_groups", {}).items():
+        weights = group.get("weights") or {}
+        if group.get("input_activations") or not weights.get("symmetric") or weights.get("type") != "int":
+            raise InputError(f"{folder}: {name} is not weight-only symmetric integers; pass the original float folder")
+
+
+def open_weights(folder: Path, *, lora: Path | None = None) -> Checkpoint | QuantizedCheckpoint:
+    """Open a float or an already quantized folder.
+
+    Raises:
+        InputError: the folder cannot be used, or a LoRA is given for integers.
+    """
+    if "quantization_config" not in _raw_config(folder):
+        return Checkpoint.open(folder, lora=lora)
+    if lora:
+        raise InputError(f"{folder} is already quantized; a LoRA can only be merged into float weights")
+    return QuantizedCheckpoint.open(folder)
+
+
+def final_configs(source: Checkpoint | QuantizedCheckpoint, recipe: Recipe) -> dict[str, QuantConfig | None]:
+    """What every weight will be: integers that are there already stay, the rest follows the recipe."""
+    given = source.configs if isinstance(source, QuantizedCheckpoint) else {}
+    wanted = recipe.configs(weight_shapes(source.config))
+    return {name: given.get(name) or config for name, config in wanted.items()}
+
+
+def write_quantized(
+    source: Checkpoint | QuantizedCheckpoint,
+    recipe: Recipe,
+    out: Path,
+    progress: Callable[[int], None] = lambda done: None,
+) -> QuantizedCheckpoint:
+    """Quantize a checkpoint slice by slice into a new folder, one shard per layer.
+
+    Args:
+        source: float weights, or integers, which are kept bit for bit.
+        recipe: what each float weight becomes.
+        out: an empty or new folder.
+        progress: called with the number of weights just finished.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    config, configs = source.config, final_configs(source, recipe)
+    count = config.num_hidden_layers + 1
+    index: dict[str, str] = {}
+    for shard in range(count):
+        name = f"model-{shard + 1:05d}-of-{count:05d}.safetensors"
+        specs = list(
+            _table_shard(source, recipe) if shard == 0 else _layer_shard(source, recipe, configs, shard - 1, progress)
+        )
+        write_safetensors(out / name, specs)
+        index |= {spec.name: name for spec in specs}
+    if configs[TABLE] is not None:
+        write_safetensors(out / TABLE_FILE, list(_integer_specs(source, recipe, TABLE, configs, progress)))
+    (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}, indent=1))
+    for pattern in KEPT_FILES:
+        for path in source.folder.glob(pattern):
+            shutil.copy(path, out)
+    raw = _raw_config(source.folder)
+    raw.pop("quantization_config", None)
+    if any(configs[name] for name in configs if name != TABLE):
+        raw["quantization_config"] = quantization_config(configs)
+    (out / "config.json").write_text(json.dumps(raw, indent=1) + "\n")
+    return QuantizedCheckpoint.open(out)
+
+
+def quantization_config(configs: dict[str, QuantConfig | None]) -> dict[str, Any]:
+    """compressed-tensors' description of the linears, one group per distinct configuration."""
+    groups: dict[QuantConfig, list[str]] = {}
+    for name, config in configs.items():
+        if config is not None and name != TABLE:
+            groups.setdefault(config, []).append(name)
+    plain = [name for name, config in configs.items() if config is None and name != TABLE]
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {
+            f"group_{i}": {
+                "targets": ["Linear"] if len(groups) == 1 and not plain else names,
+                "weights": _scheme(config),
+                "input_activations": None,
+                "output_activations": None,
+                "format": "pack-quantized",
+            }
+            for i, (config, names) in enumerate(groups.items())
+        },
+        "ignore": ["lm_head", *plain],
+    }
+
+
+def _scheme(config: QuantConfig) -> dict[str, Any]:
+    strategy = "group" if config.group_size else "channel"
+    group_size = config.group_size or None
+    return {
+        "num_bits": config.bits,
+        "type": "int",
+        "symmetric": config.symmetric,
+        "strategy": strategy,
+        "group_size": group_size,
+        "dynamic": False,
+    }
+
+
+def _table_shard(source: Checkpoint | QuantizedCheckpoint, recipe: Recipe) -> Iterator[Spec]:
+    """The plain table and the final norm. The table is written float even where ours is quantized: see the header."""
+    yield _float_spec(source, TABLE, recipe.float_bits)
+    yield _norm_spec(source, FINAL_NORM)
+
+
+def _layer_shard(
+    source: Checkpoint | QuantizedCheckpoint,
+    recipe: Recipe,
+    configs: dict[str, QuantConfig | None],
+    layer: int,
+    progress: Callable[[int], None],
+) -> Iterator[Spec]:
+    for weight in linear_shapes(source.config, layer):
+        if configs[weight] is None:
+            yield _float_spec(source, weight, recipe.float_bits, progress)
+        else:
+            yield from _integer_specs(source, recipe, weight, configs, progress)
+    for norm in NORMS:
+        yield _norm_spec(source, f"model.layers.{layer}.{norm}.weight")
+
+
+def _norm_spec(source: Checkpoint | QuantizedCheckpoint, name: str) -> Spec:
+    values = source.vector(name)
+    return Spec(name, torch.float32, (len(values),), lambda: iter([values]))
+
+
+def _float_spec(
+    source: Checkpoint | QuantizedCheckpoint,
+    weight: str,
+    float_bits: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Spec:
+    """A plain matrix in its stored type; 16 bits ask for bfloat16 where that is float32."""
+    shape, dtype = weight_shapes(source.config)[weight], source.dtype(weight)
+    if float_bits == 16 and dtype == torch.float32:
+        dtype = torch.bfloat16
+    read = source.plain_rows if isinstance(source, QuantizedCheckpoint) else source.rows
+
+    def data() -> Iterator[Tensor]:
+        for start, stop in row_slices(shape):
+            yield read(weight, start, stop).to(dtype)
+            progress((stop - start) * shape[1])
+
+    return Spec(f"{weight}.weight", dtype, shape, data)
+
+
+def _integer_specs(
+    source: Checkpoint | QuantizedCheckpoint,
+    recipe: Recipe,
+    weight: str,
+    configs: dict[str, QuantConfig | None],
+    progress: Callable[[int], None],
+) -> Iterator[Spec]:
+    """Packed codes, scales and shape of one matrix. The scales, which are small, are kept until their turn comes."""
+    shape, config = weight_shapes(source.config)[weight], configs[weight]
+    assert config is not None
+    keep = isinstance(source, QuantizedCheckpoint) and source.configs[weight] is not None
+    scales: list[Tensor] = []
+    scale_dtype = source.scale_dtype(weight) if keep and isinstance(source, QuantizedCheckpoint) else torch.bfloat16
+
+    def packed() -> Iterator[Tensor]:
+        for start, stop in row_slices(shape):
+            if isinstance(source, QuantizedCheckpoint) and keep:
+                part = source.quantized(weight, start, stop)
+            else:
+                part = quantize(source.rows(weight, start, stop), config, recipe.rule_for(weight).method)
+            scales.append(part.scale)
+            yield pack(part.codes, config.bits)
+            progress((stop - start) * shape[1])
+
+    groups = shape[1] // config.group_size if config.group_size else 1
+    yield Spec(f"{weight}.weight_packed", torch.int32, (shape[0], -(-shape[1] * config.bits // 32)), packed)
+    yield Spec(f"{weight}.weight_scale", scale_dtype, (shape[0], groups), lambda: iter(scales))
+    yield Spec(f"{weight}.weight_shape", torch.int64, (2,), lambda: iter([torch.tensor(shape)]))
