@@ -12,6 +12,7 @@ a-W+1. So nothing needed is lost iff a+T-1-R < a-W+1, that is
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ def slots_needed(window: int, chunk: int) -> int:
     return window + chunk - 1
 
 
-class KVCache(nn.Module):
+class KVCache(Protocol):
     """The seam that a backend replaces: rotate the chunk, write its keys and values, attend to what is visible."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope, input_pos: Tensor) -> Tensor:
@@ -55,10 +56,10 @@ class KVCache(nn.Module):
         Returns:
             (B, T, H*D).
         """
-        raise NotImplementedError
+        ...
 
 
-class RingCache(KVCache):
+class RingCache(nn.Module):
     """The reference cache in plain torch: one ring per layer, keys stored rotated, so nothing is rotated twice."""
 
     def __init__(self, config: Gemma2Config, *, context: int, chunk: int, dtype: torch.dtype = torch.float32) -> None:

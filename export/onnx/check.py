@@ -1,0 +1,123 @@
+"""What a finished graph must hold, read back from the file: silent wrong numbers start with an unexpected node."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+
+from gemma_edge.export.bundle import CacheGeometry
+from gemma_edge.export.onnx.weights import HEAD_PACKED, Blob
+from gemma_edge.model.checkpoint import TABLE
+from gemma_edge.model.config import Gemma2Config
+from gemma_edge.quantize.recipe import QuantConfig
+
+NORMS_PER_LAYER = 4
+SMALL_BYTES = 4096  # constants the exporter makes; anything larger must be one of the known weights
+
+
+def check_graph(
+    path: Path,
+    config: Gemma2Config,
+    configs: Mapping[str, QuantConfig | None],
+    geometry: CacheGeometry,
+    blobs: list[Blob],
+    *,
+    windowed: bool,
+) -> None:
+    """Check a saved graph against the model it should be.
+
+    Args:
+        windowed: the cache slides inside GroupQueryAttention (ours); False: the window is only a mask (genai's).
+
+    Raises:
+        RuntimeError: names the first thing that is not as expected.
+    """
+    graph = ir.load(path).graph
+    _check_counts(path, graph, config, configs)
+    _check_attention(path, graph, config, geometry, windowed)
+    _check_weights(path, graph, configs, blobs)
+    for node in graph:
+        if node.op_type == "Gelu" and node.attributes["approximate"].as_string() != "tanh":
+            raise RuntimeError(f"{path.name}: a Gelu is not the tanh approximation")
+
+
+def expected_counts(config: Gemma2Config, configs: Mapping[str, QuantConfig | None]) -> dict[str, int]:
+    """How often each operator that carries the model occurs."""
+    layers = config.num_hidden_layers
+    quantized = sum(c is not None for name, c in configs.items() if name != TABLE)
+    table = configs[TABLE] is not None
+    floats = len(configs) - 1 - quantized
+    return {
+        "GroupQueryAttention": layers,
+        "RotaryEmbedding": 2 * layers,
+        "RMSNormalization": NORMS_PER_LAYER * layers + 1,
+        "Gelu": layers,
+        "MatMulNBits": quantized + table,
+        "MatMul": floats + (not table),
+        "GatherBlockQuantized": int(table),
+        "Tanh": int(config.final_logit_softcapping is not None),
+    }
+
+
+def _check_counts(path: Path, graph: ir.Graph, config: Gemma2Config, configs: Mapping[str, QuantConfig | None]) -> None:
+    found = Counter(node.op_type for node in graph)
+    for op, count in expected_counts(config, configs).items():
+        if found[op] != count:
+            raise RuntimeError(f"{path.name}: {found[op]} {op} nodes, expected {count}")
+
+
+def _check_attention(
+    path: Path, graph: ir.Graph, config: Gemma2Config, geometry: CacheGeometry, windowed: bool
+) -> None:
+    for layer, node in enumerate(node for node in graph if node.op_type == "GroupQueryAttention"):
+        window = geometry.layers[layer].window
+        if not windowed and not config.is_local(layer):
+            window = -1
+        expected: dict[str, float] = {
+            "local_window_size": window,
+            "sliding_window_cache": int(windowed),
+            "softcap": config.attn_logit_softcapping or 0.0,
+            "scale": config.query_pre_attn_scalar**-0.5,
+            "num_heads": config.num_attention_heads,
+            "kv_num_heads": config.num_key_value_heads,
+            "do_rotary": 0,
+        }
+        for name, value in expected.items():
+            found = node.attributes[name].value
+            if abs(found - value) > 1e-6 * abs(value):
+                raise RuntimeError(f"{path.name}: layer {layer} attends with {name} {found}, expected {value}")
+        past = node.inputs[3]
+        if past is None or past.name != f"past_key_values.{layer}.key":
+            raise RuntimeError(f"{path.name}: attention {layer} reads the cache {past.name if past else None}")
+
+
+def _check_weights(path: Path, graph: ir.Graph, configs: Mapping[str, QuantConfig | None], blobs: list[Blob]) -> None:
+    """Every weight is in the file once, at its place, and no other constant is large (a float copy of a weight would be)."""
+    by_name = {blob.name: blob for blob in blobs}
+    for name, value in graph.initializers.items():
+        tensor = value.const_value
+        assert tensor is not None
+        if not isinstance(tensor, ir.ExternalTensor):
+            if tensor.nbytes > SMALL_BYTES:
+                raise RuntimeError(f"{path.name}: constant {name} of {tensor.nbytes} bytes is inside the graph")
+            continue
+        blob = by_name[f"{TABLE}.weight_packed" if name == HEAD_PACKED else name]
+        if (tensor.offset, tensor.length) != (blob.offset, blob.nbytes):
+            raise RuntimeError(
+                f"{path.name}: {name} points to {tensor.offset}+{tensor.length}, written at {blob.offset}"
+            )
+    missing = {blob.name for blob in blobs} - set(graph.initializers)
+    if missing:
+        raise RuntimeError(f"{path.name}: {sorted(missing)[0]} is in the weights file but not in the graph")
+    for node in graph:
+        if node.op_type != "MatMulNBits":
+            continue
+        packed = node.inputs[1]
+        assert packed is not None and packed.name is not None
+        weight = TABLE if packed.name == HEAD_PACKED else packed.name.removesuffix(".weight_packed")
+        config = configs[weight]
+        if config is None or node.attributes["bits"].as_int() != config.bits:
+            raise RuntimeError(f"{path.name}: {weight} has {node.attributes['bits'].as_int()} bits, expected {config}")

@@ -1,0 +1,145 @@
+"""The weights file of an ONNX bundle: what lies where, and the bytes, streamed from a quantized checkpoint.
+
+The layout depends on shapes and the recipe alone, so that plan.py knows the file's size before any work. Source of the packing:
+ONNX Runtime's MatMulNBits and GatherBlockQuantized (codes stored plus 2^(bits-1), the even column in the low nibble).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gemma_edge.errors import InputError
+from gemma_edge.model.checkpoint import TABLE, norm_names, row_slices, weight_shapes
+from gemma_edge.model.config import Gemma2Config
+from gemma_edge.quantize.recipe import QuantConfig
+from gemma_edge.quantize.store import QuantizedCheckpoint
+
+ALIGNMENT = 4096  # a page, so that every tensor can be mapped
+BLOCK_SIZES = (256, 128, 64, 32, 16)  # that the kernels know
+HEAD_PACKED = "lm_head.weight_packed"  # the table's bytes under the three-dimensional shape that MatMulNBits asks for
+
+
+def block_size(config: QuantConfig, in_features: int) -> int:
+    """The kernel's block: the largest that divides the group; the group's scale is repeated for each of its blocks.
+
+    Raises:
+        InputError: no block divides the row.
+    """
+    group = config.group_size or in_features
+    for block in BLOCK_SIZES:
+        if group % block == 0:
+            return block
+    raise InputError(
+        f"rows of {in_features} are not a multiple of {BLOCK_SIZES[-1]}, which ONNX Runtime needs; use --bits 16"
+    )
+
+
+@dataclass(frozen=True)
+class Blob:
+    """One tensor of the weights file."""
+
+    name: str  # of the graph's initializer
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def layout(
+    config: Gemma2Config, configs: Mapping[str, QuantConfig | None], dtypes: Mapping[str, torch.dtype]
+) -> list[Blob]:
+    """Every tensor of the file, in order.
+
+    Args:
+        configs: integers of each weight, None = float.
+        dtypes: how the float weights are stored.
+    """
+    blobs: list[Blob] = []
+    end = 0
+
+    def add(name: str, dtype: torch.dtype, *shape: int) -> None:
+        nonlocal end
+        blobs.append(Blob(name, dtype, shape, -(-end // ALIGNMENT) * ALIGNMENT))
+        end = blobs[-1].offset + blobs[-1].nbytes
+
+    for weight, (rows, columns) in weight_shapes(config).items():
+        quant = configs[weight]
+        if quant is None:
+            add(f"{weight}.weight", dtypes[weight], rows, columns)
+            continue
+        block = block_size(quant, columns)
+        blocks = columns // block
+        packed = (columns * quant.bits // 8,) if weight == TABLE else (blocks, block * quant.bits // 8)
+        add(f"{weight}.weight_packed", torch.uint8, rows, *packed)
+        add(f"{weight}.weight_scale", torch.float32, rows, blocks)
+    for name in norm_names(config):
+        add(name, torch.float32, config.hidden_size)
+    return blobs
+
+
+def file_bytes(blobs: list[Blob]) -> int:
+    """Size of the weights file."""
+    return blobs[-1].offset + blobs[-1].nbytes
+
+
+def write_weights(
+    checkpoint: QuantizedCheckpoint, blobs: list[Blob], path: Path, progress: Callable[[int], None] = lambda done: None
+) -> None:
+    """Write the file of `layout`. `progress` is called with the bytes just written.
+
+    Raises:
+        RuntimeError: the checkpoint's slices do not fill a tensor exactly.
+    """
+    with path.open("wb") as file:
+        for blob, parts in _contents(checkpoint, blobs):
+            file.seek(blob.offset)  # the gap before it reads as zeros
+            for part in parts:
+                if part.dtype != blob.dtype:
+                    raise RuntimeError(f"{blob.name}: a slice of {part.dtype} for a tensor of {blob.dtype}")
+                progress(file.write(part.contiguous().view(torch.uint8).numpy().data))
+            if file.tell() != blob.offset + blob.nbytes:
+                raise RuntimeError(f"{blob.name}: {file.tell() - blob.offset} bytes for {blob.nbytes}")
+
+
+def _contents(checkpoint: QuantizedCheckpoint, blobs: list[Blob]) -> Iterator[tuple[Blob, Iterator[Tensor]]]:
+    scales: list[Tensor] = []  # of the packed weight just written: its scales follow it
+    for blob in blobs:
+        weight, _, part = blob.name.rpartition(".")
+        if part == "weight_packed":
+            scales = []
+            yield blob, _packed(checkpoint, weight, blob, scales)
+        elif part == "weight_scale":
+            yield blob, iter(scales)
+        elif weight in checkpoint.configs:
+            yield blob, _plain(checkpoint, weight, blob)
+        else:
+            yield blob, iter([1.0 + checkpoint.vector(blob.name)])  # RMSNormalization multiplies, Gemma's norm by 1 + w
+
+
+def _packed(checkpoint: QuantizedCheckpoint, weight: str, blob: Blob, scales: list[Tensor]) -> Iterator[Tensor]:
+    """Slices of the packed codes; the scales, repeated per block, are left in `scales`."""
+    shape, config = weight_shapes(checkpoint.config)[weight], checkpoint.configs[weight]
+    assert config is not None
+    repeat = (config.group_size or shape[1]) // block_size(config, shape[1])
+    for start, stop in row_slices(shape):
+        part = checkpoint.quantized(weight, start, stop)
+        scales.append(part.scale.float().repeat_interleave(repeat, dim=1))
+        codes = (part.codes.to(torch.int16) + (1 << (config.bits - 1))).to(torch.uint8)
+        if config.bits == 4:
+            codes = codes[:, 0::2] | (codes[:, 1::2] << 4)
+        yield codes.view(stop - start, *blob.shape[1:])
+
+
+def _plain(checkpoint: QuantizedCheckpoint, weight: str, blob: Blob) -> Iterator[Tensor]:
+    for start, stop in row_slices((blob.shape[0], blob.shape[1])):
+        yield checkpoint.rows(weight, start, stop).to(blob.dtype)

@@ -1,0 +1,84 @@
+"""Shared by all tests: one tiny configuration, and checkpoints of it on disk, made by transformers and not by us."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Gemma2Config as HFConfig
+from transformers import Gemma2ForCausalLM
+
+ROOT = Path(__file__).parents[1]
+DEMO = ROOT / "demo" / "tiny-gemma2"
+
+# The window is shorter than the sequences (24 and more), so that the ring wraps; weights of deviation 1 make the softcaps bite.
+TINY_CONFIG: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "query_pre_attn_scalar": 32,
+    "sliding_window": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 1.0,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {},
+    "heads_like_27b": {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16, "query_pre_attn_scalar": 24},
+    "starts_global": {"layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]},
+    "odd_sizes": {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 6, "num_key_value_heads": 2},
+    "no_softcaps": {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+}
+
+
+def make_checkpoint(folder: Path, seed: int = 0, **overrides: Any) -> Path:
+    """Save a random Gemma 2 in Hugging Face's format, norms included."""
+    torch.manual_seed(seed)
+    model = Gemma2ForCausalLM(HFConfig(**{**TINY_CONFIG, **overrides})).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.normal_(0.0, 0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+def hf_model(folder: Path) -> Gemma2ForCausalLM:
+    """The reference that no one here wrote: transformers, eager attention, float32."""
+    model = Gemma2ForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    return model.eval()
+
+
+def hf_logits(model: Gemma2ForCausalLM, ids: torch.Tensor) -> torch.Tensor:
+    """(T,) int64 -> logits (T, V) of the whole sequence at once, without a cache."""
+    with torch.no_grad():
+        logits: torch.Tensor = model(ids[None], use_cache=False).logits[0]
+    return logits
+
+
+def relative_error(found: torch.Tensor, reference: torch.Tensor) -> float:
+    """Largest difference as a part of the reference's range."""
+    return float((found - reference).abs().max() / (reference.max() - reference.min()))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`checkpoint("tiny")`: the folder of a named shape, made once a session."""
+    made: dict[str, Path] = {}
+
+    def make(shape: str = "tiny") -> Path:
+        if shape not in made:
+            made[shape] = make_checkpoint(tmp_path_factory.mktemp(shape), **SHAPES[shape])
+        return made[shape]
+
+    return make
