@@ -184,7 +184,7 @@ def _clean_leftovers(out: Path) -> None:
 
 @contextmanager
 def staged(out: Path, *, force: bool) -> Iterator[Path]:
-    """A temporary folder beside `out` that becomes `out` in one rename when the block ends without an exception.
+    """A temporary folder beside `out`; what is in its `bundle/` becomes `out` in one rename when the block ends well.
 
     Raises:
         InputError: `out` exists and `force` is False, or its parent cannot be written.
@@ -195,17 +195,16 @@ def staged(out: Path, *, force: bool) -> Iterator[Path]:
     if out.exists() and not (out.is_dir() and ((out / MANIFEST).exists() or not any(out.iterdir()))):
         raise InputError(f"{out} exists and is not a bundle; --force replaces only bundles: pass -o for another folder")
     work = out.parent / f".{out.name}.partial-{os.getpid()}"
+    old = out.parent / f".{out.name}.old-{os.getpid()}"
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        work.mkdir()
+        (work / "bundle").mkdir(parents=True)
     except OSError as error:
         raise InputError(f"cannot write in {out.parent}: {error.strerror}; pass -o for another folder") from None
-    old = out.parent / f".{out.name}.old-{os.getpid()}"
     try:
         yield work
         if out.exists():
             out.rename(old)
-        work.rename(out)
+        (work / "bundle").rename(out)
     finally:
         shutil.rmtree(work, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,18 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, in) -> (B, T, out)."""
         return F.linear(x, self.weight)
+
+
+class TiedTable(Protocol):
+    """What the decoder asks of an embedding seam."""
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """(B, T) int64 -> (B, T, hidden)."""
+        ...
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(B, T, hidden) -> (B, T, V), without the softcap."""
+        ...
 
 
 class Embedding(nn.Module):
@@ -52,7 +65,7 @@ class Layers:
     """How the two weight seams are built: by the name of the weight in the checkpoint, without `.weight`."""
 
     linear: Callable[[str, int, int], nn.Module] = Linear
-    embedding: Callable[[str, int, int], nn.Module] = Embedding
+    embedding: Callable[[str, int, int], TiedTable] = Embedding
 
 
 class RMSNorm(nn.Module):
@@ -122,7 +135,8 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor, cache: KVCache, rope: Rope, input_pos: Tensor) -> Tensor:
         """(B, T, hidden) -> same."""
         x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), cache, rope, input_pos))
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        return x
 
 
 class Gemma2Model(nn.Module):
@@ -161,9 +175,7 @@ class Gemma2(nn.Module):
 
     def head(self, x: Tensor) -> Tensor:
         """(B, T, hidden) -> soft-capped logits (B, T, V)."""
-        embedding = self.model.embed_tokens
-        assert isinstance(embedding, nn.Module)
-        return soft_cap(embedding.logits(x), self.config.final_logit_softcapping)
+        return soft_cap(self.model.embed_tokens.logits(x), self.config.final_logit_softcapping)
 
 
 def soft_cap(logits: Tensor, cap: float | None) -> Tensor:

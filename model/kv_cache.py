@@ -11,6 +11,7 @@ a-W+1. So nothing needed is lost iff a+T-1-R < a-W+1, that is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -62,7 +63,15 @@ class KVCache(Protocol):
 class RingCache(nn.Module):
     """The reference cache in plain torch: one ring per layer, keys stored rotated, so nothing is rotated twice."""
 
-    def __init__(self, config: Gemma2Config, *, context: int, chunk: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, config: Gemma2Config, *, context: int, chunk: int, layers: Sequence[int] | None = None) -> None:
+        """Allocate the rings.
+
+        Args:
+            config: the model's.
+            context: window of the global layers, in tokens; local layers take the smaller of it and their own.
+            chunk: most tokens in one call of `attend`.
+            layers: the layers to hold, None for all: a model run layer by layer needs one ring at a time.
+        """
         super().__init__()
         if context < 1 or chunk < 1:
             raise InputError(f"context {context} and chunk {chunk} must be at least 1 token")
@@ -71,10 +80,10 @@ class RingCache(nn.Module):
             min(config.sliding_window, context) if config.is_local(i) else context
             for i in range(config.num_hidden_layers)
         ]
-        for i, window in enumerate(self.windows):
-            shape = (1, config.num_key_value_heads, slots_needed(window, chunk), config.head_dim)
-            self.register_buffer(f"k_{i}", torch.zeros(shape, dtype=dtype), persistent=False)
-            self.register_buffer(f"v_{i}", torch.zeros(shape, dtype=dtype), persistent=False)
+        for i in range(config.num_hidden_layers) if layers is None else layers:
+            shape = (1, config.num_key_value_heads, slots_needed(self.windows[i], chunk), config.head_dim)
+            self.register_buffer(f"k_{i}", torch.zeros(shape), persistent=False)
+            self.register_buffer(f"v_{i}", torch.zeros(shape), persistent=False)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope, input_pos: Tensor) -> Tensor:
         """See `KVCache.attend`; B must be 1 and T at most the chunk that the ring was made for."""
@@ -83,9 +92,9 @@ class RingCache(nn.Module):
         slots = keys.shape[2]
         # R >= W + T - 1, else the chunk overwrites keys that its first query needs
         assert slots >= slots_needed(self.windows[layer], tokens), f"chunk of {tokens} tokens exceeds {self.chunk}"
-        q = rotate(q.unflatten(-1, (c.num_attention_heads, c.head_dim)).transpose(1, 2), rope)  # (1, H, T, D)
-        k = rotate(k.unflatten(-1, (c.num_key_value_heads, c.head_dim)).transpose(1, 2), rope)  # (1, K, T, D)
-        v = v.unflatten(-1, (c.num_key_value_heads, c.head_dim)).transpose(1, 2)  # (1, K, T, D)
+        q = rotate(q.view(1, tokens, c.num_attention_heads, c.head_dim).transpose(1, 2), rope)  # (1, H, T, D)
+        k = rotate(k.view(1, tokens, c.num_key_value_heads, c.head_dim).transpose(1, 2), rope)  # (1, K, T, D)
+        v = v.view(1, tokens, c.num_key_value_heads, c.head_dim).transpose(1, 2)  # (1, K, T, D)
         positions = input_pos + torch.arange(tokens)  # (T,)
         keys.index_copy_(2, positions % slots, k)
         values.index_copy_(2, positions % slots, v)
@@ -120,11 +129,13 @@ def soft_capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, config:
     Returns:
         (B, H, T, D).
     """
-    heads, tokens = q.shape[1], q.shape[2]
-    group = heads // k.shape[1]
-    q = q.unflatten(1, (k.shape[1], group)).flatten(2, 3)  # (B, K, G*T, D)
+    batch, heads, tokens, head_dim = q.shape
+    kv_heads = k.shape[1]
+    group = heads // kv_heads
+    q = q.reshape(batch, kv_heads, group * tokens, head_dim)  # (B, K, G*T, D)
     scores = q @ k.transpose(2, 3) * config.query_pre_attn_scalar**-0.5  # (B, K, G*T, S)
     if config.attn_logit_softcapping is not None:
         scores = torch.tanh(scores / config.attn_logit_softcapping) * config.attn_logit_softcapping
     scores = scores.masked_fill(~mask.repeat(group, 1), float("-inf"))
-    return (scores.softmax(dim=-1) @ v).unflatten(2, (group, tokens)).flatten(1, 2)  # (B, H, T, D)
+    out: Tensor = (scores.softmax(dim=-1) @ v).reshape(batch, heads, tokens, head_dim)
+    return out

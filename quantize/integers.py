@@ -29,8 +29,9 @@ class QuantizedTensor:
 
     def dequantize(self) -> Tensor:
         """(rows, in) float32."""
-        groups = self.codes.unflatten(1, (self.scale.shape[1], -1)).float()  # (rows, groups, G)
-        return (groups * self.scale.float().unsqueeze(-1)).flatten(1)
+        groups = self.codes.view(len(self.codes), self.scale.shape[1], -1).float()  # (rows, groups, G)
+        values: Tensor = groups * self.scale.float().unsqueeze(-1)
+        return values.flatten(1)
 
 
 def quantize(values: Tensor, config: QuantConfig, method: str) -> QuantizedTensor:

@@ -44,7 +44,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 def make_checkpoint(folder: Path, seed: int = 0, **overrides: Any) -> Path:
     """Save a random Gemma 2 in Hugging Face's format, norms included."""
     torch.manual_seed(seed)
-    model = Gemma2ForCausalLM(HFConfig(**{**TINY_CONFIG, **overrides})).eval()
+    model = Gemma2ForCausalLM(HFConfig(**{**TINY_CONFIG, **overrides}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -55,8 +55,10 @@ def make_checkpoint(folder: Path, seed: int = 0, **overrides: Any) -> Path:
 
 def hf_model(folder: Path) -> Gemma2ForCausalLM:
     """The reference that no one here wrote: transformers, eager attention, float32."""
-    model = Gemma2ForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    return model.eval()
+    model: Gemma2ForCausalLM = Gemma2ForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    return model
 
 
 def hf_logits(model: Gemma2ForCausalLM, ids: torch.Tensor) -> torch.Tensor:

@@ -120,14 +120,15 @@ def attach_weights(model: ir.Model, blobs: list[Blob], file_name: str) -> None:
     if set(holes) != expected:
         raise RuntimeError(f"graph and weights file differ in {sorted(set(holes) ^ expected)[:4]}")
     for name, value in holes.items():
+        old_name = value.name
         blob = by_name[f"{TABLE}.weight_packed" if name == HEAD_PACKED else name]
         shape = tuple(value.shape or ())
         same_bytes = name == HEAD_PACKED and value.dtype == ir.DataType.UINT8
         if not same_bytes and (shape != blob.shape or value.dtype != DTYPES[blob.dtype]):
             raise RuntimeError(f"{name}: the graph has {value.dtype} {shape}, the file {blob.dtype} {blob.shape}")
         tensor_shape = value.shape
-        assert tensor_shape is not None and value.dtype is not None
-        graph.initializers.pop(value.name)
+        assert tensor_shape is not None and value.dtype is not None and old_name is not None
+        graph.initializers.pop(old_name)
         value.name = name
         value.const_value = ir.ExternalTensor(
             file_name, blob.offset, blob.nbytes, value.dtype, shape=tensor_shape, name=name

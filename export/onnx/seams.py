@@ -5,6 +5,7 @@ Source: ONNX Runtime's contrib operators (GroupQueryAttention, MatMulNBits, Gath
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,8 +15,11 @@ from torch.onnx import ops
 from gemma_edge.export.bundle import CacheGeometry
 from gemma_edge.export.onnx.weights import block_size
 from gemma_edge.model.config import Gemma2Config
-from gemma_edge.model.gemma2 import Layers, Rope
+from gemma_edge.model.gemma2 import Layers, TiedTable
+from gemma_edge.model.kv_cache import Rope
 from gemma_edge.quantize.recipe import QuantConfig
+
+Attrs = dict[str, int | float | str | bool | Sequence[int] | Sequence[float] | Sequence[str] | Sequence[bool]]
 
 
 class MatMulNBits(nn.Module):
@@ -39,7 +43,7 @@ class MatMulNBits(nn.Module):
 
 def matmul_nbits(x: Tensor, packed: Tensor, scale: Tensor, weight: MatMulNBits | QuantizedEmbedding) -> Tensor:
     """One MatMulNBits node: symmetric codes, so without zero points."""
-    attrs = {
+    attrs: Attrs = {
         "N": weight.out_features,
         "K": weight.in_features,
         "bits": weight.config.bits,
@@ -66,7 +70,7 @@ class QuantizedEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, T) int64 -> (B, T, hidden)."""
-        attrs = {"bits": self.config.bits, "block_size": self.block, "gather_axis": 0, "quantize_axis": 1}
+        attrs: Attrs = {"bits": self.config.bits, "block_size": self.block, "gather_axis": 0, "quantize_axis": 1}
         inputs = (self.get_buffer("weight_packed"), tokens, self.get_buffer("weight_scale"))
         shape = (*tokens.shape, self.in_features)
         return ops.symbolic(
@@ -119,7 +123,7 @@ def make_layers(configs: dict[str, QuantConfig | None], dtypes: dict[str, torch.
             return FloatLinear(in_features, out_features, dtypes[name])
         return MatMulNBits(in_features, out_features, config, accuracy_level)
 
-    def embedding(name: str, vocab_size: int, hidden_size: int) -> nn.Module:
+    def embedding(name: str, vocab_size: int, hidden_size: int) -> TiedTable:
         config = configs[name]
         if config is None:
             return FloatEmbedding(hidden_size, vocab_size, dtypes[name])
@@ -150,7 +154,7 @@ class GroupQueryAttention:
         k = ops.rotary_embedding(k, cos, sin, num_heads=c.num_key_value_heads)  # (1, T, K*D)
         total = (input_pos + q.shape[1]).to(torch.int32)  # (1,) tokens after this chunk
         past_k, past_v = self.past[2 * layer], self.past[2 * layer + 1]
-        attrs = {
+        attrs: Attrs = {
             "num_heads": c.num_attention_heads,
             "kv_num_heads": c.num_key_value_heads,
             "scale": c.query_pre_attn_scalar**-0.5,

@@ -1,0 +1,144 @@
+"""`gemma-export`: parses, calls pipeline.py, prints with report.py. Heavy imports are inside the commands, for a quick --help."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gemma_edge.command import Command, Group
+
+F = Callable[..., None]
+
+
+class DefaultCommand(Group):
+    """A group whose first command may be left out: `gemma-export FOLDER` is `gemma-export make FOLDER`."""
+
+    default = "make"
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put the default command in front unless another one, or the group's help, is asked for."""
+        if not args or (args[0] not in self.commands and args[0] not in ("--help", "-h", "--version")):
+            args = [self.default, *args]
+        return super().parse_args(ctx, args)
+
+
+def _model_options(command: F) -> F:
+    """Options of a model, its integers and its target: those that decide a plan."""
+    options = [
+        click.argument("model", default="google/gemma-2-2b-it"),
+        click.option("--target", default="android", show_default=True, help="android, raspberry-pi or desktop."),
+        click.option("--bits", type=int, default=4, show_default=True, help="Of the linears: 4, 8, or float 16 or 32."),
+        click.option("--group-size", type=int, help="Weights per scale, a multiple of 32; 0 = one per channel."),
+        click.option(
+            "--table-bits", type=click.Choice(["4", "8"]), default="8", show_default=True, help="Of the tied table."
+        ),
+        click.option("--method", help="How integers are found: rtn or mse. Default: what suits bits and group size."),
+        click.option("--context", type=int, help="Tokens the model looks back on. Default: what fits the target."),
+        click.option("--prefill-chunk", type=int, help="Most prompt tokens in one call. Default: 128."),
+        click.option("--lora", type=click.Path(path_type=Path), help="PEFT adapter folder to merge."),
+        click.option("--ram", "ram_gib", type=float, help="GiB that the app may take. Default: the target's."),
+        click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of tables."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.group(cls=DefaultCommand, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="gemma-edge")
+def main() -> None:
+    """Export Gemma 2 to a verified on-device bundle: gemma-export [MODEL] --target android --bits 4.
+
+    MODEL is a Hugging Face folder or id. `gemma-export make --help` lists every option; `plan` predicts, `inspect` looks.
+    """
+
+
+@main.command(cls=Command)
+@_model_options
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help="The bundle's folder. Default: named by model and recipe."
+)
+@click.option("--backend", default="onnx", show_default=True, help="Runtime to export for: onnx.")
+@click.option("--verify", default="quick", show_default=True, help="quick, full or none: how far the gate looks.")
+@click.option("--keep-failed", is_flag=True, help="Keep a bundle that fails the gate as OUT.failed.")
+@click.option(
+    "--save-checkpoint", type=click.Path(path_type=Path), help="Also keep the quantized Hugging Face folder here."
+)
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+def make(as_json: bool, **choices: Any) -> None:
+    """Export MODEL (the default command)."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a killed export cleans up too
+    from gemma_edge.export import pipeline, report
+
+    _show_warnings()
+    options = _options(choices)
+    opened = pipeline.open_model(options)
+    _say_what_calibration_would_allow(opened)
+    done = pipeline.export(options, report.progress_bar, opened)
+    if as_json:
+        click.echo(json.dumps(pipeline.to_json(done), indent=1))
+    else:
+        report.print_export(done)
+
+
+@main.command(cls=Command)
+@_model_options
+def plan(as_json: bool, **choices: Any) -> None:
+    """Predict bytes and RAM of an export of MODEL, before any work."""
+    from gemma_edge.export import pipeline, report
+
+    opened = pipeline.open_model(_options(choices))
+    if as_json:
+        click.echo(json.dumps(opened.plan.to_json(), indent=1))
+    else:
+        report.OUT.print(report.plan_table(opened.plan, opened.source.config.num_parameters))
+
+
+@main.command(cls=Command)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--check-hashes", is_flag=True, help="Compare every file with its hash.")
+@click.option("--json", "as_json", is_flag=True, help="The manifest as JSON on stdout.")
+def inspect(bundle: Path, check_hashes: bool, as_json: bool) -> None:
+    """Show what a BUNDLE holds and what the gate found."""
+    from gemma_edge.export import bundle as bundles
+    from gemma_edge.export import report
+
+    manifest = bundles.Manifest.load(bundle)
+    if check_hashes:
+        with report.progress_bar("check hashes", sum(entry.bytes for entry in manifest.files.values())) as advance:
+            bundles.check_hashes(bundle, manifest, advance)
+        click.echo(f"{len(manifest.files)} files: every hash is the manifest's", err=True)
+    if as_json:
+        click.echo(manifest.to_json(), nl=False)
+    else:
+        report.print_inspect(manifest)
+
+
+def _options(choices: dict[str, Any]) -> Any:
+    from gemma_edge.export import pipeline
+
+    return pipeline.ExportOptions(**{**choices, "table_bits": int(choices["table_bits"])})
+
+
+def _show_warnings() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("warning: %(message)s"))
+    logging.getLogger("gemma_edge").addHandler(handler)
+
+
+def _say_what_calibration_would_allow(opened: Any) -> None:
+    from gemma_edge.quantize.recipe import CALIBRATED_GROUP, UNCALIBRATED_GROUP
+
+    if opened.recipe.name == f"int4-g{UNCALIBRATED_GROUP}":
+        click.echo(
+            f"note: without calibration 4 bits use group {UNCALIBRATED_GROUP}; calibrated weights would allow group"
+            f" {CALIBRATED_GROUP}, smaller and faster (--group-size {CALIBRATED_GROUP} takes it anyway)",
+            err=True,
+        )

@@ -1,0 +1,289 @@
+"""The stages of an export in order: open, plan, quantize, lower, verify, publish. The command line only parses and calls it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import gemma_edge
+from gemma_edge.errors import InputError
+from gemma_edge.export import plan as planning
+from gemma_edge.export import verify as gate
+from gemma_edge.export.bundle import MANIFEST, Manifest, list_files, staged
+from gemma_edge.export.onnx import backend as onnx_backend
+from gemma_edge.model import hub
+from gemma_edge.model.checkpoint import Checkpoint, weight_shapes
+from gemma_edge.quantize.recipe import Recipe, make_recipe
+from gemma_edge.quantize.store import QuantizedCheckpoint, open_weights, write_quantized
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = {"onnx": onnx_backend.lower}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
+OTHER_FILES = ("added_tokens.json", "chat_template.jinja", "generation_config.json")
+TOOLS = ("torch", "onnx", "onnxruntime", "onnxscript", "safetensors", "tokenizers", "numpy")
+
+# (what, total) -> a context that yields a function to call with what was done
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What a user can choose. None = the default that fits model and target."""
+
+    model: str = hub.DEFAULT_MODEL
+    out: Path | None = None
+    target: str = "android"
+    bits: int = 4
+    group_size: int | None = None
+    table_bits: int = 8
+    method: str | None = None
+    context: int | None = None
+    prefill_chunk: int | None = None
+    backend: str = "onnx"
+    lora: Path | None = None
+    ram_gib: float | None = None
+    verify: str = "quick"
+    keep_failed: bool = False
+    save_checkpoint: Path | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How long a stage took, and the highest memory until its end."""
+
+    name: str
+    seconds: float
+    peak_rss_bytes: int
+
+
+@dataclass
+class Export:
+    """A finished export."""
+
+    bundle: Path
+    manifest: Manifest
+    stages: list[Stage] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that is ready to be exported: checked, nothing written yet."""
+
+    source: Checkpoint | QuantizedCheckpoint
+    recipe: Recipe
+    target: planning.Target
+    plan: planning.Plan
+
+
+def peak_rss_bytes() -> int:
+    """Most memory this process ever held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def open_model(options: ExportOptions) -> Opened:
+    """Find and check the model, and plan its export. Reads headers only.
+
+    Raises:
+        InputError: the model, an option or the target cannot be used.
+    """
+    for name, value, allowed in (
+        ("--target", options.target, planning.TARGETS),
+        ("--backend", options.backend, BACKENDS),
+        ("--verify", options.verify, gate.LEVELS),
+    ):
+        if value not in allowed:
+            raise InputError(f"{name} {value}; supported: {', '.join(allowed)}")
+    recipe = make_recipe(
+        options.bits, group_size=options.group_size, method=options.method, table_bits=options.table_bits
+    )
+    target = planning.TARGETS[options.target]
+    if options.ram_gib is not None:
+        target = replace(target, ram_bytes=int(options.ram_gib * planning.GIB))
+    source = open_weights(hub.resolve(options.model), lora=options.lora)
+    plan = planning.make_plan(source, recipe, target, context=options.context, prefill_chunk=options.prefill_chunk)
+    return Opened(source, recipe, target, plan)
+
+
+@contextmanager
+def _no_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    yield lambda done: None
+
+
+def export(options: ExportOptions, progress: Progress = _no_progress, opened: Opened | None = None) -> Export:
+    """Make a bundle. It appears at `options.out` complete and verified, or not at all.
+
+    Raises:
+        InputError: bad input, too little disk, or the gate failed; nothing is left behind.
+        RuntimeError: the exported graph is not what it should be.
+    """
+    opened = opened or open_model(options)
+    source, plan = opened.source, opened.plan
+    out = options.out or Path(f"{source.folder.resolve().name}-{opened.recipe.name}-{options.target}")
+    if options.save_checkpoint and options.save_checkpoint.exists():
+        raise InputError(f"{options.save_checkpoint} exists; pass another folder to --save-checkpoint")
+    _check_disk(out, plan)
+    stages: list[Stage] = []
+    with staged(out, force=options.force) as work:
+        bundle, checkpoint = work / "bundle", work / "checkpoint"
+        with _stage(stages, "quantize"), progress("quantize", source.config.num_parameters) as advance:
+            quantized = write_quantized(source, opened.recipe, checkpoint, advance)
+        with _stage(stages, "lower"), progress(f"export {options.backend}", plan.weights_bytes) as advance:
+            entry = BACKENDS[options.backend](
+                quantized,
+                planning.geometry(source.config, plan.context, plan.prefill_chunk),
+                bundle,
+                float_bits=opened.recipe.float_bits,
+                progress=advance,
+            )
+            has_tokenizer = _copy_tokenizer(source.folder, bundle)
+            manifest = _manifest(options, opened, quantized, {options.backend: entry}, has_tokenizer, bundle)
+            (bundle / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        if options.verify != "none":
+            with _stage(stages, "verify"):
+                result = _verify(options, opened, quantized, manifest, bundle, progress)
+            manifest = replace(manifest, verification={options.backend: result})
+            (bundle / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+            if not result["passed"]:
+                raise _gate_failed(options, out, bundle, result)
+        if options.save_checkpoint:
+            shutil.move(checkpoint, options.save_checkpoint)
+    return Export(out, manifest, stages)
+
+
+def _verify(
+    options: ExportOptions,
+    opened: Opened,
+    quantized: QuantizedCheckpoint,
+    manifest: Manifest,
+    bundle: Path,
+    progress: Progress,
+) -> dict[str, Any]:
+    config, cache = opened.source.config, manifest.cache
+    tokenizer = bundle / "tokenizer.json" if manifest.tokenizer else None
+    chosen = gate.make_gate(tokenizer, config.vocab_size, config.bos_token_id, cache.context, options.verify)
+    total = gate.steps(config.num_hidden_layers, len(chosen.ids), cache.prefill_chunk)
+    with progress(f"verify ({len(chosen.ids)} tokens)", total) as advance:
+        return gate.verify(bundle, opened.source, quantized, chosen, backend=options.backend, progress=advance)
+
+
+def _gate_failed(options: ExportOptions, out: Path, bundle: Path, result: dict[str, Any]) -> InputError:
+    found = "; ".join(result["failures"])
+    if not options.keep_failed:
+        return InputError(
+            f"{out} not made: it differs too much from the original ({found}); --keep-failed keeps it to look at"
+        )
+    kept = out.with_name(f"{out.name}.failed")
+    shutil.rmtree(kept, ignore_errors=True)
+    bundle.rename(kept)
+    return InputError(f"{out} not made: it differs too much from the original ({found}); it lies in {kept}")
+
+
+@contextmanager
+def _stage(stages: list[Stage], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    stages.append(Stage(name, time.perf_counter() - start, peak_rss_bytes()))
+
+
+def _check_disk(out: Path, plan: planning.Plan) -> None:
+    folder = next(parent for parent in out.absolute().parents if parent.exists())
+    free = shutil.disk_usage(folder).free
+    if free < plan.export_disk_bytes:
+        gib = planning.GIB
+        raise InputError(
+            f"no space for the export: it needs {plan.export_disk_bytes / gib:.2f} GiB in {folder},"
+            f" {free / gib:.2f} GiB are free; free some, or pass -o on another disk"
+        )
+
+
+def _copy_tokenizer(folder: Path, bundle: Path) -> bool:
+    """Copy tokenizer and chat files; whether the bundle can turn text into tokens."""
+    for name in (*TOKENIZER_FILES, *OTHER_FILES):
+        if (folder / name).is_file():
+            shutil.copy(folder / name, bundle)
+    if (bundle / "tokenizer.json").is_file():
+        return True
+    logger.warning("%s has no tokenizer.json: the bundle takes and gives token ids, not text", folder)
+    return False
+
+
+def _manifest(
+    options: ExportOptions,
+    opened: Opened,
+    quantized: QuantizedCheckpoint,
+    backends: dict[str, dict[str, Any]],
+    has_tokenizer: bool,
+    bundle: Path,
+) -> Manifest:
+    config, recipe, target = opened.source.config, opened.recipe, opened.target
+    lora = {"lora": options.lora.name} if options.lora else {}
+    return Manifest(
+        model={
+            "name": opened.source.folder.resolve().name,
+            "architecture": "gemma2",
+            "parameters": config.num_parameters,
+            **lora,
+        },
+        config=config.to_json(),
+        recipe={**recipe.to_json(), "parts": parts(quantized)},
+        target={"name": target.name, "ram_bytes": target.ram_bytes, "threads": target.threads},
+        cache=planning.geometry(config, opened.plan.context, opened.plan.prefill_chunk),
+        backends=backends,
+        files=list_files(bundle),
+        tokenizer=has_tokenizer,
+        plan=opened.plan.to_json(),
+        tools={"gemma-edge": gemma_edge.__version__, **_versions()},
+        verification={},
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for tool in TOOLS:
+        try:
+            found[tool] = importlib.metadata.version(tool)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def parts(quantized: QuantizedCheckpoint) -> list[dict[str, Any]]:
+    """What each kind of weight became: one row per kind, bits and group."""
+    rows: dict[tuple[str, int, int], dict[str, Any]] = {}
+    for name, (out_features, in_features) in weight_shapes(quantized.config).items():
+        config = quantized.configs[name]
+        bits = config.bits if config else 8 * quantized.dtype(name).itemsize
+        group = config.group_size if config else 0
+        kind = name.split(".", 3)[-1] if ".layers." in name else name.removeprefix("model.")
+        weights = out_features * in_features
+        scales = out_features * (in_features // group if group else 1) if config else 0
+        row = rows.setdefault(
+            (kind, bits, group), {"part": kind, "bits": bits, "group_size": group, "count": 0, "weights": 0, "bytes": 0}
+        )
+        row["count"] += 1
+        row["weights"] += weights
+        row["bytes"] += weights * bits // 8 + 2 * scales
+    return list(rows.values())
+
+
+def to_json(done: Export) -> dict[str, Any]:
+    """The result of an export for `--json`."""
+    return {
+        "bundle": str(done.bundle),
+        "manifest": asdict(done.manifest),
+        "stages": [asdict(stage) for stage in done.stages],
+    }

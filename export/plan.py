@@ -1,0 +1,163 @@
+"""What an export will weigh, before any work: file and cache bytes, RAM on the device and during the export.
+
+The weights file and the cache are exact. RAM is an estimate whose terms were measured (docs/benchmarks.md); it picks the context
+that fits a target and refuses what cannot.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from gemma_edge.errors import InputError
+from gemma_edge.export.bundle import CacheGeometry, LayerCache
+from gemma_edge.export.onnx.backend import weights_bytes
+from gemma_edge.model.checkpoint import SLICE_BYTES, Checkpoint
+from gemma_edge.model.config import Gemma2Config
+from gemma_edge.model.kv_cache import slots_needed
+from gemma_edge.quantize.recipe import Recipe
+from gemma_edge.quantize.store import QuantizedCheckpoint, final_configs
+
+MIB, GIB = 1 << 20, 1 << 30
+SMALLEST_CONTEXT = 256
+DEFAULT_CHUNK = 128
+
+
+@dataclass(frozen=True)
+class Target:
+    """A class of devices."""
+
+    name: str
+    ram_bytes: int  # that the app may take, not what the device has
+    threads: int
+    context: int  # tried first; halved until it fits
+    backend: str = "onnx"
+
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("android", ram_bytes=4 * GIB, threads=4, context=2048),
+        Target("raspberry-pi", ram_bytes=6 * GIB, threads=4, context=4096),
+        Target("desktop", ram_bytes=16 * GIB, threads=8, context=8192),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Predictions for one export."""
+
+    target: str
+    recipe: str
+    context: int
+    prefill_chunk: int
+    weights_bytes: int  # of the weights file, exact; the graphs beside it take under 1 MB
+    kv_bytes: int  # exact
+    device_ram_bytes: int  # resident while generating
+    device_ram_limit_bytes: int
+    export_ram_bytes: int  # peak of the export, without the gate
+    export_disk_bytes: int  # needed while exporting: bundle and quantized checkpoint
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def geometry(config: Gemma2Config, context: int, prefill_chunk: int) -> CacheGeometry:
+    """The cache of a context: local layers keep their window, global layers the context."""
+    windows = [
+        min(config.sliding_window, context) if config.is_local(layer) else context
+        for layer in range(config.num_hidden_layers)
+    ]
+    return CacheGeometry(
+        context=context,
+        prefill_chunk=prefill_chunk,
+        kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        dtype="float32",
+        layers=tuple(LayerCache(window, slots_needed(window, prefill_chunk)) for window in windows),
+    )
+
+
+def make_plan(
+    source: Checkpoint | QuantizedCheckpoint,
+    recipe: Recipe,
+    target: Target,
+    *,
+    context: int | None = None,
+    prefill_chunk: int | None = None,
+) -> Plan:
+    """Predict an export; without a context, take the largest of the target's halvings that fits its RAM.
+
+    Raises:
+        InputError: a value out of range, or no context fits the target's RAM.
+    """
+    config = source.config
+    chunk = prefill_chunk or DEFAULT_CHUNK
+    _check_range("--prefill-chunk", chunk, 1, 4096)
+    if context is not None:
+        _check_range("--context", context, 1, config.max_position_embeddings)
+    weights = weights_bytes(source, final_configs(source, recipe), recipe.float_bits)
+    tried = context or min(target.context, config.max_position_embeddings)
+    plan = _predict(source, recipe, target, weights, geometry(config, tried, chunk))
+    while plan.device_ram_bytes > target.ram_bytes and context is None and tried > SMALLEST_CONTEXT:
+        tried //= 2
+        plan = _predict(source, recipe, target, weights, geometry(config, tried, chunk))
+    if plan.device_ram_bytes > target.ram_bytes:
+        raise InputError(_too_large(plan, source, recipe, target, context))
+    return plan
+
+
+def _check_range(flag: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise InputError(f"{flag} {value}; this model allows {low} to {high}")
+
+
+def _predict(
+    source: Checkpoint | QuantizedCheckpoint, recipe: Recipe, target: Target, weights: int, cache: CacheGeometry
+) -> Plan:
+    config = source.config
+    return Plan(
+        target=target.name,
+        recipe=recipe.name,
+        context=cache.context,
+        prefill_chunk=cache.prefill_chunk,
+        weights_bytes=weights,
+        kv_bytes=cache.bytes,
+        device_ram_bytes=_device_ram(config, weights, cache),
+        device_ram_limit_bytes=target.ram_bytes,
+        export_ram_bytes=_export_ram(config),
+        export_disk_bytes=2 * weights + config.vocab_size * config.hidden_size * 4,
+    )
+
+
+RUNTIME_BASE = 110 * MIB  # interpreter, onnxruntime and its buffers, without a model
+EXPORT_BASE = 650 * MIB  # interpreter, torch, onnx and the traced graph
+
+
+def _device_ram(config: Gemma2Config, weights: int, cache: CacheGeometry) -> int:
+    """Weights repacked once in the heap, the cache, one chunk's widest activations and the logits."""
+    widest = 3 * config.intermediate_size + 4 * config.hidden_size
+    activations = 4 * (cache.prefill_chunk * widest + 2 * config.vocab_size)
+    return RUNTIME_BASE + weights + cache.bytes + activations
+
+
+def _export_ram(config: Gemma2Config) -> int:
+    """Everything is streamed in slices; only the scales of one matrix are kept whole, and the table has the most rows."""
+    return EXPORT_BASE + 8 * SLICE_BYTES + 64 * config.vocab_size
+
+
+def _too_large(
+    plan: Plan, source: Checkpoint | QuantizedCheckpoint, recipe: Recipe, target: Target, context: int | None
+) -> str:
+    need = f"needs {plan.device_ram_bytes / GIB:.2f} GiB of RAM at context {plan.context}"
+    head = f"{source.folder.name} as {recipe.name} {need}; target {target.name} has {target.ram_bytes / GIB:.2f} GiB for the app"
+    if context is not None:
+        fitting = context
+        while fitting > SMALLEST_CONTEXT:
+            fitting //= 2
+            cache = geometry(source.config, fitting, plan.prefill_chunk)
+            if _device_ram(source.config, plan.weights_bytes, cache) <= target.ram_bytes:
+                return f"{head}: --context {fitting} fits"
+    return f"{head}: fewer --bits, a smaller model, or --ram GIB if the device allows more"

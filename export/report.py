@@ -1,0 +1,156 @@
+"""Tables and progress bars for people; the same numbers as the `--json` beside each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from gemma_edge.export.bundle import Manifest
+from gemma_edge.export.pipeline import Export
+from gemma_edge.export.plan import Plan
+
+ERR = Console(stderr=True)
+OUT = Console()
+
+
+def size(count: float) -> str:
+    """Bytes for people: 1.67 GB."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+@contextmanager
+def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar with an ETA on stderr; in a log one line when the work starts and one when it is done."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    if not ERR.is_terminal:
+        ERR.print(f"{what} ...")
+        yield lambda done: None
+        return
+    with Progress(*columns, console=ERR) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda done: progress.advance(task, done)
+
+
+def plan_table(plan: Plan, parameters: int) -> Table:
+    """What `gemma-export plan` shows."""
+    table = Table(title=f"{plan.recipe} for {plan.target}", title_justify="left")
+    table.add_column("what")
+    table.add_column("value", justify="right")
+    for what, value in (
+        ("parameters", f"{parameters / 1e9:.2f} billion"),
+        ("context", f"{plan.context} tokens"),
+        ("prefill chunk", f"{plan.prefill_chunk} tokens"),
+        ("weights file", f"{size(plan.weights_bytes)} ({plan.weights_bytes} bytes)"),
+        ("KV cache", f"{size(plan.kv_bytes)} ({plan.kv_bytes} bytes), never grows"),
+        ("RAM on the device", f"about {size(plan.device_ram_bytes)} of {size(plan.device_ram_limit_bytes)}"),
+        ("RAM for the export", f"about {size(plan.export_ram_bytes)}"),
+        ("disk for the export", size(plan.export_disk_bytes)),
+    ):
+        table.add_row(what, value)
+    return table
+
+
+def export_table(done: Export) -> Table:
+    """What was made, how long each stage took, and the peak of memory."""
+    table = Table(title=f"{done.bundle}", title_justify="left")
+    for column in ("stage", "seconds", "peak RAM so far"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for stage in done.stages:
+        table.add_row(stage.name, f"{stage.seconds:.1f}", size(stage.peak_rss_bytes))
+    return table
+
+
+def files_table(manifest: Manifest) -> Table:
+    """Files of a bundle."""
+    table = Table(title="files", title_justify="left")
+    table.add_column("file")
+    table.add_column("bytes", justify="right")
+    table.add_column("sha256")
+    for name, entry in manifest.files.items():
+        table.add_row(name, str(entry.bytes), entry.sha256[:16])
+    return table
+
+
+def parts_table(manifest: Manifest) -> Table:
+    """Bits per kind of weight."""
+    table = Table(title=f"weights: {manifest.recipe['name']}", title_justify="left")
+    for column in ("part", "tensors", "bits", "group", "parameters", "size"):
+        table.add_column(column, justify="left" if column == "part" else "right")
+    for row in manifest.recipe["parts"]:
+        group = "float" if row["bits"] >= 16 else str(row["group_size"] or "channel")
+        parameters = f"{row['weights'] / 1e6:.1f} M"
+        table.add_row(row["part"], str(row["count"]), str(row["bits"]), group, parameters, size(row["bytes"]))
+    return table
+
+
+def gate_lines(manifest: Manifest) -> list[str]:
+    """What the gate found, in sentences that claim no more than was measured."""
+    if not manifest.verification:
+        return ["NOT VERIFIED: exported with --verify none"]
+    lines = []
+    for backend, result in manifest.verification.items():
+        quality, lowering = result["quality"], result["lowering"]
+        wrap = "past" if result["past_wrap"] else "NOT past"
+        lines += [
+            f"{backend}: {'passed' if result['passed'] else 'FAILED'} the {result['level']} gate:"
+            f" {result['fed_tokens']} tokens fed, {wrap} the end of the context; text: {result['text']}",
+            f"  to the original ({quality['tokens']} positions): KL {quality['kl']:.5f} nats,"
+            f" same top token {quality['top1']:.1%}, perplexity {quality['ppl_reference']:.2f} -> {quality['ppl']:.2f}"
+            f" ({quality['ppl_change']:+.2%}), max |logit difference| {quality['max_abs_logit_difference']:.3f}",
+            f"  to the same integers in torch ({lowering['tokens']} positions): KL {lowering['kl']:.6f} nats,"
+            f" max |logit difference| {lowering['max_abs_logit_difference']:.4f}"
+            f" of a range of {lowering['logit_range']:.1f}",
+        ]
+        lines += [f"  out of bounds: {failure}" for failure in result["failures"]]
+    return lines
+
+
+def print_export(done: Export) -> None:
+    """The end of `gemma-export`."""
+    ERR.print(export_table(done))
+    ERR.print(parts_table(done.manifest))
+    for line in gate_lines(done.manifest):
+        ERR.print(line, highlight=False, soft_wrap=True)
+    total = sum(entry.bytes for entry in done.manifest.files.values())
+    ERR.print(
+        f"{size(total)} in {done.bundle}; try: gemma-run {done.bundle} --prompt 'Hello'",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def print_inspect(manifest: Manifest) -> None:
+    """What `gemma-export inspect` shows."""
+    cache = manifest.cache
+    model: dict[str, Any] = manifest.model
+    OUT.print(
+        f"{model['name']}: {model['parameters'] / 1e9:.3f} billion parameters, made {manifest.created} for"
+        f" {manifest.target['name']}, backends: {', '.join(manifest.backends)}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    OUT.print(
+        f"context {cache.context} tokens, chunks of {cache.prefill_chunk}, KV cache {size(cache.bytes)} ({cache.dtype})",
+        highlight=False,
+        soft_wrap=True,
+    )
+    OUT.print(files_table(manifest))
+    OUT.print(parts_table(manifest))
+    for line in gate_lines(manifest):
+        OUT.print(line, highlight=False, soft_wrap=True)
