@@ -102,7 +102,8 @@ class BaseRuntime(ABC):
             logits = self._step(chunk, every_position=False)
         self.stats.prefill_tokens += len(ids)
         self.stats.prefill_s += time.perf_counter() - start
-        return logits[-1]
+        last: Logits = logits[-1]  # (V,)
+        return last
 
     def decode(self, token: int) -> Logits:
         """Append one token; return the logits (V,) after it."""
@@ -110,7 +111,8 @@ class BaseRuntime(ABC):
         logits = self._step(self._chunks([token])[0], every_position=False)
         self.stats.decode_tokens += 1
         self.stats.decode_s += time.perf_counter() - start
-        return logits[-1]
+        last: Logits = logits[-1]  # (V,)
+        return last
 
     def score_chunks(self, ids: Sequence[int]) -> Iterator[Logits]:
         """Logits of every position from a reset state, (<= prefill_chunk, V) at a time."""
@@ -162,7 +164,9 @@ def open_runtime(bundle: str | Path, *, backend: str | None = None, threads: int
         if name not in manifest.backends:
             raise InputError(f"{folder} holds no {name!r} backend, only {', '.join(manifest.backends)}")
         if name not in RUNTIMES:
-            raise InputError(f"{folder}: this gemma-edge cannot run the {name!r} backend; it runs {', '.join(RUNTIMES)}")
+            raise InputError(
+                f"{folder}: this gemma-edge cannot run the {name!r} backend; it runs {', '.join(RUNTIMES)}"
+            )
         module, cls, package, extra = RUNTIMES[name]
         if importlib.util.find_spec(package) is None:
             missing.append(f"{name}: pip install 'gemma-edge[{extra}]'")

@@ -1,0 +1,188 @@
+"""ONNX Runtime on the CPU: the KV cache is written in place, one binding serves every step.
+
+The graphs are export/onnx's; their contract is in docs/bundle-format.md. The window slides inside GroupQueryAttention,
+which reads only rows it has written, so positions never end and a reset leaves the buffers as they are.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort  # type: ignore[import-untyped]
+from numpy.typing import NDArray
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # type: ignore[import-untyped]
+
+from gemma_edge.errors import InputError
+from gemma_edge.export.bundle import Manifest, confined
+from gemma_edge.runtimes.base import BaseRuntime, Logits
+
+log = logging.getLogger(__name__)
+
+# The first CPU GroupQueryAttention with sliding_window_cache
+OLDEST_ONNXRUNTIME = (1, 29)
+
+# onnxruntime's exceptions share no base class
+_LOAD_ERRORS = (
+    ort_errors.Fail,
+    ort_errors.InvalidArgument,
+    ort_errors.InvalidGraph,
+    ort_errors.InvalidProtobuf,
+    ort_errors.NoModel,
+    ort_errors.NoSuchFile,
+    ort_errors.NotImplemented,
+    ort_errors.RuntimeException,
+)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """One graph, with the cache already bound."""
+
+    role: str  # generate or score
+    session: ort.InferenceSession
+    binding: ort.IOBinding
+
+
+class OnnxRuntime(BaseRuntime):
+    """A bundle's ONNX backend.
+
+    `generate` and `score` are two graphs over the same weights and the same cache. onnxruntime packs the weights of each
+    into memory of its own, so only one is open at a time: the first `score` closes `generate`, and the next `prefill` or
+    `decode` the other way round. Switching costs a load; the cache survives it.
+    """
+
+    def __init__(self, bundle: Path, manifest: Manifest, *, threads: int | None) -> None:
+        """Open the `generate` graph.
+
+        Args:
+            bundle, manifest: the folder and what it says of itself.
+            threads: None takes the target's; more than the machine has are not used.
+
+        Raises:
+            InputError: onnxruntime is too old, or the files are not what the manifest says.
+        """
+        super().__init__(bundle, manifest)
+        _check_version(ort.__version__)
+        if threads is not None and threads < 1:
+            raise InputError(f"threads {threads} is below 1")
+        self.threads = min(threads or int(manifest.target["threads"]), os.cpu_count() or 1)
+        cache = manifest.cache
+        # zeroed lazily by the system: a page costs memory only once the cache reaches it
+        self._cache = {
+            f"{index}.{kind}": ort.OrtValue.ortvalue_from_numpy(
+                np.zeros((1, cache.kv_heads, layer.slots, cache.head_dim), cache.dtype)
+            )
+            for index, layer in enumerate(cache.layers)
+            for kind in ("key", "value")
+        }
+        self._input_pos = np.zeros(1, np.int64)
+        self._token = np.zeros((1, 1), np.int64)
+        self._logits: Logits = np.zeros((1, 1, int(manifest.config["vocab_size"])), np.float32)
+        self._values = {
+            "input_pos": ort.OrtValue.ortvalue_from_numpy(self._input_pos),
+            "token": ort.OrtValue.ortvalue_from_numpy(self._token),
+            "logits": ort.OrtValue.ortvalue_from_numpy(self._logits),
+        }
+        self._loaded: _Loaded | None = None
+        self._open("generate")
+
+    def _forward(self, ids: NDArray[np.int64], *, every_position: bool) -> Logits:
+        """See BaseRuntime; the logits belong to the caller."""
+        loaded = self._open("score" if every_position else "generate")
+        binding = loaded.binding
+        self._input_pos[0] = self.position
+        tokens = self._values["token"]
+        if len(ids) == 1:
+            self._token[0, 0] = ids[0]
+        else:
+            tokens = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(ids[None]))  # (1, T)
+        # bound again each time, which costs 2 us; the local names keep the memory alive while the graph runs
+        binding.bind_ortvalue_input("input_ids", tokens)
+        if not every_position:
+            loaded.session.run_with_iobinding(binding)
+            last: Logits = self._logits[0].copy()  # (1, V)
+            return last
+        logits: Logits = np.empty((len(ids), self._logits.shape[-1]), np.float32)
+        output = ort.OrtValue.ortvalue_from_numpy(logits[None])  # (1, T, V)
+        binding.bind_ortvalue_output("logits", output)
+        loaded.session.run_with_iobinding(binding)
+        return logits
+
+    def _clear(self) -> None:
+        """Nothing to do: at position 0 no row of the cache is read before it is written."""
+
+    def _open(self, role: str) -> _Loaded:
+        """The graph of that role, after closing the other one."""
+        if self._loaded is not None and self._loaded.role == role:
+            return self._loaded
+        self._loaded = None
+        try:
+            path = confined(self.bundle, self.manifest.backends["onnx"][role])
+        except KeyError:
+            raise InputError(
+                f"{self.bundle}: the onnx backend has no {role!r} graph; export the bundle again"
+            ) from None
+        log.info("loading %s with %d threads", path, self.threads)
+        try:
+            session = ort.InferenceSession(path, _options(self.threads), providers=["CPUExecutionProvider"])
+        except _LOAD_ERRORS as error:
+            raise InputError(f"{path} is damaged or no graph of this bundle: {error}") from None
+        self._check_contract(path, session)
+        binding = session.io_binding()
+        binding.bind_ortvalue_input("input_pos", self._values["input_pos"])
+        binding.bind_ortvalue_output("logits", self._values["logits"])
+        for name, value in self._cache.items():
+            # the same buffer on both sides: the graph writes in place
+            binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+            binding.bind_ortvalue_output(f"present.{name}", value)
+        self._loaded = _Loaded(role, session, binding)
+        return self._loaded
+
+    def _check_contract(self, path: Path, session: ort.InferenceSession) -> None:
+        """Names, types and shapes of the graph against the manifest: a buffer of another shape would crash the process."""
+        shapes: dict[str, list[Any]] = {"input_ids": [1, None], "input_pos": [1]}
+        types = {"input_ids": "tensor(int64)", "input_pos": "tensor(int64)", "logits": "tensor(float)"}
+        for name, value in self._cache.items():
+            for side in ("past_key_values", "present"):
+                shapes[f"{side}.{name}"] = value.shape()
+                types[f"{side}.{name}"] = value.data_type()
+        shapes["logits"] = [1, None, self._logits.shape[-1]]
+        found = {node.name: node for node in (*session.get_inputs(), *session.get_outputs())}
+        if found.keys() != shapes.keys():
+            odd = sorted(found.keys() ^ shapes.keys())
+            raise InputError(f"{path} is no graph of this bundle: {odd[0]} is only in one of them; export it again")
+        for name, shape in shapes.items():
+            node = found[name]
+            same = len(node.shape) == len(shape) and all(
+                wanted is None or not isinstance(size, int) or size == wanted
+                for size, wanted in zip(node.shape, shape, strict=True)
+            )
+            if not same or node.type != types[name]:
+                raise InputError(
+                    f"{path}: {name} is {node.type} {node.shape}, the manifest says {types[name]} {shape};"
+                    " export the bundle again"
+                )
+
+
+def _check_version(version: str) -> None:
+    major, minor = (int(part) for part in version.split(".")[:2])
+    if (major, minor) < OLDEST_ONNXRUNTIME:
+        oldest = ".".join(map(str, OLDEST_ONNXRUNTIME))
+        raise InputError(
+            f"onnxruntime {version} is too old, bundles need {oldest} or newer; pip install -U 'onnxruntime>={oldest}'"
+        )
+
+
+def _options(threads: int) -> ort.SessionOptions:
+    # before the session: it is what sends events, on Windows
+    ort.disable_telemetry_events()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return options

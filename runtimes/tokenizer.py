@@ -1,0 +1,73 @@
+"""Text to token ids and back, from the bundle's tokenizer.json. What a conversation looks like is chat.py's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers.decoders import DecodeStream
+
+from gemma_edge.errors import InputError
+from gemma_edge.export.bundle import Manifest, confined
+
+TOKENIZER_FILE = "tokenizer.json"
+END_OF_TURN = "<end_of_turn>"
+
+
+class Tokenizer:
+    """The bundle's tokenizer."""
+
+    def __init__(self, bundle: Path, manifest: Manifest) -> None:
+        """Load it.
+
+        Raises:
+            InputError: a token-level bundle, or a file that is no tokenizer.
+        """
+        if not manifest.tokenizer:
+            raise InputError(f"{bundle} is a token-level bundle, without a tokenizer: give token ids instead of text")
+        path = confined(bundle, TOKENIZER_FILE)
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # noqa: BLE001  (the library raises bare Exception for a file it cannot read)
+            raise InputError(f"{path} is not a tokenizer ({error}); export the bundle again") from None
+        # Both are wrong for generation and may be left in the file by training
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.bos_token_id = int(manifest.config["bos_token_id"])
+        stop_ids = set(manifest.config["eos_token_id"])
+        end_of_turn = self._tokenizer.token_to_id(END_OF_TURN)
+        self.stop_ids = frozenset(stop_ids if end_of_turn is None else stop_ids | {end_of_turn})
+
+    def encode(self, text: str, *, bos: bool = True) -> list[int]:
+        """Token ids of a text; special tokens written in it, such as <start_of_turn>, become their ids.
+
+        Args:
+            text: any text.
+            bos: begin with the BOS id, unless the text itself begins with <bos>; False adds none.
+
+        Raises:
+            InputError: the text holds bytes that are not UTF-8 (a lone surrogate).
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(f"the text is not valid UTF-8 at character {error.start}; give UTF-8 text") from None
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return [self.bos_token_id, *ids] if bos and ids[:1] != [self.bos_token_id] else ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, without special tokens; bytes that are no UTF-8 become U+FFFD."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Text of tokens as they come, piece by piece.
+
+        A character spelled in several byte tokens comes whole; if the ids end inside one, it is dropped.
+        Otherwise the pieces joined are `decode(ids)`.
+        """
+        stream = DecodeStream(skip_special_tokens=True)
+        for token in ids:
+            piece = stream.step(self._tokenizer, token)
+            if piece is not None:
+                yield piece
