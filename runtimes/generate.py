@@ -62,3 +62,10 @@ def _tokens(
         # the last one would be computed for nothing
         if left > 1:
             logits = runtime.decode(token)
+
+
+def note_tokens(tokens: Iterator[int], ids: list[int]) -> Iterator[int]:
+    """Pass tokens on and append each to `ids`, for a consumer that shows only text."""
+    for token in tokens:
+        ids.append(token)
+        yield token

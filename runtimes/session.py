@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gemma_edge.runtimes.base import Runtime, open_runtime
 from gemma_edge.runtimes.chat import ChatTemplate
-from gemma_edge.runtimes.generate import generate
+from gemma_edge.runtimes.generate import generate, note_tokens
 from gemma_edge.runtimes.sampling import Sampler, SamplingParams
 from gemma_edge.runtimes.tokenizer import Tokenizer
 
@@ -117,7 +117,7 @@ class Session:
         # True where the cache is known: not while a token is being computed
         settled = False
         try:
-            for piece in self.tokenizer.stream(_noted(tokens, self._answer_ids)):
+            for piece in self.tokenizer.stream(note_tokens(tokens, self._answer_ids)):
                 answer += piece
                 settled = True
                 yield piece
@@ -149,12 +149,6 @@ class Session:
         self._ids = []
         self._pending = []
         self._held = ""
-
-
-def _noted(tokens: Iterator[int], ids: list[int]) -> Iterator[int]:
-    for token in tokens:
-        ids.append(token)
-        yield token
 
 
 def _nothing() -> Generator[str, None, None]:

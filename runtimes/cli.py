@@ -1,0 +1,279 @@
+"""`gemma-run`: parses, loads, prints. Only answers go to stdout. Heavy imports are inside, for a quick --help."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gemma_edge.command import Command
+from gemma_edge.errors import InputError
+
+if TYPE_CHECKING:
+    from gemma_edge.runtimes.base import Runtime, Stats
+    from gemma_edge.runtimes.sampling import SamplingParams
+    from gemma_edge.runtimes.session import Session
+
+CHAT_HELP = "/reset starts over, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What was asked for, apart from the bundle and the prompt."""
+
+    params: SamplingParams
+    max_tokens: int
+    strict: bool
+    stats: bool
+    as_json: bool
+
+
+@dataclass(frozen=True)
+class AnswerStats:
+    """One answer in numbers."""
+
+    load_s: float
+    prompt_tokens: int
+    prefill_tokens_per_s: float
+    ttft_ms: float  # from the request to the first piece of text
+    new_tokens: int
+    decode_tokens_per_s: float  # 0 when at most one token was generated
+    peak_rss_mib: float
+
+    def __str__(self) -> str:
+        return (
+            f"load {self.load_s:.2f} s; prompt {self.prompt_tokens} tokens at {self.prefill_tokens_per_s:.1f} tokens/s;"
+            f" first token after {self.ttft_ms:.0f} ms; {self.new_tokens} new tokens at {self.decode_tokens_per_s:.1f}"
+            f" tokens/s; peak RSS {self.peak_rss_mib:.0f} MiB"
+        )
+
+
+@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "-p", "--prompt", help="Text to continue; '-' reads stdin. Without it and --chat, a piped stdin is the prompt."
+)
+@click.option("--chat", is_flag=True, help="A conversation, line by line; with --prompt, that one turn and its answer.")
+@click.option("-n", "--max-tokens", type=int, default=512, show_default=True, help="Most tokens of an answer.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the most likely token.")
+@click.option("--top-k", type=int, default=0, show_default=True, help="Keep the k most likely; 0 = all.")
+@click.option(
+    "--top-p", type=float, default=1.0, show_default=True, help="Keep the most likely that sum to p; 1 = all."
+)
+@click.option("--min-p", type=float, default=0.0, show_default=True, help="Keep those above p x the most likely.")
+@click.option("--repetition-penalty", type=float, default=1.0, show_default=True, help="Above 1 avoids repeats.")
+@click.option("--seed", type=int, help="Makes sampling repeatable.")
+@click.option("--threads", type=int, help="Default: the bundle's target's, at most what this machine has.")
+@click.option(
+    "--strict", is_flag=True, help="Refuse what exceeds the context, instead of forgetting the oldest tokens."
+)
+@click.option("--stats", is_flag=True, help="Speed and memory on stderr, after each answer.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object (text, ids, stats) per answer, not streamed.")
+@click.version_option(package_name="gemma-edge")
+def main(bundle: Path, prompt: str | None, chat: bool, threads: int | None, **choices: Any) -> None:
+    """Run the BUNDLE made by gemma-export: continue a text, or chat.
+
+    --prompt is continued as it stands, also by an instruction-tuned model; --chat puts it in the model's own chat format.
+    Only the answer goes to stdout. A bundle without tokenizer takes and prints token ids: --prompt 2,15,7.
+    """
+    options = _options(choices)
+    if prompt == "-" or (prompt is None and not chat):
+        prompt = _read_stdin(asked=prompt == "-")
+    from gemma_edge.runtimes.base import open_runtime
+
+    runtime = open_runtime(bundle, threads=threads)
+    if chat:
+        _chat(runtime, prompt, options)
+    else:
+        assert prompt is not None
+        _complete(runtime, prompt, options)
+
+
+def _options(choices: dict[str, Any]) -> Options:
+    """Checked before the bundle is touched."""
+    from gemma_edge.runtimes.sampling import SamplingParams
+
+    rest = {name: choices.pop(name) for name in ("max_tokens", "strict", "stats", "as_json")}
+    if rest["max_tokens"] < 1:
+        raise InputError(f"--max-tokens {rest['max_tokens']} is below 1")
+    return Options(params=SamplingParams(**choices), **rest)
+
+
+def _read_stdin(*, asked: bool) -> str:
+    """All of stdin, without its last line end."""
+    if not asked and sys.stdin.isatty():
+        raise InputError("nothing to continue: pass --prompt TEXT, pipe a text in, or start a conversation with --chat")
+    try:
+        text = click.get_binary_stream("stdin").read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"stdin is not UTF-8 at byte {error.start}; give UTF-8 text") from None
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _complete(runtime: Runtime, prompt: str, options: Options) -> None:
+    """Continue a text, or token ids."""
+    from gemma_edge.runtimes.generate import generate, note_tokens
+    from gemma_edge.runtimes.sampling import Sampler
+    from gemma_edge.runtimes.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(runtime.bundle, runtime.manifest) if runtime.manifest.tokenizer else None
+    if tokenizer is None:
+        click.echo("note: this bundle has no tokenizer: prompt and answer are token ids", err=True)
+    ids = tokenizer.encode(prompt) if tokenizer else _parse_ids(prompt)
+    stop_ids = tokenizer.stop_ids if tokenizer else frozenset(runtime.manifest.config["eos_token_id"])
+    tokens = generate(
+        runtime,
+        ids,
+        Sampler(options.params),
+        max_tokens=options.max_tokens,
+        stop_ids=stop_ids,
+        strict=options.strict,
+    )
+    if len(ids) > runtime.manifest.cache.context:
+        _say_overflow(runtime.manifest.cache.context)
+    answer_ids: list[int] = []
+    noted = note_tokens(tokens, answer_ids)
+    _show(runtime, tokenizer.stream(noted) if tokenizer else _ids_as_text(noted), lambda: answer_ids, options)
+
+
+def _parse_ids(prompt: str) -> list[int]:
+    try:
+        return [int(part) for part in prompt.replace(",", " ").split()]
+    except ValueError:
+        raise InputError(f"prompt {prompt[:40]!r} is no list of token ids; give ids such as 2,15,7") from None
+
+
+def _ids_as_text(tokens: Iterator[int]) -> Iterator[str]:
+    for index, token in enumerate(tokens):
+        yield f",{token}" if index else str(token)
+
+
+def _chat(runtime: Runtime, prompt: str | None, options: Options) -> None:
+    """One turn, or a conversation until the input ends."""
+    from gemma_edge.runtimes.chat import ChatTemplate
+    from gemma_edge.runtimes.session import Session
+    from gemma_edge.runtimes.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(runtime.bundle, runtime.manifest)
+    template = ChatTemplate.from_bundle(runtime.bundle)
+    session = Session(runtime, tokenizer, template, options.params, strict=options.strict)
+    if prompt is not None:
+        _turn(session, prompt, options)
+        return
+    if sys.stdin.isatty():
+        click.echo(CHAT_HELP, err=True)
+    while (line := _read_line()) is not None:
+        text = line.strip()
+        if text == "/quit":
+            break
+        if text == "/reset":
+            session.reset()
+            click.echo("note: a new conversation", err=True)
+        elif text:
+            with _stop_on_interrupt() as stop:
+                _turn(session, text, options, stop)
+
+
+def _read_line() -> str | None:
+    """A line of the user, None at the end of the input."""
+    interactive = sys.stdin.isatty()
+    if interactive:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (line editing and history for input())
+    # input() writes its prompt to stdout, which is for answers only unless both are the terminal
+    on_stdout = interactive and sys.stdout.isatty()
+    if interactive and not on_stdout:
+        click.echo("> ", nl=False, err=True)
+    try:
+        return input("> " if on_stdout else "")
+    except EOFError:
+        return None
+    except UnicodeDecodeError as error:
+        raise InputError(f"stdin is not UTF-8 ({error.reason}); give UTF-8 text") from None
+    except KeyboardInterrupt:
+        if not interactive:
+            raise
+        click.echo(f"\n{CHAT_HELP}", err=True)
+        return ""
+
+
+@contextlib.contextmanager
+def _stop_on_interrupt() -> Iterator[list[bool]]:
+    """The first Ctrl-C in the block fills the list, the next one is a KeyboardInterrupt.
+
+    A KeyboardInterrupt inside a forward pass would lose the cache; a note that is read between tokens does not.
+    """
+    stop: list[bool] = []
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if stop:
+            raise KeyboardInterrupt
+        stop.append(True)
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _turn(session: Session, text: str, options: Options, stop: Sequence[bool] = ()) -> None:
+    before, context = session.runtime.position, session.runtime.manifest.cache.context
+    answer = _until(stop, session.send(text, max_tokens=options.max_tokens))
+    _show(session.runtime, answer, lambda: session.answer_ids, options)
+    if before <= context < session.runtime.position:
+        _say_overflow(context)
+
+
+def _until(stop: Sequence[bool], answer: Iterator[str]) -> Iterator[str]:
+    for piece in answer:
+        yield piece
+        if stop:
+            return
+
+
+def _show(runtime: Runtime, pieces: Iterator[str], ids: Callable[[], Sequence[int]], options: Options) -> None:
+    """Print an answer as it comes, or as JSON; then its numbers."""
+    before, start, ttft_s, text = copy(runtime.stats), time.perf_counter(), 0.0, ""
+    for piece in pieces:
+        ttft_s = ttft_s or time.perf_counter() - start
+        text += piece
+        if not options.as_json:
+            click.echo(piece, nl=False)
+    stats = _answer_stats(before, runtime.stats, ttft_s or time.perf_counter() - start, len(ids()))
+    if options.as_json:
+        click.echo(json.dumps({"text": text, "ids": list(ids()), "stats": asdict(stats)}, ensure_ascii=False))
+    elif not text.endswith("\n"):
+        click.echo()
+    if options.stats:
+        click.echo(str(stats), err=True)
+
+
+def _answer_stats(before: Stats, after: Stats, ttft_s: float, new_tokens: int) -> AnswerStats:
+    from gemma_edge.runtimes.base import Stats
+    from gemma_edge.runtimes.memory import peak_rss_mib
+
+    spent = Stats(**{name: value - getattr(before, name) for name, value in asdict(after).items()})
+    return AnswerStats(
+        load_s=after.load_s,
+        prompt_tokens=spent.prefill_tokens,
+        prefill_tokens_per_s=spent.prefill_tokens_per_s,
+        ttft_ms=1000 * ttft_s,
+        new_tokens=new_tokens,
+        decode_tokens_per_s=spent.decode_tokens_per_s,
+        peak_rss_mib=peak_rss_mib(),
+    )
+
+
+def _say_overflow(context: int) -> None:
+    click.echo(f"note: longer than the context of {context} tokens: the oldest have fallen out", err=True)
