@@ -93,7 +93,7 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for a manifest."""
-        return asdict(self)
+        return {**asdict(self), "rules": [asdict(rule) for rule in self.rules]}
 
 
 INT8_ROW = QuantConfig(bits=8, group_size=0)
