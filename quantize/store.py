@@ -315,12 +315,16 @@ def _integer_specs(
     configs: dict[str, QuantConfig | None],
     progress: Callable[[int], None],
 ) -> Iterator[Spec]:
-    """Packed codes, scales and shape of one matrix. The scales, which are small, are kept until their turn comes."""
+    """Packed codes, scales and shape of one matrix. The scales are kept until their turn comes.
+
+    They are kept in one piece: a small tensor per slice, alive among large ones that come and go, would fragment the heap.
+    """
     shape, config = weight_shapes(source.config)[weight], configs[weight]
     assert config is not None
     keep = isinstance(source, QuantizedCheckpoint) and source.configs[weight] is not None
-    scales: list[Tensor] = []
     scale_dtype = source.scale_dtype(weight) if keep and isinstance(source, QuantizedCheckpoint) else torch.bfloat16
+    groups = shape[1] // config.group_size if config.group_size else 1
+    scale = torch.empty(shape[0], groups, dtype=scale_dtype)
 
     def packed() -> Iterator[Tensor]:
         for start, stop in row_slices(shape):
@@ -328,11 +332,10 @@ def _integer_specs(
                 part = source.quantized(weight, start, stop)
             else:
                 part = quantize(source.rows(weight, start, stop), config, recipe.rule_for(weight).method)
-            scales.append(part.scale)
+            scale[start:stop] = part.scale
             yield pack(part.codes, config.bits)
             progress((stop - start) * shape[1])
 
-    groups = shape[1] // config.group_size if config.group_size else 1
     yield Spec(f"{weight}.weight_packed", torch.int32, (shape[0], -(-shape[1] * config.bits // 32)), packed)
-    yield Spec(f"{weight}.weight_scale", scale_dtype, (shape[0], groups), lambda: iter(scales))
+    yield Spec(f"{weight}.weight_scale", scale_dtype, (shape[0], groups), lambda: iter([scale]))
     yield Spec(f"{weight}.weight_shape", torch.int64, (2,), lambda: iter([torch.tensor(shape)]))

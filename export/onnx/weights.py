@@ -112,28 +112,29 @@ def write_weights(
 
 
 def _contents(checkpoint: QuantizedCheckpoint, blobs: list[Blob]) -> Iterator[tuple[Blob, Iterator[Tensor]]]:
-    scales: list[Tensor] = []  # of the packed weight just written: its scales follow it
+    scale = torch.empty(0)  # of the packed weight just written: its scales follow it, kept in one piece (see store.py)
+    by_name = {blob.name: blob for blob in blobs}
     for blob in blobs:
         weight, _, part = blob.name.rpartition(".")
         if part == "weight_packed":
-            scales = []
-            yield blob, _packed(checkpoint, weight, blob, scales)
+            scale = torch.empty(by_name[f"{weight}.weight_scale"].shape)
+            yield blob, _packed(checkpoint, weight, blob, scale)
         elif part == "weight_scale":
-            yield blob, iter(scales)
+            yield blob, iter([scale])
         elif weight in checkpoint.configs:
             yield blob, _plain(checkpoint, weight, blob)
         else:
             yield blob, iter([1.0 + checkpoint.vector(blob.name)])  # RMSNormalization multiplies, Gemma's norm by 1 + w
 
 
-def _packed(checkpoint: QuantizedCheckpoint, weight: str, blob: Blob, scales: list[Tensor]) -> Iterator[Tensor]:
-    """Slices of the packed codes; the scales, repeated per block, are left in `scales`."""
+def _packed(checkpoint: QuantizedCheckpoint, weight: str, blob: Blob, scale: Tensor) -> Iterator[Tensor]:
+    """Slices of the packed codes; the scales, repeated per block, are left in `scale`."""
     shape, config = weight_shapes(checkpoint.config)[weight], checkpoint.configs[weight]
     assert config is not None
     repeat = (config.group_size or shape[1]) // block_size(config, shape[1])
     for start, stop in row_slices(shape):
         part = checkpoint.quantized(weight, start, stop)
-        scales.append(part.scale.float().repeat_interleave(repeat, dim=1))
+        scale[start:stop] = part.scale.float().repeat_interleave(repeat, dim=1)
         codes = (part.codes.to(torch.int16) + (1 << (config.bits - 1))).to(torch.uint8)
         if config.bits == 4:
             codes = codes[:, 0::2] | (codes[:, 1::2] << 4)
