@@ -40,6 +40,9 @@ GEMMA2_TEMPLATE = """\
 {%- endif %}
 """
 
+# What a template can raise: it is the bundle's code, not ours
+_RENDER_ERRORS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
 Message = Mapping[str, str]  # role (user or assistant) and content
 
 
@@ -108,7 +111,7 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,
             )
-        except jinja2.TemplateError as error:
+        except _RENDER_ERRORS as error:
             raise InputError(f"the chat template refuses the conversation: {error}") from None
 
 

@@ -114,7 +114,7 @@ def _read_stdin(*, asked: bool) -> str:
     if not asked and sys.stdin.isatty():
         raise InputError("nothing to continue: pass --prompt TEXT, pipe a text in, or start a conversation with --chat")
     try:
-        text = click.get_binary_stream("stdin").read().decode("utf-8")
+        text = sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"stdin is not UTF-8 at byte {error.start}; give UTF-8 text") from None
     return text.removesuffix("\n").removesuffix("\r")

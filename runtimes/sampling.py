@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from gemma_edge.errors import InputError
 from gemma_edge.runtimes.base import Logits
 
-# Tokens looked at first for top-p; almost always enough, else the search widens eightfold.
-_TOP_P_FIRST = 1024
+_COLDEST = 1e-6  # logits / temperature must stay finite in float32
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         """Raises InputError for a number that no filter can take."""
         # Written as `not (allowed)` so that NaN is refused too.
-        if not 0 <= self.temperature < math.inf:
-            raise InputError(f"temperature {self.temperature} is not a number >= 0; 0 is greedy")
+        if self.temperature != 0 and not _COLDEST <= self.temperature < math.inf:
+            raise InputError(f"temperature {self.temperature} is neither 0, which is greedy, nor at least {_COLDEST}")
         if self.top_k < 0:
             raise InputError(f"top_k {self.top_k} is below 0; 0 keeps every token")
         if not 0 < self.top_p <= 1:
@@ -110,30 +109,37 @@ class Sampler:
     def _kept(self, scores: Logits) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
         params = self.params
         scores = scores / np.float32(params.temperature)
-        ids = np.arange(len(scores))
-        if 0 < params.top_k < len(scores):
-            # >= keeps ties with the k-th, as transformers does
-            ids = np.flatnonzero(scores >= np.partition(scores, -params.top_k)[-params.top_k])
-        scores = scores[ids]
-        weights = np.exp((scores - scores.max()).astype(np.float64))
+        ids = _top_k(scores, params.top_k) if 0 < params.top_k < len(scores) else np.arange(len(scores))
+        if len(ids) < len(scores):
+            scores = scores[ids]
+        weights = np.exp(scores - scores.max())  # float32, as transformers; sums are float64
         if params.top_p < 1:
             kept = _top_p(weights, params.top_p)
             ids, weights = ids[kept], weights[kept]
         if params.min_p > 0:
             kept = np.flatnonzero(weights >= params.min_p * weights.max())
             ids, weights = ids[kept], weights[kept]
-        return ids, weights / weights.sum()
+        return ids, weights / weights.sum(dtype=np.float64)
 
 
-def _top_p(weights: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
-    """Indices of the fewest largest weights whose sum reaches `top_p` of the whole."""
-    needed = top_p * weights.sum()
-    count = min(_TOP_P_FIRST, len(weights))
-    while True:
-        largest = np.argpartition(weights, -count)[-count:]
-        largest = largest[np.argsort(-weights[largest], kind="stable")]
-        before = weights[largest].cumsum() - weights[largest]
-        kept = int(np.count_nonzero(before < needed))
-        if kept < count or count == len(weights):
-            return largest[:kept]
-        count = min(count * 8, len(weights))
+def _top_k(scores: Logits, top_k: int) -> NDArray[np.intp]:
+    """Indices of the `top_k` largest and of what ties with the last of them, as transformers does."""
+    size = len(scores) // (4 * top_k)
+    if size > 1:
+        # The k-th largest score >= the k-th largest of the blocks' maxima, for those are k scores that reach it.
+        maxima = scores[: 4 * top_k * size].reshape(-1, size).max(axis=1)  # (4 top_k,)
+        near = np.flatnonzero(scores >= np.partition(maxima, -top_k)[-top_k])
+    else:
+        near = np.arange(len(scores))
+    candidates = scores[near]
+    return near[np.flatnonzero(candidates >= np.partition(candidates, -top_k)[-top_k])]
+
+
+def _top_p(weights: Logits, top_p: float) -> NDArray[np.intp]:
+    """Indices of the fewest largest weights whose sum reaches `top_p` of the whole, the largest first."""
+    total = weights.sum(dtype=np.float64)
+    # Less than V x this, so less than (1 - top_p) of the whole, is left out here: only what is near gets sorted.
+    near = np.flatnonzero(weights >= (1 - top_p) * total / len(weights))
+    near = near[np.argsort(-weights[near], kind="stable")]
+    reached = weights[near].cumsum(dtype=np.float64)
+    return near[: np.searchsorted(reached, top_p * total) + 1]

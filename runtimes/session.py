@@ -40,10 +40,9 @@ class Session:
         self._messages: list[dict[str, str]] = []
         self._ids: list[int] = []  # in the cache
         self._pending: list[int] = []  # said, but not fed yet
-        self._held = ""  # the text of both
+        self._held: tuple[str, ...] = ()  # the text of both, in the ways a template may write it
         self._answer_ids: list[int] = []
         self._answer: Generator[str, None, None] = _nothing()
-        self._forget()
 
     @classmethod
     def open(
@@ -130,15 +129,17 @@ class Session:
                 self._ids += turn[:fed]
                 self._pending = turn[fed:]
                 self._messages = [*asked, {"role": "assistant", "content": answer}]
-                # Templates trim an answer; the blanks at its end stay in the cache, as the model saw them
-                self._held = prompt + answer.rstrip()
+                # Gemma's template trims an answer; the blanks around it stay in the cache, where the model wrote them
+                self._held = (prompt + answer, prompt + answer.strip())
             else:
                 self._forget()
 
     def _to_feed(self, prompt: str) -> list[int]:
         """The tokens of `prompt` that the cache does not hold yet."""
-        if self._held and prompt.startswith(self._held) and self.runtime.position == len(self._ids):
-            return [*self._pending, *self.tokenizer.encode(prompt.removeprefix(self._held), bos=False)]
+        for held in self._held:
+            # another position: someone else used the runtime meanwhile
+            if prompt.startswith(held) and self.runtime.position == len(self._ids):
+                return [*self._pending, *self.tokenizer.encode(prompt.removeprefix(held), bos=False)]
         self._forget()
         return self.tokenizer.encode(prompt)
 
@@ -148,7 +149,7 @@ class Session:
         self._sampler.forget()
         self._ids = []
         self._pending = []
-        self._held = ""
+        self._held = ()
 
 
 def _nothing() -> Generator[str, None, None]:
