@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,7 +13,8 @@ from gemma_edge.model.gemma2 import inverse_frequencies, rotary_angles, soft_cap
 from gemma_edge.model.kv_cache import RingCache
 
 CHUNK = 512  # tokens a block is applied to at once
-HEAD_ROWS = 16384  # rows of the table that are multiplied at once
+HEAD_ROWS = 4096  # rows of the table that are multiplied at once
+HEAD_POSITIONS = 192  # positions whose logits are in memory at once: 200 MB with 256,000 tokens
 
 
 @torch.no_grad()
@@ -56,3 +58,10 @@ def logits(weights: Weights, hidden: Tensor) -> Tensor:
         stop = min(start + HEAD_ROWS, config.vocab_size)
         out[:, start:stop] = hidden @ weights.rows(TABLE, start, stop).T
     return soft_cap(out, config.final_logit_softcapping)
+
+
+def write_logits(weights: Weights, hidden: Tensor, path: Path) -> None:
+    """Logits of (T, hidden) into a file, (T, V) float32, a few positions in memory at a time."""
+    with path.open("wb") as file:
+        for start in range(0, len(hidden), HEAD_POSITIONS):
+            file.write(logits(weights, hidden[start : start + HEAD_POSITIONS]).numpy().data)

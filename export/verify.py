@@ -6,29 +6,29 @@ dequantized in torch; what the exporter and the runtime add, which is the runtim
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-import gemma_edge
-from gemma_edge.export import reference
+from gemma_edge.export import judge, reference
 from gemma_edge.export.bundle import Manifest
 from gemma_edge.model.checkpoint import Weights
 from gemma_edge.quantize.store import QuantizedCheckpoint
-from gemma_edge.runtimes.base import Logits, Runtime
 
 LEVELS = ("quick", "full", "none")
 TEXTS = ("heldout_austen.txt", "heldout_kjv.txt")
 QUICK_TOKENS = 2304  # longest sequence of the quick gate
 QUICK_TEXT = 512  # positions compared from the start; then those past the wrap
 PAST_WRAP = 64  # tokens fed beyond the point where the first key has left every window
-ROWS = 32  # positions whose distributions are in memory at once
 
 
 @dataclass(frozen=True)
@@ -59,48 +59,6 @@ class Gate:
     text: str
     ids: list[int]
     positions: list[int]
-
-
-@dataclass
-class Comparison:
-    """Sums over positions."""
-
-    tokens: int = 0
-    kl: float = 0.0
-    same_top1: int = 0
-    nll: float = 0.0
-    nll_reference: float = 0.0
-    max_difference: float = 0.0
-    low: float = float("inf")
-    high: float = float("-inf")
-
-    def add(self, found: Tensor, expected: Tensor, targets: Tensor) -> None:
-        """Compare logits (T, V) with a reference's; `targets` (T,) are the tokens that really followed."""
-        for start in range(0, len(found), ROWS):
-            q, p = found[start : start + ROWS], expected[start : start + ROWS]
-            self.max_difference = max(self.max_difference, float((q - p).abs().max()))
-            self.low, self.high = min(self.low, float(p.min())), max(self.high, float(p.max()))
-            self.same_top1 += int((q.argmax(-1) == p.argmax(-1)).sum())
-            log_q, log_p = q.log_softmax(-1), p.log_softmax(-1)
-            self.kl += float((log_p.exp() * (log_p - log_q)).sum())
-            target = targets[start : start + ROWS, None]
-            self.nll -= float(log_q.gather(1, target).sum())
-            self.nll_reference -= float(log_p.gather(1, target).sum())
-            self.tokens += len(q)
-
-    def to_json(self) -> dict[str, Any]:
-        """Means over the positions."""
-        ppl, ppl_reference = (float(np.exp(nll / self.tokens)) for nll in (self.nll, self.nll_reference))
-        return {
-            "tokens": self.tokens,
-            "kl": max(self.kl / self.tokens, 0.0),
-            "top1": self.same_top1 / self.tokens,
-            "ppl": ppl,
-            "ppl_reference": ppl_reference,
-            "ppl_change": ppl / ppl_reference - 1.0,
-            "max_abs_logit_difference": self.max_difference,
-            "logit_range": self.high - self.low,
-        }
 
 
 def make_gate(tokenizer: Path | None, vocab_size: int, bos: int, context: int, level: str) -> Gate:
@@ -149,39 +107,53 @@ def verify(
 
     Returns:
         the backend's entry under `verification` in the manifest; `passed` tells.
+
+    Raises:
+        RuntimeError: the bundle could not be run.
     """
-    ids, cache = torch.tensor(gate.ids), Manifest.load(bundle).cache
-    context, chunk = cache.context, cache.prefill_chunk
-    hidden = reference.hidden_states(original, ids, context, progress)
-    same_integers = reference.hidden_states(quantized, ids[:chunk], context, progress)
-    runtime = gemma_edge.load(bundle, backend=backend)  # not earlier: the references and the bundle never share the memory
-    generated = _generate(runtime, gate.ids[:chunk])
-    quality, lowering, generation = Comparison(), Comparison(), 0.0
-    wanted = set(gate.positions)
-    for index, rows in enumerate(runtime.score_chunks(gate.ids)):
-        start = index * chunk
-        inside = [p for p in range(start, start + len(rows)) if p in wanted]
-        if inside:
-            found = torch.from_numpy(rows[[p - start for p in inside]])
-            quality.add(found, reference.logits(original, hidden[inside]), ids[[p + 1 for p in inside]])
-        if start == 0 and inside:
-            lowering.add(found, reference.logits(quantized, same_integers[inside]), ids[[p + 1 for p in inside]])
-            generation = max(float(np.abs(rows[p] - found_row).max()) for p, found_row in generated.items())
-        progress(1)
+    cache = Manifest.load(bundle).cache
+    with TemporaryDirectory(dir=bundle.parent, prefix=".gate-") as name:
+        folder = Path(name)
+        ids, first = torch.tensor(gate.ids), [p for p in gate.positions if p < cache.prefill_chunk]
+        hidden = reference.hidden_states(original, ids, cache.context, progress)
+        reference.write_logits(original, hidden[gate.positions], folder / judge.QUALITY)
+        hidden = reference.hidden_states(quantized, ids[: cache.prefill_chunk], cache.context, progress)
+        reference.write_logits(quantized, hidden[first], folder / judge.LOWERING)
+        del hidden
+        task = {"bundle": str(bundle), "backend": backend, "ids": gate.ids, "positions": gate.positions}
+        (folder / judge.TASK).write_text(json.dumps(task))
+        found = _judge(folder, progress)
     limits = LIMITS[fewest_bits(quantized)]
     result = {
         "level": gate.level,
         "text": gate.text,
         "fed_tokens": len(gate.ids),
-        "past_wrap": len(gate.ids) > context,
-        "quality": quality.to_json(),
-        "lowering": lowering.to_json(),
-        "generation_difference": generation,
+        "past_wrap": len(gate.ids) > cache.context,
+        **found,
         "limits": asdict(limits),
     }
     result["failures"] = failures(result, limits)
     result["passed"] = not result["failures"]
     return result
+
+
+def _judge(folder: Path, progress: Callable[[int], None]) -> dict[str, Any]:
+    """The bundle's half in a fresh process: it shares no memory with torch, as on the device."""
+    command = [sys.executable, "-m", judge.__name__, str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        try:
+            for _ in process.stdout:
+                progress(1)
+            errors = process.stderr.read()
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode != 0:
+        last = errors.strip().splitlines()[-1] if errors.strip() else f"exit code {process.returncode}"
+        raise RuntimeError(f"the finished bundle does not run: {last}")
+    found: dict[str, Any] = json.loads((folder / judge.RESULT).read_text())
+    return found
 
 
 def steps(layers: int, tokens: int, chunk: int) -> int:
@@ -194,13 +166,6 @@ def fewest_bits(checkpoint: QuantizedCheckpoint) -> int:
     return min(
         config.bits if config else 8 * checkpoint.dtype(name).itemsize for name, config in checkpoint.configs.items()
     )
-
-
-def _generate(runtime: Runtime, ids: list[int]) -> dict[int, Logits]:
-    """Logits of the generation graph by position: a prompt, then its last tokens one by one."""
-    prompt = max(1, len(ids) - 4)
-    found = {prompt - 1: runtime.prefill(ids[:prompt])}
-    return found | {position: runtime.decode(ids[position]) for position in range(prompt, len(ids))}
 
 
 def failures(result: dict[str, Any], limits: Limits) -> list[str]:

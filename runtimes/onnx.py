@@ -7,6 +7,8 @@ which reads only rows it has written, so positions never end and a reset leaves 
 from __future__ import annotations
 
 import logging
+import math
+import mmap
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,10 +74,9 @@ class OnnxRuntime(BaseRuntime):
             raise InputError(f"threads {threads} is below 1")
         self.threads = min(threads or int(manifest.target["threads"]), os.cpu_count() or 1)
         cache = manifest.cache
-        # zeroed lazily by the system: a page costs memory only once the cache reaches it
         self._cache = {
             f"{index}.{kind}": ort.OrtValue.ortvalue_from_numpy(
-                np.zeros((1, cache.kv_heads, layer.slots, cache.head_dim), cache.dtype)
+                _lazy_zeros((1, cache.kv_heads, layer.slots, cache.head_dim), np.dtype(cache.dtype))
             )
             for index, layer in enumerate(cache.layers)
             for kind in ("key", "value")
@@ -167,6 +168,14 @@ class OnnxRuntime(BaseRuntime):
                     f"{path}: {name} is {node.type} {node.shape}, the manifest says {types[name]} {shape};"
                     " export the bundle again"
                 )
+
+
+def _lazy_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Zeros whose pages cost memory only once the cache reaches them: in small pages, where the system would take 2 MB ones."""
+    buffer = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # Linux
+        buffer.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(buffer, dtype).reshape(shape)
 
 
 def _check_version(version: str) -> None:

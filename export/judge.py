@@ -1,0 +1,124 @@
+"""The gate's second half: a finished bundle in its own runtime, in a process of its own without torch, against saved logits.
+
+verify.py starts it as `python -m gemma_edge.export.judge FOLDER`: there lie `task.json` and the reference's logits, and
+`result.json` goes there. One line on stdout per chunk that was scored.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import gemma_edge
+from gemma_edge.command import one_line_errors
+from gemma_edge.runtimes.base import Logits, Runtime
+
+TASK, RESULT = "task.json", "result.json"
+QUALITY, LOWERING = "quality.f32", "lowering.f32"  # reference logits of the task's positions, (P, V) float32
+ROWS = 16  # positions whose distributions are in memory at once
+
+
+@dataclass
+class Comparison:
+    """Sums over positions."""
+
+    tokens: int = 0
+    kl: float = 0.0
+    same_top1: int = 0
+    nll: float = 0.0
+    nll_reference: float = 0.0
+    max_difference: float = 0.0
+    low: float = float("inf")
+    high: float = float("-inf")
+
+    def add(self, found: Logits, expected: Logits, targets: NDArray[np.int64]) -> None:
+        """Compare logits (T, V) with a reference's; `targets` (T,) are the tokens that really followed."""
+        for start in range(0, len(found), ROWS):
+            q, p = found[start : start + ROWS], expected[start : start + ROWS]
+            # np.maximum and not max: a NaN must stay
+            self.max_difference = float(np.maximum(self.max_difference, np.abs(q - p).max()))
+            self.low, self.high = min(self.low, float(p.min())), max(self.high, float(p.max()))
+            self.same_top1 += int((q.argmax(-1) == p.argmax(-1)).sum())
+            log_q, log_p = log_softmax(q), log_softmax(p)
+            self.kl += float((np.exp(log_p) * (log_p - log_q)).sum())
+            rows, target = np.arange(len(q)), targets[start : start + ROWS]
+            self.nll -= float(log_q[rows, target].sum())
+            self.nll_reference -= float(log_p[rows, target].sum())
+            self.tokens += len(q)
+
+    def to_json(self) -> dict[str, Any]:
+        """Means over the positions."""
+        ppl, ppl_reference = (float(np.exp(nll / self.tokens)) for nll in (self.nll, self.nll_reference))
+        return {
+            "tokens": self.tokens,
+            "kl": float(np.maximum(self.kl / self.tokens, 0.0)),
+            "top1": self.same_top1 / self.tokens,
+            "ppl": ppl,
+            "ppl_reference": ppl_reference,
+            "ppl_change": ppl / ppl_reference - 1.0,
+            "max_abs_logit_difference": self.max_difference,
+            "logit_range": self.high - self.low,
+        }
+
+
+def log_softmax(logits: Logits) -> Logits:
+    """Over the last axis, in float32."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    out: Logits = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return out
+
+
+def judge(folder: Path) -> dict[str, Any]:
+    """Run the bundle named by the task over its tokens and compare.
+
+    Returns:
+        `quality`, `lowering` and `generation_difference` as verify.py puts them into the manifest.
+    """
+    task = json.loads((folder / TASK).read_text())
+    ids, positions = np.array(task["ids"], np.int64), task["positions"]
+    runtime = gemma_edge.load(task["bundle"], backend=task["backend"])
+    chunk = runtime.manifest.cache.prefill_chunk
+    generated = _generate(runtime, task["ids"][:chunk])
+    quality, lowering, generation = Comparison(), Comparison(), 0.0
+    done = 0
+    for start, rows in zip(range(0, len(ids), chunk), runtime.score_chunks(task["ids"]), strict=True):
+        inside = np.array([p for p in positions if start <= p < start + len(rows)], np.int64)
+        if len(inside):
+            expected = _read(folder / QUALITY, done, len(inside), rows.shape[1])
+            quality.add(rows[inside - start], expected, ids[inside + 1])
+        if start == 0:
+            expected = _read(folder / LOWERING, 0, len(inside), rows.shape[1])
+            lowering.add(rows[inside], expected, ids[inside + 1])
+            generation = float(np.max([np.abs(rows[p] - row).max() for p, row in generated.items()]))
+        done += len(inside)
+        print(done, flush=True)  # noqa: T201 (this is the protocol)
+    return {"quality": quality.to_json(), "lowering": lowering.to_json(), "generation_difference": generation}
+
+
+def _generate(runtime: Runtime, ids: list[int]) -> dict[int, Logits]:
+    """Logits of the generation graph by position: a prompt, then its last tokens one by one."""
+    prompt = max(1, len(ids) - 4)
+    found = {prompt - 1: runtime.prefill(ids[:prompt])}
+    return found | {position: runtime.decode(ids[position]) for position in range(prompt, len(ids))}
+
+
+def _read(path: Path, first: int, rows: int, vocab_size: int) -> Logits:
+    found = np.fromfile(path, np.float32, rows * vocab_size, offset=4 * first * vocab_size)
+    return found.reshape(rows, vocab_size)
+
+
+def main() -> None:
+    """Entry point of the process."""
+    folder = Path(sys.argv[1])
+    with one_line_errors():
+        (folder / RESULT).write_text(json.dumps(judge(folder)))
+
+
+if __name__ == "__main__":
+    main()
