@@ -94,7 +94,7 @@ def make_plan(
         InputError: a value out of range, or no context fits the target's RAM.
     """
     config = source.config
-    chunk = prefill_chunk or DEFAULT_CHUNK
+    chunk = DEFAULT_CHUNK if prefill_chunk is None else prefill_chunk
     _check_range("--prefill-chunk", chunk, 1, 4096)
     if context is not None:
         _check_range("--context", context, 1, config.max_position_embeddings)

@@ -1,0 +1,218 @@
+"""`gemma-export` as a user types it: good runs, every bad input of the design's table, and being killed at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from conftest import DEMO
+
+from gemma_edge.export.bundle import MANIFEST, Manifest
+from gemma_edge.export.cli import main
+
+COMMAND = [sys.executable, "-c", "from gemma_edge.export.cli import main; main()"]
+
+
+def run(*args: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(arg) for arg in args])
+
+
+def refused(result: Result, *parts: str) -> None:
+    """One line on stderr with these parts, exit 2, no traceback."""
+    assert result.exit_code == 2, result.output
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.stderr.strip().endswith(line) and "Traceback" not in result.output
+    for part in parts:
+        assert part in line, line
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A copy of the demo model, to be damaged."""
+    return Path(shutil.copytree(DEMO, tmp_path / "model"))
+
+
+def test_make_is_the_default_command_and_json_holds_bundle_stages_and_gate(tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    result = run(DEMO, "--target", "android", "--bits", "4", "-o", out, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["bundle"] == str(out) and [stage["name"] for stage in found["stages"]] == [
+        "quantize",
+        "lower",
+        "verify",
+    ]
+    assert found["manifest"]["verification"]["onnx"]["passed"]
+    assert "without calibration 4 bits use group 32" in result.stderr
+    shown = run("inspect", out, "--check-hashes")
+    assert shown.exit_code == 0 and "passed the quick gate" in shown.stdout and "mlp.down_proj" in shown.stdout
+    assert json.loads(run("inspect", out, "--json").stdout)["schema_version"] == 1
+    refused(run(DEMO, "-o", out), f"{out} exists", "--force")
+    assert run(DEMO, "-o", out, "--force", "--verify", "none", "--bits", "8").exit_code == 0
+    assert Manifest.load(out).recipe["name"] == "int8-channel"
+    assert "NOT VERIFIED" in run("inspect", out).stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle"]
+
+
+def test_plan_predicts_without_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run("plan", DEMO, "--json")
+    plan = json.loads(result.stdout)
+    assert plan["context"] == 512 and plan["weights_bytes"] > 5_000_000 and plan["kv_bytes"] > 0
+    table = run("plan", DEMO)
+    assert table.exit_code == 0 and str(plan["weights_bytes"]) in table.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [
+        (["--target", "fridge"], ["--target fridge", "android, raspberry-pi, desktop"]),
+        (["--bits", "5"], ["--bits 5", "4, 8, 16, 32"]),
+        (["--group-size", "48"], ["48", "multiple of 32", "--group-size 64"]),
+        (["--bits", "16", "--group-size", "32"], ["--bits 16", "do not apply"]),
+        (["--method", "magic"], ["magic", "rtn, mse"]),
+        (["--backend", "coreml"], ["coreml", "onnx"]),
+        (["--verify", "maybe"], ["maybe", "quick, full, none"]),
+        (["--context", "4096"], ["--context 4096", "1 to 512"]),
+        (["--context", "0"], ["--context 0", "1 to 512"]),
+        (["--prefill-chunk", "0"], ["--prefill-chunk 0"]),
+        (["--ram", "0.05"], ["0.05 GiB", "--ram"]),
+        (["--lora", "/nowhere"], ["/nowhere", "adapter_config.json"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_bad_option_is_one_line(args: list[str], parts: list[str], tmp_path: Path) -> None:
+    refused(run(DEMO, "-o", tmp_path / "out", *args), *parts)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_folders_are_one_line_and_leave_nothing(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    weights, config = model / "model.safetensors", model / "config.json"
+    whole, text = weights.read_bytes(), config.read_text()
+    refused(run(tmp_path / "nowhere", "-o", out), "neither a folder nor a Hugging Face model id")
+    config.write_text(json.dumps({**json.loads(text), "model_type": "llama"}))
+    refused(run(model, "-o", out), "model_type", "'llama'", "'gemma2'")
+    config.write_text(text)
+    weights.write_bytes(whole[:-1000])
+    refused(run(model, "-o", out), "model.safetensors", "truncated")
+    weights.unlink()
+    refused(run(model, "-o", out), "no model.safetensors")
+    (model / "pytorch_model.bin").write_bytes(b"x")
+    refused(run(model, "-o", out), "pickle")
+    config.unlink()
+    refused(run(model, "-o", out), "config.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_nan_weights_are_named_in_the_middle_of_the_work_and_leave_nothing(model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.3.mlp.up_proj.weight"][5, 7] = float("nan")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    refused(run(model, "-o", tmp_path / "out"), "model.layers.3.mlp.up_proj.weight", "NaN")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_full_disk_is_one_line_before_the_work_and_in_the_middle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
+        refused(run(DEMO, "-o", out), "no space for the export", "0.00 GiB are free")
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("no /dev/full: a disk that fills up is only faked on Linux")
+    real = Path.open
+
+    def open_on_full_disk(path: Path, mode: str = "r", *args: object, **kwargs: object) -> object:
+        return real(full if path.name == "model.onnx.data" else path, mode, *args, **kwargs)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(Path, "open", open_on_full_disk)
+    refused(run(DEMO, "-o", out), "no space left")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_text("x")
+    refused(run(DEMO, "-o", tmp_path / "photos", "--force"), "is not a bundle")
+    assert (tmp_path / "photos" / "cat.jpg").exists()
+
+
+def test_offline_hub_id_is_one_line_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    done = subprocess.run(
+        [*COMMAND, "--target", "android", "--bits", "4"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert "cannot fetch google/gemma-2-2b-it" in line and "gemma-export FOLDER" in line
+
+
+@pytest.mark.parametrize("delay_s", [1.0, 4.0, 6.0, 8.0, 11.0])
+def test_kill_9_at_any_moment_leaves_no_half_bundle_and_the_next_run_works(delay_s: float, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = subprocess.Popen([*COMMAND, str(DEMO), "-o", str(out)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    time.sleep(delay_s)
+    process.kill()
+    process.communicate()
+    if out.exists():  # it was quicker than the delay: then it is whole
+        assert Manifest.load(out).verification["onnx"]["passed"]
+    assert run(DEMO, "-o", out, "--verify", "none", "--force").exit_code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    Manifest.load(out)
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_export_cleans_up_after_itself(signal_number: int, tmp_path: Path) -> None:
+    process = subprocess.Popen([*COMMAND, str(DEMO), "-o", str(tmp_path / "out")], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("export onnx"):
+            break
+    process.send_signal(signal_number)
+    _, errors = process.communicate()
+    assert process.returncode == (130 if signal_number == signal.SIGINT else 143)
+    assert "Traceback" not in errors and list(tmp_path.iterdir()) == []
+
+
+def test_bundle_moved_aside_by_a_killed_replacement_comes_back(tmp_path: Path) -> None:
+    """Between the two renames of --force the old bundle has another name; the next run finds it."""
+    out = tmp_path / "out"
+    assert run(DEMO, "-o", out, "--verify", "none").exit_code == 0
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    out.rename(tmp_path / f".out.old-{dead.pid}")
+    refused(run(DEMO, "-o", out), "exists")
+    assert (out / MANIFEST).exists() and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("args", [["--help"], ["make", "--help"], ["plan", "--help"], ["inspect", "--help"]])
+def test_help_imports_nothing_heavy(args: list[str]) -> None:
+    code = f"""
+import sys
+from gemma_edge.export.cli import main
+try:
+    main({args!r})
+except SystemExit:
+    pass
+print(sorted({{"torch", "numpy", "rich", "onnx"}} & set(sys.modules)), file=sys.stderr)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""}
+    )
+    assert done.stderr.strip() == "[]" and "Usage" in done.stdout
