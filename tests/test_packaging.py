@@ -1,0 +1,127 @@
+"""What is declared, built and installed is what lies in the repository, and no more."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from packaging.requirements import Requirement
+
+TOPS = ("model", "quantize", "export", "runtimes")
+LINKS = ROOT / "src" / "gemma_edge"
+BUILT_FROM = (*TOPS, "src", "demo/tiny-gemma2/LICENSE.md", "pyproject.toml", "README.md", "LICENSE")
+
+
+def pyproject() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_every_package_folder_is_declared() -> None:
+    """An undeclared one imports in an editable installation and is missing from the wheel."""
+    setuptools = pyproject()["tool"]["setuptools"]
+    folders = {
+        f"gemma_edge.{init.parent.relative_to(ROOT).as_posix().replace('/', '.')}": init.parent
+        for top in TOPS
+        for init in (ROOT / top).rglob("__init__.py")
+    }
+    assert set(setuptools["packages"]) == {"gemma_edge", *folders}
+    assert setuptools["package-dir"] == {
+        "gemma_edge": "src/gemma_edge",
+        **{name: folder.relative_to(ROOT).as_posix() for name, folder in folders.items()},
+    }
+
+
+@pytest.mark.skipif(not (LINKS / "export").is_symlink(), reason="checkout without symbolic links")
+def test_links_for_editors_point_at_the_top_level_folders() -> None:
+    assert {path.name: path.resolve() for path in LINKS.iterdir() if path.is_symlink()} == {
+        top: ROOT / top for top in TOPS
+    }
+
+
+def test_what_runs_a_bundle_needs_only_light_packages() -> None:
+    project = pyproject()["project"]
+    names = {Requirement(text).name for text in project["dependencies"] + project["optional-dependencies"]["onnx"]}
+    assert names == {"numpy", "click", "rich", "safetensors", "tokenizers", "jinja2", "onnxruntime"}
+
+
+def test_runtimes_import_neither_torch_nor_a_converter() -> None:
+    modules = [f"gemma_edge.runtimes.{path.stem}" for path in sorted((ROOT / "runtimes").glob("[!_]*.py"))]
+    code = (
+        f"import sys, importlib\nfor name in {modules}: importlib.import_module(name)\n"
+        "heavy = {'torch', 'onnx', 'onnx_ir', 'onnxscript', 'transformers', 'safetensors'} & set(sys.modules)\n"
+        "sys.exit(f'imported: {heavy}' if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_requirement_has_a_pin_that_it_allows() -> None:
+    project = pyproject()["project"]
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    versions = {normal(pin.name): str(pin.specifier).removeprefix("==") for pin in pins}
+    assert all(str(pin) == f"{pin.name}=={versions[normal(pin.name)]}" for pin in pins), "names and versions only"
+    wanted = [Requirement(text) for text in project["dependencies"]]
+    wanted += [Requirement(text) for extra in project["optional-dependencies"].values() for text in extra]
+    for requirement in wanted:
+        if requirement.name != project["name"]:
+            assert requirement.specifier.contains(versions[normal(requirement.name)]), requirement
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel, the sdist, and in `again/` the wheel made from the sdist."""
+    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("dist")
+    for name in BUILT_FROM:
+        source, target = ROOT / name, tree / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, target)
+    build(tree, "sdist", out)
+    build(tree, "wheel", out)
+    (sdist,) = out.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(out, filter="data")
+    build(out / sdist.name.removesuffix(".tar.gz"), "wheel", out / "again")
+    return out
+
+
+def build(tree: Path, kind: str, out: Path) -> None:
+    out.mkdir(exist_ok=True)
+    code = f"from setuptools import build_meta; build_meta.build_{kind}({str(out)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=tree, check=True, capture_output=True)
+
+
+def contents(folder: Path) -> set[str]:
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def test_wheel_holds_the_packages_their_data_and_the_licences(built: Path) -> None:
+    expected = {f"gemma_edge/{path.name}" for path in LINKS.glob("*.py")} | {"gemma_edge/py.typed"}
+    for top in TOPS:
+        files = [*(ROOT / top).rglob("*.py"), *(ROOT / top).glob("data/*")]
+        expected |= {f"gemma_edge/{path.relative_to(ROOT).as_posix()}" for path in files}
+    found = contents(built)
+    assert {name for name in found if ".dist-info/" not in name} == expected
+    licences = {name.partition(".dist-info/licenses/")[2] for name in found if "/licenses/" in name}
+    assert licences == {"LICENSE", "demo/tiny-gemma2/LICENSE.md", "export/data/LICENSE.md"}
+
+
+def test_wheel_from_the_sdist_is_the_same(built: Path) -> None:
+    assert contents(built / "again") == contents(built)
