@@ -1,0 +1,146 @@
+"""Every sh and python block of the docs is run as a reader would run it, in a folder as `make demo` leaves it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from conftest import ROOT
+
+from gemma_edge.export.bundle import CacheGeometry, FileEntry, LayerCache, Manifest
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+OTHER_PAGES = [ROOT / "CHANGELOG.md", *sorted(ROOT.glob("demo/**/*.md")), *sorted(ROOT.glob("export/**/*.md"))]
+RUN = {"sh": ["sh", "-eu", "-c"], "python": [sys.executable, "-c"]}
+NOT_CODE = {"", "text", "json", "toml"}
+MOST_NOT_RUN = 8
+FENCE = re.compile(r"^(?P<indent> *)(?P<marks>`{3,}|~{3,}) *(?P<info>.*)$")
+
+
+class Block(NamedTuple):
+    line: int  # of its first line, counted from 1
+    language: str
+    no_run: str | None  # why it is not run, None: it is
+    text: str
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    """The fenced blocks of a page."""
+    lines = iter(enumerate(page.read_text(encoding="utf-8").splitlines(), start=1))
+    for number, line in lines:
+        opening = FENCE.match(line)
+        if opening is None:
+            continue
+        language, _, rest = opening["info"].partition(" ")
+        assert not rest or rest.startswith("no-run"), f"{page}:{number}: {rest!r} is no mark that is known"
+        body = []
+        for _, inner in lines:
+            if inner.strip() == opening["marks"]:
+                break
+            body.append(inner.removeprefix(opening["indent"]))
+        no_run = rest.removeprefix("no-run").strip() if rest else None
+        yield Block(number + 1, language, no_run, "\n".join(body))
+
+
+def clean_environment(home: Path) -> dict[str, str]:
+    """This one, with the commands under test in front, nothing of make's, no network for the hub and no model cache."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "HF_"))}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
+    return kept | {"PATH": path, "HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def run(command: list[str], folder: Path, what: str) -> str:
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=clean_environment(folder),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    if done.returncode:
+        pytest.fail(f"{what} ended with {done.returncode}:\n{command[-1]}\n---\n{done.stdout[-4000:]}", pytrace=False)
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def after_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working copy in which `make demo` was run: the real target, without the installation before it."""
+    folder = tmp_path_factory.mktemp("docs")
+    shutil.copytree(ROOT / "demo", folder / "demo")
+    shutil.copy(ROOT / "Makefile", folder)
+    (folder / ".venv").symlink_to(sys.prefix)
+    printed = run(["make", "--old-file=setup", "demo"], folder, "make demo")
+    assert "gemma-export demo/tiny-gemma2 --target android --bits 4" in printed
+    assert "passed the quick gate" in printed
+    return folder
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_runs(page: Path, after_demo: Path, tmp_path: Path) -> None:
+    todo = [block for block in blocks(page) if block.language in RUN and block.no_run is None]
+    folder = tmp_path / "work"
+    if todo:
+        shutil.copytree(after_demo, folder, symlinks=True)
+    for block in todo:
+        run([*RUN[block.language], block.text], folder, f"{page.relative_to(ROOT)}:{block.line}")
+
+
+def test_no_block_escapes_by_its_language() -> None:
+    """`bash`, `console`, `py` and the like would not be run."""
+    found = {block.language for page in PAGES for block in blocks(page)}
+    assert found <= RUN.keys() | NOT_CODE
+
+
+def test_blocks_that_are_not_run_are_few_and_say_why() -> None:
+    skipped = [block for page in PAGES for block in blocks(page) if block.no_run is not None]
+    assert all(len(block.no_run or "") > 10 for block in skipped)
+    assert len(skipped) <= MOST_NOT_RUN
+
+
+@pytest.mark.parametrize("page", [*PAGES, *OTHER_PAGES], ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        file = page.parent / name if name else page
+        assert file.exists(), f"{page}: {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in slugs, f"{page}: {target}"
+
+
+@pytest.mark.parametrize("part", [Manifest, CacheGeometry, LayerCache, FileEntry])
+def test_every_key_of_the_manifest_is_documented(part: type) -> None:
+    page = (ROOT / "docs" / "bundle-format.md").read_text(encoding="utf-8")
+    assert {field.name for field in fields(part) if f"`{field.name}`" not in page} == set()
+
+
+def test_every_key_of_a_real_manifest_is_documented(after_demo: Path) -> None:
+    page = (ROOT / "docs" / "bundle-format.md").read_text(encoding="utf-8")
+    manifest = Manifest.load(after_demo / "out" / "tiny-gemma2")
+    found = set(manifest.model) | set(manifest.config) | set(manifest.target) | set(manifest.plan)
+    for part in (manifest.recipe, manifest.backends, manifest.verification):
+        found |= keys(part)
+    assert {key for key in found if f"`{key}`" not in page} == {"onnx"}
+
+
+def keys(value: object) -> set[str]:
+    """Keys of nested objects."""
+    if isinstance(value, dict):
+        return set(value) | {key for inner in value.values() for key in keys(inner)}
+    if isinstance(value, list):
+        return {key for inner in value for key in keys(inner)}
+    return set()
