@@ -1,0 +1,48 @@
+# What a developer types; CI types the same. Needs Python 3.11 or newer and make, nothing else.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.set-up
+BUNDLE := out/tiny-gemma2
+PROMPT := And the LORD said unto
+
+# A thread that waits must not spin: beside other work on the machine, spinning costs most of an export's time.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: help setup demo test clean
+
+help:
+	@echo 'make setup   make .venv and install everything into it (the other targets do it when needed)'
+	@echo 'make demo    export demo/tiny-gemma2 to $(BUNDLE), verify it, and let it talk'
+	@echo 'make test    ruff, mypy and pytest: what CI runs; ARGS="-k cache" is passed on to pytest'
+	@echo 'make clean   remove everything that these made, except .venv'
+
+setup: $(STAMP)
+
+# uv, because it installs all this several times faster than pip: one that is there already, else its own package in .venv.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo 'Python 3.11 or newer is needed; name one: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)'; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@uv --version >/dev/null 2>&1 || test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet -c constraints.txt uv
+	PATH="$(BIN):$$PATH" uv pip install --python $(BIN)/python -e '.[export,onnx,hub,dev]' -c constraints.txt
+	@touch $@
+
+demo: setup
+	$(BIN)/gemma-export demo/tiny-gemma2 --target android --bits 4 -o $(BUNDLE) --force
+	$(BIN)/gemma-run $(BUNDLE) --prompt '$(PROMPT)' --max-tokens 60 --stats
+	@echo
+	@echo 'Made from demo/tiny-gemma2, lies in $(BUNDLE):'
+	@ls -1 $(BUNDLE)
+	@echo 'Talk to it:      $(BIN)/gemma-run $(BUNDLE) --prompt "It is a truth universally acknowledged, that"'
+	@echo 'Look inside:     $(BIN)/gemma-export inspect $(BUNDLE)'
+	@echo 'A real model:    $(BIN)/gemma-export FOLDER --target android --bits 4   (FOLDER: Gemma 2 from Hugging Face)'
+
+test: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest $(ARGS)
+
+clean:
+	rm -rf out build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find model quantize export runtimes src tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
