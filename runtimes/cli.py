@@ -197,6 +197,8 @@ def _read_line() -> str | None:
     try:
         return input("> " if on_stdout else "")
     except EOFError:
+        if interactive:
+            click.echo(err=True)
         return None
     except UnicodeDecodeError as error:
         raise InputError(f"stdin is not UTF-8 ({error.reason}); give UTF-8 text") from None

@@ -15,6 +15,7 @@ from gemma_edge.errors import InputError
 from gemma_edge.export.bundle import LayerCache, Manifest
 from gemma_edge.runtimes.base import BaseRuntime
 from gemma_edge.runtimes.onnx import OnnxRuntime, _check_version
+from gemma_edge.runtimes.session import Session
 
 # float32 sums of 32 products in two orders; the logits are about 10, measured 1e-5
 ATOL = 1e-4
@@ -100,6 +101,16 @@ def test_returned_logits_are_not_overwritten_by_the_next_call(runtime: OnnxRunti
     kept = scored.copy()
     runtime.score([8, 9, 10])
     np.testing.assert_array_equal(scored, kept)
+
+
+def test_a_conversation_leaves_the_cache_as_a_fresh_prefill_of_the_same_tokens(bundle: Path) -> None:
+    session = Session.open(bundle, threads=1)
+    for text in ("Hello.", "It was a truth", "Who are you?"):
+        assert "".join(session.send(text, max_tokens=7))
+    fresh = OnnxRuntime(bundle, Manifest.load(bundle), threads=1)
+    fresh.prefill(session.ids)
+    assert session.runtime.position == fresh.position == len(session.ids)
+    np.testing.assert_allclose(session.runtime.decode(7), fresh.decode(7), atol=ATOL)
 
 
 def test_threads_come_from_the_target_and_never_exceed_the_machine(bundle: Path) -> None:
