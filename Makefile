@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/gemma-export demo/tiny-gemma2 --target android --bits 4 -o $(BUNDLE) --force
-	$(BIN)/gemma-run $(BUNDLE) --prompt '$(PROMPT)' --max-tokens 60 --stats
+	$(BIN)/gemma-run $(BUNDLE) --prompt '$(PROMPT)' --max-tokens 60 --temperature 0.6 --top-p 0.9 --seed 1 --stats
 	@echo
 	@echo 'Made from demo/tiny-gemma2, lies in $(BUNDLE):'
 	@ls -1 $(BUNDLE)
