@@ -53,7 +53,7 @@ def remove(path: Path) -> None:
 def _words(command: str, *values: object) -> list[str]:
     """A command line split at its spaces; a value in place of each {}, whole."""
     given = iter(values)
-    return [str(next(given)) if word == "{}" else word for word in command.split()]
+    return [word.replace("{}", str(next(given))) if "{}" in word else word for word in command.split()]
 
 
 def synthetic(work: Path, shape: str, layers: int | None) -> Path:
@@ -86,12 +86,12 @@ def llama_cpp(peer: LlamaCpp, source: Path, output: Path, log: Path) -> Usage:
     return used
 
 
-def genai(peer: Genai, source: Path, output: Path, log: Path) -> Usage:
-    """Its model builder: int4 in blocks of 32, int8 activations, for the CPU, the tied table stored once."""
+def genai(peer: Genai, source: Path, output: Path, group_size: int, log: Path) -> Usage:
+    """Its model builder: int4 in blocks, int8 activations, for the CPU, the tied table stored once."""
     cache = output.with_name(f"{output.name}.cache")
-    command = "{} -m onnxruntime_genai.models.builder -i {} -o {} -c {} -p int4 -e cpu --extra_options block_size=32"
+    command = "{} -m onnxruntime_genai.models.builder -i {} -o {} -c {} -p int4 -e cpu --extra_options block_size={}"
     options = "accuracy_level=4 op_types_to_quantize=MatMul/Gather shared_embeddings=true prune_lm_head=true"
-    words = _words(f"{command} {options}", peer.python, source, output, cache)
+    words = _words(f"{command} {options}", peer.python, source, output, cache, group_size)
     used = run_measured(words, log=log, env=OFFLINE)
     remove(cache)
     return used
@@ -117,10 +117,11 @@ def jobs(work: Path, peers: Path | None, small_layers: int, layers_9b: int) -> d
     run = partial(llama_cpp, llama, full, out, logs / "llama-cpp.log")
     missing = "" if peers and llama.ready else how_to_install(peers, "llama-cpp")
     found.append(Job("llama.cpp Q4_0, 2B, 26 layers", full, out, run, missing))
-    out = work / "genai-int4-g32"
-    run = partial(genai, builder, full, out, logs / "genai.log")
     missing = "" if peers and builder.ready else how_to_install(peers, "genai")
-    found.append(Job("genai builder int4 g32, 2B, 26 layers", full, out, run, missing))
+    for group in (32, 128):
+        out = work / f"genai-int4-g{group}"
+        run = partial(genai, builder, full, out, group, logs / f"{out.name}.log")
+        found.append(Job(f"genai builder int4 g{group}, 2B, 26 layers", full, out, run, missing))
     return {job.output.name: job for job in found}
 
 
@@ -155,6 +156,7 @@ def measure_job(job: Job, result: Result) -> None:
     if usage.returncode or not job.output.exists():
         result.failure = f"failed with exit status {usage.returncode}: see {job.source.parent / 'logs'}"
         return
+    click.echo(f"  peak {usage.peak_rss_mib:.0f} MiB, {usage.wall_s:.0f} s", err=True)
     result.usages.append(usage)
     result.input_bytes, result.output_bytes = size_bytes(job.source), size_bytes(job.output)
 

@@ -118,9 +118,8 @@ def contenders(work: Path, peers: Path | None) -> list[Contender]:
     q4_0 = work / "llama-cpp-q4_0.gguf"
     found.append(Contender("llama.cpp Q4_0", q4_0, partial(run_llama_bench, llama.bench), missing))
     missing = "" if peers and genai.ready else how_to_install(peers, "genai")
-    found.append(
-        Contender("genai int4 g32", work / "genai-int4-g32", partial(run_child, genai.python, "genai"), missing)
-    )
+    run = partial(run_child, genai.python, "genai")
+    found += [Contender(f"genai int4 g{group}", work / f"genai-int4-g{group}", run, missing) for group in (32, 128)]
     return found
 
 
@@ -221,7 +220,8 @@ def main(
         measure_round(number, wanted, results, plan)
     worst = max((figures["others_cores"] for result in results for figures in result.rounds.values()), default=0.0)
     for result in results:
-        facts |= {f"{result.name} ran": str(figures["versions"]) for figures in result.rounds.values()}
+        for figures in result.rounds.values():
+            facts[f"{result.name} ran"] = [f"{package} {version}" for package, version in figures["versions"].items()]
     facts["others' cores"] = f"{worst:.2f} at worst; above 0.1 the figures are not to be quoted"
     click.echo(describe(facts) + "\n\n" + table(HEADER, [result.row() for result in results]))
     click.echo("\n" + speed_tables(results, plan))

@@ -21,6 +21,7 @@ class Engine(Protocol):
     """The three things that are timed."""
 
     context: int  # tokens its KV cache is allocated for
+    packages: tuple[str, ...]  # whose versions matter
 
     def reset(self) -> None:
         """Forget the context; not timed."""
@@ -34,6 +35,8 @@ class Engine(Protocol):
 
 class Ours:
     """A bundle through `gemma_edge.load`."""
+
+    packages: tuple[str, ...] = ("gemma-edge", "onnxruntime")
 
     def __init__(self, model: str, threads: int) -> None:
         import gemma_edge
@@ -58,6 +61,7 @@ class Genai:
     """onnxruntime-genai; its windowed cache wants room for one whole window, whatever the prompt."""
 
     context = 4096
+    packages: tuple[str, ...] = ("onnxruntime-genai", "onnxruntime")
 
     def __init__(self, model: str, threads: int) -> None:
         import onnxruntime_genai  # type: ignore[import-untyped]
@@ -129,12 +133,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=64)
     given = parser.parse_args()
     start = time.perf_counter()
-    engine = ENGINES[given.engine](given.model, given.threads)
+    engine: Engine = ENGINES[given.engine](given.model, given.threads)
     load_s = time.perf_counter() - start
     loaded = memory_mib()
     found = measure(engine, given.prompts, given.depth, given.steps)
     found |= {"load_s": load_s, "loaded_mib": loaded, "end_mib": memory_mib(), "context": engine.context}
-    print(json.dumps({**found, "versions": versions("gemma-edge", "onnxruntime", "onnxruntime-genai")}))
+    print(json.dumps({**found, "versions": versions(*engine.packages)}))
 
 
 if __name__ == "__main__":
