@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -74,6 +75,8 @@ def main() -> None:
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 def make(as_json: bool, **choices: Any) -> None:
     """Export MODEL (the default command)."""
+    # before torch is loaded: a thread that waits must not spin, which beside other work costs most of an export's time
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a killed export cleans up too
     from gemma_edge.export import pipeline, report
 
@@ -112,7 +115,9 @@ def inspect(bundle: Path, check_hashes: bool, as_json: bool) -> None:
 
     manifest = bundles.Manifest.load(bundle)
     if check_hashes:
-        with report.progress_bar("check hashes", sum(entry.bytes for entry in manifest.files.values())) as advance:
+        with report.progress_bar(
+            "check hashes", sum(entry.bytes for entry in manifest.files.values()), True
+        ) as advance:
             bundles.check_hashes(bundle, manifest, advance)
         click.echo(f"{len(manifest.files)} files: every hash is the manifest's", err=True)
     if as_json:

@@ -33,8 +33,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 OTHER_FILES = ("added_tokens.json", "chat_template.jinja", "generation_config.json")
 TOOLS = ("torch", "onnx", "onnxruntime", "onnxscript", "safetensors", "tokenizers", "numpy")
 
-# (what, total) -> a context that yields a function to call with what was done
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+# (what, total, in bytes or in steps) -> a context that yields a function to call with what was done
+Progress = Callable[[str, int, bool], AbstractContextManager[Callable[[int], None]]]
+SOURCE_BYTES = 2  # of a weight in the original, for the progress bar
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def open_model(options: ExportOptions) -> Opened:
 
 
 @contextmanager
-def _no_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+def _no_progress(what: str, total: int, in_bytes: bool) -> Iterator[Callable[[int], None]]:
     yield lambda done: None
 
 
@@ -138,9 +139,12 @@ def export(options: ExportOptions, progress: Progress = _no_progress, opened: Op
     stages: list[Stage] = []
     with staged(out, force=options.force) as work:
         bundle, checkpoint = work / "bundle", work / "checkpoint"
-        with _stage(stages, "quantize"), progress("quantize", source.config.num_parameters) as advance:
-            quantized = write_quantized(source, opened.recipe, checkpoint, advance)
-        with _stage(stages, "lower"), progress(f"export {options.backend}", plan.weights_bytes) as advance:
+        with (
+            _stage(stages, "quantize"),
+            progress("quantize", SOURCE_BYTES * source.config.num_parameters, True) as advance,
+        ):
+            quantized = write_quantized(source, opened.recipe, checkpoint, lambda done: advance(SOURCE_BYTES * done))
+        with _stage(stages, "lower"), progress(f"export {options.backend}", plan.weights_bytes, True) as advance:
             entry = BACKENDS[options.backend](
                 quantized,
                 planning.geometry(source.config, plan.context, plan.prefill_chunk),
@@ -175,7 +179,7 @@ def _verify(
     tokenizer = bundle / "tokenizer.json" if manifest.tokenizer else None
     chosen = gate.make_gate(tokenizer, config.vocab_size, config.bos_token_id, cache.context, options.verify)
     total = gate.steps(config.num_hidden_layers, len(chosen.ids), cache.prefill_chunk)
-    with progress(f"verify ({len(chosen.ids)} tokens)", total) as advance:
+    with progress(f"verify ({len(chosen.ids)} tokens)", total, False) as advance:
         return gate.verify(bundle, opened.source, quantized, chosen, backend=options.backend, progress=advance)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from gemma_edge.errors import InputError
 from gemma_edge.export.bundle import CacheGeometry, LayerCache
-from gemma_edge.export.onnx.backend import weights_bytes
+from gemma_edge.export.onnx.backend import resident_bytes, weights_bytes
 from gemma_edge.model.checkpoint import SLICE_BYTES, Checkpoint
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.model.kv_cache import slots_needed
@@ -64,6 +64,14 @@ class Plan:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """The weights, in bytes."""
+
+    file: int  # on disk
+    resident: int  # in the runtime's memory
+
+
 def geometry(config: Gemma2Config, context: int, prefill_chunk: int) -> CacheGeometry:
     """The cache of a context: local layers keep their window, global layers the context."""
     windows = [
@@ -98,14 +106,15 @@ def make_plan(
     _check_range("--prefill-chunk", chunk, 1, 4096)
     if context is not None:
         _check_range("--context", context, 1, config.max_position_embeddings)
-    weights = weights_bytes(source, final_configs(source, recipe), recipe.float_bits)
+    configs = final_configs(source, recipe)
+    sizes = Sizes(weights_bytes(source, configs, recipe.float_bits), resident_bytes(source, configs, recipe.float_bits))
     tried = context or min(target.context, config.max_position_embeddings)
-    plan = _predict(source, recipe, target, weights, geometry(config, tried, chunk))
+    plan = _predict(source, recipe, target, sizes, geometry(config, tried, chunk))
     while plan.device_ram_bytes > target.ram_bytes and context is None and tried > SMALLEST_CONTEXT:
         tried //= 2
-        plan = _predict(source, recipe, target, weights, geometry(config, tried, chunk))
+        plan = _predict(source, recipe, target, sizes, geometry(config, tried, chunk))
     if plan.device_ram_bytes > target.ram_bytes:
-        raise InputError(_too_large(plan, source, recipe, target, context))
+        raise InputError(_too_large(plan, source, sizes, target, context))
     return plan
 
 
@@ -115,7 +124,7 @@ def _check_range(flag: str, value: int, low: int, high: int) -> None:
 
 
 def _predict(
-    source: Checkpoint | QuantizedCheckpoint, recipe: Recipe, target: Target, weights: int, cache: CacheGeometry
+    source: Checkpoint | QuantizedCheckpoint, recipe: Recipe, target: Target, sizes: Sizes, cache: CacheGeometry
 ) -> Plan:
     config = source.config
     return Plan(
@@ -123,41 +132,44 @@ def _predict(
         recipe=recipe.name,
         context=cache.context,
         prefill_chunk=cache.prefill_chunk,
-        weights_bytes=weights,
+        weights_bytes=sizes.file,
         kv_bytes=cache.bytes,
-        device_ram_bytes=_device_ram(config, weights, cache),
+        device_ram_bytes=_device_ram(config, sizes, cache),
         device_ram_limit_bytes=target.ram_bytes,
         export_ram_bytes=_export_ram(config),
-        export_disk_bytes=2 * weights + config.vocab_size * config.hidden_size * 4,
+        export_disk_bytes=2 * sizes.file + config.vocab_size * (4 * config.hidden_size + 4 * GATE_POSITIONS),
     )
 
 
-RUNTIME_BASE = 110 * MIB  # interpreter, onnxruntime and its buffers, without a model
-EXPORT_BASE = 650 * MIB  # interpreter, torch, onnx and the traced graph
+RUNTIME_BASE = 85 * MIB  # interpreter, onnxruntime and numpy, without a model
+EXPORT_BASE = 750 * MIB  # interpreter, torch, onnx and the exporter
+TRACE_PER_LAYER = 3 * MIB // 2
+SLICE_COPIES = 12  # float32 temporaries of one slice
+GATE_POSITIONS = 1024  # whose logits the gate keeps on disk
 
 
-def _device_ram(config: Gemma2Config, weights: int, cache: CacheGeometry) -> int:
-    """Weights repacked once in the heap, the cache, one chunk's widest activations and the logits."""
+def _device_ram(config: Gemma2Config, sizes: Sizes, cache: CacheGeometry) -> int:
+    """The runtime with weights, a full cache, one chunk's widest activations and the logits."""
     widest = 3 * config.intermediate_size + 4 * config.hidden_size
     activations = 4 * (cache.prefill_chunk * widest + 2 * config.vocab_size)
-    return RUNTIME_BASE + weights + cache.bytes + activations
+    return RUNTIME_BASE + sizes.resident + cache.bytes + activations
 
 
 def _export_ram(config: Gemma2Config) -> int:
-    """Everything is streamed in slices; only the scales of one matrix are kept whole, and the table has the most rows."""
-    return EXPORT_BASE + 8 * SLICE_BYTES + 64 * config.vocab_size
+    """Weights are streamed in slices, so that only the traced graph grows with the layers, and the scales with the table."""
+    table = min(config.vocab_size * config.hidden_size * 4, SLICE_BYTES)
+    return EXPORT_BASE + TRACE_PER_LAYER * config.num_hidden_layers + SLICE_COPIES * table + 64 * config.vocab_size
 
 
 def _too_large(
-    plan: Plan, source: Checkpoint | QuantizedCheckpoint, recipe: Recipe, target: Target, context: int | None
+    plan: Plan, source: Checkpoint | QuantizedCheckpoint, sizes: Sizes, target: Target, context: int | None
 ) -> str:
     need = f"needs {plan.device_ram_bytes / GIB:.2f} GiB of RAM at context {plan.context}"
-    head = f"{source.folder.name} as {recipe.name} {need}; target {target.name} has {target.ram_bytes / GIB:.2f} GiB for the app"
-    if context is not None:
-        fitting = context
-        while fitting > SMALLEST_CONTEXT:
-            fitting //= 2
-            cache = geometry(source.config, fitting, plan.prefill_chunk)
-            if _device_ram(source.config, plan.weights_bytes, cache) <= target.ram_bytes:
-                return f"{head}: --context {fitting} fits"
+    limit = f"target {target.name} has {target.ram_bytes / GIB:.2f} GiB for the app"
+    head = f"{source.folder.name} as {plan.recipe} {need}; {limit}"
+    fitting = context or SMALLEST_CONTEXT
+    while fitting > SMALLEST_CONTEXT:
+        fitting //= 2
+        if _device_ram(source.config, sizes, geometry(source.config, fitting, plan.prefill_chunk)) <= target.ram_bytes:
+            return f"{head}: --context {fitting} fits"
     return f"{head}: fewer --bits, a smaller model, or --ram GIB if the device allows more"
