@@ -1,0 +1,84 @@
+"""Predictions against what is then measured, and the choice of a context."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import DEMO
+
+from gemma_edge.errors import InputError
+from gemma_edge.export import plan as planning
+from gemma_edge.export.bundle import Manifest
+from gemma_edge.export.plan import GIB, MIB, TARGETS, Target, make_plan
+from gemma_edge.model.checkpoint import Checkpoint
+from gemma_edge.quantize.recipe import make_recipe
+
+# Imports nothing that the commands themselves do not, and prints what the kernel says of its memory at the end.
+EXPORT = """
+import sys
+from gemma_edge.export.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    print([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
+"""
+GENERATE = """
+import sys, gemma_edge
+runtime = gemma_edge.load(sys.argv[1])
+context = runtime.manifest.cache.context
+runtime.prefill([7] * context)
+for token in range(context):
+    runtime.decode(5)
+print([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmRSS")][0])
+"""
+linux_only = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc: memory is read on Linux only")
+
+
+def kib(code: str, *args: str | Path) -> int:
+    done = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+@linux_only
+@pytest.mark.parametrize("bits", [4, 32])
+def test_ram_of_export_and_device_are_within_15_percent_of_the_plan(bits: int, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    export_kib = kib(EXPORT, DEMO, "-o", out, "--bits", str(bits), "--verify", "none")
+    plan = Manifest.load(out).plan
+    assert export_kib * 1024 == pytest.approx(plan["export_ram_bytes"], rel=0.15)
+    assert kib(GENERATE, out) * 1024 == pytest.approx(plan["device_ram_bytes"], rel=0.15)
+
+
+def test_context_is_halved_until_it_fits_and_what_never_fits_is_refused() -> None:
+    source, recipe = Checkpoint.open(DEMO), make_recipe(4)
+    whole = make_plan(source, recipe, TARGETS["desktop"])
+    assert whole.context == 512  # the model's own limit, not the target's
+    tight = Target("watch", ram_bytes=whole.device_ram_bytes - MIB, threads=1, context=512)
+    assert make_plan(source, recipe, tight).context == 256
+    with pytest.raises(InputError, match=r"as int4-g32 needs .* GiB of RAM at context 512.*--context 256 fits"):
+        make_plan(source, recipe, tight, context=512)
+    tiny = Target("badge", ram_bytes=MIB, threads=1, context=512)
+    with pytest.raises(InputError, match="fewer --bits, a smaller model, or --ram"):
+        make_plan(source, recipe, tiny)
+
+
+def test_cache_of_the_2b_model_is_what_the_design_says() -> None:
+    from gemma_edge.model.config import GEMMA2_2B
+
+    cache = planning.geometry(GEMMA2_2B, 8192, 128)
+    assert {layer.window for layer in cache.layers} == {4096, 8192}
+    assert all(layer.slots == layer.window + 127 for layer in cache.layers)
+    # 8 KiB per token and layer, K and V together
+    assert cache.bytes == 8192 * (13 * (4096 + 127) + 13 * (8192 + 127))
+    short = planning.geometry(GEMMA2_2B, 2048, 128)
+    assert {layer.window for layer in short.layers} == {2048}
+
+
+def test_plan_is_json_and_targets_leave_room() -> None:
+    plan = make_plan(Checkpoint.open(DEMO), make_recipe(8), TARGETS["android"])
+    assert json.loads(json.dumps(plan.to_json()))["recipe"] == "int8-channel"
+    assert all(target.ram_bytes >= 4 * GIB for target in TARGETS.values())
