@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Gemma2ForCausalLM
 from transformers import Gemma2Config as HFConfig
-from transformers import Gemma2ForCausalLM
+
+# The models here are so small that two threads wait for each other longer than they compute: 85 s instead of 3 on a busy machine.
+torch.set_num_threads(1)
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "demo" / "tiny-gemma2"
@@ -58,6 +61,24 @@ def hf_model(folder: Path) -> Gemma2ForCausalLM:
     model: Gemma2ForCausalLM = Gemma2ForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     )
+    return model
+
+
+def hf_quantized(folder: Path) -> Any:
+    """transformers' own reading of a quantized folder; every tensor must find its place, and none be made up."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    model, info = loaded
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    return model
+
+
+def hf_holding(folder: Path, weights: Mapping[str, torch.Tensor]) -> Gemma2ForCausalLM:
+    """The float model of a folder with other weights, all of them."""
+    model = hf_model(folder)
+    keys = model.load_state_dict(dict(weights), strict=False)
+    assert keys.unexpected_keys == [] and keys.missing_keys in ([], ["lm_head.weight"])
     return model
 
 

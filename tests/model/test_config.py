@@ -1,0 +1,270 @@
+"""Both spellings of a Gemma 2 configuration, read as transformers reads them; what cannot be computed is refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+from transformers import Gemma2Config as HFConfig
+
+from gemma_edge.errors import InputError
+from gemma_edge.model.config import GEMMA2_2B, GLOBAL, LOCAL, PRESETS, Gemma2Config
+
+# config.json as transformers 4 wrote it for google/gemma-2-2b, shrunk: rope_theta at the top, no layer_types, hidden_act beside
+# hidden_activation, a key of its own for the cache.
+VERSION_4: dict[str, Any] = {
+    "architectures": ["Gemma2ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "attn_logit_softcapping": 40.0,
+    "bos_token_id": 3,
+    "cache_implementation": "hybrid",
+    "eos_token_id": 7,
+    "final_logit_softcapping": 20.0,
+    "head_dim": 16,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 64,
+    "initializer_range": 0.02,
+    "intermediate_size": 96,
+    "max_position_embeddings": 640,
+    "model_type": "gemma2",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "query_pre_attn_scalar": 24,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 5000.0,
+    "sliding_window": 40,
+    "torch_dtype": "float32",
+    "transformers_version": "4.42.4",
+    "use_cache": True,
+    "vocab_size": 320,
+}
+
+
+def without(raw: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in raw.items() if key not in keys}
+
+
+VERSION_5: dict[str, Any] = {
+    **without(VERSION_4, "rope_theta", "torch_dtype", "hidden_act", "cache_implementation"),
+    "dtype": "float32",
+    "layer_types": [GLOBAL, LOCAL, LOCAL],
+    "rope_parameters": {"rope_theta": 5000.0, "rope_type": "default"},
+    "tie_word_embeddings": True,
+    "transformers_version": "5.23.0",
+    "use_bidirectional_attention": None,
+}
+
+SPELLINGS: dict[str, dict[str, Any]] = {
+    "transformers 4": VERSION_4,
+    "transformers 5": VERSION_5,
+    "no softcaps": {**VERSION_4, "attn_logit_softcapping": None, "final_logit_softcapping": None},
+    "defaults left out": without(
+        VERSION_4,
+        *("attn_logit_softcapping", "final_logit_softcapping", "rope_theta", "sliding_window", "rms_norm_eps"),
+        *("query_pre_attn_scalar", "max_position_embeddings", "bos_token_id", "eos_token_id", "attention_bias"),
+    ),
+    "rope_scaling null": {**VERSION_4, "rope_scaling": None},
+    "layer_types null": {**VERSION_5, "layer_types": None},
+    "eos list": {**VERSION_5, "eos_token_id": [1, 107]},
+    "eos list of one": {**VERSION_4, "eos_token_id": [9]},
+}
+
+
+def save(folder: Path, raw: dict[str, Any], generation: dict[str, Any] | None = None) -> Path:
+    (folder / "config.json").write_text(json.dumps(raw))
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    return folder
+
+
+def refusal(folder: Path) -> str:
+    """The message of the InputError, which must be one line that names the file."""
+    with pytest.raises(InputError) as caught:
+        Gemma2Config.from_hf(folder)
+    message = str(caught.value)
+    assert "\n" not in message and str(folder) in message
+    return message
+
+
+def as_transformers_reads(folder: Path) -> Gemma2Config:
+    hf = AutoConfig.from_pretrained(folder)
+    eos = hf.eos_token_id
+    return Gemma2Config(
+        vocab_size=hf.vocab_size,
+        hidden_size=hf.hidden_size,
+        intermediate_size=hf.intermediate_size,
+        num_hidden_layers=hf.num_hidden_layers,
+        num_attention_heads=hf.num_attention_heads,
+        num_key_value_heads=hf.num_key_value_heads,
+        head_dim=hf.head_dim,
+        layer_types=tuple(hf.layer_types),
+        query_pre_attn_scalar=hf.query_pre_attn_scalar,
+        sliding_window=hf.sliding_window,
+        max_position_embeddings=hf.max_position_embeddings,
+        attn_logit_softcapping=hf.attn_logit_softcapping,
+        final_logit_softcapping=hf.final_logit_softcapping,
+        rms_norm_eps=hf.rms_norm_eps,
+        rope_theta=hf.rope_parameters["rope_theta"],
+        bos_token_id=hf.bos_token_id,
+        eos_token_id=tuple(eos) if isinstance(eos, list) else (eos,),
+    )
+
+
+@pytest.mark.parametrize("raw", SPELLINGS.values(), ids=SPELLINGS.keys())
+def test_config_is_read_as_transformers_reads_it(raw: dict[str, Any], tmp_path: Path) -> None:
+    folder = save(tmp_path, raw)
+    assert Gemma2Config.from_hf(folder) == as_transformers_reads(folder)
+
+
+def test_every_key_of_a_checkpoint_arrives(tmp_path: Path) -> None:
+    # the values differ from every default, so that a key that is not read shows
+    assert Gemma2Config.from_hf(save(tmp_path, VERSION_5)) == Gemma2Config(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        layer_types=(GLOBAL, LOCAL, LOCAL),
+        query_pre_attn_scalar=24,
+        sliding_window=40,
+        max_position_embeddings=640,
+        attn_logit_softcapping=40.0,
+        final_logit_softcapping=20.0,
+        rms_norm_eps=1e-5,
+        rope_theta=5000.0,
+        bos_token_id=3,
+        eos_token_id=(7,),
+    )
+
+
+def test_layers_alternate_from_a_local_one_when_the_checkpoint_does_not_say(tmp_path: Path) -> None:
+    config = Gemma2Config.from_hf(save(tmp_path, VERSION_4))
+    assert [config.is_local(i) for i in range(3)] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("generation", "expected"),
+    [({"eos_token_id": [1, 107]}, (1, 107)), ({"eos_token_id": 5}, (5,)), ({"do_sample": True}, (7,)), (None, (7,))],
+)
+def test_generation_config_decides_the_stop_ids_when_it_names_them(
+    generation: dict[str, Any] | None, expected: tuple[int, ...], tmp_path: Path
+) -> None:
+    assert Gemma2Config.from_hf(save(tmp_path, VERSION_4, generation)).eos_token_id == expected
+
+
+def test_json_round_trip_keeps_the_config() -> None:
+    for preset in PRESETS.values():
+        assert Gemma2Config.from_json(json.loads(json.dumps(preset.to_json()))) == preset
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("gemma2-2b", 2_614_341_888), ("gemma2-9b", 9_241_705_984), ("gemma2-27b", 27_227_128_320)],
+)
+def test_presets_have_the_published_number_of_parameters(name: str, parameters: int) -> None:
+    assert PRESETS[name].num_parameters == parameters
+
+
+def test_2b_preset_is_the_default_of_transformers(tmp_path: Path) -> None:
+    HFConfig(eos_token_id=[1, 107]).save_pretrained(tmp_path)
+    assert Gemma2Config.from_hf(tmp_path) == GEMMA2_2B
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "another architecture": ({"model_type": "gemma3_text"}, "model_type is 'gemma3_text'; supported: 'gemma2'"),
+    "no architecture": ({"model_type": None}, "model_type is None"),
+    "rope scaling of transformers 4": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is"),
+    "rope scaling of transformers 5": (
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
+        "rope_type is 'yarn'; supported: 'default'",
+    ),
+    "attention bias": ({"attention_bias": True}, "attention_bias is True; supported: False"),
+    "other activation": ({"hidden_activation": "silu"}, "hidden_activation is 'silu'"),
+    "untied head": ({"tie_word_embeddings": False}, "tie_word_embeddings is False"),
+    "bidirectional": ({"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), REFUSED.values(), ids=REFUSED.keys())
+def test_a_value_that_is_not_computed_is_refused_by_name(change: dict[str, Any], words: str, tmp_path: Path) -> None:
+    assert words in refusal(save(tmp_path, {**VERSION_4, **change}))
+
+
+IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown layer type": ({"layer_types": [LOCAL, "chunked_attention", GLOBAL]}, "chunked_attention"),
+    "layer types of another depth": ({"layer_types": [LOCAL, GLOBAL]}, "layer_types has 2 entries for 3 layers"),
+    "heads that cannot share": ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple"),
+    "odd head": ({"head_dim": 15}, "head_dim 15 is odd"),
+    "no window": ({"sliding_window": 0}, "sliding_window is 0"),
+    "negative scalar": ({"query_pre_attn_scalar": -1}, "query_pre_attn_scalar is -1"),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), IMPOSSIBLE.values(), ids=IMPOSSIBLE.keys())
+def test_numbers_that_do_not_fit_together_are_refused(change: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=words):
+        Gemma2Config.from_hf(save(tmp_path, {**VERSION_4, **change}))
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+        *("num_attention_heads", "num_key_value_heads", "head_dim"),
+    ],
+)
+def test_a_missing_size_is_named(key: str, tmp_path: Path) -> None:
+    assert f"{key} is missing" in refusal(save(tmp_path, without(VERSION_4, key)))
+
+
+def test_a_folder_without_config_is_named(tmp_path: Path) -> None:
+    assert "has no config.json" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "", "[1, 2]", '"gemma2"', "\x00\x01"])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_broken_json_is_named(name: str, text: str, tmp_path: Path) -> None:
+    save(tmp_path, VERSION_4)
+    (tmp_path / name).write_text(text)
+    assert str(tmp_path / name) in refusal(tmp_path)
+
+
+@pytest.mark.xfail(strict=True, reason="rope_theta at the top is dropped when rope_parameters does not hold one")
+def test_rope_theta_beside_rope_parameters_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
+    folder = save(tmp_path, {**VERSION_4, "rope_parameters": {"rope_type": "default"}})
+    assert as_transformers_reads(folder).rope_theta == 5000.0
+    assert Gemma2Config.from_hf(folder).rope_theta == 5000.0
+
+
+@pytest.mark.xfail(strict=True, reason="rope_parameters with the older key `type` is taken for plain rope, silently")
+def test_rope_scaling_under_its_older_key_is_refused(tmp_path: Path) -> None:
+    rope = {"type": "linear", "factor": 2.0, "rope_theta": 5000.0}
+    assert "linear" in refusal(save(tmp_path, {**without(VERSION_4, "rope_theta"), "rope_parameters": rope}))
+
+
+@pytest.mark.xfail(strict=True, reason="a null eos_token_id ends in a TypeError", raises=TypeError)
+def test_a_null_eos_is_refused_or_replaced(tmp_path: Path) -> None:
+    folder = save(tmp_path, {**VERSION_4, "eos_token_id": None}, {"eos_token_id": None})
+    try:
+        assert Gemma2Config.from_hf(folder).eos_token_id == (1,)
+    except InputError as error:
+        assert "eos_token_id" in str(error)
+
+
+WRONG_TYPES: dict[str, Any] = {"hidden_size": "big", "num_key_value_heads": 0, "layer_types": 4, "rope_theta": "x"}
+
+
+@pytest.mark.xfail(strict=True, reason="a value of the wrong kind ends in a traceback instead of one line")
+@pytest.mark.parametrize(("key", "value"), WRONG_TYPES.items(), ids=WRONG_TYPES.keys())
+def test_a_value_of_the_wrong_kind_is_named(key: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=key):
+        Gemma2Config.from_hf(save(tmp_path, {**VERSION_4, key: value}))
