@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
@@ -69,7 +70,7 @@ def run(command: list[str], folder: Path, what: str) -> str:
         timeout=300,
     )
     if done.returncode:
-        pytest.fail(f"{what} ended with {done.returncode}:\n{command[-1]}\n---\n{done.stdout[-4000:]}", pytrace=False)
+        raise AssertionError(f"{what} ended with {done.returncode}:\n{command[-1]}\n---\n{done.stdout[-4000:]}")
     return done.stdout
 
 
@@ -86,14 +87,36 @@ def after_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_block_runs(page: Path, after_demo: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="session")
+def pages(after_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Path, Future[None]]]:
+    """Every page being run, two at a time: nearly all of it is commands starting up, each on one core."""
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        yield {page: pool.submit(run_page, page, after_demo, tmp_path_factory.mktemp(page.stem)) for page in PAGES}
+
+
+def run_page(page: Path, after_demo: Path, folder: Path) -> None:
+    """The blocks of a page in order, in a copy of what `make demo` left."""
     todo = [block for block in blocks(page) if block.language in RUN and block.no_run is None]
-    folder = tmp_path / "work"
     if todo:
-        shutil.copytree(after_demo, folder, symlinks=True)
+        shutil.copytree(after_demo, folder, symlinks=True, dirs_exist_ok=True)
     for block in todo:
-        run([*RUN[block.language], block.text], folder, f"{page.relative_to(ROOT)}:{block.line}")
+        run([*RUN[block.language], block.text], folder, f"{page.name}:{block.line}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_runs(page: Path, pages: dict[Path, Future[None]]) -> None:
+    pages[page].result()
+
+
+@pytest.mark.parametrize(
+    "block", ["```sh\nfalse\ntrue\n```", "```sh\ntrue\n```\n\n```python\nraise SystemExit(3)\n```"]
+)
+def test_a_block_that_fails_is_noticed(block: str, tmp_path: Path) -> None:
+    page, folder = tmp_path / "page.md", tmp_path / "empty"
+    folder.mkdir()
+    page.write_text(f"# Title\n\n{block}\n")
+    with pytest.raises(AssertionError, match=r"page\.md:\d+ ended with [13]"):
+        run_page(page, folder, tmp_path / "work")
 
 
 def test_no_block_escapes_by_its_language() -> None:
