@@ -5,9 +5,6 @@ STAMP := .venv/.set-up
 BUNDLE := out/tiny-gemma2
 PROMPT := And the LORD said unto
 
-# A thread that waits must not spin: beside other work on the machine, spinning costs most of an export's time.
-export OMP_WAIT_POLICY ?= PASSIVE
-
 .PHONY: help setup demo test clean
 
 help:
@@ -37,6 +34,8 @@ demo: setup
 	@echo 'Look inside:     $(BIN)/gemma-export inspect $(BUNDLE)'
 	@echo 'A real model:    $(BIN)/gemma-export FOLDER --target android --bits 4   (FOLDER: Gemma 2 from Hugging Face)'
 
+# A thread of torch's that waits must not spin: beside other work on the machine that costs most of the time.
+test: export OMP_WAIT_POLICY ?= PASSIVE
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
