@@ -20,7 +20,7 @@ from gemma_edge.model.config import Gemma2Config
 from gemma_edge.model.gemma2 import DecoderLayer, Gemma2
 from gemma_edge.model.lora import Lora
 
-TABLE = "model.embed_tokens"
+TABLE, HEAD = "model.embed_tokens", "lm_head.weight"
 FINAL_NORM = "model.norm.weight"
 NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -166,6 +166,8 @@ class Checkpoint(Weights):
             shards.expect(f"{name}.weight", shape)
         for name in norm_names(config):
             shards.expect(name, (config.hidden_size,))
+        if HEAD in shards:
+            _expect_tied(shards, weight_shapes(config)[TABLE])
         adapter = Lora.open(lora, weight_shapes(config)) if lora else None
         return cls(folder, config, shards, adapter)
 
@@ -191,6 +193,14 @@ class Checkpoint(Weights):
         return finite(self._shards.rows(name).float(), name, self.folder)
 
 
+def _expect_tied(shards: Shards, shape: tuple[int, int]) -> None:
+    """A head that is stored must be the table: transformers unties them when they differ, whatever config.json says."""
+    shards.expect(HEAD, shape)
+    for start, stop in row_slices(shape):
+        if not torch.equal(shards.rows(HEAD, start, stop), shards.rows(f"{TABLE}.weight", start, stop)):
+            raise InputError(f"{shards.folder}: {HEAD} differs from {TABLE}.weight; only a tied head is supported")
+
+
 def finite(values: Tensor, name: str, folder: Path) -> Tensor:
     """The values, unless one of them is NaN or infinite (InputError)."""
     # a sum with NaN or infinity in it is never finite, and it costs a twentieth of looking at each value
@@ -204,11 +214,11 @@ def _shard_paths(folder: Path) -> list[Path]:
     single = folder / "model.safetensors"
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            names = sorted(set(map(Path, json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise InputError(f"{index} is damaged: {error}") from None
         for name in names:
-            if Path(name).name != name or not (folder / name).is_file():
+            if name.name != str(name) or not (folder / name).is_file():
                 raise InputError(f"{folder}: shard {name} named by {index.name} is missing; download it again")
         return [folder / name for name in names]
     if single.is_file():

@@ -21,6 +21,15 @@ ONLY_VALUE: dict[str, tuple[Any, ...]] = {
     "use_bidirectional_attention": (False, None),
     "rope_scaling": (None,),
 }
+NUMBERS = (
+    "query_pre_attn_scalar",
+    "sliding_window",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+)
 REQUIRED = (
     "vocab_size",
     "hidden_size",
@@ -105,15 +114,15 @@ class Gemma2Config:
             raise InputError(f"{folder} has no config.json; pass a Hugging Face model folder")
         raw = _read_json(path)
         _refuse_unsupported(path, raw)
-        layers = int(raw["num_hidden_layers"])
         keys = ("query_pre_attn_scalar", "sliding_window", "max_position_embeddings", "rms_norm_eps", "bos_token_id")
+        layers = raw["num_hidden_layers"]
         return cls(
-            **{key: int(raw[key]) for key in REQUIRED},
+            **{key: raw[key] for key in REQUIRED},
             **{key: raw[key] for key in keys if raw.get(key) is not None},
             # null switches a softcap off; an absent key means HF's default
             **{key: raw[key] for key in ("attn_logit_softcapping", "final_logit_softcapping") if key in raw},
             layer_types=tuple(raw.get("layer_types") or _alternating(layers)),
-            rope_theta=float(_rope(path, raw).get("rope_theta", 10000.0)),
+            rope_theta=_rope_theta(path, raw),
             eos_token_id=_eos(folder, raw),
         )
 
@@ -141,22 +150,29 @@ def _refuse_unsupported(path: Path, raw: Mapping[str, Any]) -> None:
     for key in REQUIRED:
         if raw.get(key) is None:
             raise InputError(f"{path}: {key} is missing")
+        if not isinstance(raw[key], int) or raw[key] < 1:
+            raise InputError(f"{path}: {key} is {raw[key]!r}; it must be a whole number above zero")
+    for key in NUMBERS:
+        if not isinstance(raw.get(key), int | float | None):
+            raise InputError(f"{path}: {key} is {raw[key]!r}; it must be a number")
+    if not isinstance(raw.get("layer_types"), list | None):
+        raise InputError(f"{path}: layer_types is {raw['layer_types']!r}; it must be a list, one entry per layer")
 
 
-def _rope(path: Path, raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`rope_theta` at top level (transformers 4) or inside `rope_parameters` (transformers 5)."""
-    parameters = raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta") or 10000.0}
-    kind = parameters.get("rope_type", "default")
+def _rope_theta(path: Path, raw: Mapping[str, Any]) -> float:
+    """Inside `rope_parameters` (transformers 5), else at top level (transformers 4)."""
+    parameters = raw.get("rope_parameters") or {}
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind != "default":
         raise InputError(f"{path}: rope_type is {kind!r}; supported: 'default'")
-    return dict(parameters)
+    return float(parameters.get("rope_theta") or raw.get("rope_theta") or 10000.0)
 
 
 def _eos(folder: Path, raw: Mapping[str, Any]) -> tuple[int, ...]:
     """Stop ids: generation_config.json's when there, as HF's `generate` takes them."""
     generation = folder / "generation_config.json"
     found = _read_json(generation).get("eos_token_id") if generation.is_file() else None
-    value = found if found is not None else raw.get("eos_token_id", 1)
+    value = next((v for v in (found, raw.get("eos_token_id")) if v is not None), 1)
     return tuple(value) if isinstance(value, list) else (int(value),)
 
 

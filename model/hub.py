@@ -25,12 +25,17 @@ def resolve(model: str) -> Path:
     try:
         import huggingface_hub
         from huggingface_hub import errors
+        from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the client it speaks through
     except ImportError:
         raise InputError(
             f"{model} is no folder here; to fetch it: pip install 'gemma-edge[hub]', or {WAY_OUT}"
         ) from None
     try:
-        return Path(huggingface_hub.snapshot_download(model, allow_patterns=FILES, local_files_only=True))
+        found = Path(huggingface_hub.snapshot_download(model, allow_patterns=FILES, local_files_only=True))
+        if any(found.glob("*.safetensors")):  # a tokenizer alone may have been fetched
+            return found
+    except errors.HFValidationError:
+        raise InputError(f"{model} is neither a folder nor a Hugging Face model id like {DEFAULT_MODEL}") from None
     except errors.LocalEntryNotFoundError:
         pass
     try:
@@ -40,6 +45,12 @@ def resolve(model: str) -> Path:
         raise InputError(f"{model}: its licence is not accepted; accept it on {page} and run `hf auth login`") from None
     except errors.RepositoryNotFoundError:
         raise InputError(f"{model} is no folder here and no model on Hugging Face; {WAY_OUT}") from None
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
+    except (
+        errors.HfHubHTTPError,
+        errors.LocalEntryNotFoundError,
+        errors.OfflineModeIsEnabled,
+        HTTPError,
+        OSError,
+    ) as error:
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise InputError(f"cannot fetch {model} ({reason}); {WAY_OUT}") from None

@@ -27,6 +27,15 @@ ONLY_VALUE: dict[str, tuple[Any, ...]] = {
     "lora_bias": (False, None),
     "trainable_token_indices": (None,),
     "target_parameters": (None, []),
+    # "pissa", "olora", "corda", "lora_ga" take their first halves out of the base weight: it is not the folder's any more
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva", "mica"),
+    "alora_invocation_tokens": (None,),
+    "use_qalora": (False, None),
+    "use_bdlora": (None, False),
+    "layer_replication": (None, []),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
 }
 KEY = re.compile(r"(?:base_model\.model\.)?(?P<weight>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 

@@ -32,7 +32,7 @@ from gemma_edge.model.checkpoint import (
 )
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.quantize.integers import QuantizedTensor, quantize
-from gemma_edge.quantize.recipe import QuantConfig, Recipe
+from gemma_edge.quantize.recipe import GROUP_MULTIPLE, QuantConfig, Recipe
 from gemma_edge.quantize.safetensors_writer import Spec, write_safetensors
 
 TABLE_FILE = "gemma_edge_table.safetensors"
@@ -98,7 +98,14 @@ class QuantizedCheckpoint(Weights):
         for extra in ("weight_zero_point", "weight_g_idx"):
             if f"{weight}.{extra}" in holder:
                 raise InputError(f"{self.folder}: {weight} has a {extra}; only symmetric, ordered groups are supported")
-        packed, scale = (holder.header(f"{weight}.{part}")[0] for part in ("weight_packed", "weight_scale"))
+        (packed, packed_type), (scale, scale_type) = (
+            holder.header(f"{weight}.{part}") for part in ("weight_packed", "weight_scale")
+        )
+        if packed_type != "I32" or scale_type not in FLOATS or len(packed) != 2:
+            raise InputError(
+                f"{self.folder}: {weight} has codes {list(packed)} of {packed_type} and scales of {scale_type};"
+                f" supported: two axes of I32, and {', '.join(FLOATS)}"
+            )
         bits = packed[1] * 32 // columns
         groups = scale[1] if len(scale) == 2 else 1
         if bits not in (4, 8) or packed != (rows, -(-columns * bits // 32)) or scale[0] != rows or columns % groups:
@@ -106,7 +113,13 @@ class QuantizedCheckpoint(Weights):
                 f"{self.folder}: {weight} has packed shape {list(packed)} and scales {list(scale)};"
                 f" a weight of {[rows, columns]} needs 4 or 8 bits and whole groups"
             )
-        return QuantConfig(bits, 0 if groups == 1 else columns // groups)
+        try:
+            return QuantConfig(bits, 0 if groups == 1 else columns // groups)
+        except InputError:
+            raise InputError(
+                f"{self.folder}: {weight} has groups of {columns // groups}, not a multiple of {GROUP_MULTIPLE};"
+                " pass the original float folder"
+            ) from None
 
     def quantized(self, weight: str, start: int, stop: int) -> QuantizedTensor:
         """Rows of a quantized matrix, its integers as stored."""
@@ -204,9 +217,13 @@ def write_quantized(
     index: dict[str, str] = {}
     for shard in range(count):
         name = f"model-{shard + 1:05d}-of-{count:05d}.safetensors"
-        specs = list(
-            _table_shard(source, recipe) if shard == 0 else _layer_shard(source, recipe, configs, shard - 1, progress)
-        )
+        if shard == 0:
+            # the table counts once: here where it stays float, else when its integers are made
+            counted = progress if configs[TABLE] is None else lambda done: None
+            # written float even where ours is quantized: see the header
+            specs = [_float_spec(source, TABLE, recipe.float_bits, counted), _norm_spec(source, FINAL_NORM)]
+        else:
+            specs = list(_layer_shard(source, recipe, configs, shard - 1, progress))
         write_safetensors(out / name, specs)
         index |= {spec.name: name for spec in specs}
     if configs[TABLE] is not None:
@@ -259,12 +276,6 @@ def _scheme(config: QuantConfig) -> dict[str, Any]:
         "group_size": group_size,
         "dynamic": False,
     }
-
-
-def _table_shard(source: Checkpoint | QuantizedCheckpoint, recipe: Recipe) -> Iterator[Spec]:
-    """The plain table and the final norm. The table is written float even where ours is quantized: see the header."""
-    yield _float_spec(source, TABLE, recipe.float_bits)
-    yield _norm_spec(source, FINAL_NORM)
 
 
 def _layer_shard(

@@ -150,16 +150,7 @@ TROUBLE: dict[str, tuple[BaseException, list[str]]] = {
 
 @pytest.mark.parametrize(
     ("error", "words"),
-    [
-        pytest.param(
-            *case,
-            id=name,
-            marks=pytest.mark.xfail(strict=True, reason="not an OSError: a proxy's answer ends in a traceback")
-            if name == "broken proxy"
-            else (),
-        )
-        for name, case in TROUBLE.items()
-    ],
+    [pytest.param(*case, id=name) for name, case in TROUBLE.items()],
 )
 def test_trouble_with_the_hub_is_one_line_with_a_way_out(
     error: BaseException, words: list[str], monkeypatch: pytest.MonkeyPatch
@@ -183,14 +174,12 @@ def test_without_the_hub_package_the_extra_is_named(monkeypatch: pytest.MonkeyPa
     assert "pip install 'gemma-edge[hub]'" in found and "gemma-export FOLDER" in found
 
 
-@pytest.mark.xfail(strict=True, reason="HFValidationError, a traceback: a mistyped relative path looks like an id")
 @pytest.mark.parametrize("name", ["../gemma-2", "./gemma-2", "google/gemma--2", "google/-gemma", "google/gemma.git"])
 def test_a_mistyped_relative_path_is_one_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     hub_says(monkeypatch, raising(AssertionError("asked the hub")))
     assert name in message(name)
 
 
-@pytest.mark.xfail(strict=True, reason="a snapshot that holds only a tokenizer is taken for the model")
 def test_a_cached_tokenizer_is_not_taken_for_the_model(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

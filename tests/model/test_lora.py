@@ -183,10 +183,7 @@ NOT_PLAIN_AND_NOT_REFUSED: dict[str, dict[str, Any]] = {
     ("key", "changes"),
     [
         *NOT_PLAIN.items(),
-        *(
-            pytest.param(*case, marks=pytest.mark.xfail(strict=True, reason="merged silently into other weights"))
-            for case in NOT_PLAIN_AND_NOT_REFUSED.items()
-        ),
+        *(pytest.param(*case) for case in NOT_PLAIN_AND_NOT_REFUSED.items()),
     ],
 )
 def test_other_kinds_of_adapters_are_refused_by_key(
@@ -214,7 +211,6 @@ def test_other_kinds_are_refused_as_peft_saves_them(
     assert str(tmp_path) in refusal(checkpoint("tiny"), tmp_path)
 
 
-@pytest.mark.xfail(strict=True, reason="PiSSA takes its first halves out of the base weight; ours adds them twice")
 def test_an_adapter_that_changes_its_base_is_not_merged_into_the_original(
     checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:

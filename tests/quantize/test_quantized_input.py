@@ -235,30 +235,10 @@ REFUSED: list[Any] = [
     pytest.param(replaced("weight_scale", torch.ones(32, 2)), "scales [32, 2]", id="rows of scales"),
     pytest.param(replaced("weight_scale", torch.ones(64, 3)), "scales [64, 3]", id="groups that do not divide"),
     pytest.param(lambda raw, state: state.pop("model.norm.weight"), "model.norm.weight is missing", id="no final norm"),
-    pytest.param(
-        cast("weight_packed", torch.int64),
-        K_PROJ,
-        id="wide codes",
-        marks=pytest.mark.xfail(strict=True, reason="read as other codes, silently"),
-    ),
-    pytest.param(
-        cast("weight_scale", torch.int32),
-        K_PROJ,
-        id="integer scales",
-        marks=pytest.mark.xfail(strict=True, reason="accepted; fails later with a KeyError"),
-    ),
-    pytest.param(
-        replaced("weight_scale", torch.ones(64, 16)),
-        K_PROJ,
-        id="groups of four",
-        marks=pytest.mark.xfail(strict=True, reason="speaks of --group-size, and names neither folder nor tensor"),
-    ),
-    pytest.param(
-        replaced("weight_packed", torch.zeros(512, dtype=torch.int32)),
-        K_PROJ,
-        id="flat codes",
-        marks=pytest.mark.xfail(strict=True, reason="IndexError"),
-    ),
+    pytest.param(cast("weight_packed", torch.int64), K_PROJ, id="wide codes"),
+    pytest.param(cast("weight_scale", torch.int32), K_PROJ, id="integer scales"),
+    pytest.param(replaced("weight_scale", torch.ones(64, 16)), K_PROJ, id="groups of four"),
+    pytest.param(replaced("weight_packed", torch.zeros(512, dtype=torch.int32)), K_PROJ, id="flat codes"),
 ]
 
 
