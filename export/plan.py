@@ -141,7 +141,7 @@ def _predict(
     )
 
 
-RUNTIME_BASE = 85 * MIB  # interpreter, onnxruntime and numpy, without a model
+RUNTIME_BASE = 68 * MIB  # interpreter, onnxruntime and numpy, without a model
 EXPORT_BASE = 750 * MIB  # interpreter, torch, onnx and the exporter
 TRACE_PER_LAYER = 3 * MIB // 2
 SLICE_COPIES = 12  # float32 temporaries of one slice
