@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ from typing import Any
 import click
 
 from gemma_edge.command import Command, Group
+from gemma_edge.errors import InputError
 
 F = Callable[..., None]
 
@@ -78,10 +80,10 @@ def make(as_json: bool, **choices: Any) -> None:
     # before torch is loaded: a thread that waits must not spin, which beside other work costs most of an export's time
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a killed export cleans up too
+    options = _options(choices)
     from gemma_edge.export import pipeline, report
 
     _show_warnings()
-    options = _options(choices)
     opened = pipeline.open_model(options)
     _say_what_calibration_would_allow(opened)
     done = pipeline.export(options, report.progress_bar, opened)
@@ -95,9 +97,10 @@ def make(as_json: bool, **choices: Any) -> None:
 @_model_options
 def plan(as_json: bool, **choices: Any) -> None:
     """Predict bytes and RAM of an export of MODEL, before any work."""
+    options = _options(choices)
     from gemma_edge.export import pipeline, report
 
-    opened = pipeline.open_model(_options(choices))
+    opened = pipeline.open_model(options)
     if as_json:
         click.echo(json.dumps(opened.plan.to_json(), indent=1))
     else:
@@ -127,6 +130,10 @@ def inspect(bundle: Path, check_hashes: bool, as_json: bool) -> None:
 
 
 def _options(choices: dict[str, Any]) -> Any:
+    if importlib.util.find_spec("torch") is None:
+        raise InputError(
+            "exporting needs PyTorch, which this installation leaves out: pip install 'gemma-edge[export]'"
+        )
     from gemma_edge.export import pipeline
 
     return pipeline.ExportOptions(**{**choices, "table_bits": int(choices["table_bits"])})

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import logging
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -20,15 +19,16 @@ from gemma_edge.errors import InputError
 from gemma_edge.export import plan as planning
 from gemma_edge.export import verify as gate
 from gemma_edge.export.bundle import MANIFEST, Manifest, list_files, staged
-from gemma_edge.export.onnx import backend as onnx_backend
 from gemma_edge.model import hub
 from gemma_edge.model.checkpoint import Checkpoint, weight_shapes
 from gemma_edge.quantize.recipe import Recipe, make_recipe
 from gemma_edge.quantize.store import QuantizedCheckpoint, open_weights, write_quantized
+from gemma_edge.runtimes.memory import peak_rss_mib
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = {"onnx": onnx_backend.lower}
+# backend -> the module whose `lower` makes its files, imported when it is needed
+BACKENDS = {"onnx": "gemma_edge.export.onnx.backend"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 OTHER_FILES = ("added_tokens.json", "chat_template.jinja", "generation_config.json")
 TOOLS = ("torch", "onnx", "onnxruntime", "onnxscript", "safetensors", "tokenizers", "numpy")
@@ -82,16 +82,11 @@ class Export:
 class Opened:
     """A model that is ready to be exported: checked, nothing written yet."""
 
+    name: str
     source: Checkpoint | QuantizedCheckpoint
     recipe: Recipe
     target: planning.Target
     plan: planning.Plan
-
-
-def peak_rss_bytes() -> int:
-    """Most memory this process ever held."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def open_model(options: ExportOptions) -> Opened:
@@ -115,7 +110,9 @@ def open_model(options: ExportOptions) -> Opened:
         target = replace(target, ram_bytes=int(options.ram_gib * planning.GIB))
     source = open_weights(hub.resolve(options.model), lora=options.lora)
     plan = planning.make_plan(source, recipe, target, context=options.context, prefill_chunk=options.prefill_chunk)
-    return Opened(source, recipe, target, plan)
+    # a hub id's folder is called by the hash of its commit
+    name = Path(options.model).resolve().name if Path(options.model).is_dir() else options.model.rpartition("/")[2]
+    return Opened(name, source, recipe, target, plan)
 
 
 @contextmanager
@@ -132,7 +129,7 @@ def export(options: ExportOptions, progress: Progress = _no_progress, opened: Op
     """
     opened = opened or open_model(options)
     source, plan = opened.source, opened.plan
-    out = options.out or Path(f"{source.folder.resolve().name}-{opened.recipe.name}-{options.target}")
+    out = options.out or Path(f"{opened.name}-{opened.recipe.name}-{options.target}")
     if options.save_checkpoint and options.save_checkpoint.exists():
         raise InputError(f"{options.save_checkpoint} exists; pass another folder to --save-checkpoint")
     _check_disk(out, plan)
@@ -145,7 +142,7 @@ def export(options: ExportOptions, progress: Progress = _no_progress, opened: Op
         ):
             quantized = write_quantized(source, opened.recipe, checkpoint, lambda done: advance(SOURCE_BYTES * done))
         with _stage(stages, "lower"), progress(f"export {options.backend}", plan.weights_bytes, True) as advance:
-            entry = BACKENDS[options.backend](
+            entry = importlib.import_module(BACKENDS[options.backend]).lower(
                 quantized,
                 planning.geometry(source.config, plan.context, plan.prefill_chunk),
                 bundle,
@@ -199,7 +196,7 @@ def _gate_failed(options: ExportOptions, out: Path, bundle: Path, result: dict[s
 def _stage(stages: list[Stage], name: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
-    stages.append(Stage(name, time.perf_counter() - start, peak_rss_bytes()))
+    stages.append(Stage(name, time.perf_counter() - start, int(peak_rss_mib() * (1 << 20))))
 
 
 def _check_disk(out: Path, plan: planning.Plan) -> None:
@@ -236,7 +233,7 @@ def _manifest(
     lora = {"lora": options.lora.name} if options.lora else {}
     return Manifest(
         model={
-            "name": opened.source.folder.resolve().name,
+            "name": opened.name,
             "architecture": "gemma2",
             "parameters": config.num_parameters,
             **lora,

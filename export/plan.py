@@ -11,7 +11,7 @@ from typing import Any
 
 from gemma_edge.errors import InputError
 from gemma_edge.export.bundle import CacheGeometry, LayerCache
-from gemma_edge.export.onnx.backend import resident_bytes, weights_bytes
+from gemma_edge.export.onnx.weights import resident_bytes, weights_bytes
 from gemma_edge.model.checkpoint import SLICE_BYTES, Checkpoint
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.model.kv_cache import slots_needed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -19,8 +19,10 @@ from rich.progress import (
 from rich.table import Table
 
 from gemma_edge.export.bundle import Manifest
-from gemma_edge.export.pipeline import Export
-from gemma_edge.export.plan import Plan
+
+if TYPE_CHECKING:  # they import torch, which `inspect` does not need
+    from gemma_edge.export.pipeline import Export
+    from gemma_edge.export.plan import Plan
 
 ERR = Console(stderr=True)
 OUT = Console()

@@ -140,18 +140,21 @@ def verify(
 def _judge(folder: Path, progress: Callable[[int], None]) -> dict[str, Any]:
     """The bundle's half in a fresh process: it shares no memory with torch, as on the device."""
     command = [sys.executable, "-m", judge.__name__, str(folder)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stderr is not None
+    log = folder / "stderr"
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+    ):
+        assert process.stdout is not None
         try:
             for _ in process.stdout:
                 progress(1)
-            errors = process.stderr.read()
         except BaseException:
             process.kill()
             raise
     if process.returncode != 0:
-        last = errors.strip().splitlines()[-1] if errors.strip() else f"exit code {process.returncode}"
-        raise RuntimeError(f"the finished bundle does not run: {last}")
+        said = log.read_text().strip() or f"exit code {process.returncode}"
+        raise RuntimeError(f"the finished bundle does not run: {said.splitlines()[-1]}")
     found: dict[str, Any] = json.loads((folder / judge.RESULT).read_text())
     return found
 

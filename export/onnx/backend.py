@@ -4,67 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from gemma_edge.export.bundle import CacheGeometry
 from gemma_edge.export.onnx import graph
 from gemma_edge.export.onnx.check import check_graph
 from gemma_edge.export.onnx.seams import make_layers
-from gemma_edge.export.onnx.weights import Blob, file_bytes, layout, write_weights
-from gemma_edge.model.checkpoint import Checkpoint
+from gemma_edge.export.onnx.weights import blobs_of, float_dtypes, write_weights
 from gemma_edge.model.config import Gemma2Config
-from gemma_edge.quantize.recipe import QuantConfig
 from gemma_edge.quantize.store import QuantizedCheckpoint
 
 WEIGHTS = "model.onnx.data"
 FILES = {"generate": "generate.onnx", "score": "score.onnx", "genai": "genai.onnx", "weights": WEIGHTS}
 INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level: activations are rounded to int8 per block
 FLOAT_ACTIVATIONS = 0
-
-
-def float_dtypes(
-    source: Checkpoint | QuantizedCheckpoint, configs: Mapping[str, QuantConfig | None], float_bits: int
-) -> dict[str, torch.dtype]:
-    """How each unquantized matrix is stored: float32, or the checkpoint's own 16-bit type (bfloat16 for float32)."""
-    names = [name for name, config in configs.items() if config is None]
-    if float_bits == 32:
-        return dict.fromkeys(names, torch.float32)
-    return {name: torch.bfloat16 if source.dtype(name) == torch.float32 else source.dtype(name) for name in names}
-
-
-def weights_bytes(
-    source: Checkpoint | QuantizedCheckpoint, configs: Mapping[str, QuantConfig | None], float_bits: int
-) -> int:
-    """Size of the weights file, before any work."""
-    return file_bytes(_blobs(source, configs, float_bits))
-
-
-def resident_bytes(
-    source: Checkpoint | QuantizedCheckpoint, configs: Mapping[str, QuantConfig | None], float_bits: int
-) -> int:
-    """What ONNX Runtime keeps of the weights in memory, measured: codes packed once; scales three times (mapped, packed, and
-    as block sums); float matrices widened to float32.
-    """
-    total = 0
-    for blob in _blobs(source, configs, float_bits):
-        if blob.name.endswith(".weight_scale"):
-            total += 3 * blob.nbytes
-        elif blob.dtype == torch.uint8:
-            total += blob.nbytes
-        else:
-            total += 4 * math.prod(blob.shape)
-    return total
-
-
-def _blobs(
-    source: Checkpoint | QuantizedCheckpoint, configs: Mapping[str, QuantConfig | None], float_bits: int
-) -> list[Blob]:
-    return layout(source.config, configs, float_dtypes(source, configs, float_bits))
 
 
 def lower(
@@ -90,7 +45,7 @@ def lower(
     """
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     config, configs = checkpoint.config, checkpoint.configs
-    blobs = _blobs(checkpoint, configs, float_bits)
+    blobs = blobs_of(checkpoint, configs, float_bits)
     layers = make_layers(configs, float_dtypes(checkpoint, configs, float_bits), accuracy_level)
     generate = graph.trace(config, geometry, layers)
     graph.attach_weights(generate, blobs, WEIGHTS)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gemma_edge.errors import InputError
-from gemma_edge.model.checkpoint import TABLE, norm_names, row_slices, weight_shapes
+from gemma_edge.model.checkpoint import TABLE, Checkpoint, norm_names, row_slices, weight_shapes
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.quantize.recipe import QuantConfig
 from gemma_edge.quantize.store import QuantizedCheckpoint
@@ -90,6 +90,47 @@ def layout(
 def file_bytes(blobs: list[Blob]) -> int:
     """Size of the weights file."""
     return blobs[-1].offset + blobs[-1].nbytes
+
+
+def float_dtypes(
+    source: Checkpoint | QuantizedCheckpoint, configs: Mapping[str, QuantConfig | None], float_bits: int
+) -> dict[str, torch.dtype]:
+    """How each unquantized matrix is stored: float32, or the checkpoint's own 16-bit type (bfloat16 for float32)."""
+    names = [name for name, config in configs.items() if config is None]
+    if float_bits == 32:
+        return dict.fromkeys(names, torch.float32)
+    return {name: torch.bfloat16 if source.dtype(name) == torch.float32 else source.dtype(name) for name in names}
+
+
+def weights_bytes(
+    source: Checkpoint | QuantizedCheckpoint, configs: Mapping[str, QuantConfig | None], float_bits: int
+) -> int:
+    """Size of the weights file, before any work."""
+    return file_bytes(blobs_of(source, configs, float_bits))
+
+
+def resident_bytes(
+    source: Checkpoint | QuantizedCheckpoint, configs: Mapping[str, QuantConfig | None], float_bits: int
+) -> int:
+    """What ONNX Runtime keeps of the weights in memory, measured: codes packed once; scales three times (mapped, packed, and
+    as block sums); float matrices widened to float32.
+    """
+    total = 0
+    for blob in blobs_of(source, configs, float_bits):
+        if blob.name.endswith(".weight_scale"):
+            total += 3 * blob.nbytes
+        elif blob.dtype == torch.uint8:
+            total += blob.nbytes
+        else:
+            total += 4 * prod(blob.shape)
+    return total
+
+
+def blobs_of(
+    source: Checkpoint | QuantizedCheckpoint, configs: Mapping[str, QuantConfig | None], float_bits: int
+) -> list[Blob]:
+    """The weights file of a checkpoint, float or quantized already, under a recipe's configurations."""
+    return layout(source.config, configs, float_dtypes(source, configs, float_bits))
 
 
 def write_weights(
