@@ -161,6 +161,8 @@ def list_files(folder: Path) -> dict[str, FileEntry]:
 
 
 def _alive(pid: str) -> bool:
+    if pid == str(os.getpid()):  # ours is not made yet: a dead process had the same number, as in a restarted container
+        return False
     try:
         os.kill(int(pid), 0)
     except (ProcessLookupError, ValueError):
@@ -182,6 +184,13 @@ def _clean_leftovers(out: Path) -> None:
                 shutil.rmtree(left, ignore_errors=True)
 
 
+def _refuse_existing(out: Path, force: bool) -> None:
+    if out.exists() and not force:
+        raise InputError(f"{out} exists; pass --force to replace it, or -o for another folder")
+    if out.exists() and not (out.is_dir() and ((out / MANIFEST).exists() or not any(out.iterdir()))):
+        raise InputError(f"{out} exists and is not a bundle; --force replaces only bundles: pass -o for another folder")
+
+
 @contextmanager
 def staged(out: Path, *, force: bool) -> Iterator[Path]:
     """A temporary folder beside `out`; what is in its `bundle/` becomes `out` in one rename when the block ends well.
@@ -190,10 +199,7 @@ def staged(out: Path, *, force: bool) -> Iterator[Path]:
         InputError: `out` exists and `force` is False, or its parent cannot be written.
     """
     _clean_leftovers(out)
-    if out.exists() and not force:
-        raise InputError(f"{out} exists; pass --force to replace it, or -o for another folder")
-    if out.exists() and not (out.is_dir() and ((out / MANIFEST).exists() or not any(out.iterdir()))):
-        raise InputError(f"{out} exists and is not a bundle; --force replaces only bundles: pass -o for another folder")
+    _refuse_existing(out, force)
     work = out.parent / f".{out.name}.partial-{os.getpid()}"
     old = out.parent / f".{out.name}.old-{os.getpid()}"
     try:
@@ -202,9 +208,12 @@ def staged(out: Path, *, force: bool) -> Iterator[Path]:
         raise InputError(f"cannot write in {out.parent}: {error.strerror}; pass -o for another folder") from None
     try:
         yield work
+        _refuse_existing(out, force)  # somebody may have made it in the meantime
         if out.exists():
             out.rename(old)
         (work / "bundle").rename(out)
     finally:
+        if old.exists() and not out.exists():  # interrupted between the two renames
+            old.rename(out)
         shutil.rmtree(work, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 from numpy.typing import NDArray
 
@@ -78,27 +79,37 @@ def judge(folder: Path) -> dict[str, Any]:
     """Run the bundle named by the task over its tokens and compare.
 
     Returns:
-        `quality`, `lowering` and `generation_difference` as verify.py puts them into the manifest.
+        `quality`, `quality_past_context`, `lowering` and `generation_difference` as verify.py puts them into the manifest.
     """
     task = json.loads((folder / TASK).read_text())
     ids, positions = np.array(task["ids"], np.int64), task["positions"]
     runtime = gemma_edge.load(task["bundle"], backend=task["backend"])
     chunk = runtime.manifest.cache.prefill_chunk
     generated = _generate(runtime, task["ids"][:chunk])
-    quality, lowering, generation = Comparison(), Comparison(), 0.0
-    done = 0
+    quality, past, lowering, generation = Comparison(), Comparison(), Comparison(), 0.0
+    done = lowered = 0
     for start, rows in zip(range(0, len(ids), chunk), runtime.score_chunks(task["ids"]), strict=True):
         inside = np.array([p for p in positions if start <= p < start + len(rows)], np.int64)
         if len(inside):
             expected = _read(folder / QUALITY, done, len(inside), rows.shape[1])
             quality.add(rows[inside - start], expected, ids[inside + 1])
+            beyond = inside >= task["context"]
+            past.add(rows[inside - start][beyond], expected[beyond], ids[inside + 1][beyond])
+        first = inside[inside < task["lowering"]]
+        if len(first):
+            expected = _read(folder / LOWERING, lowered, len(first), rows.shape[1])
+            lowering.add(rows[first - start], expected, ids[first + 1])
+            lowered += len(first)
         if start == 0:
-            expected = _read(folder / LOWERING, 0, len(inside), rows.shape[1])
-            lowering.add(rows[inside], expected, ids[inside + 1])
             generation = float(np.max([np.abs(rows[p] - row).max() for p, row in generated.items()]))
         done += len(inside)
         print(done, flush=True)  # noqa: T201 (this is the protocol)
-    return {"quality": quality.to_json(), "lowering": lowering.to_json(), "generation_difference": generation}
+    return {
+        "quality": quality.to_json(),
+        "quality_past_context": past.to_json() if past.tokens else None,
+        "lowering": lowering.to_json(),
+        "generation_difference": generation,
+    }
 
 
 def _generate(runtime: Runtime, ids: list[int]) -> dict[int, Logits]:
@@ -116,8 +127,11 @@ def _read(path: Path, first: int, rows: int, vocab_size: int) -> Logits:
 def main() -> None:
     """Entry point of the process."""
     folder = Path(sys.argv[1])
-    with one_line_errors():
-        (folder / RESULT).write_text(json.dumps(judge(folder)))
+    try:
+        with one_line_errors():
+            (folder / RESULT).write_text(json.dumps(judge(folder)))
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

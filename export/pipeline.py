@@ -132,9 +132,9 @@ def export(options: ExportOptions, progress: Progress = _no_progress, opened: Op
     out = options.out or Path(f"{opened.name}-{opened.recipe.name}-{options.target}")
     if options.save_checkpoint and options.save_checkpoint.exists():
         raise InputError(f"{options.save_checkpoint} exists; pass another folder to --save-checkpoint")
-    _check_disk(out, plan)
     stages: list[Stage] = []
     with staged(out, force=options.force) as work:
+        _check_disk(work, plan)  # here, because what a killed export left is gone now
         bundle, checkpoint = work / "bundle", work / "checkpoint"
         with (
             _stage(stages, "quantize"),
@@ -175,9 +175,14 @@ def _verify(
     config, cache = opened.source.config, manifest.cache
     tokenizer = bundle / "tokenizer.json" if manifest.tokenizer else None
     chosen = gate.make_gate(tokenizer, config.vocab_size, config.bos_token_id, cache.context, options.verify)
+    limits = gate.LIMITS[
+        min(config.bits if config else opened.recipe.float_bits for config in quantized.configs.values())
+    ]
     total = gate.steps(config.num_hidden_layers, len(chosen.ids), cache.prefill_chunk)
     with progress(f"verify ({len(chosen.ids)} tokens)", total, False) as advance:
-        return gate.verify(bundle, opened.source, quantized, chosen, backend=options.backend, progress=advance)
+        return gate.verify(
+            bundle, opened.source, quantized, chosen, limits=limits, backend=options.backend, progress=advance
+        )
 
 
 def _gate_failed(options: ExportOptions, out: Path, bundle: Path, result: dict[str, Any]) -> InputError:
@@ -239,7 +244,7 @@ def _manifest(
             **lora,
         },
         config=config.to_json(),
-        recipe={**recipe.to_json(), "parts": parts(quantized)},
+        recipe={**recipe.to_json(), "parts": parts(quantized, recipe.float_bits)},
         target={"name": target.name, "ram_bytes": target.ram_bytes, "threads": target.threads},
         cache=planning.geometry(config, opened.plan.context, opened.plan.prefill_chunk),
         backends=backends,
@@ -262,12 +267,12 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def parts(quantized: QuantizedCheckpoint) -> list[dict[str, Any]]:
+def parts(quantized: QuantizedCheckpoint, float_bits: int) -> list[dict[str, Any]]:
     """What each kind of weight became: one row per kind, bits and group."""
     rows: dict[tuple[str, int, int], dict[str, Any]] = {}
     for name, (out_features, in_features) in weight_shapes(quantized.config).items():
         config = quantized.configs[name]
-        bits = config.bits if config else 8 * quantized.dtype(name).itemsize
+        bits = config.bits if config else float_bits
         group = config.group_size if config else 0
         kind = name.split(".", 3)[-1] if ".layers." in name else name.removeprefix("model.")
         weights = out_features * in_features

@@ -123,12 +123,22 @@ def gate_lines(manifest: Manifest) -> list[str]:
             f"  to the original ({quality['tokens']} positions): KL {quality['kl']:.5f} nats,"
             f" same top token {quality['top1']:.1%}, perplexity {quality['ppl_reference']:.2f} -> {quality['ppl']:.2f}"
             f" ({quality['ppl_change']:+.2%}), max |logit difference| {quality['max_abs_logit_difference']:.3f}",
+            *_past_context(result["quality_past_context"]),
             f"  to the same integers in torch ({lowering['tokens']} positions): KL {lowering['kl']:.6f} nats,"
             f" max |logit difference| {lowering['max_abs_logit_difference']:.4f}"
             f" of a range of {lowering['logit_range']:.1f}",
         ]
         lines += [f"  out of bounds: {failure}" for failure in result["failures"]]
     return lines
+
+
+def _past_context(quality: dict[str, Any] | None) -> list[str]:
+    if quality is None:
+        return []
+    return [
+        f"  of these past the context ({quality['tokens']}): KL {quality['kl']:.5f} nats,"
+        f" same top token {quality['top1']:.1%}, perplexity change {quality['ppl_change']:+.2%}"
+    ]
 
 
 def print_export(done: Export) -> None:

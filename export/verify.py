@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gemma_edge.errors import InputError
 from gemma_edge.export import judge, reference
 from gemma_edge.export.bundle import Manifest
 from gemma_edge.model.checkpoint import Weights
@@ -27,6 +28,7 @@ from gemma_edge.quantize.store import QuantizedCheckpoint
 LEVELS = ("quick", "full", "none")
 TEXTS = ("heldout_austen.txt", "heldout_kjv.txt")
 QUICK_TOKENS = 2304  # longest sequence of the quick gate
+LOWERING_TEXT = 128  # positions compared with the same integers
 QUICK_TEXT = 512  # positions compared from the start; then those past the wrap
 PAST_WRAP = 64  # tokens fed beyond the point where the first key has left every window
 
@@ -81,9 +83,16 @@ def _tokens(tokenizer: Path | None, vocab_size: int, count: int) -> list[int]:
     texts = [(resources.files("gemma_edge.export") / "data" / name).read_text(encoding="utf-8") for name in TEXTS]
     # half of each text, so that no book decides alone; encoded in pieces, only as much as is needed
     encoder = Tokenizer.from_file(str(tokenizer))
+    encoder.no_truncation()
+    encoder.no_padding()
     halves = [encoder.encode(text[: 8 * count], add_special_tokens=False).ids for text in texts]
     half = count // 2
-    return [*halves[0][:half], *halves[1][: count - half]]
+    ids = [*halves[0][:half], *halves[1][: count - half]]
+    if max(ids) >= vocab_size:
+        raise InputError(
+            f"{tokenizer.name} gives token id {max(ids)}, the model has a vocabulary of {vocab_size}: they do not belong together"
+        )
+    return ids
 
 
 def verify(
@@ -92,6 +101,7 @@ def verify(
     quantized: QuantizedCheckpoint,
     gate: Gate,
     *,
+    limits: Limits,
     backend: str,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
@@ -102,6 +112,7 @@ def verify(
         original: the float checkpoint.
         quantized: the integers that were lowered.
         gate: from `make_gate`.
+        limits: what the bundle must reach: of its fewest bits.
         backend: which backend of the bundle.
         progress: called with 1 per layer of the two references and per chunk of the bundle: see `steps`.
 
@@ -114,16 +125,22 @@ def verify(
     cache = Manifest.load(bundle).cache
     with TemporaryDirectory(dir=bundle.parent, prefix=".gate-") as name:
         folder = Path(name)
-        ids, first = torch.tensor(gate.ids), [p for p in gate.positions if p < cache.prefill_chunk]
+        ids, first = torch.tensor(gate.ids), [p for p in gate.positions if p < LOWERING_TEXT]
         hidden = reference.hidden_states(original, ids, cache.context, progress)
         reference.write_logits(original, hidden[gate.positions], folder / judge.QUALITY)
-        hidden = reference.hidden_states(quantized, ids[: cache.prefill_chunk], cache.context, progress)
+        hidden = reference.hidden_states(quantized, ids[:LOWERING_TEXT], cache.context, progress)
         reference.write_logits(quantized, hidden[first], folder / judge.LOWERING)
         del hidden
-        task = {"bundle": str(bundle), "backend": backend, "ids": gate.ids, "positions": gate.positions}
+        task = {
+            "bundle": str(bundle),
+            "backend": backend,
+            "ids": gate.ids,
+            "positions": gate.positions,
+            "lowering": LOWERING_TEXT,
+            "context": cache.context,
+        }
         (folder / judge.TASK).write_text(json.dumps(task))
         found = _judge(folder, progress)
-    limits = LIMITS[fewest_bits(quantized)]
     result = {
         "level": gate.level,
         "text": gate.text,
@@ -164,21 +181,21 @@ def steps(layers: int, tokens: int, chunk: int) -> int:
     return 2 * layers + -(-tokens // chunk)
 
 
-def fewest_bits(checkpoint: QuantizedCheckpoint) -> int:
-    """Bits of the coarsest weight; float weights count by how they are stored."""
-    return min(
-        config.bits if config else 8 * checkpoint.dtype(name).itemsize for name, config in checkpoint.configs.items()
-    )
-
-
 def failures(result: dict[str, Any], limits: Limits) -> list[str]:
     """What is out of bounds, each as `figure: value > limit`."""
-    quality, lowering = result["quality"], result["lowering"]
-    span = lowering["logit_range"]
-    checks = {
-        "kl": (quality["kl"], limits.kl),
-        "1 - top1": (1.0 - quality["top1"], 1.0 - limits.top1),
-        "ppl_change": (quality["ppl_change"], limits.ppl_change),
+    lowering = result["lowering"]
+    span = lowering["logit_range"] or 1e-9
+    checks: dict[str, tuple[float, float]] = {}
+    # past the context on its own: a window that wraps wrongly must not hide among the positions before it
+    for part in ("quality", "quality_past_context"):
+        quality = result[part]
+        if quality is not None:
+            checks |= {
+                f"{part} kl": (quality["kl"], limits.kl),
+                f"{part} 1 - top1": (1.0 - quality["top1"], 1.0 - limits.top1),
+                f"{part} ppl_change": (quality["ppl_change"], limits.ppl_change),
+            }
+    checks |= {
         "lowering": (lowering["max_abs_logit_difference"] / span, limits.lowering),
         "generation_difference": (result["generation_difference"] / span, limits.lowering),
     }

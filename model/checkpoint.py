@@ -166,8 +166,7 @@ class Checkpoint(Weights):
             shards.expect(f"{name}.weight", shape)
         for name in norm_names(config):
             shards.expect(name, (config.hidden_size,))
-        if HEAD in shards:
-            _expect_tied(shards, weight_shapes(config)[TABLE])
+        expect_tied(shards, weight_shapes(config)[TABLE])
         adapter = Lora.open(lora, weight_shapes(config)) if lora else None
         return cls(folder, config, shards, adapter)
 
@@ -193,8 +192,14 @@ class Checkpoint(Weights):
         return finite(self._shards.rows(name).float(), name, self.folder)
 
 
-def _expect_tied(shards: Shards, shape: tuple[int, int]) -> None:
+def expect_tied(shards: Shards, shape: tuple[int, int]) -> None:
     """A head that is stored must be the table: transformers unties them when they differ, whatever config.json says."""
+    if "lm_head.weight_packed" in shards:
+        raise InputError(
+            f"{shards.folder} holds lm_head.weight_packed, a head of its own; only a tied head is supported"
+        )
+    if HEAD not in shards:
+        return
     shards.expect(HEAD, shape)
     for start, stop in row_slices(shape):
         if not torch.equal(shards.rows(HEAD, start, stop), shards.rows(f"{TABLE}.weight", start, stop)):
@@ -212,6 +217,8 @@ def finite(values: Tensor, name: str, folder: Path) -> Tensor:
 def _shard_paths(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
+    if single.is_file():  # transformers' order: it wins over an index
+        return [single]
     if index.is_file():
         try:
             names = sorted(set(map(Path, json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())))
@@ -221,8 +228,6 @@ def _shard_paths(folder: Path) -> list[Path]:
             if name.name != str(name) or not (folder / name).is_file():
                 raise InputError(f"{folder}: shard {name} named by {index.name} is missing; download it again")
         return [folder / name for name in names]
-    if single.is_file():
-        return [single]
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     if pickles:
         raise InputError(

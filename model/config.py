@@ -110,9 +110,7 @@ class Gemma2Config:
             InputError: no config, another architecture, or a key whose value this decoder does not compute.
         """
         path = folder / "config.json"
-        if not path.is_file():
-            raise InputError(f"{folder} has no config.json; pass a Hugging Face model folder")
-        raw = _read_json(path)
+        raw = read_json(path)
         _refuse_unsupported(path, raw)
         keys = ("query_pre_attn_scalar", "sliding_window", "max_position_embeddings", "rms_norm_eps", "bos_token_id")
         layers = raw["num_hidden_layers"]
@@ -131,9 +129,16 @@ def _alternating(layers: int) -> list[str]:
     return [LOCAL if i % 2 == 0 else GLOBAL for i in range(layers)]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, way_out: str = "pass a Hugging Face model folder") -> dict[str, Any]:
+    """The object in a JSON file of a folder that the user gave.
+
+    Raises:
+        InputError: no such file (with the way out), or not a JSON object.
+    """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path.parent} has no {path.name}; {way_out}") from None
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(data, dict):
@@ -171,7 +176,7 @@ def _rope_theta(path: Path, raw: Mapping[str, Any]) -> float:
 def _eos(folder: Path, raw: Mapping[str, Any]) -> tuple[int, ...]:
     """Stop ids: generation_config.json's when there, as HF's `generate` takes them."""
     generation = folder / "generation_config.json"
-    found = _read_json(generation).get("eos_token_id") if generation.is_file() else None
+    found = read_json(generation).get("eos_token_id") if generation.is_file() else None
     value = next((v for v in (found, raw.get("eos_token_id")) if v is not None), 1)
     return tuple(value) if isinstance(value, list) else (int(value),)
 

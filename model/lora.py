@@ -5,7 +5,6 @@ Only plain LoRA on the linears: DoRA, trained biases, whole saved modules and ad
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gemma_edge.errors import InputError
+from gemma_edge.model.config import read_json
 
 # Keys of adapter_config.json that change the merged weight, with the values that this file computes.
 ONLY_VALUE: dict[str, tuple[Any, ...]] = {
@@ -95,12 +95,7 @@ class Lora:
 
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "adapter_config.json"
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{folder} has no adapter_config.json; --lora takes a PEFT adapter folder") from None
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from None
+    config = read_json(path, "--lora takes a PEFT adapter folder")
     for key, allowed in ONLY_VALUE.items():
         if key in config and config[key] not in allowed:
             raise InputError(f"{path}: {key} is {config[key]!r}; only plain LoRA is merged: merge it with PEFT first")

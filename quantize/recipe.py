@@ -121,11 +121,17 @@ def make_recipe(bits: int, *, group_size: int | None = None, method: str | None 
     if bits not in BITS:
         raise InputError(f"--bits {bits}; supported: {', '.join(map(str, BITS))}")
     if bits >= 16:
-        if group_size is not None or method is not None:
-            raise InputError(f"--bits {bits} leaves the weights float: --group-size and --method do not apply")
+        if group_size is not None or method is not None or table_bits != 8:
+            raise InputError(
+                f"--bits {bits} leaves the weights float: --group-size, --method and --table-bits do not apply"
+            )
         return Recipe(f"float{bits}", (QuantRule(ANY, None),), float_bits=bits)
     group = group_size if group_size is not None else (UNCALIBRATED_GROUP if bits == 4 else 0)
     body = QuantRule(ANY, QuantConfig(bits, group), method or default_method(bits, group))
-    table = INT8_ROW if table_bits == 8 else QuantConfig(table_bits, group or UNCALIBRATED_GROUP)
+    table = QuantRule(TABLE_PATTERN, INT8_ROW)
+    if table_bits != 8:
+        table_group = group or UNCALIBRATED_GROUP
+        config = QuantConfig(table_bits, table_group)
+        table = QuantRule(TABLE_PATTERN, config, method or default_method(table_bits, table_group))
     name = f"int{bits}-" + (f"g{group}" if group else "channel") + ("" if table_bits == 8 else f"-table{table_bits}")
-    return Recipe(name, (QuantRule(TABLE_PATTERN, table), body))
+    return Recipe(name, (table, body))

@@ -24,13 +24,14 @@ from gemma_edge.model.checkpoint import (
     Checkpoint,
     Shards,
     Weights,
+    expect_tied,
     finite,
     linear_shapes,
     norm_names,
     row_slices,
     weight_shapes,
 )
-from gemma_edge.model.config import Gemma2Config
+from gemma_edge.model.config import Gemma2Config, read_json
 from gemma_edge.quantize.integers import QuantizedTensor, quantize
 from gemma_edge.quantize.recipe import GROUP_MULTIPLE, QuantConfig, Recipe
 from gemma_edge.quantize.safetensors_writer import Spec, write_safetensors
@@ -78,13 +79,14 @@ class QuantizedCheckpoint(Weights):
         Raises:
             InputError: another quantization format, or a missing or misshapen tensor.
         """
-        quantization = _raw_config(folder).get("quantization_config")
+        quantization = read_json(folder / "config.json").get("quantization_config")
         if quantization is not None:
             _refuse_other_formats(folder, quantization)
         config = Gemma2Config.from_hf(folder)
         shards = Shards(folder)
         for name in norm_names(config):
             shards.expect(name, (config.hidden_size,))
+        expect_tied(shards, weight_shapes(config)[TABLE])
         return cls(folder, config, shards)
 
     def _holder(self, weight: str) -> Shards:
@@ -153,17 +155,6 @@ class QuantizedCheckpoint(Weights):
         return finite(self._shards.rows(name).float(), name, self.folder)
 
 
-def _raw_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{folder} has no config.json; pass a Hugging Face model folder") from None
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from None
-    return raw
-
-
 def _refuse_other_formats(folder: Path, quantization: dict[str, Any]) -> None:
     found = quantization.get("quant_method"), quantization.get("format")
     if found != ("compressed-tensors", "pack-quantized"):
@@ -171,9 +162,19 @@ def _refuse_other_formats(folder: Path, quantization: dict[str, Any]) -> None:
             f"{folder} is quantized as {found[0]} / {found[1]}; supported: compressed-tensors / pack-quantized,"
             " or pass the original float folder"
         )
+    for key in ("transform_config", "kv_cache_scheme"):
+        if quantization.get(key):
+            raise InputError(
+                f"{folder}: its quantization_config has a {key}, which is not computed; pass the original folder"
+            )
     for name, group in quantization.get("config_groups", {}).items():
         weights = group.get("weights") or {}
-        if group.get("input_activations") or not weights.get("symmetric") or weights.get("type") != "int":
+        if (
+            group.get("input_activations")
+            or group.get("output_activations")
+            or not weights.get("symmetric")
+            or weights.get("type") != "int"
+        ):
             raise InputError(f"{folder}: {name} is not weight-only symmetric integers; pass the original float folder")
 
 
@@ -183,7 +184,7 @@ def open_weights(folder: Path, *, lora: Path | None = None) -> Checkpoint | Quan
     Raises:
         InputError: the folder cannot be used, or a LoRA is given for integers.
     """
-    if "quantization_config" not in _raw_config(folder):
+    if "quantization_config" not in read_json(folder / "config.json"):
         return Checkpoint.open(folder, lora=lora)
     if lora:
         raise InputError(f"{folder} is already quantized; a LoRA can only be merged into float weights")
@@ -232,7 +233,7 @@ def write_quantized(
     for pattern in KEPT_FILES:
         for path in source.folder.glob(pattern):
             shutil.copy(path, out)
-    raw = _raw_config(source.folder)
+    raw = read_json(source.folder / "config.json")
     raw.pop("quantization_config", None)
     if any(configs[name] for name in configs if name != TABLE):
         raw["quantization_config"] = quantization_config(configs)

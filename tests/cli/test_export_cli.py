@@ -216,3 +216,18 @@ print(sorted({{"torch", "numpy", "rich", "onnx"}} & set(sys.modules)), file=sys.
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""}
     )
     assert done.stderr.strip() == "[]" and "Usage" in done.stdout
+
+
+def test_without_torch_the_extra_is_named_and_inspect_still_works(tmp_path: Path) -> None:
+    """An installation that only runs bundles; the import is blocked, because torch is installed where the tests run."""
+    block = "import sys; sys.modules['torch'] = None; import importlib.util as u; real = u.find_spec\n"
+    block += "u.find_spec = lambda name, *a: None if name == 'torch' else real(name, *a)\n"
+    code = block + "from gemma_edge.export.cli import main; main()"
+    for command in ([], ["plan"]):
+        words = [sys.executable, "-c", code, *command, str(DEMO)]
+        done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 2 and "gemma-edge[export]" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert run(DEMO, "-o", tmp_path / "out", "--verify", "none").exit_code == 0
+    words = [sys.executable, "-c", code, "inspect", str(tmp_path / "out")]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0 and "NOT VERIFIED" in done.stdout

@@ -157,8 +157,19 @@ def test_gate_refuses_a_bundle_whose_weights_were_swapped(demo: Export, copy: Pa
             file.seek(blob.offset)
             file.write(part)
     gate = verify.make_gate(copy / "tokenizer.json", 4096, 2, 512, "quick")
-    result = verify.verify(copy, Checkpoint.open(DEMO), quantized, gate, backend="onnx")
+    result = verify.verify(copy, Checkpoint.open(DEMO), quantized, gate, limits=verify.LIMITS[4], backend="onnx")
     assert not result["passed"] and any(failure.startswith("lowering") for failure in result["failures"])
+
+
+def test_a_wrap_that_goes_wrong_cannot_hide_among_the_positions_before_it(demo: Export) -> None:
+    """63 bad positions among 575 leave the mean within the limits; past the context they are judged on their own."""
+    from gemma_edge.export import verify
+
+    result = dict(demo.manifest.verification["onnx"])
+    assert verify.failures(result, verify.LIMITS[4]) == [] and result["quality_past_context"]["tokens"] == 63
+    result["quality_past_context"] = {**result["quality_past_context"], "kl": 4.0, "top1": 0.0}
+    found = verify.failures(result, verify.LIMITS[4])
+    assert [failure.split(":")[0] for failure in found] == ["quality_past_context kl", "quality_past_context 1 - top1"]
 
 
 def _edit_manifest(bundle: Path, **changes: object) -> None:
@@ -232,7 +243,7 @@ def test_failed_gate_publishes_nothing_unless_asked(tmp_path: Path, monkeypatch:
 
     monkeypatch.setitem(verify.LIMITS, 4, replace(verify.LIMITS[4], kl=1e-9))
     options = ExportOptions(model=str(DEMO), out=tmp_path / "out")
-    with pytest.raises(InputError, match="differs too much from the original .kl: "):
+    with pytest.raises(InputError, match="differs too much from the original .quality kl: "):
         pipeline.export(options)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(InputError, match="it lies in"):

@@ -135,7 +135,7 @@ def test_16_and_32_bits_leave_everything_float(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [16, 32])
 def test_options_of_integers_do_not_go_with_floats(bits: int) -> None:
-    words = f"--bits {bits} leaves the weights float: --group-size and --method do not apply"
+    words = f"--bits {bits} leaves the weights float: --group-size, --method and --table-bits do not apply"
     with pytest.raises(InputError, match=words):
         make_recipe(bits, group_size=32)
     with pytest.raises(InputError, match=words):
