@@ -179,7 +179,13 @@ def test_kill_9_at_any_moment_leaves_no_half_bundle_and_the_next_run_works(delay
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_export_cleans_up_after_itself(signal_number: int, tmp_path: Path) -> None:
-    process = subprocess.Popen([*COMMAND, str(DEMO), "-o", str(tmp_path / "out")], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*COMMAND, str(DEMO), "-o", str(tmp_path / "out")],
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell's background job, as a CI may run us, passes on an ignored Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("export onnx"):
