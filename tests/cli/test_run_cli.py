@@ -215,7 +215,14 @@ main({[str(bundle), "--chat", "-p", "Hello.", "-n", "3"]})
 def start(bundle: Path, *options: str) -> subprocess.Popen[bytes]:
     code = "from gemma_edge.runtimes.cli import main; main()"
     command = [sys.executable, "-c", code, str(bundle), "--threads", "1", *options]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # a shell's background job, as a CI may run us, passes on an ignored Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(bundle: Path) -> None:
