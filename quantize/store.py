@@ -42,11 +42,16 @@ KEPT_FILES = ("generation_config.json", "tokenizer*", "special_tokens_map.json",
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """(rows, in) int8 -> (rows, ceil(in * bits / 32)) int32: each code plus 2^(bits-1), the first in the lowest bits."""
+    return _pad(pack_bytes(codes, bits), 4).contiguous().view(torch.int32)
+
+
+def pack_bytes(codes: Tensor, bits: int) -> Tensor:
+    """(rows, in) int8 -> (rows, ceil(in * bits / 8)) uint8: each code plus 2^(bits-1), the even column in the low nibble."""
     unsigned = (codes.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
-    if bits == 4:
-        unsigned = _pad(unsigned, 8)
-        unsigned = unsigned[:, 0::2] | (unsigned[:, 1::2] << 4)
-    return _pad(unsigned, 4).contiguous().view(torch.int32)
+    if bits == 8:
+        return unsigned
+    unsigned = _pad(unsigned, 2)
+    return unsigned[:, 0::2] | (unsigned[:, 1::2] << 4)
 
 
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
@@ -144,7 +149,7 @@ class QuantizedCheckpoint(Weights):
         """Rows as float32: code * scale, or the float weight itself."""
         if self.configs[weight] is not None:
             return self.quantized(weight, start, stop).dequantize()
-        return finite(self._shards.rows(f"{weight}.weight", start, stop).float(), f"{weight}.weight", self.folder)
+        return self.plain_rows(weight, start, stop)
 
     def plain_rows(self, weight: str, start: int, stop: int) -> Tensor:
         """Rows of a matrix that is stored plainly, also of a table that has a quantized form beside it."""

@@ -18,7 +18,7 @@ from gemma_edge.errors import InputError
 from gemma_edge.model.checkpoint import TABLE, Checkpoint, norm_names, row_slices, weight_shapes
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.quantize.recipe import QuantConfig
-from gemma_edge.quantize.store import QuantizedCheckpoint
+from gemma_edge.quantize.store import QuantizedCheckpoint, pack_bytes
 
 ALIGNMENT = 4096  # a page, so that every tensor can be mapped
 BLOCK_SIZES = (256, 128, 64, 32, 16)  # that the kernels know
@@ -176,10 +176,7 @@ def _packed(checkpoint: QuantizedCheckpoint, weight: str, blob: Blob, scale: Ten
     for start, stop in row_slices(shape):
         part = checkpoint.quantized(weight, start, stop)
         scale[start:stop] = part.scale.float().repeat_interleave(repeat, dim=1)
-        codes = (part.codes.to(torch.int16) + (1 << (config.bits - 1))).to(torch.uint8)
-        if config.bits == 4:
-            codes = codes[:, 0::2] | (codes[:, 1::2] << 4)
-        yield codes.view(stop - start, *blob.shape[1:])
+        yield pack_bytes(part.codes, config.bits).view(stop - start, *blob.shape[1:])
 
 
 def _plain(checkpoint: QuantizedCheckpoint, weight: str, blob: Blob) -> Iterator[Tensor]:
