@@ -43,25 +43,32 @@ def quantize(values: Tensor, config: QuantConfig, method: str) -> QuantizedTenso
         method: "rtn" takes the largest weight of a group as the end of the range; "mse" searches the scale that rounds
             the group with the least squared error.
     """
-    rows, columns = values.shape
-    groups = values.reshape(-1, config.group_size or columns)  # (rows * groups, G)
+    groups = values.reshape(-1, config.group_size or values.shape[1])  # (rows * groups, G)
     scale = SCALES[method](groups, config.bits)  # (rows * groups, 1)
-    codes = _codes(groups, scale, config.bits).to(torch.int8)
-    return QuantizedTensor(codes.view(rows, columns), scale.view(rows, -1).to(torch.bfloat16), config)
+    return round_to(values, scale.view(len(values), -1), config)
 
 
-def _round_scale(scale: Tensor) -> Tensor:
+def round_to(values: Tensor, scale: Tensor, config: QuantConfig) -> QuantizedTensor:
+    """The nearest codes of a matrix (rows, in) under given scales (rows, groups), bfloat16 values."""
+    groups = values.reshape(*scale.shape, -1)  # (rows, groups, G)
+    codes = to_codes(groups, scale.unsqueeze(-1), config.bits).to(torch.int8)
+    return QuantizedTensor(codes.flatten(1), scale.to(torch.bfloat16), config)
+
+
+def round_scale(scale: Tensor) -> Tensor:
+    """What a scale can be: at least MIN_SCALE, a bfloat16 value (float32)."""
     return scale.clamp_min(MIN_SCALE).to(torch.bfloat16).float()
 
 
-def _codes(groups: Tensor, scale: Tensor, bits: int) -> Tensor:
+def to_codes(groups: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """The nearest codes of weights under scales that broadcast to them, as float32."""
     low, high = RANGE[bits]
     return (groups / scale).round_().clamp_(low, high)
 
 
 def absmax_scale(groups: Tensor, bits: int) -> Tensor:
     """The scale that maps the largest magnitude of each group to the largest code: (N, G) -> (N, 1), bfloat16 values."""
-    return _round_scale(groups.abs().amax(dim=1, keepdim=True) / RANGE[bits][1])
+    return round_scale(groups.abs().amax(dim=1, keepdim=True) / RANGE[bits][1])
 
 
 def mse_scale(groups: Tensor, bits: int) -> Tensor:
@@ -74,14 +81,43 @@ def mse_scale(groups: Tensor, bits: int) -> Tensor:
     best_gain = torch.full_like(widest, -1.0)
     best = widest.clone()
     for shrink in SHRINKS:
-        codes = _codes(groups, (widest * shrink).clamp_min_(MIN_SCALE), bits)
+        codes = to_codes(groups, (widest * shrink).clamp_min_(MIN_SCALE), bits)
         dot = torch.linalg.vecdot(groups, codes).unsqueeze(1)  # (N, 1)
         norm = torch.linalg.vecdot(codes, codes).unsqueeze(1).clamp_min_(1.0)  # (N, 1)
         gain = dot.square() / norm
         better = gain > best_gain
         best_gain = torch.where(better, gain, best_gain)
         best = torch.where(better, dot / norm, best)
-    return _round_scale(best)
+    return round_scale(best)
+
+
+WEIGHTED_SHRINKS = tuple(1.0 - 0.03 * i for i in range(17))
+
+
+def searched_scale(groups: Tensor, bits: int, weights: Tensor) -> Tensor:
+    """The scale of least weighted squared rounding error among WEIGHTED_SHRINKS, each refitted to its codes once.
+
+    As `mse_scale`, with the columns of a group counted by `weights`: with activations in them, clipping is safe.
+
+    Args:
+        groups: (..., G) float32.
+        weights: (..., G), broadcast to groups, positive.
+
+    Returns:
+        (..., 1), bfloat16 values.
+    """
+    widest = groups.abs().amax(dim=-1, keepdim=True) / RANGE[bits][1]
+    weighted = groups * weights
+    best_gain, best = torch.full_like(widest, -1.0), widest.clone()
+    for shrink in WEIGHTED_SHRINKS:
+        codes = to_codes(groups, (widest * shrink).clamp_min_(MIN_SCALE), bits)
+        dot = (weighted * codes).sum(-1, keepdim=True)
+        norm = (codes.square() * weights).sum(-1, keepdim=True)
+        gain = torch.where(norm > 0, dot.square() / norm, 0.0)
+        better = gain > best_gain
+        best_gain = torch.where(better, gain, best_gain)
+        best = torch.where(better & (norm > 0), dot / norm, best)
+    return round_scale(best)
 
 
 SCALES = {"rtn": absmax_scale, "mse": mse_scale}
