@@ -1,4 +1,4 @@
-"""Install the tools that the benchmarks compare against: llama.cpp (built from source) and onnxruntime-genai.
+"""Install the tools that the benchmarks compare against: llama.cpp (built from source), onnxruntime-genai, other quantizers.
 
 Measures nothing itself. llama.cpp comes from the source package of llama-cpp-python, which vendors it; it is built for this
 machine's own instruction set, with OpenMP and without BLAS, so it is as fast here as its authors meant it to be. Each peer
@@ -32,6 +32,14 @@ GENAI_PACKAGES = (
     f"onnxruntime-genai=={GENAI}", TORCH, "onnxruntime>=1.29,<2", "onnx", "onnx-ir", "transformers>=5.10,<6",
     "sentencepiece", "protobuf",
 )  # fmt: skip
+# What quality.py and smollm2.py run: quantizers that live together, and one that needs versions of its own.
+QUANTIZERS = {
+    "quality": (
+        TORCH, "numpy>=2,<2.5", "hqq==0.2.8.post1", "torchao==0.18.0", "gguf>=0.19", "onnxruntime==1.32.0", "onnx", "onnx-ir",
+        "transformers>=5.10,<6", "accelerate", "safetensors", "click", "pip",
+    ),
+    "llm-compressor": (TORCH, "llmcompressor==0.14.0.1"),
+}  # fmt: skip
 CMAKE_OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release",  # -O3
     "-DGGML_NATIVE=ON",  # -march=native
@@ -147,7 +155,16 @@ def install_genai(root: Path) -> Genai:
     return Genai(root)
 
 
-PEERS = ("llama-cpp", "genai")
+def install(root: Path, name: str, *, jobs: int) -> bool:
+    """Install one peer below `root`; return whether it is ready."""
+    if name == "llama-cpp":
+        return install_llama_cpp(root, jobs=jobs).ready
+    if name == "genai":
+        return install_genai(root).ready
+    return _venv(root / name / "venv", QUANTIZERS[name]).exists()
+
+
+PEERS = ("llama-cpp", "genai", *QUANTIZERS)
 
 
 @click.command(help=__doc__)
@@ -157,7 +174,7 @@ PEERS = ("llama-cpp", "genai")
 def main(folder: Path, only: tuple[str, ...], jobs: int) -> None:
     """Install the peers into FOLDER."""
     for name in only or PEERS:
-        ready = install_llama_cpp(folder, jobs=jobs).ready if name == "llama-cpp" else install_genai(folder).ready
+        ready = install(folder, name, jobs=jobs)
         click.echo(f"{name}: {'ready' if ready else 'incomplete'} in {folder / name}")
 
 

