@@ -19,6 +19,7 @@ from gemma_edge.errors import InputError
 from gemma_edge.export import plan as planning
 from gemma_edge.export import verify as gate
 from gemma_edge.export.bundle import MANIFEST, Manifest, list_files, staged
+from gemma_edge.export.choices import BACKENDS, GIB, LEVELS, TARGETS, Target
 from gemma_edge.model import hub
 from gemma_edge.model.checkpoint import Checkpoint, weight_shapes
 from gemma_edge.quantize.recipe import Recipe, make_recipe
@@ -27,8 +28,6 @@ from gemma_edge.runtimes.memory import peak_rss_mib
 
 logger = logging.getLogger(__name__)
 
-# backend -> the module whose `lower` makes its files, imported when it is needed
-BACKENDS = {"onnx": "gemma_edge.export.onnx.backend"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 OTHER_FILES = ("added_tokens.json", "chat_template.jinja", "generation_config.json")
 TOOLS = ("torch", "onnx", "onnxruntime", "onnxscript", "safetensors", "tokenizers", "numpy")
@@ -85,7 +84,7 @@ class Opened:
     name: str
     source: Checkpoint | QuantizedCheckpoint
     recipe: Recipe
-    target: planning.Target
+    target: Target
     plan: planning.Plan
 
 
@@ -96,18 +95,18 @@ def open_model(options: ExportOptions) -> Opened:
         InputError: the model, an option or the target cannot be used.
     """
     for name, value, allowed in (
-        ("--target", options.target, planning.TARGETS),
+        ("--target", options.target, TARGETS),
         ("--backend", options.backend, BACKENDS),
-        ("--verify", options.verify, gate.LEVELS),
+        ("--verify", options.verify, LEVELS),
     ):
         if value not in allowed:
             raise InputError(f"{name} {value}; supported: {', '.join(allowed)}")
     recipe = make_recipe(
         options.bits, group_size=options.group_size, method=options.method, table_bits=options.table_bits
     )
-    target = planning.TARGETS[options.target]
+    target = TARGETS[options.target]
     if options.ram_gib is not None:
-        target = replace(target, ram_bytes=int(options.ram_gib * planning.GIB))
+        target = replace(target, ram_bytes=int(options.ram_gib * GIB))
     source = open_weights(hub.resolve(options.model), lora=options.lora)
     plan = planning.make_plan(source, recipe, target, context=options.context, prefill_chunk=options.prefill_chunk)
     # a hub id's folder is called by the hash of its commit
@@ -208,10 +207,9 @@ def _check_disk(out: Path, plan: planning.Plan) -> None:
     folder = next(parent for parent in out.absolute().parents if parent.exists())
     free = shutil.disk_usage(folder).free
     if free < plan.export_disk_bytes:
-        gib = planning.GIB
         raise InputError(
-            f"no space for the export: it needs {plan.export_disk_bytes / gib:.2f} GiB in {folder},"
-            f" {free / gib:.2f} GiB are free; free some, or pass -o on another disk"
+            f"no space for the export: it needs {plan.export_disk_bytes / GIB:.2f} GiB in {folder},"
+            f" {free / GIB:.2f} GiB are free; free some, or pass -o on another disk"
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from gemma_edge.errors import InputError
 from gemma_edge.export.bundle import CacheGeometry, LayerCache
+from gemma_edge.export.choices import DEFAULT_CHUNK, GIB, Target
 from gemma_edge.export.onnx.weights import resident_bytes, weights_bytes
 from gemma_edge.model.checkpoint import SLICE_BYTES, Checkpoint
 from gemma_edge.model.config import Gemma2Config
@@ -18,30 +19,8 @@ from gemma_edge.model.kv_cache import slots_needed
 from gemma_edge.quantize.recipe import Recipe
 from gemma_edge.quantize.store import QuantizedCheckpoint, final_configs
 
-MIB, GIB = 1 << 20, 1 << 30
+MIB = 1 << 20
 SMALLEST_CONTEXT = 256
-DEFAULT_CHUNK = 128
-
-
-@dataclass(frozen=True)
-class Target:
-    """A class of devices."""
-
-    name: str
-    ram_bytes: int  # that the app may take, not what the device has
-    threads: int
-    context: int  # tried first; halved until it fits
-    backend: str = "onnx"
-
-
-TARGETS = {
-    target.name: target
-    for target in (
-        Target("android", ram_bytes=4 * GIB, threads=4, context=2048),
-        Target("raspberry-pi", ram_bytes=6 * GIB, threads=4, context=4096),
-        Target("desktop", ram_bytes=16 * GIB, threads=8, context=8192),
-    )
-}
 
 
 @dataclass(frozen=True)

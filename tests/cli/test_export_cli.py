@@ -16,7 +16,9 @@ from click.testing import CliRunner, Result
 from conftest import DEMO
 
 from gemma_edge.export.bundle import MANIFEST, Manifest
+from gemma_edge.export.choices import BACKENDS, LEVELS, TARGETS
 from gemma_edge.export.cli import main
+from gemma_edge.quantize.recipe import BITS, METHODS
 
 COMMAND = [sys.executable, "-c", "from gemma_edge.export.cli import main; main()"]
 
@@ -222,6 +224,13 @@ print(sorted({{"torch", "numpy", "rich", "onnx"}} & set(sys.modules)), file=sys.
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""}
     )
     assert done.stderr.strip() == "[]" and "Usage" in done.stdout
+
+
+def test_help_lists_what_the_code_dispatches_on() -> None:
+    """The lists were typed by hand once."""
+    text = " ".join(run("make", "--help").stdout.split())
+    for names in (TARGETS, BACKENDS, LEVELS, METHODS, BITS):
+        assert ", ".join(map(str, names)) in text
 
 
 def test_without_torch_the_extra_is_named_and_inspect_still_works(tmp_path: Path) -> None:

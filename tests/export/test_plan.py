@@ -13,7 +13,8 @@ from conftest import DEMO
 from gemma_edge.errors import InputError
 from gemma_edge.export import plan as planning
 from gemma_edge.export.bundle import Manifest
-from gemma_edge.export.plan import GIB, MIB, TARGETS, Target, make_plan
+from gemma_edge.export.choices import GIB, TARGETS, Target
+from gemma_edge.export.plan import MIB, make_plan
 from gemma_edge.model.checkpoint import Checkpoint
 from gemma_edge.quantize.recipe import make_recipe
 
