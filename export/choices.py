@@ -22,7 +22,7 @@ class Target:
     ram_bytes: int  # that the app may take, not what the device has
     threads: int
     context: int  # tried first; halved until it fits
-    backend: str = "onnx"
+    backend: str = "onnx"  # unless --backend says otherwise
 
 
 TARGETS = {

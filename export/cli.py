@@ -83,7 +83,7 @@ def main() -> None:
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), help="The bundle's folder. Default: named by model and recipe."
 )
-@click.option("--backend", default="onnx", show_default=True, help=f"Runtime to export for: {_list(BACKENDS)}.")
+@click.option("--backend", help=f"Runtime to export for: {_list(BACKENDS)}. Default: the target's.")
 @click.option("--verify", default="quick", show_default=True, help=f"How far the gate looks: {_list(LEVELS)}.")
 @click.option("--keep-failed", is_flag=True, help="Keep a bundle that fails the gate as OUT.failed.")
 @click.option(

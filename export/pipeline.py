@@ -50,7 +50,7 @@ class ExportOptions:
     method: str | None = None
     context: int | None = None
     prefill_chunk: int | None = None
-    backend: str = "onnx"
+    backend: str | None = None
     lora: Path | None = None
     ram_gib: float | None = None
     verify: str = "quick"
@@ -99,12 +99,13 @@ def open_model(options: ExportOptions) -> Opened:
         ("--backend", options.backend, BACKENDS),
         ("--verify", options.verify, LEVELS),
     ):
-        if value not in allowed:
+        if value is not None and value not in allowed:
             raise InputError(f"{name} {value}; supported: {', '.join(allowed)}")
     recipe = make_recipe(
         options.bits, group_size=options.group_size, method=options.method, table_bits=options.table_bits
     )
     target = TARGETS[options.target]
+    target = replace(target, backend=options.backend or target.backend)
     if options.ram_gib is not None:
         target = replace(target, ram_bytes=int(options.ram_gib * GIB))
     source = open_weights(hub.resolve(options.model), lora=options.lora)
@@ -127,7 +128,7 @@ def export(options: ExportOptions, progress: Progress = _no_progress, opened: Op
         RuntimeError: the exported graph is not what it should be.
     """
     opened = opened or open_model(options)
-    source, plan = opened.source, opened.plan
+    source, plan, backend = opened.source, opened.plan, opened.target.backend
     out = options.out or Path(f"{opened.name}-{opened.recipe.name}-{options.target}")
     if options.save_checkpoint and options.save_checkpoint.exists():
         raise InputError(f"{options.save_checkpoint} exists; pass another folder to --save-checkpoint")
@@ -140,8 +141,8 @@ def export(options: ExportOptions, progress: Progress = _no_progress, opened: Op
             progress("quantize", SOURCE_BYTES * source.config.num_parameters, True) as advance,
         ):
             quantized = write_quantized(source, opened.recipe, checkpoint, lambda done: advance(SOURCE_BYTES * done))
-        with _stage(stages, "lower"), progress(f"export {options.backend}", plan.weights_bytes, True) as advance:
-            entry = importlib.import_module(BACKENDS[options.backend]).lower(
+        with _stage(stages, "lower"), progress(f"export {backend}", plan.weights_bytes, True) as advance:
+            entry = importlib.import_module(BACKENDS[backend]).lower(
                 quantized,
                 planning.geometry(source.config, plan.context, plan.prefill_chunk),
                 bundle,
@@ -149,12 +150,12 @@ def export(options: ExportOptions, progress: Progress = _no_progress, opened: Op
                 progress=advance,
             )
             has_tokenizer = _copy_tokenizer(source.folder, bundle)
-            manifest = _manifest(options, opened, quantized, {options.backend: entry}, has_tokenizer, bundle)
+            manifest = _manifest(options, opened, quantized, {backend: entry}, has_tokenizer, bundle)
             (bundle / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         if options.verify != "none":
             with _stage(stages, "verify"):
                 result = _verify(options, opened, quantized, manifest, bundle, progress)
-            manifest = replace(manifest, verification={options.backend: result})
+            manifest = replace(manifest, verification={backend: result})
             (bundle / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
             if not result["passed"]:
                 raise _gate_failed(options, out, bundle, result)
@@ -180,7 +181,7 @@ def _verify(
     total = gate.steps(config.num_hidden_layers, len(chosen.ids), cache.prefill_chunk)
     with progress(f"verify ({len(chosen.ids)} tokens)", total, False) as advance:
         return gate.verify(
-            bundle, opened.source, quantized, chosen, limits=limits, backend=options.backend, progress=advance
+            bundle, opened.source, quantized, chosen, limits=limits, backend=opened.target.backend, progress=advance
         )
 
 

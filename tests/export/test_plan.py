@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from conftest import DEMO
 from gemma_edge.errors import InputError
 from gemma_edge.export import plan as planning
 from gemma_edge.export.bundle import Manifest
-from gemma_edge.export.choices import GIB, TARGETS, Target
+from gemma_edge.export.choices import BACKENDS, GIB, TARGETS, Target
+from gemma_edge.export.pipeline import ExportOptions, open_model
 from gemma_edge.export.plan import MIB, make_plan
 from gemma_edge.model.checkpoint import Checkpoint
 from gemma_edge.quantize.recipe import make_recipe
@@ -77,6 +79,16 @@ def test_cache_of_the_2b_model_is_what_the_design_says() -> None:
     assert cache.bytes == 8192 * (13 * (4096 + 127) + 13 * (8192 + 127))
     short = planning.geometry(GEMMA2_2B, 2048, 128)
     assert {layer.window for layer in short.layers} == {2048}
+
+
+def test_backend_is_the_targets_unless_another_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A target named its backend, and nobody read it."""
+    monkeypatch.setitem(BACKENDS, "other", "nowhere")
+    monkeypatch.setitem(TARGETS, "watch", replace(TARGETS["android"], name="watch", backend="other"))
+    options = ExportOptions(model=str(DEMO), target="watch")
+    assert open_model(options).target.backend == "other"
+    assert open_model(replace(options, backend="onnx")).target.backend == "onnx"
+    assert open_model(replace(options, target="android")).target.backend == "onnx"
 
 
 def test_plan_is_json_and_targets_leave_room() -> None:
