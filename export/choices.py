@@ -35,6 +35,7 @@ TARGETS = {
 }
 
 PAST_WRAP = 64  # tokens fed beyond the point where the first key has left every window
+LOWERING_TEXT = 128  # positions compared with the same integers
 NO_LIMIT = 1 << 62
 
 
@@ -53,6 +54,11 @@ class Level:
     def positions(self, context: int) -> list[int]:
         """Which positions are compared with the original; the last token has no successor to judge by."""
         return [p for p in range(self.tokens(context) - 1) if p < self.text or p >= context]
+
+    def saved_logits(self, context: int) -> int:
+        """How many positions' logits are on disk meanwhile: of the original, and of the same integers in torch."""
+        positions = self.positions(context)
+        return len(positions) + sum(p < LOWERING_TEXT for p in positions)
 
 
 LEVELS: dict[str, Level | None] = {

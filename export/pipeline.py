@@ -109,7 +109,14 @@ def open_model(options: ExportOptions) -> Opened:
     if options.ram_gib is not None:
         target = replace(target, ram_bytes=int(options.ram_gib * GIB))
     source = open_weights(hub.resolve(options.model), lora=options.lora)
-    plan = planning.make_plan(source, recipe, target, context=options.context, prefill_chunk=options.prefill_chunk)
+    plan = planning.make_plan(
+        source,
+        recipe,
+        target,
+        context=options.context,
+        prefill_chunk=options.prefill_chunk,
+        verify=options.verify,
+    )
     # a hub id's folder is called by the hash of its commit
     name = Path(options.model).resolve().name if Path(options.model).is_dir() else options.model.rpartition("/")[2]
     return Opened(name, source, recipe, target, plan)

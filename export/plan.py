@@ -6,12 +6,12 @@ that fits a target and refuses what cannot.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from gemma_edge.errors import InputError
 from gemma_edge.export.bundle import CacheGeometry, LayerCache
-from gemma_edge.export.choices import DEFAULT_CHUNK, GIB, Target
+from gemma_edge.export.choices import DEFAULT_CHUNK, GIB, LEVELS, Target
 from gemma_edge.export.onnx.weights import resident_bytes, weights_bytes
 from gemma_edge.model.checkpoint import SLICE_BYTES, Checkpoint
 from gemma_edge.model.config import Gemma2Config
@@ -36,7 +36,7 @@ class Plan:
     device_ram_bytes: int  # resident while generating
     device_ram_limit_bytes: int
     export_ram_bytes: int  # peak of the export, without the gate
-    export_disk_bytes: int  # needed while exporting: bundle and quantized checkpoint
+    export_disk_bytes: int  # needed while exporting: bundle, quantized checkpoint, the gate's logits
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -74,8 +74,12 @@ def make_plan(
     *,
     context: int | None = None,
     prefill_chunk: int | None = None,
+    verify: str = "quick",
 ) -> Plan:
     """Predict an export; without a context, take the largest of the target's halvings that fits its RAM.
+
+    Args:
+        verify: one of LEVELS: what the gate writes takes disk too.
 
     Raises:
         InputError: a value out of range, or no context fits the target's RAM.
@@ -94,7 +98,7 @@ def make_plan(
         plan = _predict(source, recipe, target, sizes, geometry(config, tried, chunk))
     if plan.device_ram_bytes > target.ram_bytes:
         raise InputError(_too_large(plan, source, sizes, target, context))
-    return plan
+    return replace(plan, export_disk_bytes=plan.export_disk_bytes + _gate_disk(config, plan.context, verify))
 
 
 def _check_range(flag: str, value: int, low: int, high: int) -> None:
@@ -116,7 +120,8 @@ def _predict(
         device_ram_bytes=_device_ram(config, sizes, cache),
         device_ram_limit_bytes=target.ram_bytes,
         export_ram_bytes=_export_ram(config),
-        export_disk_bytes=2 * sizes.file + config.vocab_size * (4 * config.hidden_size + 4 * GATE_POSITIONS),
+        # the checkpoint is no larger than the bundle's file, but for a table that stays there in float beside its integers
+        export_disk_bytes=2 * sizes.file + 4 * config.vocab_size * config.hidden_size,
     )
 
 
@@ -124,7 +129,6 @@ RUNTIME_BASE = 68 * MIB  # interpreter, onnxruntime and numpy, without a model
 EXPORT_BASE = 750 * MIB  # interpreter, torch, onnx and the exporter
 TRACE_PER_LAYER = 3 * MIB // 2
 SLICE_COPIES = 12  # float32 temporaries of one slice
-GATE_POSITIONS = 1024  # whose logits the gate keeps on disk
 
 
 def _device_ram(config: Gemma2Config, sizes: Sizes, cache: CacheGeometry) -> int:
@@ -138,6 +142,12 @@ def _export_ram(config: Gemma2Config) -> int:
     """Weights are streamed in slices, so that only the traced graph grows with the layers, and the scales with the table."""
     table = min(config.vocab_size * config.hidden_size * 4, SLICE_BYTES)
     return EXPORT_BASE + TRACE_PER_LAYER * config.num_hidden_layers + SLICE_COPIES * table + 64 * config.vocab_size
+
+
+def _gate_disk(config: Gemma2Config, context: int, verify: str) -> int:
+    """Logits that the gate saves, float32: 2 GB per 2,000 positions of 256,000."""
+    level = LEVELS[verify]
+    return 4 * config.vocab_size * level.saved_logits(context) if level else 0
 
 
 def _too_large(

@@ -22,12 +22,11 @@ import torch
 from gemma_edge.errors import InputError
 from gemma_edge.export import judge, reference
 from gemma_edge.export.bundle import Manifest
-from gemma_edge.export.choices import LEVELS
+from gemma_edge.export.choices import LEVELS, LOWERING_TEXT
 from gemma_edge.model.checkpoint import Weights
 from gemma_edge.quantize.store import QuantizedCheckpoint
 
 TEXTS = ("heldout_austen.txt", "heldout_kjv.txt")
-LOWERING_TEXT = 128  # positions compared with the same integers
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import DEMO
 
 from gemma_edge.errors import InputError
+from gemma_edge.export import pipeline
 from gemma_edge.export import plan as planning
+from gemma_edge.export import verify as gate
 from gemma_edge.export.bundle import Manifest
-from gemma_edge.export.choices import BACKENDS, GIB, TARGETS, Target
+from gemma_edge.export.choices import BACKENDS, GIB, LEVELS, TARGETS, Target
 from gemma_edge.export.pipeline import ExportOptions, open_model
 from gemma_edge.export.plan import MIB, make_plan
 from gemma_edge.model.checkpoint import Checkpoint
@@ -79,6 +83,28 @@ def test_cache_of_the_2b_model_is_what_the_design_says() -> None:
     assert cache.bytes == 8192 * (13 * (4096 + 127) + 13 * (8192 + 127))
     short = planning.geometry(GEMMA2_2B, 2048, 128)
     assert {layer.window for layer in short.layers} == {2048}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_disk_of_the_plan_counts_what_the_chosen_gate_writes(
+    level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The full gate keeps the logits of every position: more than the plan once counted."""
+    seen: list[int] = []
+    judge = gate._judge
+
+    def look_and_judge(folder: Path, progress: Callable[[int], None]) -> dict[str, Any]:
+        seen.extend(path.stat().st_size for path in folder.glob("*.f32"))
+        return judge(folder, progress)
+
+    monkeypatch.setattr(gate, "_judge", look_and_judge)
+    options = ExportOptions(model=str(DEMO), out=tmp_path / "bundle", save_checkpoint=tmp_path / "kept", verify=level)
+    plan = Manifest.load(pipeline.export(options).bundle).plan
+    without = make_plan(Checkpoint.open(DEMO), make_recipe(4), TARGETS["android"], verify="none")
+    assert (len(seen) == 2) is (level != "none")
+    assert plan["export_disk_bytes"] - without.export_disk_bytes == sum(seen)
+    files = [path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()]
+    assert sum(files) <= without.export_disk_bytes + 4 * MIB  # graphs and tokenizer, which do not grow with the model
 
 
 def test_backend_is_the_targets_unless_another_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
