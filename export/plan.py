@@ -6,6 +6,7 @@ that fits a target and refuses what cannot.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from gemma_edge.quantize.store import QuantizedCheckpoint, final_configs
 
 MIB = 1 << 20
 SMALLEST_CONTEXT = 256
+CONTEXT_STEP = 64  # of the largest context that fits, in the message of one that does not
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def make_plan(
         tried //= 2
         plan = _predict(source, recipe, target, sizes, geometry(config, tried, chunk))
     if plan.device_ram_bytes > target.ram_bytes:
-        raise InputError(_too_large(plan, source, sizes, target, context))
+        raise InputError(_too_large(plan, source, sizes, target))
     return replace(plan, export_disk_bytes=plan.export_disk_bytes + _gate_disk(config, plan.context, verify))
 
 
@@ -150,15 +152,16 @@ def _gate_disk(config: Gemma2Config, context: int, verify: str) -> int:
     return 4 * config.vocab_size * level.saved_logits(context) if level else 0
 
 
-def _too_large(
-    plan: Plan, source: Checkpoint | QuantizedCheckpoint, sizes: Sizes, target: Target, context: int | None
-) -> str:
+def _too_large(plan: Plan, source: Checkpoint | QuantizedCheckpoint, sizes: Sizes, target: Target) -> str:
     need = f"needs {plan.device_ram_bytes / GIB:.2f} GiB of RAM at context {plan.context}"
     limit = f"target {target.name} has {target.ram_bytes / GIB:.2f} GiB for the app"
     head = f"{source.folder.name} as {plan.recipe} {need}; {limit}"
-    fitting = context or SMALLEST_CONTEXT
-    while fitting > SMALLEST_CONTEXT:
-        fitting //= 2
-        if _device_ram(source.config, sizes, geometry(source.config, fitting, plan.prefill_chunk)) <= target.ram_bytes:
-            return f"{head}: --context {fitting} fits"
+    smaller = range(CONTEXT_STEP, plan.context, CONTEXT_STEP)
+
+    def ram(context: int) -> int:
+        return _device_ram(source.config, sizes, geometry(source.config, context, plan.prefill_chunk))
+
+    fitting = bisect_right(smaller, target.ram_bytes, key=ram)  # RAM only grows with the context
+    if fitting:
+        return f"{head}: --context {smaller[fitting - 1]} fits"
     return f"{head}: fewer --bits, a smaller model, or --ram GIB if the device allows more"

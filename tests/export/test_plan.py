@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,24 @@ def test_context_is_halved_until_it_fits_and_what_never_fits_is_refused() -> Non
     assert whole.context == 512  # the model's own limit, not the target's
     tight = Target("watch", ram_bytes=whole.device_ram_bytes - MIB, threads=1, context=512)
     assert make_plan(source, recipe, tight).context == 256
-    with pytest.raises(InputError, match=r"as int4-g32 needs .* GiB of RAM at context 512.*--context 256 fits"):
+    with pytest.raises(InputError, match=r"as int4-g32 needs .* GiB of RAM at context 512.*--context 320 fits"):
         make_plan(source, recipe, tight, context=512)
     tiny = Target("badge", ram_bytes=MIB, threads=1, context=512)
     with pytest.raises(InputError, match="fewer --bits, a smaller model, or --ram"):
         make_plan(source, recipe, tiny)
+
+
+def test_context_named_by_a_refusal_fits_and_the_next_larger_does_not() -> None:
+    """It was the largest halving that fits: up to half of what does."""
+    source, recipe = Checkpoint.open(DEMO), make_recipe(4)
+    contexts = (64, 128, 192, 256, 320, 384, 448, 512)
+    ram = {
+        context: make_plan(source, recipe, TARGETS["desktop"], context=context).device_ram_bytes for context in contexts
+    }
+    for fits, too_large in pairwise(contexts):
+        target = Target("watch", ram_bytes=ram[too_large] - 1, threads=1, context=512)
+        with pytest.raises(InputError, match=f"--context {fits} fits"):
+            make_plan(source, recipe, target, context=512)
 
 
 def test_cache_of_the_2b_model_is_what_the_design_says() -> None:
