@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -137,8 +138,7 @@ def export(options: ExportOptions, progress: Progress = _no_progress, opened: Op
     opened = opened or open_model(options)
     source, plan, backend = opened.source, opened.plan, opened.target.backend
     out = options.out or Path(f"{opened.name}-{opened.recipe.name}-{options.target}")
-    if options.save_checkpoint and options.save_checkpoint.exists():
-        raise InputError(f"{options.save_checkpoint} exists; pass another folder to --save-checkpoint")
+    _check_checkpoint_place(options.save_checkpoint, out)
     stages: list[Stage] = []
     with staged(out, force=options.force) as work:
         _check_disk(work, plan)  # here, because what a killed export left is gone now
@@ -167,8 +167,23 @@ def export(options: ExportOptions, progress: Progress = _no_progress, opened: Op
             if not result["passed"]:
                 raise _gate_failed(options, out, bundle, result)
         if options.save_checkpoint:
+            options.save_checkpoint.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(checkpoint, options.save_checkpoint)
     return Export(out, manifest, stages)
+
+
+def _check_checkpoint_place(kept: Path | None, out: Path) -> None:
+    """Refuse a folder for the checkpoint that could not be written in the end, before any work."""
+    if kept is None:
+        return
+    if kept.exists():
+        raise InputError(f"{kept} exists; pass another folder to --save-checkpoint")
+    inner, outer = kept.resolve(), out.resolve()
+    if inner.is_relative_to(outer) or outer.is_relative_to(inner):
+        raise InputError(f"--save-checkpoint {kept} and the bundle {out}: one would lie in the other; pass two folders")
+    parent = next(parent for parent in inner.parents if parent.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise InputError(f"cannot write in {parent}; pass another folder to --save-checkpoint")
 
 
 def _verify(

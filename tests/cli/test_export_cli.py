@@ -154,6 +154,23 @@ def test_existing_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path) -> 
     assert (tmp_path / "photos" / "cat.jpg").exists()
 
 
+@pytest.mark.parametrize("kept", ["new/out/checkpoint", "new", "new/out", "new/../new/out/deep/er", "file/checkpoint"])
+def test_checkpoint_and_bundle_in_each_other_are_refused_before_any_work(kept: str, tmp_path: Path) -> None:
+    """A checkpoint inside OUT was written, and then thrown away with the bundle that was there before."""
+    (tmp_path / "file").write_text("x")
+    result = run(DEMO, "-o", tmp_path / "new" / "out", "--save-checkpoint", tmp_path / kept, "--force")
+    refused(result, "--save-checkpoint", "cannot write in" if kept.startswith("file") else "one would lie in the other")
+    assert "quantize" not in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_checkpoint_is_kept_in_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
+    kept = tmp_path / "new" / "checkpoint"
+    assert run(DEMO, "-o", tmp_path / "out", "--save-checkpoint", kept, "--verify", "none").exit_code == 0
+    assert (kept / "config.json").exists()
+    refused(run(DEMO, "-o", tmp_path / "other", "--save-checkpoint", kept), f"{kept} exists")
+
+
 def test_offline_hub_id_is_one_line_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
