@@ -184,7 +184,12 @@ def _clean_leftovers(out: Path) -> None:
                 shutil.rmtree(left, ignore_errors=True)
 
 
-def _refuse_existing(out: Path, force: bool) -> None:
+def refuse_existing(out: Path, force: bool) -> None:
+    """Let nothing be replaced without --force, and nothing but a bundle with it.
+
+    Raises:
+        InputError: something is there that stays.
+    """
     if out.exists() and not force:
         raise InputError(f"{out} exists; pass --force to replace it, or -o for another folder")
     if out.exists() and not (out.is_dir() and ((out / MANIFEST).exists() or not any(out.iterdir()))):
@@ -199,7 +204,7 @@ def staged(out: Path, *, force: bool) -> Iterator[Path]:
         InputError: `out` exists and `force` is False, or its parent cannot be written.
     """
     _clean_leftovers(out)
-    _refuse_existing(out, force)
+    refuse_existing(out, force)
     work = out.parent / f".{out.name}.partial-{os.getpid()}"
     old = out.parent / f".{out.name}.old-{os.getpid()}"
     try:
@@ -208,7 +213,7 @@ def staged(out: Path, *, force: bool) -> Iterator[Path]:
         raise InputError(f"cannot write in {out.parent}: {error.strerror}; pass -o for another folder") from None
     try:
         yield work
-        _refuse_existing(out, force)  # somebody may have made it in the meantime
+        refuse_existing(out, force)  # somebody may have made it in the meantime
         if out.exists():
             out.rename(old)
         (work / "bundle").rename(out)

@@ -89,7 +89,7 @@ def main() -> None:
 @click.option(
     "--save-checkpoint", type=click.Path(path_type=Path), help="Also keep the quantized Hugging Face folder here."
 )
-@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle, and an OUT.failed.")
 def make(as_json: bool, **choices: Any) -> None:
     """Export MODEL (the default command)."""
     # before torch is loaded: a thread that waits must not spin, which beside other work costs most of an export's time

@@ -19,7 +19,7 @@ import gemma_edge
 from gemma_edge.errors import InputError
 from gemma_edge.export import plan as planning
 from gemma_edge.export import verify as gate
-from gemma_edge.export.bundle import MANIFEST, Manifest, list_files, staged
+from gemma_edge.export.bundle import MANIFEST, Manifest, list_files, refuse_existing, staged
 from gemma_edge.export.choices import BACKENDS, GIB, LEVELS, TARGETS, Target
 from gemma_edge.model import hub
 from gemma_edge.model.checkpoint import Checkpoint, weight_shapes
@@ -139,6 +139,8 @@ def export(options: ExportOptions, progress: Progress = _no_progress, opened: Op
     source, plan, backend = opened.source, opened.plan, opened.target.backend
     out = options.out or Path(f"{opened.name}-{opened.recipe.name}-{options.target}")
     _check_checkpoint_place(options.save_checkpoint, out)
+    if options.keep_failed:
+        refuse_existing(_failed_place(out), options.force)
     stages: list[Stage] = []
     with staged(out, force=options.force) as work:
         _check_disk(work, plan)  # here, because what a killed export left is gone now
@@ -207,13 +209,18 @@ def _verify(
         )
 
 
+def _failed_place(out: Path) -> Path:
+    return out.with_name(f"{out.name}.failed")
+
+
 def _gate_failed(options: ExportOptions, out: Path, bundle: Path, result: dict[str, Any]) -> InputError:
     found = "; ".join(result["failures"])
     if not options.keep_failed:
         return InputError(
             f"{out} not made: it differs too much from the original ({found}); --keep-failed keeps it to look at"
         )
-    kept = out.with_name(f"{out.name}.failed")
+    kept = _failed_place(out)
+    refuse_existing(kept, options.force)  # somebody may have made it in the meantime
     shutil.rmtree(kept, ignore_errors=True)
     bundle.rename(kept)
     return InputError(f"{out} not made: it differs too much from the original ({found}); it lies in {kept}")

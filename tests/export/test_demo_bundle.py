@@ -249,4 +249,15 @@ def test_failed_gate_publishes_nothing_unless_asked(tmp_path: Path, monkeypatch:
     with pytest.raises(InputError, match="it lies in"):
         pipeline.export(replace(options, keep_failed=True))
     assert [path.name for path in tmp_path.iterdir()] == ["out.failed"]
-    assert Manifest.load(tmp_path / "out.failed").verification["onnx"]["passed"] is False
+    first = Manifest.load(tmp_path / "out.failed")
+    assert first.verification["onnx"]["passed"] is False
+    # what was kept to be looked at is not replaced unasked, and that is said before any work
+    monkeypatch.setattr(pipeline, "write_quantized", lambda *args: pytest.fail("work was begun"))
+    with pytest.raises(InputError, match=r"out.failed exists; pass --force"):
+        pipeline.export(replace(options, keep_failed=True))
+    monkeypatch.undo()
+    assert Manifest.load(tmp_path / "out.failed") == first
+    monkeypatch.setitem(verify.LIMITS, 4, replace(verify.LIMITS[4], kl=1e-9))
+    with pytest.raises(InputError, match="it lies in"):
+        pipeline.export(replace(options, keep_failed=True, force=True, prefill_chunk=64))
+    assert Manifest.load(tmp_path / "out.failed").cache.prefill_chunk == 64
