@@ -171,6 +171,20 @@ def test_checkpoint_is_kept_in_a_folder_that_is_not_there_yet(tmp_path: Path) ->
     refused(run(DEMO, "-o", tmp_path / "other", "--save-checkpoint", kept), f"{kept} exists")
 
 
+def test_parents_made_for_a_bundle_that_is_not_made_go_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    out = tmp_path / "here" / "new" / "dir" / "x"
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
+        refused(run(DEMO, "-o", out), "no space for the export")
+    assert [path.name for path in tmp_path.rglob("*")] == ["here"]
+    (tmp_path / "file").write_text("x")
+    refused(run(DEMO, "-o", tmp_path / "file" / "new" / "x"), "cannot write in")
+    assert run(DEMO, "-o", out, "--verify", "none").exit_code == 0
+    assert out.is_dir()
+
+
 def test_offline_hub_id_is_one_line_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
