@@ -134,10 +134,58 @@ def test_a_wrong_attention_attribute_is_refused_after_lowering(
     else:
         found.i = value
     onnx.save(model, path)
+    with pytest.raises(RuntimeError, match=f"layer 0 attends with {message}"):
+        check_demo(demo, path)
+
+
+@pytest.mark.parametrize(
+    ("operator", "attribute", "value", "message"),
+    [
+        (
+            "MatMulNBits",
+            "block_size",
+            16,
+            "with block_size 16 reads",
+        ),  # divides the group, but its scales are half as many
+        ("MatMulNBits", "block_size", 64, "block_size 64, no part of 32"),
+        ("MatMulNBits", "bits", 8, "has bits 8, expected 4"),
+        ("MatMulNBits", "K", 32, "has K 32"),
+        ("GatherBlockQuantized", "block_size", 128, "of model.embed_tokens with block_size 128 reads"),
+        ("GatherBlockQuantized", "bits", 4, "has bits 4, expected 8"),
+    ],
+)
+def test_a_wrong_quantization_attribute_is_refused_after_lowering(
+    demo: Export, copy: Path, operator: str, attribute: str, value: int, message: str
+) -> None:
+    path = copy / "generate.onnx"
+    model = onnx.load(path, load_external_data=False)
+    node = next(node for node in model.graph.node if node.op_type == operator)
+    found = next(a for a in node.attribute if a.name == attribute)
+    assert found.i != value
+    found.i = value
+    onnx.save(model, path)
+    with pytest.raises(RuntimeError, match=message):
+        check_demo(demo, path)
+
+
+def test_scales_of_another_weight_are_refused_after_lowering(demo: Export, copy: Path) -> None:
+    path = copy / "generate.onnx"
+    model = onnx.load(path, load_external_data=False)
+    gate, up = (
+        next(n for n in model.graph.node if f"0.mlp.{kind}_proj" in "".join(n.input)) for kind in ("gate", "up")
+    )
+    gate.input[2], up.input[2] = up.input[2], gate.input[2]
+    onnx.save(model, path)
+    with pytest.raises(
+        RuntimeError, match=r"gate_proj with block_size 32 reads model.layers.0.mlp.up_proj.weight_scale"
+    ):
+        check_demo(demo, path)
+
+
+def check_demo(demo: Export, path: Path) -> None:
     quantized = QuantizedCheckpoint.open(demo.bundle.parent / "checkpoint")
     blobs = layout(quantized.config, quantized.configs, {})
-    with pytest.raises(RuntimeError, match=f"layer 0 attends with {message}"):
-        check_graph(path, quantized.config, quantized.configs, demo.manifest.cache, blobs, windowed=True)
+    check_graph(path, quantized.config, quantized.configs, demo.manifest.cache, blobs, windowed=True)
 
 
 def test_gate_refuses_a_bundle_whose_weights_were_swapped(demo: Export, copy: Path) -> None:
