@@ -29,8 +29,6 @@ from gemma_edge.runtimes.memory import peak_rss_mib
 
 logger = logging.getLogger(__name__)
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
-OTHER_FILES = ("added_tokens.json", "chat_template.jinja", "generation_config.json")
 TOOLS = ("torch", "onnx", "onnxruntime", "onnxscript", "safetensors", "tokenizers", "numpy")
 
 # (what, total, in bytes or in steps) -> a context that yields a function to call with what was done
@@ -245,9 +243,7 @@ def _check_disk(out: Path, plan: planning.Plan) -> None:
 
 def _copy_tokenizer(folder: Path, bundle: Path) -> bool:
     """Copy tokenizer and chat files; whether the bundle can turn text into tokens."""
-    for name in (*TOKENIZER_FILES, *OTHER_FILES):
-        if (folder / name).is_file():
-            shutil.copy(folder / name, bundle)
+    hub.copy_companions(folder, bundle)
     if (bundle / "tokenizer.json").is_file():
         return True
     logger.warning("%s has no tokenizer.json: the bundle takes and gives token ids, not text", folder)

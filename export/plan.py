@@ -16,7 +16,7 @@ from gemma_edge.export.choices import DEFAULT_CHUNK, GIB, LEVELS, Target
 from gemma_edge.export.onnx.weights import resident_bytes, weights_bytes
 from gemma_edge.model.checkpoint import SLICE_BYTES, Checkpoint
 from gemma_edge.model.config import Gemma2Config
-from gemma_edge.model.kv_cache import slots_needed
+from gemma_edge.model.kv_cache import slots_needed, windows
 from gemma_edge.quantize.recipe import Recipe
 from gemma_edge.quantize.store import QuantizedCheckpoint, final_configs
 
@@ -55,17 +55,13 @@ class Sizes:
 
 def geometry(config: Gemma2Config, context: int, prefill_chunk: int) -> CacheGeometry:
     """The cache of a context: local layers keep their window, global layers the context."""
-    windows = [
-        min(config.sliding_window, context) if config.is_local(layer) else context
-        for layer in range(config.num_hidden_layers)
-    ]
     return CacheGeometry(
         context=context,
         prefill_chunk=prefill_chunk,
         kv_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
         dtype="float32",
-        layers=tuple(LayerCache(window, slots_needed(window, prefill_chunk)) for window in windows),
+        layers=tuple(LayerCache(window, slots_needed(window, prefill_chunk)) for window in windows(config, context)),
     )
 
 

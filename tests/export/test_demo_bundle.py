@@ -286,6 +286,26 @@ def test_folder_without_a_tokenizer_gives_a_token_level_bundle(
     assert gemma_edge.load(done.bundle).prefill([2, 5, 7]).shape == (4096,)
 
 
+def test_bundle_and_checkpoint_get_the_same_files_beside_the_weights(tmp_path: Path) -> None:
+    """There were two lists of them."""
+    model = Path(shutil.copytree(DEMO, tmp_path / "model"))
+    (model / "chat_template.jinja").write_text("{{ bos_token }}")
+    (model / "added_tokens.json").write_text("{}")
+    (model / "tokenizer.json.bak").write_text("no part of a model")
+    out, kept = tmp_path / "out", tmp_path / "kept"
+    pipeline.export(ExportOptions(model=str(model), out=out, save_checkpoint=kept, verify="none"))
+    for folder in (out, kept):
+        found = {path.name for path in folder.iterdir()} & {path.name for path in model.iterdir()}
+        assert found - {"config.json", "model.safetensors"} == {
+            "tokenizer.json",
+            "tokenizer.model",
+            "tokenizer_config.json",
+            "added_tokens.json",
+            "chat_template.jinja",
+            "generation_config.json",
+        }
+
+
 def test_failed_gate_publishes_nothing_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from gemma_edge.export import verify
 
