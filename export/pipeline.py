@@ -26,6 +26,7 @@ from gemma_edge.model.checkpoint import Checkpoint, weight_shapes
 from gemma_edge.quantize.recipe import Recipe, make_recipe
 from gemma_edge.quantize.store import QuantizedCheckpoint, open_weights, write_quantized
 from gemma_edge.runtimes.memory import peak_rss_mib
+from gemma_edge.runtimes.tokenizer import TOKENIZER_FILE, open_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +140,7 @@ def export(options: ExportOptions, progress: Progress = _no_progress, opened: Op
     _check_checkpoint_place(options.save_checkpoint, out)
     if options.keep_failed:
         refuse_existing(_failed_place(out), options.force)
+    chosen = _choose_gate(source, plan.context, options.verify)
     stages: list[Stage] = []
     with staged(out, force=options.force) as work:
         _check_disk(work, plan)  # here, because what a killed export left is gone now
@@ -159,9 +161,9 @@ def export(options: ExportOptions, progress: Progress = _no_progress, opened: Op
             has_tokenizer = _copy_tokenizer(source.folder, bundle)
             manifest = _manifest(options, opened, quantized, {backend: entry}, has_tokenizer, bundle)
             (bundle / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-        if options.verify != "none":
+        if chosen is not None:
             with _stage(stages, "verify"):
-                result = _verify(options, opened, quantized, manifest, bundle, progress)
+                result = _verify(chosen, opened, quantized, manifest, bundle, progress)
             manifest = replace(manifest, verification={backend: result})
             (bundle / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
             if not result["passed"]:
@@ -186,8 +188,21 @@ def _check_checkpoint_place(kept: Path | None, out: Path) -> None:
         raise InputError(f"cannot write in {parent}; pass another folder to --save-checkpoint")
 
 
+def _choose_gate(source: Checkpoint | QuantizedCheckpoint, context: int, level: str) -> gate.Gate | None:
+    """The gate's tokens, before any work: a tokenizer that cannot be used shows here, also when nothing is verified."""
+    tokenizer = source.folder / TOKENIZER_FILE
+    if level == "none":
+        if tokenizer.is_file():
+            open_tokenizer(tokenizer, gate.WAY_OUT)
+        return None
+    config = source.config
+    return gate.make_gate(
+        tokenizer if tokenizer.is_file() else None, config.vocab_size, config.bos_token_id, context, level
+    )
+
+
 def _verify(
-    options: ExportOptions,
+    chosen: gate.Gate,
     opened: Opened,
     quantized: QuantizedCheckpoint,
     manifest: Manifest,
@@ -195,8 +210,6 @@ def _verify(
     progress: Progress,
 ) -> dict[str, Any]:
     config, cache = opened.source.config, manifest.cache
-    tokenizer = bundle / "tokenizer.json" if manifest.tokenizer else None
-    chosen = gate.make_gate(tokenizer, config.vocab_size, config.bos_token_id, cache.context, options.verify)
     limits = gate.LIMITS[
         min(config.bits if config else opened.recipe.float_bits for config in quantized.configs.values())
     ]
@@ -244,7 +257,7 @@ def _check_disk(out: Path, plan: planning.Plan) -> None:
 def _copy_tokenizer(folder: Path, bundle: Path) -> bool:
     """Copy tokenizer and chat files; whether the bundle can turn text into tokens."""
     hub.copy_companions(folder, bundle)
-    if (bundle / "tokenizer.json").is_file():
+    if (bundle / TOKENIZER_FILE).is_file():
         return True
     logger.warning("%s has no tokenizer.json: the bundle takes and gives token ids, not text", folder)
     return False

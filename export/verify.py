@@ -25,7 +25,9 @@ from gemma_edge.export.bundle import Manifest
 from gemma_edge.export.choices import LEVELS, LOWERING_TEXT
 from gemma_edge.model.checkpoint import Weights
 from gemma_edge.quantize.store import QuantizedCheckpoint
+from gemma_edge.runtimes.tokenizer import open_tokenizer
 
+WAY_OUT = "take the tokenizer.json that belongs to the model"
 TEXTS = ("heldout_austen.txt", "heldout_kjv.txt")
 
 
@@ -71,19 +73,15 @@ def make_gate(tokenizer: Path | None, vocab_size: int, bos: int, context: int, l
 def _tokens(tokenizer: Path | None, vocab_size: int, count: int) -> list[int]:
     if tokenizer is None:
         return [int(token) for token in np.random.default_rng(0).integers(0, vocab_size, count)]
-    from tokenizers import Tokenizer
-
     texts = [(resources.files("gemma_edge.export") / "data" / name).read_text(encoding="utf-8") for name in TEXTS]
     # half of each text, so that no book decides alone; encoded in pieces, only as much as is needed
-    encoder = Tokenizer.from_file(str(tokenizer))
-    encoder.no_truncation()
-    encoder.no_padding()
+    encoder = open_tokenizer(tokenizer, WAY_OUT)
     halves = [encoder.encode(text[: 8 * count], add_special_tokens=False).ids for text in texts]
     half = count // 2
     ids = [*halves[0][:half], *halves[1][: count - half]]
     if max(ids) >= vocab_size:
         raise InputError(
-            f"{tokenizer.name} gives token id {max(ids)}, the model has a vocabulary of {vocab_size}: they do not belong together"
+            f"{tokenizer} gives token id {max(ids)}, the model has a vocabulary of {vocab_size}; {WAY_OUT}"
         )
     return ids
 

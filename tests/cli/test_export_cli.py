@@ -116,6 +116,19 @@ def test_bad_folders_are_one_line_and_leave_nothing(model: Path, tmp_path: Path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
+@pytest.mark.parametrize("level", ["quick", "none"])
+def test_damaged_tokenizer_is_refused_before_any_work(level: str, model: Path, tmp_path: Path) -> None:
+    """It was a traceback out of the gate, after all the work."""
+    path = model / "tokenizer.json"
+    text = path.read_text()
+    for damaged in ("", text[:1000], "{}"):
+        path.write_text(damaged)
+        result = run(model, "-o", tmp_path / "out", "--verify", level)
+        refused(result, f"{path} is not a tokenizer", "belongs to the model")
+        assert "quantize" not in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_nan_weights_are_named_in_the_middle_of_the_work_and_leave_nothing(model: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
