@@ -24,7 +24,7 @@ from gemma_edge.export.choices import BACKENDS, GIB, LEVELS, TARGETS, Target
 from gemma_edge.model import hub
 from gemma_edge.model.checkpoint import Checkpoint, weight_shapes
 from gemma_edge.quantize.recipe import Recipe, make_recipe
-from gemma_edge.quantize.store import QuantizedCheckpoint, open_weights, write_quantized
+from gemma_edge.quantize.store import QuantizedCheckpoint, named_by_content, open_weights, write_quantized
 from gemma_edge.runtimes.memory import peak_rss_mib
 from gemma_edge.runtimes.tokenizer import TOKENIZER_FILE, open_tokenizer
 
@@ -109,6 +109,7 @@ def open_model(options: ExportOptions) -> Opened:
     if options.ram_gib is not None:
         target = replace(target, ram_bytes=int(options.ram_gib * GIB))
     source = open_weights(hub.resolve(options.model), lora=options.lora)
+    recipe = named_by_content(source, recipe)
     plan = planning.make_plan(
         source,
         recipe,

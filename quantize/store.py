@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from gemma_edge.model.checkpoint import (
 from gemma_edge.model.config import Gemma2Config, read_json
 from gemma_edge.model.hub import copy_companions
 from gemma_edge.quantize.integers import QuantizedTensor, quantize
-from gemma_edge.quantize.recipe import GROUP_MULTIPLE, QuantConfig, Recipe
+from gemma_edge.quantize.recipe import GROUP_MULTIPLE, QuantConfig, Recipe, recipe_name
 from gemma_edge.quantize.safetensors_writer import Spec, write_safetensors
 
 TABLE_FILE = "gemma_edge_table.safetensors"
@@ -200,6 +201,15 @@ def final_configs(source: Checkpoint | QuantizedCheckpoint, recipe: Recipe) -> d
     given = source.configs if isinstance(source, QuantizedCheckpoint) else {}
     wanted = recipe.configs(weight_shapes(source.config))
     return {name: given.get(name) or config for name, config in wanted.items()}
+
+
+def named_by_content(source: Checkpoint | QuantizedCheckpoint, recipe: Recipe) -> Recipe:
+    """The recipe, under the name of what the weights will be: integers that are there already are not the recipe's."""
+    if not isinstance(source, QuantizedCheckpoint):
+        return recipe
+    configs = final_configs(source, recipe)
+    table = configs.pop(TABLE)
+    return replace(recipe, name=recipe_name(configs.values(), table, recipe.float_bits))
 
 
 def write_quantized(

@@ -267,8 +267,10 @@ def test_paths_of_a_manifest_never_leave_the_bundle(copy: Path, name: str) -> No
 
 
 def test_quantized_checkpoint_goes_in_and_gives_the_same_weights_file(demo: Export, tmp_path: Path) -> None:
-    options = ExportOptions(model=str(demo.bundle.parent / "checkpoint"), out=tmp_path / "again", verify="none")
-    again = pipeline.export(options)
+    # the bits asked for are those of a float folder: neither the integers nor the name follow them
+    given = demo.bundle.parent / "checkpoint"
+    again = pipeline.export(ExportOptions(model=str(given), bits=8, out=tmp_path / "again", verify="none"))
+    assert again.manifest.recipe["name"] == "int4-g32" == again.manifest.plan["recipe"]
     assert again.manifest.files["model.onnx.data"] == demo.manifest.files["model.onnx.data"]
     assert again.manifest.verification == {}
 
