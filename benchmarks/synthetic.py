@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import resource
-import shutil
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -26,13 +25,11 @@ from synthetic_tokenizer import write_tokenizer
 from torch import Tensor
 
 from gemma_edge.model.config import LOCAL, PRESETS, Gemma2Config
+from gemma_edge.model.hub import copy_companions
 from gemma_edge.quantize.safetensors_writer import Spec, write_safetensors
 
 SLICE_ELEMENTS = 1 << 23  # 32 MiB of float32 per thread
 SHARD_BYTES = 5_000_000_000
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-)  # fmt: skip
 
 
 def shape_of(name: str, layers: int | None) -> Gemma2Config:
@@ -146,14 +143,12 @@ def write_folder(out: Path, config: Gemma2Config, *, tokenizer: Path | None, see
     """Write the whole folder; return the bytes of all tensors."""
     out.mkdir(parents=True)
     _dump(out / "config.json", hf_config(config))
-    special = {"bos_token_id": 2, "eos_token_id": [1, 107], "pad_token_id": 0}
-    _dump(out / "generation_config.json", {"cache_implementation": "hybrid", **special})
     if tokenizer is None:
         write_tokenizer(out, config.vocab_size)
     else:
-        for name in TOKENIZER_FILES:
-            if (tokenizer / name).is_file():
-                shutil.copyfile(tokenizer / name, out / name)
+        copy_companions(tokenizer, out)
+    special = {"bos_token_id": 2, "eos_token_id": [1, 107], "pad_token_id": 0}
+    _dump(out / "generation_config.json", {"cache_implementation": "hybrid", **special})
     return write_weights(out, config, seed=seed, threads=threads)
 
 

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -184,31 +184,43 @@ def _clean_leftovers(out: Path) -> None:
                 shutil.rmtree(left, ignore_errors=True)
 
 
-def _refuse_existing(out: Path, force: bool) -> None:
+def refuse_existing(out: Path, force: bool) -> None:
+    """Let nothing be replaced without --force, and nothing but a bundle with it.
+
+    Raises:
+        InputError: something is there that stays.
+    """
     if out.exists() and not force:
         raise InputError(f"{out} exists; pass --force to replace it, or -o for another folder")
     if out.exists() and not (out.is_dir() and ((out / MANIFEST).exists() or not any(out.iterdir()))):
         raise InputError(f"{out} exists and is not a bundle; --force replaces only bundles: pass -o for another folder")
 
 
+def _make_folder(folder: Path, parent: Path) -> None:
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"cannot write in {parent}: {error.strerror}; pass -o for another folder") from None
+
+
 @contextmanager
 def staged(out: Path, *, force: bool) -> Iterator[Path]:
     """A temporary folder beside `out`; what is in its `bundle/` becomes `out` in one rename when the block ends well.
+
+    Parents that are missing are made, and removed again when nothing is left in them.
 
     Raises:
         InputError: `out` exists and `force` is False, or its parent cannot be written.
     """
     _clean_leftovers(out)
-    _refuse_existing(out, force)
+    refuse_existing(out, force)
     work = out.parent / f".{out.name}.partial-{os.getpid()}"
     old = out.parent / f".{out.name}.old-{os.getpid()}"
+    missing = [parent for parent in out.absolute().parents if not parent.exists()]  # the innermost first
     try:
-        (work / "bundle").mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"cannot write in {out.parent}: {error.strerror}; pass -o for another folder") from None
-    try:
+        _make_folder(work / "bundle", out.parent)
         yield work
-        _refuse_existing(out, force)  # somebody may have made it in the meantime
+        refuse_existing(out, force)  # somebody may have made it in the meantime
         if out.exists():
             out.rename(old)
         (work / "bundle").rename(out)
@@ -217,3 +229,6 @@ def staged(out: Path, *, force: bool) -> Iterator[Path]:
             old.rename(out)
         shutil.rmtree(work, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+        for parent in missing:
+            with suppress(OSError):  # not empty: the bundle is in it, or somebody else's files
+                parent.rmdir()

@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ import click
 
 from gemma_edge.command import Command, Group
 from gemma_edge.errors import InputError
+from gemma_edge.export.choices import BACKENDS, DEFAULT_CHUNK, LEVELS, TARGETS
+from gemma_edge.model.hub import DEFAULT_MODEL
+from gemma_edge.quantize.recipe import BITS, METHODS
 
 F = Callable[..., None]
 
@@ -32,19 +35,31 @@ class DefaultCommand(Group):
         return super().parse_args(ctx, args)
 
 
+def _list(names: Iterable[object]) -> str:
+    return ", ".join(map(str, names))
+
+
 def _model_options(command: F) -> F:
     """Options of a model, its integers and its target: those that decide a plan."""
     options = [
-        click.argument("model", default="google/gemma-2-2b-it"),
-        click.option("--target", default="android", show_default=True, help="android, raspberry-pi or desktop."),
-        click.option("--bits", type=int, default=4, show_default=True, help="Of the linears: 4, 8, or float 16 or 32."),
+        click.argument("model", default=DEFAULT_MODEL),
+        click.option("--target", default="android", show_default=True, help=f"One of {_list(TARGETS)}."),
+        click.option(
+            "--bits",
+            type=int,
+            default=4,
+            show_default=True,
+            help=f"Of the linears: {_list(BITS)}; from 16 on they stay float.",
+        ),
         click.option("--group-size", type=int, help="Weights per scale, a multiple of 32; 0 = one per channel."),
         click.option(
             "--table-bits", type=click.Choice(["4", "8"]), default="8", show_default=True, help="Of the tied table."
         ),
-        click.option("--method", help="How integers are found: rtn or mse. Default: what suits bits and group size."),
+        click.option(
+            "--method", help=f"How integers are found: {_list(METHODS)}. Default: what suits bits and group size."
+        ),
         click.option("--context", type=int, help="Tokens the model looks back on. Default: what fits the target."),
-        click.option("--prefill-chunk", type=int, help="Most prompt tokens in one call. Default: 128."),
+        click.option("--prefill-chunk", type=int, help=f"Most prompt tokens in one call. Default: {DEFAULT_CHUNK}."),
         click.option("--lora", type=click.Path(path_type=Path), help="PEFT adapter folder to merge."),
         click.option("--ram", "ram_gib", type=float, help="GiB that the app may take. Default: the target's."),
         click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of tables."),
@@ -68,13 +83,13 @@ def main() -> None:
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), help="The bundle's folder. Default: named by model and recipe."
 )
-@click.option("--backend", default="onnx", show_default=True, help="Runtime to export for: onnx.")
-@click.option("--verify", default="quick", show_default=True, help="quick, full or none: how far the gate looks.")
+@click.option("--backend", help=f"Runtime to export for: {_list(BACKENDS)}. Default: the target's.")
+@click.option("--verify", default="quick", show_default=True, help=f"How far the gate looks: {_list(LEVELS)}.")
 @click.option("--keep-failed", is_flag=True, help="Keep a bundle that fails the gate as OUT.failed.")
 @click.option(
     "--save-checkpoint", type=click.Path(path_type=Path), help="Also keep the quantized Hugging Face folder here."
 )
-@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle, and an OUT.failed.")
 def make(as_json: bool, **choices: Any) -> None:
     """Export MODEL (the default command)."""
     # before torch is loaded: a thread that waits must not spin, which beside other work costs most of an export's time

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -18,19 +19,17 @@ import gemma_edge
 from gemma_edge.errors import InputError
 from gemma_edge.export import plan as planning
 from gemma_edge.export import verify as gate
-from gemma_edge.export.bundle import MANIFEST, Manifest, list_files, staged
+from gemma_edge.export.bundle import MANIFEST, Manifest, list_files, refuse_existing, staged
+from gemma_edge.export.choices import BACKENDS, GIB, LEVELS, TARGETS, Target
 from gemma_edge.model import hub
 from gemma_edge.model.checkpoint import Checkpoint, weight_shapes
 from gemma_edge.quantize.recipe import Recipe, make_recipe
-from gemma_edge.quantize.store import QuantizedCheckpoint, open_weights, write_quantized
+from gemma_edge.quantize.store import QuantizedCheckpoint, named_by_content, open_weights, write_quantized
 from gemma_edge.runtimes.memory import peak_rss_mib
+from gemma_edge.runtimes.tokenizer import TOKENIZER_FILE, open_tokenizer
 
 logger = logging.getLogger(__name__)
 
-# backend -> the module whose `lower` makes its files, imported when it is needed
-BACKENDS = {"onnx": "gemma_edge.export.onnx.backend"}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
-OTHER_FILES = ("added_tokens.json", "chat_template.jinja", "generation_config.json")
 TOOLS = ("torch", "onnx", "onnxruntime", "onnxscript", "safetensors", "tokenizers", "numpy")
 
 # (what, total, in bytes or in steps) -> a context that yields a function to call with what was done
@@ -51,7 +50,7 @@ class ExportOptions:
     method: str | None = None
     context: int | None = None
     prefill_chunk: int | None = None
-    backend: str = "onnx"
+    backend: str | None = None
     lora: Path | None = None
     ram_gib: float | None = None
     verify: str = "quick"
@@ -85,7 +84,7 @@ class Opened:
     name: str
     source: Checkpoint | QuantizedCheckpoint
     recipe: Recipe
-    target: planning.Target
+    target: Target
     plan: planning.Plan
 
 
@@ -96,20 +95,29 @@ def open_model(options: ExportOptions) -> Opened:
         InputError: the model, an option or the target cannot be used.
     """
     for name, value, allowed in (
-        ("--target", options.target, planning.TARGETS),
+        ("--target", options.target, TARGETS),
         ("--backend", options.backend, BACKENDS),
-        ("--verify", options.verify, gate.LEVELS),
+        ("--verify", options.verify, LEVELS),
     ):
-        if value not in allowed:
+        if value is not None and value not in allowed:
             raise InputError(f"{name} {value}; supported: {', '.join(allowed)}")
     recipe = make_recipe(
         options.bits, group_size=options.group_size, method=options.method, table_bits=options.table_bits
     )
-    target = planning.TARGETS[options.target]
+    target = TARGETS[options.target]
+    target = replace(target, backend=options.backend or target.backend)
     if options.ram_gib is not None:
-        target = replace(target, ram_bytes=int(options.ram_gib * planning.GIB))
+        target = replace(target, ram_bytes=int(options.ram_gib * GIB))
     source = open_weights(hub.resolve(options.model), lora=options.lora)
-    plan = planning.make_plan(source, recipe, target, context=options.context, prefill_chunk=options.prefill_chunk)
+    recipe = named_by_content(source, recipe)
+    plan = planning.make_plan(
+        source,
+        recipe,
+        target,
+        context=options.context,
+        prefill_chunk=options.prefill_chunk,
+        verify=options.verify,
+    )
     # a hub id's folder is called by the hash of its commit
     name = Path(options.model).resolve().name if Path(options.model).is_dir() else options.model.rpartition("/")[2]
     return Opened(name, source, recipe, target, plan)
@@ -128,10 +136,12 @@ def export(options: ExportOptions, progress: Progress = _no_progress, opened: Op
         RuntimeError: the exported graph is not what it should be.
     """
     opened = opened or open_model(options)
-    source, plan = opened.source, opened.plan
+    source, plan, backend = opened.source, opened.plan, opened.target.backend
     out = options.out or Path(f"{opened.name}-{opened.recipe.name}-{options.target}")
-    if options.save_checkpoint and options.save_checkpoint.exists():
-        raise InputError(f"{options.save_checkpoint} exists; pass another folder to --save-checkpoint")
+    _check_checkpoint_place(options.save_checkpoint, out)
+    if options.keep_failed:
+        refuse_existing(_failed_place(out), options.force)
+    chosen = _choose_gate(source, plan.context, options.verify)
     stages: list[Stage] = []
     with staged(out, force=options.force) as work:
         _check_disk(work, plan)  # here, because what a killed export left is gone now
@@ -141,8 +151,8 @@ def export(options: ExportOptions, progress: Progress = _no_progress, opened: Op
             progress("quantize", SOURCE_BYTES * source.config.num_parameters, True) as advance,
         ):
             quantized = write_quantized(source, opened.recipe, checkpoint, lambda done: advance(SOURCE_BYTES * done))
-        with _stage(stages, "lower"), progress(f"export {options.backend}", plan.weights_bytes, True) as advance:
-            entry = importlib.import_module(BACKENDS[options.backend]).lower(
+        with _stage(stages, "lower"), progress(f"export {backend}", plan.weights_bytes, True) as advance:
+            entry = importlib.import_module(BACKENDS[backend]).lower(
                 quantized,
                 planning.geometry(source.config, plan.context, plan.prefill_chunk),
                 bundle,
@@ -150,22 +160,50 @@ def export(options: ExportOptions, progress: Progress = _no_progress, opened: Op
                 progress=advance,
             )
             has_tokenizer = _copy_tokenizer(source.folder, bundle)
-            manifest = _manifest(options, opened, quantized, {options.backend: entry}, has_tokenizer, bundle)
+            manifest = _manifest(options, opened, quantized, {backend: entry}, has_tokenizer, bundle)
             (bundle / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-        if options.verify != "none":
+        if chosen is not None:
             with _stage(stages, "verify"):
-                result = _verify(options, opened, quantized, manifest, bundle, progress)
-            manifest = replace(manifest, verification={options.backend: result})
+                result = _verify(chosen, opened, quantized, manifest, bundle, progress)
+            manifest = replace(manifest, verification={backend: result})
             (bundle / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
             if not result["passed"]:
                 raise _gate_failed(options, out, bundle, result)
         if options.save_checkpoint:
+            options.save_checkpoint.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(checkpoint, options.save_checkpoint)
     return Export(out, manifest, stages)
 
 
+def _check_checkpoint_place(kept: Path | None, out: Path) -> None:
+    """Refuse a folder for the checkpoint that could not be written in the end, before any work."""
+    if kept is None:
+        return
+    if kept.exists():
+        raise InputError(f"{kept} exists; pass another folder to --save-checkpoint")
+    inner, outer = kept.resolve(), out.resolve()
+    if inner.is_relative_to(outer) or outer.is_relative_to(inner):
+        raise InputError(f"--save-checkpoint {kept} and the bundle {out}: one would lie in the other; pass two folders")
+    parent = next(parent for parent in inner.parents if parent.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise InputError(f"cannot write in {parent}; pass another folder to --save-checkpoint")
+
+
+def _choose_gate(source: Checkpoint | QuantizedCheckpoint, context: int, level: str) -> gate.Gate | None:
+    """The gate's tokens, before any work: a tokenizer that cannot be used shows here, also when nothing is verified."""
+    tokenizer = source.folder / TOKENIZER_FILE
+    if level == "none":
+        if tokenizer.is_file():
+            open_tokenizer(tokenizer, gate.WAY_OUT)
+        return None
+    config = source.config
+    return gate.make_gate(
+        tokenizer if tokenizer.is_file() else None, config.vocab_size, config.bos_token_id, context, level
+    )
+
+
 def _verify(
-    options: ExportOptions,
+    chosen: gate.Gate,
     opened: Opened,
     quantized: QuantizedCheckpoint,
     manifest: Manifest,
@@ -173,16 +211,18 @@ def _verify(
     progress: Progress,
 ) -> dict[str, Any]:
     config, cache = opened.source.config, manifest.cache
-    tokenizer = bundle / "tokenizer.json" if manifest.tokenizer else None
-    chosen = gate.make_gate(tokenizer, config.vocab_size, config.bos_token_id, cache.context, options.verify)
     limits = gate.LIMITS[
         min(config.bits if config else opened.recipe.float_bits for config in quantized.configs.values())
     ]
     total = gate.steps(config.num_hidden_layers, len(chosen.ids), cache.prefill_chunk)
     with progress(f"verify ({len(chosen.ids)} tokens)", total, False) as advance:
         return gate.verify(
-            bundle, opened.source, quantized, chosen, limits=limits, backend=options.backend, progress=advance
+            bundle, opened.source, quantized, chosen, limits=limits, backend=opened.target.backend, progress=advance
         )
+
+
+def _failed_place(out: Path) -> Path:
+    return out.with_name(f"{out.name}.failed")
 
 
 def _gate_failed(options: ExportOptions, out: Path, bundle: Path, result: dict[str, Any]) -> InputError:
@@ -191,7 +231,8 @@ def _gate_failed(options: ExportOptions, out: Path, bundle: Path, result: dict[s
         return InputError(
             f"{out} not made: it differs too much from the original ({found}); --keep-failed keeps it to look at"
         )
-    kept = out.with_name(f"{out.name}.failed")
+    kept = _failed_place(out)
+    refuse_existing(kept, options.force)  # somebody may have made it in the meantime
     shutil.rmtree(kept, ignore_errors=True)
     bundle.rename(kept)
     return InputError(f"{out} not made: it differs too much from the original ({found}); it lies in {kept}")
@@ -208,19 +249,16 @@ def _check_disk(out: Path, plan: planning.Plan) -> None:
     folder = next(parent for parent in out.absolute().parents if parent.exists())
     free = shutil.disk_usage(folder).free
     if free < plan.export_disk_bytes:
-        gib = planning.GIB
         raise InputError(
-            f"no space for the export: it needs {plan.export_disk_bytes / gib:.2f} GiB in {folder},"
-            f" {free / gib:.2f} GiB are free; free some, or pass -o on another disk"
+            f"no space for the export: it needs {plan.export_disk_bytes / GIB:.2f} GiB in {folder},"
+            f" {free / GIB:.2f} GiB are free; free some, or pass -o on another disk"
         )
 
 
 def _copy_tokenizer(folder: Path, bundle: Path) -> bool:
     """Copy tokenizer and chat files; whether the bundle can turn text into tokens."""
-    for name in (*TOKENIZER_FILES, *OTHER_FILES):
-        if (folder / name).is_file():
-            shutil.copy(folder / name, bundle)
-    if (bundle / "tokenizer.json").is_file():
+    hub.copy_companions(folder, bundle)
+    if (bundle / TOKENIZER_FILE).is_file():
         return True
     logger.warning("%s has no tokenizer.json: the bundle takes and gives token ids, not text", folder)
     return False

@@ -6,42 +6,23 @@ that fits a target and refuses what cannot.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from bisect import bisect_right
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from gemma_edge.errors import InputError
 from gemma_edge.export.bundle import CacheGeometry, LayerCache
+from gemma_edge.export.choices import DEFAULT_CHUNK, GIB, LEVELS, Target
 from gemma_edge.export.onnx.weights import resident_bytes, weights_bytes
 from gemma_edge.model.checkpoint import SLICE_BYTES, Checkpoint
 from gemma_edge.model.config import Gemma2Config
-from gemma_edge.model.kv_cache import slots_needed
+from gemma_edge.model.kv_cache import slots_needed, windows
 from gemma_edge.quantize.recipe import Recipe
 from gemma_edge.quantize.store import QuantizedCheckpoint, final_configs
 
-MIB, GIB = 1 << 20, 1 << 30
+MIB = 1 << 20
 SMALLEST_CONTEXT = 256
-DEFAULT_CHUNK = 128
-
-
-@dataclass(frozen=True)
-class Target:
-    """A class of devices."""
-
-    name: str
-    ram_bytes: int  # that the app may take, not what the device has
-    threads: int
-    context: int  # tried first; halved until it fits
-    backend: str = "onnx"
-
-
-TARGETS = {
-    target.name: target
-    for target in (
-        Target("android", ram_bytes=4 * GIB, threads=4, context=2048),
-        Target("raspberry-pi", ram_bytes=6 * GIB, threads=4, context=4096),
-        Target("desktop", ram_bytes=16 * GIB, threads=8, context=8192),
-    )
-}
+CONTEXT_STEP = 64  # of the largest context that fits, in the message of one that does not
 
 
 @dataclass(frozen=True)
@@ -57,7 +38,7 @@ class Plan:
     device_ram_bytes: int  # resident while generating
     device_ram_limit_bytes: int
     export_ram_bytes: int  # peak of the export, without the gate
-    export_disk_bytes: int  # needed while exporting: bundle and quantized checkpoint
+    export_disk_bytes: int  # needed while exporting: bundle, quantized checkpoint, the gate's logits
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -74,17 +55,13 @@ class Sizes:
 
 def geometry(config: Gemma2Config, context: int, prefill_chunk: int) -> CacheGeometry:
     """The cache of a context: local layers keep their window, global layers the context."""
-    windows = [
-        min(config.sliding_window, context) if config.is_local(layer) else context
-        for layer in range(config.num_hidden_layers)
-    ]
     return CacheGeometry(
         context=context,
         prefill_chunk=prefill_chunk,
         kv_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
         dtype="float32",
-        layers=tuple(LayerCache(window, slots_needed(window, prefill_chunk)) for window in windows),
+        layers=tuple(LayerCache(window, slots_needed(window, prefill_chunk)) for window in windows(config, context)),
     )
 
 
@@ -95,8 +72,12 @@ def make_plan(
     *,
     context: int | None = None,
     prefill_chunk: int | None = None,
+    verify: str = "quick",
 ) -> Plan:
     """Predict an export; without a context, take the largest of the target's halvings that fits its RAM.
+
+    Args:
+        verify: one of LEVELS: what the gate writes takes disk too.
 
     Raises:
         InputError: a value out of range, or no context fits the target's RAM.
@@ -114,8 +95,8 @@ def make_plan(
         tried //= 2
         plan = _predict(source, recipe, target, sizes, geometry(config, tried, chunk))
     if plan.device_ram_bytes > target.ram_bytes:
-        raise InputError(_too_large(plan, source, sizes, target, context))
-    return plan
+        raise InputError(_too_large(plan, source, sizes, target))
+    return replace(plan, export_disk_bytes=plan.export_disk_bytes + _gate_disk(config, plan.context, verify))
 
 
 def _check_range(flag: str, value: int, low: int, high: int) -> None:
@@ -137,7 +118,8 @@ def _predict(
         device_ram_bytes=_device_ram(config, sizes, cache),
         device_ram_limit_bytes=target.ram_bytes,
         export_ram_bytes=_export_ram(config),
-        export_disk_bytes=2 * sizes.file + config.vocab_size * (4 * config.hidden_size + 4 * GATE_POSITIONS),
+        # the checkpoint is no larger than the bundle's file, but for a table that stays there in float beside its integers
+        export_disk_bytes=2 * sizes.file + 4 * config.vocab_size * config.hidden_size,
     )
 
 
@@ -145,7 +127,6 @@ RUNTIME_BASE = 68 * MIB  # interpreter, onnxruntime and numpy, without a model
 EXPORT_BASE = 750 * MIB  # interpreter, torch, onnx and the exporter
 TRACE_PER_LAYER = 3 * MIB // 2
 SLICE_COPIES = 12  # float32 temporaries of one slice
-GATE_POSITIONS = 1024  # whose logits the gate keeps on disk
 
 
 def _device_ram(config: Gemma2Config, sizes: Sizes, cache: CacheGeometry) -> int:
@@ -161,15 +142,22 @@ def _export_ram(config: Gemma2Config) -> int:
     return EXPORT_BASE + TRACE_PER_LAYER * config.num_hidden_layers + SLICE_COPIES * table + 64 * config.vocab_size
 
 
-def _too_large(
-    plan: Plan, source: Checkpoint | QuantizedCheckpoint, sizes: Sizes, target: Target, context: int | None
-) -> str:
+def _gate_disk(config: Gemma2Config, context: int, verify: str) -> int:
+    """Logits that the gate saves, float32: 2 GB per 2,000 positions of 256,000."""
+    level = LEVELS[verify]
+    return 4 * config.vocab_size * level.saved_logits(context) if level else 0
+
+
+def _too_large(plan: Plan, source: Checkpoint | QuantizedCheckpoint, sizes: Sizes, target: Target) -> str:
     need = f"needs {plan.device_ram_bytes / GIB:.2f} GiB of RAM at context {plan.context}"
     limit = f"target {target.name} has {target.ram_bytes / GIB:.2f} GiB for the app"
     head = f"{source.folder.name} as {plan.recipe} {need}; {limit}"
-    fitting = context or SMALLEST_CONTEXT
-    while fitting > SMALLEST_CONTEXT:
-        fitting //= 2
-        if _device_ram(source.config, sizes, geometry(source.config, fitting, plan.prefill_chunk)) <= target.ram_bytes:
-            return f"{head}: --context {fitting} fits"
+    smaller = range(CONTEXT_STEP, plan.context, CONTEXT_STEP)
+
+    def ram(context: int) -> int:
+        return _device_ram(source.config, sizes, geometry(source.config, context, plan.prefill_chunk))
+
+    fitting = bisect_right(smaller, target.ram_bytes, key=ram)  # RAM only grows with the context
+    if fitting:
+        return f"{head}: --context {smaller[fitting - 1]} fits"
     return f"{head}: fewer --bits, a smaller model, or --ram GIB if the device allows more"

@@ -22,15 +22,13 @@ import torch
 from gemma_edge.errors import InputError
 from gemma_edge.export import judge, reference
 from gemma_edge.export.bundle import Manifest
+from gemma_edge.export.choices import LEVELS, LOWERING_TEXT
 from gemma_edge.model.checkpoint import Weights
 from gemma_edge.quantize.store import QuantizedCheckpoint
+from gemma_edge.runtimes.tokenizer import open_tokenizer
 
-LEVELS = ("quick", "full", "none")
+WAY_OUT = "take the tokenizer.json that belongs to the model"
 TEXTS = ("heldout_austen.txt", "heldout_kjv.txt")
-QUICK_TOKENS = 2304  # longest sequence of the quick gate
-LOWERING_TEXT = 128  # positions compared with the same integers
-QUICK_TEXT = 512  # positions compared from the start; then those past the wrap
-PAST_WRAP = 64  # tokens fed beyond the point where the first key has left every window
 
 
 @dataclass(frozen=True)
@@ -64,33 +62,26 @@ class Gate:
 
 
 def make_gate(tokenizer: Path | None, vocab_size: int, bos: int, context: int, level: str) -> Gate:
-    """Choose the tokens. Quick: up to QUICK_TOKENS, the first QUICK_TEXT positions and those past the wrap compared."""
-    wanted = context + PAST_WRAP
-    length = min(wanted, QUICK_TOKENS) if level == "quick" else max(wanted, 2 * QUICK_TEXT)
-    ids = [bos, *_tokens(tokenizer, vocab_size, length - 1)]
-    positions = list(range(len(ids) - 1))
-    if level == "quick":
-        positions = [p for p in positions if p < QUICK_TEXT or p >= context]
+    """Choose the tokens for a level of LEVELS; not for "none"."""
+    chosen = LEVELS[level]
+    assert chosen is not None, "nothing is chosen for a gate that is not run"
+    ids = [bos, *_tokens(tokenizer, vocab_size, chosen.tokens(context) - 1)]
     text = ", ".join(TEXTS) if tokenizer else "random tokens: the model has no tokenizer"
-    return Gate(level, text, ids, positions)
+    return Gate(level, text, ids, chosen.positions(context))
 
 
 def _tokens(tokenizer: Path | None, vocab_size: int, count: int) -> list[int]:
     if tokenizer is None:
         return [int(token) for token in np.random.default_rng(0).integers(0, vocab_size, count)]
-    from tokenizers import Tokenizer
-
     texts = [(resources.files("gemma_edge.export") / "data" / name).read_text(encoding="utf-8") for name in TEXTS]
     # half of each text, so that no book decides alone; encoded in pieces, only as much as is needed
-    encoder = Tokenizer.from_file(str(tokenizer))
-    encoder.no_truncation()
-    encoder.no_padding()
+    encoder = open_tokenizer(tokenizer, WAY_OUT)
     halves = [encoder.encode(text[: 8 * count], add_special_tokens=False).ids for text in texts]
     half = count // 2
     ids = [*halves[0][:half], *halves[1][: count - half]]
     if max(ids) >= vocab_size:
         raise InputError(
-            f"{tokenizer.name} gives token id {max(ids)}, the model has a vocabulary of {vocab_size}: they do not belong together"
+            f"{tokenizer} gives token id {max(ids)}, the model has a vocabulary of {vocab_size}; {WAY_OUT}"
         )
     return ids
 

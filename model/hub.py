@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 from gemma_edge.errors import InputError
 
 DEFAULT_MODEL = "google/gemma-2-2b-it"
-FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+# what goes wherever a model's weights go: tokenizer, chat template, stop ids
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+FILES = ["*.json", "*.safetensors", *COMPANIONS]
 WAY_OUT = "download the model yourself and pass its folder: gemma-export FOLDER"
+
+
+def copy_companions(folder: Path, out: Path) -> None:
+    """Copy what is there of COMPANIONS."""
+    for name in COMPANIONS:
+        if (folder / name).is_file():
+            shutil.copy(folder / name, out)
 
 
 def resolve(model: str) -> Path:

@@ -41,6 +41,12 @@ def slots_needed(window: int, chunk: int) -> int:
     return window + chunk - 1
 
 
+def windows(config: Gemma2Config, context: int) -> list[int]:
+    """Keys that a query of each layer may see: the context in a global layer, no more than the sliding window in a local one."""
+    local = min(config.sliding_window, context)
+    return [local if config.is_local(layer) else context for layer in range(config.num_hidden_layers)]
+
+
 class KVCache(Protocol):
     """The seam that a backend replaces: rotate the chunk, write its keys and values, attend to what is visible."""
 
@@ -76,10 +82,7 @@ class RingCache(nn.Module):
         if context < 1 or chunk < 1:
             raise InputError(f"context {context} and chunk {chunk} must be at least 1 token")
         self.config, self.chunk = config, chunk
-        self.windows = [
-            min(config.sliding_window, context) if config.is_local(i) else context
-            for i in range(config.num_hidden_layers)
-        ]
+        self.windows = windows(config, context)
         for i in range(config.num_hidden_layers) if layers is None else layers:
             shape = (1, config.num_key_value_heads, slots_needed(self.windows[i], chunk), config.head_dim)
             self.register_buffer(f"k_{i}", torch.zeros(shape), persistent=False)

@@ -6,7 +6,8 @@ A recipe says nothing of packing, tensor classes or backends. How the integers a
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from gemma_edge.errors import InputError
 GROUP_MULTIPLE = 32  # every backend's kernels take groups of a multiple of 32
 METHODS = ("rtn", "mse")
 BITS = (4, 8, 16, 32)
+FLOAT_BITS = 32  # of matrices that stay float beside quantized ones
 TABLE_PATTERN = r"model\.embed_tokens"
 ANY = r".*"
 
@@ -76,7 +78,7 @@ class Recipe:
 
     name: str
     rules: tuple[QuantRule, ...]
-    float_bits: int = 32  # 16 or 32: how unquantized matrices are stored
+    float_bits: int = FLOAT_BITS  # 16 or 32: how unquantized matrices are stored
 
     def rule_for(self, weight: str) -> QuantRule:
         """The first rule that matches."""
@@ -106,6 +108,19 @@ def default_method(bits: int, group_size: int) -> str:
     return "mse" if bits == 4 and group_size else "rtn"
 
 
+def recipe_name(linears: Iterable[QuantConfig | None], table: QuantConfig | None, float_bits: int) -> str:
+    """What weights are, the most frequent first: int4-g32, int4-g32+int8-channel. A table that is not the usual one is named."""
+    kinds = [kind for kind, _ in Counter(linears).most_common()]
+    tags = [
+        f"float{float_bits}"
+        if kind is None
+        else f"int{kind.bits}-{f'g{kind.group_size}' if kind.group_size else 'channel'}"
+        for kind in kinds
+    ]
+    usual = None if kinds == [None] else INT8_ROW
+    return "+".join(tags) + ("" if table == usual else f"-table{table.bits if table else float_bits}")
+
+
 def make_recipe(bits: int, *, group_size: int | None = None, method: str | None = None, table_bits: int = 8) -> Recipe:
     """The recipe of a command line.
 
@@ -125,7 +140,7 @@ def make_recipe(bits: int, *, group_size: int | None = None, method: str | None 
             raise InputError(
                 f"--bits {bits} leaves the weights float: --group-size, --method and --table-bits do not apply"
             )
-        return Recipe(f"float{bits}", (QuantRule(ANY, None),), float_bits=bits)
+        return Recipe(recipe_name([None], None, bits), (QuantRule(ANY, None),), bits)
     group = group_size if group_size is not None else (UNCALIBRATED_GROUP if bits == 4 else 0)
     body = QuantRule(ANY, QuantConfig(bits, group), method or default_method(bits, group))
     table = QuantRule(TABLE_PATTERN, INT8_ROW)
@@ -133,5 +148,4 @@ def make_recipe(bits: int, *, group_size: int | None = None, method: str | None 
         table_group = group or UNCALIBRATED_GROUP
         config = QuantConfig(table_bits, table_group)
         table = QuantRule(TABLE_PATTERN, config, method or default_method(table_bits, table_group))
-    name = f"int{bits}-" + (f"g{group}" if group else "channel") + ("" if table_bits == 8 else f"-table{table_bits}")
-    return Recipe(name, (table, body))
+    return Recipe(recipe_name([body.config], table.config, FLOAT_BITS), (table, body), FLOAT_BITS)

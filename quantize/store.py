@@ -7,8 +7,8 @@ transformers and vLLM load the folder. What that layout cannot say, a quantized 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,12 @@ from gemma_edge.model.checkpoint import (
     weight_shapes,
 )
 from gemma_edge.model.config import Gemma2Config, read_json
+from gemma_edge.model.hub import copy_companions
 from gemma_edge.quantize.integers import QuantizedTensor, quantize
-from gemma_edge.quantize.recipe import GROUP_MULTIPLE, QuantConfig, Recipe
+from gemma_edge.quantize.recipe import GROUP_MULTIPLE, QuantConfig, Recipe, recipe_name
 from gemma_edge.quantize.safetensors_writer import Spec, write_safetensors
 
 TABLE_FILE = "gemma_edge_table.safetensors"
-KEPT_FILES = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.jinja")
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -203,6 +203,15 @@ def final_configs(source: Checkpoint | QuantizedCheckpoint, recipe: Recipe) -> d
     return {name: given.get(name) or config for name, config in wanted.items()}
 
 
+def named_by_content(source: Checkpoint | QuantizedCheckpoint, recipe: Recipe) -> Recipe:
+    """The recipe, under the name of what the weights will be: integers that are there already are not the recipe's."""
+    if not isinstance(source, QuantizedCheckpoint):
+        return recipe
+    configs = final_configs(source, recipe)
+    table = configs.pop(TABLE)
+    return replace(recipe, name=recipe_name(configs.values(), table, recipe.float_bits))
+
+
 def write_quantized(
     source: Checkpoint | QuantizedCheckpoint,
     recipe: Recipe,
@@ -235,9 +244,7 @@ def write_quantized(
     if configs[TABLE] is not None:
         write_safetensors(out / TABLE_FILE, list(_integer_specs(source, recipe, TABLE, configs, progress)))
     (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}, indent=1))
-    for pattern in KEPT_FILES:
-        for path in source.folder.glob(pattern):
-            shutil.copy(path, out)
+    copy_companions(source.folder, out)
     raw = read_json(source.folder / "config.json")
     raw.pop("quantization_config", None)
     if any(configs[name] for name in configs if name != TABLE):
@@ -305,6 +312,11 @@ def _norm_spec(source: Checkpoint | QuantizedCheckpoint, name: str) -> Spec:
     return Spec(name, torch.float32, (len(values),), lambda: iter([values]))
 
 
+def narrow(dtype: torch.dtype) -> torch.dtype:
+    """The 16-bit type in which a float matrix is kept when 16 bits are asked for: its own; of float32 that with its range."""
+    return torch.bfloat16 if dtype == torch.float32 else dtype
+
+
 def _float_spec(
     source: Checkpoint | QuantizedCheckpoint,
     weight: str,
@@ -313,8 +325,8 @@ def _float_spec(
 ) -> Spec:
     """A plain matrix in its stored type; 16 bits ask for bfloat16 where that is float32."""
     shape, dtype = weight_shapes(source.config)[weight], source.dtype(weight)
-    if float_bits == 16 and dtype == torch.float32:
-        dtype = torch.bfloat16
+    if float_bits == 16:
+        dtype = narrow(dtype)
     read = source.plain_rows if isinstance(source, QuantizedCheckpoint) else source.rows
 
     def data() -> Iterator[Tensor]:

@@ -15,6 +15,22 @@ TOKENIZER_FILE = "tokenizer.json"
 END_OF_TURN = "<end_of_turn>"
 
 
+def open_tokenizer(path: Path, way_out: str) -> tokenizers.Tokenizer:
+    """Read a tokenizer.json.
+
+    Raises:
+        InputError: the file is no tokenizer; ends with the way out.
+    """
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # noqa: BLE001  (the library raises bare Exception for a file it cannot read)
+        raise InputError(f"{path} is not a tokenizer ({error}); {way_out}") from None
+    # wrong for generation, and maybe left in the file by training
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
 class Tokenizer:
     """The bundle's tokenizer."""
 
@@ -26,14 +42,7 @@ class Tokenizer:
         """
         if not manifest.tokenizer:
             raise InputError(f"{bundle} is a token-level bundle, without a tokenizer: give token ids instead of text")
-        path = confined(bundle, TOKENIZER_FILE)
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # noqa: BLE001  (the library raises bare Exception for a file it cannot read)
-            raise InputError(f"{path} is not a tokenizer ({error}); export the bundle again") from None
-        # Both are wrong for generation and may be left in the file by training
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self._tokenizer = open_tokenizer(confined(bundle, TOKENIZER_FILE), "export the bundle again")
         self.bos_token_id = int(manifest.config["bos_token_id"])
         stop_ids = set(manifest.config["eos_token_id"])
         end_of_turn = self._tokenizer.token_to_id(END_OF_TURN)

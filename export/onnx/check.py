@@ -10,12 +10,14 @@ import onnx_ir as ir
 
 from gemma_edge.export.bundle import CacheGeometry
 from gemma_edge.export.onnx.weights import HEAD_PACKED, Blob
-from gemma_edge.model.checkpoint import TABLE
+from gemma_edge.model.checkpoint import TABLE, weight_shapes
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.quantize.recipe import QuantConfig
 
 NORMS_PER_LAYER = 4
 SMALL_BYTES = 4096  # constants the exporter makes; anything larger must be one of the known weights
+# operator -> which of its inputs are the packed codes and their scales
+QUANTIZED_INPUTS = {"MatMulNBits": (1, 2), "GatherBlockQuantized": (0, 2)}
 
 
 def check_graph(
@@ -38,7 +40,8 @@ def check_graph(
     graph = ir.load(path).graph
     _check_counts(path, graph, config, configs)
     _check_attention(path, graph, config, geometry, windowed)
-    _check_weights(path, graph, configs, blobs)
+    _check_weights(path, graph, blobs)
+    _check_integers(path, graph, config, configs)
     for node in graph:
         if node.op_type == "Gelu" and node.attributes["approximate"].as_string() != "tanh":
             raise RuntimeError(f"{path.name}: a Gelu is not the tanh approximation")
@@ -94,7 +97,7 @@ def _check_attention(
             raise RuntimeError(f"{path.name}: attention {layer} reads the cache {past.name if past else None}")
 
 
-def _check_weights(path: Path, graph: ir.Graph, configs: Mapping[str, QuantConfig | None], blobs: list[Blob]) -> None:
+def _check_weights(path: Path, graph: ir.Graph, blobs: list[Blob]) -> None:
     """Every weight is in the file once, at its place, and no other constant is large (a float copy of a weight would be)."""
     by_name = {blob.name: blob for blob in blobs}
     for name, value in graph.initializers.items():
@@ -112,12 +115,38 @@ def _check_weights(path: Path, graph: ir.Graph, configs: Mapping[str, QuantConfi
     missing = {blob.name for blob in blobs} - set(graph.initializers)
     if missing:
         raise RuntimeError(f"{path.name}: {sorted(missing)[0]} is in the weights file but not in the graph")
+
+
+def _check_integers(
+    path: Path, graph: ir.Graph, config: Gemma2Config, configs: Mapping[str, QuantConfig | None]
+) -> None:
+    """Bits, shape and group of every quantized operator are its weight's, and so are the scales that it reads.
+
+    A group is as many whole blocks as share a scale; the kernel takes the next scale after each block.
+    """
+    shapes = weight_shapes(config)
     for node in graph:
-        if node.op_type != "MatMulNBits":
+        if node.op_type not in QUANTIZED_INPUTS:
             continue
-        packed = node.inputs[1]
-        assert packed is not None and packed.name is not None
+        packed, scale = (node.inputs[index] for index in QUANTIZED_INPUTS[node.op_type])
+        assert packed is not None and packed.name is not None and scale is not None
         weight = TABLE if packed.name == HEAD_PACKED else packed.name.removesuffix(".weight_packed")
-        config = configs[weight]
-        if config is None or node.attributes["bits"].as_int() != config.bits:
-            raise RuntimeError(f"{path.name}: {weight} has {node.attributes['bits'].as_int()} bits, expected {config}")
+        quant, (rows, columns) = configs[weight], shapes[weight]
+        if quant is None:
+            raise RuntimeError(f"{path.name}: {node.op_type} reads {weight}, which is float")
+        expected = {"bits": quant.bits}
+        if node.op_type == "MatMulNBits":
+            expected |= {"N": rows, "K": columns}
+        for name, value in expected.items():
+            found = node.attributes[name].as_int()
+            if found != value:
+                raise RuntimeError(f"{path.name}: {node.op_type} of {weight} has {name} {found}, expected {value}")
+        group, block = quant.group_size or columns, node.attributes["block_size"].as_int()
+        if group % block:
+            raise RuntimeError(f"{path.name}: {node.op_type} of {weight} has block_size {block}, no part of {group}")
+        scales, wanted = tuple(scale.shape or ()), (rows, columns // block)
+        if scale.name != f"{weight}.weight_scale" or scales != wanted:
+            raise RuntimeError(
+                f"{path.name}: {node.op_type} of {weight} with block_size {block} reads {scale.name} {list(scales)},"
+                f" expected {weight}.weight_scale {list(wanted)}"
+            )

@@ -224,10 +224,8 @@ def genai_graph(model: ir.Model, config: Gemma2Config) -> ir.Model:
     graph.inputs.insert(1, mask)
     for layer, node in enumerate(node for node in graph if node.op_type == "GroupQueryAttention"):
         node.attributes["sliding_window_cache"] = ir.AttrInt64("sliding_window_cache", 0)
-        window = (
-            min(config.sliding_window, node.attributes["local_window_size"].as_int()) if config.is_local(layer) else -1
-        )
-        node.attributes["local_window_size"] = ir.AttrInt64("local_window_size", window)
+        if not config.is_local(layer):
+            node.attributes["local_window_size"] = ir.AttrInt64("local_window_size", -1)
     for values, length in ((graph.inputs, "past_sequence_length"), (graph.outputs, "total_sequence_length")):
         for value in values:
             if value.name is not None and value.name.startswith(("past_key_values.", "present.")):

@@ -18,7 +18,7 @@ from gemma_edge.errors import InputError
 from gemma_edge.model.checkpoint import TABLE, Checkpoint, norm_names, row_slices, weight_shapes
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.quantize.recipe import QuantConfig
-from gemma_edge.quantize.store import QuantizedCheckpoint, pack_bytes
+from gemma_edge.quantize.store import QuantizedCheckpoint, narrow, pack_bytes
 
 ALIGNMENT = 4096  # a page, so that every tensor can be mapped
 BLOCK_SIZES = (256, 128, 64, 32, 16)  # that the kernels know
@@ -99,7 +99,7 @@ def float_dtypes(
     names = [name for name, config in configs.items() if config is None]
     if float_bits == 32:
         return dict.fromkeys(names, torch.float32)
-    return {name: torch.bfloat16 if source.dtype(name) == torch.float32 else source.dtype(name) for name in names}
+    return {name: narrow(source.dtype(name)) for name in names}
 
 
 def weights_bytes(

@@ -16,7 +16,9 @@ from click.testing import CliRunner, Result
 from conftest import DEMO
 
 from gemma_edge.export.bundle import MANIFEST, Manifest
+from gemma_edge.export.choices import BACKENDS, LEVELS, TARGETS
 from gemma_edge.export.cli import main
+from gemma_edge.quantize.recipe import BITS, METHODS
 
 COMMAND = [sys.executable, "-c", "from gemma_edge.export.cli import main; main()"]
 
@@ -114,6 +116,19 @@ def test_bad_folders_are_one_line_and_leave_nothing(model: Path, tmp_path: Path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
+@pytest.mark.parametrize("level", ["quick", "none"])
+def test_damaged_tokenizer_is_refused_before_any_work(level: str, model: Path, tmp_path: Path) -> None:
+    """It was a traceback out of the gate, after all the work."""
+    path = model / "tokenizer.json"
+    text = path.read_text()
+    for damaged in ("", text[:1000], "{}"):
+        path.write_text(damaged)
+        result = run(model, "-o", tmp_path / "out", "--verify", level)
+        refused(result, f"{path} is not a tokenizer", "belongs to the model")
+        assert "quantize" not in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_nan_weights_are_named_in_the_middle_of_the_work_and_leave_nothing(model: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -150,6 +165,37 @@ def test_existing_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path) -> 
     (tmp_path / "photos" / "cat.jpg").write_text("x")
     refused(run(DEMO, "-o", tmp_path / "photos", "--force"), "is not a bundle")
     assert (tmp_path / "photos" / "cat.jpg").exists()
+
+
+@pytest.mark.parametrize("kept", ["new/out/checkpoint", "new", "new/out", "new/../new/out/deep/er", "file/checkpoint"])
+def test_checkpoint_and_bundle_in_each_other_are_refused_before_any_work(kept: str, tmp_path: Path) -> None:
+    """A checkpoint inside OUT was written, and then thrown away with the bundle that was there before."""
+    (tmp_path / "file").write_text("x")
+    result = run(DEMO, "-o", tmp_path / "new" / "out", "--save-checkpoint", tmp_path / kept, "--force")
+    refused(result, "--save-checkpoint", "cannot write in" if kept.startswith("file") else "one would lie in the other")
+    assert "quantize" not in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_checkpoint_is_kept_in_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
+    kept = tmp_path / "new" / "checkpoint"
+    assert run(DEMO, "-o", tmp_path / "out", "--save-checkpoint", kept, "--verify", "none").exit_code == 0
+    assert (kept / "config.json").exists()
+    refused(run(DEMO, "-o", tmp_path / "other", "--save-checkpoint", kept), f"{kept} exists")
+
+
+def test_parents_made_for_a_bundle_that_is_not_made_go_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    out = tmp_path / "here" / "new" / "dir" / "x"
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
+        refused(run(DEMO, "-o", out), "no space for the export")
+    assert [path.name for path in tmp_path.rglob("*")] == ["here"]
+    (tmp_path / "file").write_text("x")
+    refused(run(DEMO, "-o", tmp_path / "file" / "new" / "x"), "cannot write in")
+    assert run(DEMO, "-o", out, "--verify", "none").exit_code == 0
+    assert out.is_dir()
 
 
 def test_offline_hub_id_is_one_line_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,6 +268,13 @@ print(sorted({{"torch", "numpy", "rich", "onnx"}} & set(sys.modules)), file=sys.
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""}
     )
     assert done.stderr.strip() == "[]" and "Usage" in done.stdout
+
+
+def test_help_lists_what_the_code_dispatches_on() -> None:
+    """The lists were typed by hand once."""
+    text = " ".join(run("make", "--help").stdout.split())
+    for names in (TARGETS, BACKENDS, LEVELS, METHODS, BITS):
+        assert ", ".join(map(str, names)) in text
 
 
 def test_without_torch_the_extra_is_named_and_inspect_still_works(tmp_path: Path) -> None:

@@ -134,10 +134,58 @@ def test_a_wrong_attention_attribute_is_refused_after_lowering(
     else:
         found.i = value
     onnx.save(model, path)
+    with pytest.raises(RuntimeError, match=f"layer 0 attends with {message}"):
+        check_demo(demo, path)
+
+
+@pytest.mark.parametrize(
+    ("operator", "attribute", "value", "message"),
+    [
+        (
+            "MatMulNBits",
+            "block_size",
+            16,
+            "with block_size 16 reads",
+        ),  # divides the group, but its scales are half as many
+        ("MatMulNBits", "block_size", 64, "block_size 64, no part of 32"),
+        ("MatMulNBits", "bits", 8, "has bits 8, expected 4"),
+        ("MatMulNBits", "K", 32, "has K 32"),
+        ("GatherBlockQuantized", "block_size", 128, "of model.embed_tokens with block_size 128 reads"),
+        ("GatherBlockQuantized", "bits", 4, "has bits 4, expected 8"),
+    ],
+)
+def test_a_wrong_quantization_attribute_is_refused_after_lowering(
+    demo: Export, copy: Path, operator: str, attribute: str, value: int, message: str
+) -> None:
+    path = copy / "generate.onnx"
+    model = onnx.load(path, load_external_data=False)
+    node = next(node for node in model.graph.node if node.op_type == operator)
+    found = next(a for a in node.attribute if a.name == attribute)
+    assert found.i != value
+    found.i = value
+    onnx.save(model, path)
+    with pytest.raises(RuntimeError, match=message):
+        check_demo(demo, path)
+
+
+def test_scales_of_another_weight_are_refused_after_lowering(demo: Export, copy: Path) -> None:
+    path = copy / "generate.onnx"
+    model = onnx.load(path, load_external_data=False)
+    gate, up = (
+        next(n for n in model.graph.node if f"0.mlp.{kind}_proj" in "".join(n.input)) for kind in ("gate", "up")
+    )
+    gate.input[2], up.input[2] = up.input[2], gate.input[2]
+    onnx.save(model, path)
+    with pytest.raises(
+        RuntimeError, match=r"gate_proj with block_size 32 reads model.layers.0.mlp.up_proj.weight_scale"
+    ):
+        check_demo(demo, path)
+
+
+def check_demo(demo: Export, path: Path) -> None:
     quantized = QuantizedCheckpoint.open(demo.bundle.parent / "checkpoint")
     blobs = layout(quantized.config, quantized.configs, {})
-    with pytest.raises(RuntimeError, match=f"layer 0 attends with {message}"):
-        check_graph(path, quantized.config, quantized.configs, demo.manifest.cache, blobs, windowed=True)
+    check_graph(path, quantized.config, quantized.configs, demo.manifest.cache, blobs, windowed=True)
 
 
 def test_gate_refuses_a_bundle_whose_weights_were_swapped(demo: Export, copy: Path) -> None:
@@ -219,8 +267,10 @@ def test_paths_of_a_manifest_never_leave_the_bundle(copy: Path, name: str) -> No
 
 
 def test_quantized_checkpoint_goes_in_and_gives_the_same_weights_file(demo: Export, tmp_path: Path) -> None:
-    options = ExportOptions(model=str(demo.bundle.parent / "checkpoint"), out=tmp_path / "again", verify="none")
-    again = pipeline.export(options)
+    # the bits asked for are those of a float folder: neither the integers nor the name follow them
+    given = demo.bundle.parent / "checkpoint"
+    again = pipeline.export(ExportOptions(model=str(given), bits=8, out=tmp_path / "again", verify="none"))
+    assert again.manifest.recipe["name"] == "int4-g32" == again.manifest.plan["recipe"]
     assert again.manifest.files["model.onnx.data"] == demo.manifest.files["model.onnx.data"]
     assert again.manifest.verification == {}
 
@@ -238,6 +288,26 @@ def test_folder_without_a_tokenizer_gives_a_token_level_bundle(
     assert gemma_edge.load(done.bundle).prefill([2, 5, 7]).shape == (4096,)
 
 
+def test_bundle_and_checkpoint_get_the_same_files_beside_the_weights(tmp_path: Path) -> None:
+    """There were two lists of them."""
+    model = Path(shutil.copytree(DEMO, tmp_path / "model"))
+    (model / "chat_template.jinja").write_text("{{ bos_token }}")
+    (model / "added_tokens.json").write_text("{}")
+    (model / "tokenizer.json.bak").write_text("no part of a model")
+    out, kept = tmp_path / "out", tmp_path / "kept"
+    pipeline.export(ExportOptions(model=str(model), out=out, save_checkpoint=kept, verify="none"))
+    for folder in (out, kept):
+        found = {path.name for path in folder.iterdir()} & {path.name for path in model.iterdir()}
+        assert found - {"config.json", "model.safetensors"} == {
+            "tokenizer.json",
+            "tokenizer.model",
+            "tokenizer_config.json",
+            "added_tokens.json",
+            "chat_template.jinja",
+            "generation_config.json",
+        }
+
+
 def test_failed_gate_publishes_nothing_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from gemma_edge.export import verify
 
@@ -249,4 +319,15 @@ def test_failed_gate_publishes_nothing_unless_asked(tmp_path: Path, monkeypatch:
     with pytest.raises(InputError, match="it lies in"):
         pipeline.export(replace(options, keep_failed=True))
     assert [path.name for path in tmp_path.iterdir()] == ["out.failed"]
-    assert Manifest.load(tmp_path / "out.failed").verification["onnx"]["passed"] is False
+    first = Manifest.load(tmp_path / "out.failed")
+    assert first.verification["onnx"]["passed"] is False
+    # what was kept to be looked at is not replaced unasked, and that is said before any work
+    monkeypatch.setattr(pipeline, "write_quantized", lambda *args: pytest.fail("work was begun"))
+    with pytest.raises(InputError, match=r"out.failed exists; pass --force"):
+        pipeline.export(replace(options, keep_failed=True))
+    monkeypatch.undo()
+    assert Manifest.load(tmp_path / "out.failed") == first
+    monkeypatch.setitem(verify.LIMITS, 4, replace(verify.LIMITS[4], kl=1e-9))
+    with pytest.raises(InputError, match="it lies in"):
+        pipeline.export(replace(options, keep_failed=True, force=True, prefill_chunk=64))
+    assert Manifest.load(tmp_path / "out.failed").cache.prefill_chunk == 64

@@ -5,15 +5,23 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import DEMO
 
 from gemma_edge.errors import InputError
+from gemma_edge.export import pipeline
 from gemma_edge.export import plan as planning
+from gemma_edge.export import verify as gate
 from gemma_edge.export.bundle import Manifest
-from gemma_edge.export.plan import GIB, MIB, TARGETS, Target, make_plan
+from gemma_edge.export.choices import BACKENDS, GIB, LEVELS, TARGETS, Target
+from gemma_edge.export.pipeline import ExportOptions, open_model
+from gemma_edge.export.plan import MIB, make_plan
 from gemma_edge.model.checkpoint import Checkpoint
 from gemma_edge.quantize.recipe import make_recipe
 
@@ -59,11 +67,24 @@ def test_context_is_halved_until_it_fits_and_what_never_fits_is_refused() -> Non
     assert whole.context == 512  # the model's own limit, not the target's
     tight = Target("watch", ram_bytes=whole.device_ram_bytes - MIB, threads=1, context=512)
     assert make_plan(source, recipe, tight).context == 256
-    with pytest.raises(InputError, match=r"as int4-g32 needs .* GiB of RAM at context 512.*--context 256 fits"):
+    with pytest.raises(InputError, match=r"as int4-g32 needs .* GiB of RAM at context 512.*--context 320 fits"):
         make_plan(source, recipe, tight, context=512)
     tiny = Target("badge", ram_bytes=MIB, threads=1, context=512)
     with pytest.raises(InputError, match="fewer --bits, a smaller model, or --ram"):
         make_plan(source, recipe, tiny)
+
+
+def test_context_named_by_a_refusal_fits_and_the_next_larger_does_not() -> None:
+    """It was the largest halving that fits: up to half of what does."""
+    source, recipe = Checkpoint.open(DEMO), make_recipe(4)
+    contexts = (64, 128, 192, 256, 320, 384, 448, 512)
+    ram = {
+        context: make_plan(source, recipe, TARGETS["desktop"], context=context).device_ram_bytes for context in contexts
+    }
+    for fits, too_large in pairwise(contexts):
+        target = Target("watch", ram_bytes=ram[too_large] - 1, threads=1, context=512)
+        with pytest.raises(InputError, match=f"--context {fits} fits"):
+            make_plan(source, recipe, target, context=512)
 
 
 def test_cache_of_the_2b_model_is_what_the_design_says() -> None:
@@ -76,6 +97,38 @@ def test_cache_of_the_2b_model_is_what_the_design_says() -> None:
     assert cache.bytes == 8192 * (13 * (4096 + 127) + 13 * (8192 + 127))
     short = planning.geometry(GEMMA2_2B, 2048, 128)
     assert {layer.window for layer in short.layers} == {2048}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_disk_of_the_plan_counts_what_the_chosen_gate_writes(
+    level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The full gate keeps the logits of every position: more than the plan once counted."""
+    seen: list[int] = []
+    judge = gate._judge
+
+    def look_and_judge(folder: Path, progress: Callable[[int], None]) -> dict[str, Any]:
+        seen.extend(path.stat().st_size for path in folder.glob("*.f32"))
+        return judge(folder, progress)
+
+    monkeypatch.setattr(gate, "_judge", look_and_judge)
+    options = ExportOptions(model=str(DEMO), out=tmp_path / "bundle", save_checkpoint=tmp_path / "kept", verify=level)
+    plan = Manifest.load(pipeline.export(options).bundle).plan
+    without = make_plan(Checkpoint.open(DEMO), make_recipe(4), TARGETS["android"], verify="none")
+    assert (len(seen) == 2) is (level != "none")
+    assert plan["export_disk_bytes"] - without.export_disk_bytes == sum(seen)
+    files = [path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()]
+    assert sum(files) <= without.export_disk_bytes + 4 * MIB  # graphs and tokenizer, which do not grow with the model
+
+
+def test_backend_is_the_targets_unless_another_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A target named its backend, and nobody read it."""
+    monkeypatch.setitem(BACKENDS, "other", "nowhere")
+    monkeypatch.setitem(TARGETS, "watch", replace(TARGETS["android"], name="watch", backend="other"))
+    options = ExportOptions(model=str(DEMO), target="watch")
+    assert open_model(options).target.backend == "other"
+    assert open_model(replace(options, backend="onnx")).target.backend == "onnx"
+    assert open_model(replace(options, target="android")).target.backend == "onnx"
 
 
 def test_plan_is_json_and_targets_leave_room() -> None:

@@ -19,7 +19,7 @@ from gemma_edge.errors import InputError
 from gemma_edge.model.checkpoint import TABLE, Checkpoint, weight_shapes
 from gemma_edge.quantize.integers import quantize
 from gemma_edge.quantize.recipe import ANY, TABLE_PATTERN, QuantConfig, QuantRule, Recipe, make_recipe
-from gemma_edge.quantize.store import QuantizedCheckpoint, open_weights, write_quantized
+from gemma_edge.quantize.store import QuantizedCheckpoint, named_by_content, open_weights, write_quantized
 
 IDS = torch.randint(3, 320, (24,), generator=torch.Generator().manual_seed(0))  # (T,) three windows of 8
 K_PROJ = "model.layers.2.self_attn.k_proj"  # (64, 64)
@@ -56,15 +56,28 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
 }
 
 
-@pytest.mark.parametrize(("shape", "recipe"), RECIPES.values(), ids=RECIPES.keys())
+# what the second folder is called: by what it holds, not by --bits 8 that it was made with
+NAMES = {
+    "int4": "int4-g32",
+    "mixed groups": "int4-g32+int4-g64",
+    "int4 table": "int4-channel-table4",
+    "int8": "int8-channel",
+    "some float": "int4-g32+int8-channel",
+}
+
+
+@pytest.mark.parametrize(
+    ("shape", "recipe", "second_name"), [(*RECIPES[name], NAMES[name]) for name in RECIPES], ids=RECIPES.keys()
+)
 def test_integers_that_are_there_already_stay_bit_for_bit(
-    shape: str, recipe: Recipe, checkpoint: Callable[..., Path], tmp_path: Path
+    shape: str, recipe: Recipe, second_name: str, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     first = write_quantized(Checkpoint.open(checkpoint(shape)), recipe, tmp_path / "first")
     source = open_weights(tmp_path / "first")
     assert isinstance(source, QuantizedCheckpoint)
     second = write_quantized(source, make_recipe(8), tmp_path / "second")  # another recipe: only floats follow it
     assert_same_integers(second, first)
+    assert named_by_content(source, make_recipe(8)).name == second_name
     for name, config in first.configs.items():
         assert second.configs[name] == (config or QuantConfig(8, 0))
     plain = (weights.plain_rows(TABLE, 0, 320) for weights in (second, first))
