@@ -18,7 +18,7 @@ from gemma_edge.command import Command, Group
 from gemma_edge.errors import InputError
 from gemma_edge.export.choices import BACKENDS, DEFAULT_CHUNK, LEVELS, TARGETS
 from gemma_edge.model.hub import DEFAULT_MODEL
-from gemma_edge.quantize.recipe import BITS, METHODS
+from gemma_edge.quantize.recipe import BITS, DEFAULT_QUALITY, METHODS, QUALITIES
 
 F = Callable[..., None]
 
@@ -58,6 +58,10 @@ def _model_options(command: F) -> F:
         click.option(
             "--method", help=f"How integers are found: {_list(METHODS)}. Default: what suits bits and group size."
         ),
+        click.option(
+            "--quality",
+            help=f"How hard 4-bit integers are searched for: {_list(QUALITIES)}. Default: {DEFAULT_QUALITY}.",
+        ),
         click.option("--context", type=int, help="Tokens the model looks back on. Default: what fits the target."),
         click.option("--prefill-chunk", type=int, help=f"Most prompt tokens in one call. Default: {DEFAULT_CHUNK}."),
         click.option("--lora", type=click.Path(path_type=Path), help="PEFT adapter folder to merge."),
@@ -89,6 +93,18 @@ def main() -> None:
 @click.option(
     "--save-checkpoint", type=click.Path(path_type=Path), help="Also keep the quantized Hugging Face folder here."
 )
+@click.option(
+    "--calibration",
+    "calibration_text",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Text to calibrate on: a file, a folder or JSON lines; may be repeated. Default: public-domain books.",
+)
+@click.option(
+    "--calibration-tokens", type=click.IntRange(256), help="How much of it. Default: what the quality asks for."
+)
+@click.option("--calibration-chat", is_flag=True, help="Put plain text into the form of a chat, for -it models.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the passages drawn from it.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle, and an OUT.failed.")
 def make(as_json: bool, **choices: Any) -> None:
     """Export MODEL (the default command)."""
@@ -100,7 +116,7 @@ def make(as_json: bool, **choices: Any) -> None:
 
     _show_warnings()
     opened = pipeline.open_model(options)
-    _say_what_calibration_would_allow(opened)
+    _say_how_long_calibration_takes(opened)
     done = pipeline.export(options, report.progress_bar, opened)
     if as_json:
         click.echo(json.dumps(pipeline.to_json(done), indent=1))
@@ -115,7 +131,7 @@ def plan(as_json: bool, **choices: Any) -> None:
     options = _options(choices)
     from gemma_edge.export import pipeline, report
 
-    opened = pipeline.open_model(options)
+    opened = pipeline.open_model(options, plan_only=True)
     if as_json:
         click.echo(json.dumps(opened.plan.to_json(), indent=1))
     else:
@@ -149,9 +165,15 @@ def _options(choices: dict[str, Any]) -> Any:
         raise InputError(
             "exporting needs PyTorch, which this installation leaves out: pip install 'gemma-edge[export]'"
         )
-    from gemma_edge.export import pipeline
+    from gemma_edge.export import calibration, pipeline
 
-    return pipeline.ExportOptions(**{**choices, "table_bits": int(choices["table_bits"])})
+    text = calibration.Source(
+        paths=choices.pop("calibration_text", ()),
+        tokens=choices.pop("calibration_tokens", None) or 0,
+        chat=choices.pop("calibration_chat", False),
+        seed=choices.pop("seed", 0),
+    )
+    return pipeline.ExportOptions(**{**choices, "table_bits": int(choices["table_bits"]), "text": text})
 
 
 def _show_warnings() -> None:
@@ -160,12 +182,15 @@ def _show_warnings() -> None:
     logging.getLogger("gemma_edge").addHandler(handler)
 
 
-def _say_what_calibration_would_allow(opened: Any) -> None:
-    from gemma_edge.quantize.recipe import CALIBRATED_GROUP, UNCALIBRATED_GROUP
+def _say_how_long_calibration_takes(opened: Any) -> None:
+    if opened.calibration is None:
+        return
+    from gemma_edge.quantize.layerwise import estimate_s
 
-    if opened.recipe.name == f"int4-g{UNCALIBRATED_GROUP}":
-        click.echo(
-            f"note: without calibration 4 bits use group {UNCALIBRATED_GROUP}; calibrated weights would allow group"
-            f" {CALIBRATED_GROUP}, smaller and faster (--group-size {CALIBRATED_GROUP} takes it anyway)",
-            err=True,
-        )
+    minutes = estimate_s(opened.source.config, opened.recipe, opened.calibration) / 60
+    click.echo(
+        f"calibrating on {opened.calibration.windows.numel()} tokens:"
+        f" {'under a minute' if minutes < 1 else f'about {minutes:.0f} minutes here, and it goes on where it was stopped'};"
+        f" --quality fast needs no text and takes groups of {QUALITIES['fast'].group_size}: larger, slower, less exact",
+        err=True,
+    )

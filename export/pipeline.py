@@ -12,18 +12,21 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gemma_edge
 from gemma_edge.errors import InputError
+from gemma_edge.export import cache, calibration
 from gemma_edge.export import plan as planning
 from gemma_edge.export import verify as gate
 from gemma_edge.export.bundle import MANIFEST, Manifest, list_files, refuse_existing, staged
 from gemma_edge.export.choices import BACKENDS, GIB, LEVELS, TARGETS, Target
 from gemma_edge.model import hub
 from gemma_edge.model.checkpoint import Checkpoint, weight_shapes
-from gemma_edge.quantize.recipe import Recipe, make_recipe
+from gemma_edge.quantize import layerwise
+from gemma_edge.quantize.recipe import DEFAULT_QUALITY, QUALITIES, Recipe, make_recipe
 from gemma_edge.quantize.store import QuantizedCheckpoint, named_by_content, open_weights, write_quantized
 from gemma_edge.runtimes.memory import peak_rss_mib
 from gemma_edge.runtimes.tokenizer import TOKENIZER_FILE, open_tokenizer
@@ -48,6 +51,8 @@ class ExportOptions:
     group_size: int | None = None
     table_bits: int = 8
     method: str | None = None
+    quality: str | None = None
+    text: calibration.Source = calibration.Source()
     context: int | None = None
     prefill_chunk: int | None = None
     backend: str | None = None
@@ -86,10 +91,11 @@ class Opened:
     recipe: Recipe
     target: Target
     plan: planning.Plan
+    calibration: layerwise.Calibration | None  # None: no weight's integers depend on text
 
 
-def open_model(options: ExportOptions) -> Opened:
-    """Find and check the model, and plan its export. Reads headers only.
+def open_model(options: ExportOptions, *, plan_only: bool = False) -> Opened:
+    """Find and check the model, and plan its export. Reads headers only, and the calibration text unless `plan_only`.
 
     Raises:
         InputError: the model, an option or the target cannot be used.
@@ -101,15 +107,12 @@ def open_model(options: ExportOptions) -> Opened:
     ):
         if value is not None and value not in allowed:
             raise InputError(f"{name} {value}; supported: {', '.join(allowed)}")
-    recipe = make_recipe(
-        options.bits, group_size=options.group_size, method=options.method, table_bits=options.table_bits
-    )
     target = TARGETS[options.target]
     target = replace(target, backend=options.backend or target.backend)
     if options.ram_gib is not None:
         target = replace(target, ram_bytes=int(options.ram_gib * GIB))
     source = open_weights(hub.resolve(options.model), lora=options.lora)
-    recipe = named_by_content(source, recipe)
+    recipe = named_by_content(source, _recipe(options, source))
     plan = planning.make_plan(
         source,
         recipe,
@@ -120,7 +123,40 @@ def open_model(options: ExportOptions) -> Opened:
     )
     # a hub id's folder is called by the hash of its commit
     name = Path(options.model).resolve().name if Path(options.model).is_dir() else options.model.rpartition("/")[2]
-    return Opened(name, source, recipe, target, plan)
+    return Opened(name, source, recipe, target, plan, None if plan_only else _calibration(options, source, recipe))
+
+
+def _recipe(options: ExportOptions, source: Checkpoint | QuantizedCheckpoint) -> Recipe:
+    quality = options.quality
+    if quality is not None and quality not in QUALITIES:
+        raise InputError(f"--quality {quality}; supported: {', '.join(QUALITIES)}")
+    if quality is None:
+        has_text = (source.folder / TOKENIZER_FILE).is_file()
+        quality = DEFAULT_QUALITY if has_text else "fast"
+        if not has_text and options.method is None and options.bits == 4:
+            logger.warning("%s has no tokenizer, so nothing to calibrate on: --quality fast", source.folder)
+    return make_recipe(
+        options.bits,
+        group_size=options.group_size,
+        method=options.method,
+        table_bits=options.table_bits,
+        quality=quality,
+    )
+
+
+def _calibration(
+    options: ExportOptions, source: Checkpoint | QuantizedCheckpoint, recipe: Recipe
+) -> layerwise.Calibration | None:
+    """The windows to look at, if a rule asks for them and the folder is not quantized already."""
+    if not recipe.calibrated or isinstance(source, QuantizedCheckpoint):
+        return None
+    quality = QUALITIES[options.quality or DEFAULT_QUALITY]
+    tokens = options.text.tokens or quality.tokens or QUALITIES[DEFAULT_QUALITY].tokens
+    config = source.config
+    windows = calibration.windows(
+        source.folder, config.bos_token_id, config.max_position_embeddings, replace(options.text, tokens=tokens)
+    )
+    return layerwise.Calibration(windows, quality.rounds)
 
 
 @contextmanager
@@ -146,11 +182,7 @@ def export(options: ExportOptions, progress: Progress = _no_progress, opened: Op
     with staged(out, force=options.force) as work:
         _check_disk(work, plan)  # here, because what a killed export left is gone now
         bundle, checkpoint = work / "bundle", work / "checkpoint"
-        with (
-            _stage(stages, "quantize"),
-            progress("quantize", SOURCE_BYTES * source.config.num_parameters, True) as advance,
-        ):
-            quantized = write_quantized(source, opened.recipe, checkpoint, lambda done: advance(SOURCE_BYTES * done))
+        quantized = _quantize(opened, checkpoint, progress, stages)
         with _stage(stages, "lower"), progress(f"export {backend}", plan.weights_bytes, True) as advance:
             entry = importlib.import_module(BACKENDS[backend]).lower(
                 quantized,
@@ -173,6 +205,23 @@ def export(options: ExportOptions, progress: Progress = _no_progress, opened: Op
             options.save_checkpoint.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(checkpoint, options.save_checkpoint)
     return Export(out, manifest, stages)
+
+
+def _quantize(opened: Opened, out: Path, progress: Progress, stages: list[Stage]) -> QuantizedCheckpoint:
+    """Calibrate if there is something to look at, and write the checkpoint."""
+    source, layers = opened.source, None
+    if opened.calibration is not None:
+        assert isinstance(source, Checkpoint)
+        folder = cache.calibration_folder(layerwise.key_of(source, opened.recipe, opened.calibration))
+        with (
+            layerwise.only_here(folder),
+            _stage(stages, "calibrate"),
+            progress("calibrate, layers", source.config.num_hidden_layers, False) as advance,
+        ):
+            layerwise.calibrate(source, opened.recipe, opened.calibration, folder, advance)
+        layers = partial(layerwise.layer_file, folder)
+    with _stage(stages, "quantize"), progress("quantize", SOURCE_BYTES * source.config.num_parameters, True) as advance:
+        return write_quantized(source, opened.recipe, out, lambda done: advance(SOURCE_BYTES * done), layers=layers)
 
 
 def _check_checkpoint_place(kept: Path | None, out: Path) -> None:

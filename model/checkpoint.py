@@ -62,10 +62,14 @@ class Shards:
 
     def __init__(self, folder: Path, files: list[Path] | None = None) -> None:
         self.folder = folder
-        self._file_of = {name: path for path in files or _shard_paths(folder) for name in _names(path)}
+        self._file_of = {name: path for path in files or _shard_paths(folder) for name in tensor_names(path)}
 
     def __contains__(self, name: object) -> bool:
         return name in self._file_of
+
+    def files(self) -> list[Path]:
+        """The files that the tensors are in."""
+        return sorted(set(self._file_of.values()))
 
     def header(self, name: str) -> tuple[tuple[int, ...], str]:
         """Shape and safetensors dtype of a tensor, without reading it.
@@ -149,9 +153,11 @@ def row_slices(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
 class Checkpoint(Weights):
     """The float weights of a Gemma 2 folder, with a LoRA merged on the way when one is given."""
 
-    def __init__(self, folder: Path, config: Gemma2Config, shards: Shards, lora: Lora | None) -> None:
+    def __init__(
+        self, folder: Path, config: Gemma2Config, shards: Shards, lora: Lora | None, lora_folder: Path | None
+    ) -> None:
         super().__init__(folder, config)
-        self._shards, self._lora = shards, lora
+        self._shards, self._lora, self._lora_folder = shards, lora, lora_folder
 
     @classmethod
     def open(cls, folder: Path, *, lora: Path | None = None) -> Checkpoint:
@@ -168,7 +174,11 @@ class Checkpoint(Weights):
             shards.expect(name, (config.hidden_size,))
         expect_tied(shards, weight_shapes(config)[TABLE])
         adapter = Lora.open(lora, weight_shapes(config)) if lora else None
-        return cls(folder, config, shards, adapter)
+        return cls(folder, config, shards, adapter, lora)
+
+    def files(self) -> list[Path]:
+        """Everything that the weights are read from."""
+        return [*self._shards.files(), *(sorted(self._lora_folder.iterdir()) if self._lora_folder else [])]
 
     def dtype(self, weight: str) -> torch.dtype:
         """The narrowest type that holds a matrix exactly: as stored, float32 once a LoRA is merged into it."""
@@ -236,7 +246,12 @@ def _shard_paths(folder: Path) -> list[Path]:
     raise InputError(f"{folder} has no model.safetensors; pass a Hugging Face model folder with safetensors weights")
 
 
-def _names(path: Path) -> list[str]:
+def tensor_names(path: Path) -> list[str]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        InputError: the file is damaged.
+    """
     try:
         with safe_open(path, "pt") as file:
             return list(file.keys())

@@ -1,7 +1,7 @@
 """Function-preserving channel scales that make a block easier to round (AWQ: Lin et al., arXiv 2306.00978).
 
-Only scales that fold exactly into what is there: pre-norm -> qkv, pre-norm -> gate and up, up -> down, v -> o. The post-norms allow
-no more, and nothing is left to compute at run time. Source of the norm's algebra: Gemma's RMSNorm multiplies by 1 + w.
+Only scales that fold exactly into what is there: pre-norm -> qkv, pre-norm -> gate and up, up -> down, v -> o. The post-norms
+allow no more, and nothing is left to compute at run time. Source of the norm's algebra: Gemma's RMSNorm multiplies by 1 + w.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The calibration pass: block by block, on the activations of real text, each block fed by the quantized blocks before it.
 
 One block's float weights and its second moments are in memory at a time, whatever the model's size. How a matrix is rounded is
-gptq.py's, which scales are moved is awq.py's. The pass itself knows no architecture: a `Topology` says which linears read the same
-input and where scales can fold, so that benchmarks run it on other models too.
+gptq.py's, which scales are moved is awq.py's. The pass knows no architecture: a `Topology` says which linears read the same input
+and where scales can fold, so that benchmarks run it on other models too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gemma_edge.model.config import Gemma2Config
 from gemma_edge.quantize.awq import Fold, apply_fold, expand, find_scale
 from gemma_edge.quantize.gptq import Inputs, hscale, quantize_outputs
 from gemma_edge.quantize.integers import QuantizedTensor, quantize, round_to
-from gemma_edge.quantize.recipe import QuantConfig
+from gemma_edge.quantize.recipe import DATA_FREE, QuantConfig
 
 Run = Callable[[nn.Module, Tensor], Tensor]  # a block on one window (1, T, hidden) -> same
 
@@ -147,5 +147,4 @@ def _gptq(weight: Tensor, inputs: Inputs, config: QuantConfig, rounds: int) -> Q
     return quantize_outputs(weight, inputs, config, rounds=rounds)
 
 
-DATA_FREE = ("rtn", "mse")
 WITH_INPUTS = {"hscale": _hscale, "awq": _hscale, "gptq": _gptq, "awq+gptq": _gptq}

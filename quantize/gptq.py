@@ -1,9 +1,10 @@
 """Codes and scales of a matrix that keep its *outputs*, given the second moment H = X^T X / n of the inputs it will see.
 
-GPTQ (Frantar et al., arXiv 2210.17323): columns are rounded one after the other, each one's error spread over the columns that are
-still free. It is computed as what it is, Babai's nearest plane algorithm on the Cholesky factor of H itself (Chen et al.,
-arXiv 2507.18553): the same codes, without inverting H. Columns go by falling diagonal of H (act-order) while the groups stay where
-they are, with scales fixed before (static groups), so that no backend sees an order. What H is measured on is calibrate.py's.
+GPTQ (Frantar et al., arXiv 2210.17323): columns are rounded one after the other, each one's error spread over the columns that
+are still free. It is computed as what it is, Babai's nearest plane algorithm on the Cholesky factor of H itself (Chen et al.,
+arXiv 2507.18553): the same codes, without inverting H. Columns go by falling diagonal of H (act-order) while the groups stay
+where they are, with scales fixed before (static groups), so that no backend sees an order. What H is measured on is
+calibrate.py's.
 """
 
 from __future__ import annotations

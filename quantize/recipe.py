@@ -14,7 +14,9 @@ from typing import Any
 from gemma_edge.errors import InputError
 
 GROUP_MULTIPLE = 32  # every backend's kernels take groups of a multiple of 32
-METHODS = ("rtn", "mse")
+DATA_FREE = ("rtn", "mse")
+CALIBRATED = ("hscale", "gptq", "awq", "awq+gptq")
+METHODS = (*DATA_FREE, *CALIBRATED)
 BITS = (4, 8, 16, 32)
 FLOAT_BITS = 32  # of matrices that stay float beside quantized ones
 TABLE_PATTERN = r"model\.embed_tokens"
@@ -93,6 +95,16 @@ class Recipe:
         """The configuration of every weight of a model, from its (out, in) shapes."""
         return {name: self.config_for(name, shape[1]) for name, shape in shapes.items()}
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether a rule asks for a method that looks at text."""
+        return any(rule.config is not None and rule.method in CALIBRATED for rule in self.rules)
+
+    @property
+    def folds(self) -> bool:
+        """Whether a rule asks for channel scales."""
+        return any(rule.config is not None and rule.method.startswith("awq") for rule in self.rules)
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, for a manifest."""
         return {**asdict(self), "rules": [asdict(rule) for rule in self.rules]}
@@ -103,9 +115,28 @@ UNCALIBRATED_GROUP = 32  # data-free rounding is good enough only in groups this
 CALIBRATED_GROUP = 128
 
 
-def default_method(bits: int, group_size: int) -> str:
-    """Searched scales where they help without data: small 4-bit groups. Per channel, clipping without data does harm."""
-    return "mse" if bits == 4 and group_size else "rtn"
+@dataclass(frozen=True)
+class Quality:
+    """How much work 4-bit integers are worth; the figures behind each choice are in docs/quantization.md."""
+
+    in_groups: str  # method
+    per_channel: str
+    group_size: int  # unless one is asked for
+    tokens: int = 0  # of calibration text; 0: none is looked at
+    rounds: int = 0  # of scales refitted and codes found again
+
+    def method(self, group_size: int) -> str:
+        """What suits a granularity."""
+        return self.in_groups if group_size else self.per_channel
+
+
+# Data-free, clipping helps in small groups and does harm per channel.
+QUALITIES = {
+    "fast": Quality("mse", "rtn", UNCALIBRATED_GROUP),
+    "balanced": Quality("gptq", "gptq", CALIBRATED_GROUP, tokens=8192),
+    "best": Quality("awq+gptq", "gptq", CALIBRATED_GROUP, tokens=32768, rounds=2),
+}
+DEFAULT_QUALITY = "balanced"
 
 
 def recipe_name(linears: Iterable[QuantConfig | None], table: QuantConfig | None, float_bits: int) -> str:
@@ -121,14 +152,22 @@ def recipe_name(linears: Iterable[QuantConfig | None], table: QuantConfig | None
     return "+".join(tags) + ("" if table == usual else f"-table{table.bits if table else float_bits}")
 
 
-def make_recipe(bits: int, *, group_size: int | None = None, method: str | None = None, table_bits: int = 8) -> Recipe:
+def make_recipe(
+    bits: int,
+    *,
+    group_size: int | None = None,
+    method: str | None = None,
+    table_bits: int = 8,
+    quality: str = "fast",
+) -> Recipe:
     """The recipe of a command line.
 
     Args:
         bits: 4 or 8 for the linears; 16 or 32 leaves the whole model float.
-        group_size: weights per scale, 0 = per channel; None takes the default of the bits.
-        method: one of METHODS; None takes the one that suits bits and group.
-        table_bits: of the tied table; 8 = one scale per row, 4 = groups like the body's.
+        group_size: weights per scale, 0 = per channel; None takes the default of bits and method.
+        method: one of METHODS; None takes the one that suits bits, group and quality.
+        table_bits: of the tied table; 8 = one scale per row, 4 = groups like the body's. Its method needs no data.
+        quality: one of QUALITIES; 8 bits need no calibration.
 
     Raises:
         InputError: a value outside the allowed ones.
@@ -141,11 +180,18 @@ def make_recipe(bits: int, *, group_size: int | None = None, method: str | None 
                 f"--bits {bits} leaves the weights float: --group-size, --method and --table-bits do not apply"
             )
         return Recipe(recipe_name([None], None, bits), (QuantRule(ANY, None),), bits)
-    group = group_size if group_size is not None else (UNCALIBRATED_GROUP if bits == 4 else 0)
-    body = QuantRule(ANY, QuantConfig(bits, group), method or default_method(bits, group))
+    if group_size is not None:
+        group = group_size
+    elif bits == 8:
+        group = 0
+    elif method is not None:
+        group = CALIBRATED_GROUP if method in CALIBRATED else UNCALIBRATED_GROUP
+    else:
+        group = QUALITIES[quality].group_size
+    chosen = method or ("rtn" if bits == 8 else QUALITIES[quality].method(group))
+    body = QuantRule(ANY, QuantConfig(bits, group), chosen)
     table = QuantRule(TABLE_PATTERN, INT8_ROW)
     if table_bits != 8:
-        table_group = group or UNCALIBRATED_GROUP
-        config = QuantConfig(table_bits, table_group)
-        table = QuantRule(TABLE_PATTERN, config, method or default_method(table_bits, table_group))
+        config = QuantConfig(table_bits, group or UNCALIBRATED_GROUP)
+        table = QuantRule(TABLE_PATTERN, config, chosen if chosen in DATA_FREE else QUALITIES["fast"].in_groups)
     return Recipe(recipe_name([body.config], table.config, FLOAT_BITS), (table, body), FLOAT_BITS)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -40,13 +40,13 @@ class Spec:
         return prod(self.shape) * self.dtype.itemsize
 
 
-def write_safetensors(path: Path, specs: Sequence[Spec]) -> None:
+def write_safetensors(path: Path, specs: Sequence[Spec], metadata: Mapping[str, str] | None = None) -> None:
     """Write the tensors in the order given.
 
     Raises:
         RuntimeError: a tensor's slices do not add up to its shape.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for spec in specs:
         header[spec.name] = {

@@ -7,6 +7,7 @@ transformers and vLLM load the folder. What that layout cannot say, a quantized 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from gemma_edge.model.checkpoint import (
     linear_shapes,
     norm_names,
     row_slices,
+    tensor_names,
     weight_shapes,
 )
 from gemma_edge.model.config import Gemma2Config, read_json
@@ -217,6 +219,8 @@ def write_quantized(
     recipe: Recipe,
     out: Path,
     progress: Callable[[int], None] = lambda done: None,
+    *,
+    layers: Callable[[int], Path] | None = None,
 ) -> QuantizedCheckpoint:
     """Quantize a checkpoint slice by slice into a new folder, one shard per layer.
 
@@ -225,24 +229,26 @@ def write_quantized(
         recipe: what each float weight becomes.
         out: an empty or new folder.
         progress: called with the number of weights just finished.
+        layers: finished shards of the layers, from layerwise.py; None: they are made here, without data.
     """
     out.mkdir(parents=True, exist_ok=True)
     config, configs = source.config, final_configs(source, recipe)
     count = config.num_hidden_layers + 1
-    index: dict[str, str] = {}
-    for shard in range(count):
-        name = f"model-{shard + 1:05d}-of-{count:05d}.safetensors"
-        if shard == 0:
-            # the table counts once: here where it stays float, else when its integers are made
-            counted = progress if configs[TABLE] is None else lambda done: None
-            # written float even where ours is quantized: see the header
-            specs = [_float_spec(source, TABLE, recipe.float_bits, counted), _norm_spec(source, FINAL_NORM)]
+    names = [f"model-{shard + 1:05d}-of-{count:05d}.safetensors" for shard in range(count)]
+    # the table counts once: here where it stays float, else when its integers are made
+    counted = progress if configs[TABLE] is None else lambda done: None
+    # written float even where ours is quantized: see the header
+    table = [_float_spec(source, TABLE, recipe.float_bits, counted), _norm_spec(source, FINAL_NORM)]
+    write_safetensors(out / names[0], table)
+    for layer, name in enumerate(names[1:]):
+        if layers is not None:
+            shutil.copyfile(layers(layer), out / name)
+            progress(sum(rows * columns for rows, columns in linear_shapes(config, layer).values()))
         else:
-            specs = list(_layer_shard(source, recipe, configs, shard - 1, progress))
-        write_safetensors(out / name, specs)
-        index |= {spec.name: name for spec in specs}
+            write_safetensors(out / name, list(_layer_shard(source, recipe, configs, layer, progress)))
     if configs[TABLE] is not None:
         write_safetensors(out / TABLE_FILE, list(_integer_specs(source, recipe, TABLE, configs, progress)))
+    index = {tensor: name for name in names for tensor in tensor_names(out / name)}
     (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}, indent=1))
     copy_companions(source.folder, out)
     raw = read_json(source.folder / "config.json")
@@ -308,8 +314,12 @@ def _layer_shard(
 
 
 def _norm_spec(source: Checkpoint | QuantizedCheckpoint, name: str) -> Spec:
-    values = source.vector(name)
-    return Spec(name, torch.float32, (len(values),), lambda: iter([values]))
+    return plain_spec(name, source.vector(name))
+
+
+def plain_spec(name: str, values: Tensor) -> Spec:
+    """A tensor that is in memory already."""
+    return Spec(name, values.dtype, tuple(values.shape), lambda: iter([values]))
 
 
 def narrow(dtype: torch.dtype) -> torch.dtype:
@@ -343,28 +353,47 @@ def _integer_specs(
     weight: str,
     configs: dict[str, QuantConfig | None],
     progress: Callable[[int], None],
-) -> Iterator[Spec]:
-    """Packed codes, scales and shape of one matrix. The scales are kept until their turn comes.
-
-    They are kept in one piece: a small tensor per slice, alive among large ones that come and go, would fragment the heap.
-    """
+) -> list[Spec]:
+    """One matrix, slice by slice: integers that are there already, or made without data."""
     shape, config = weight_shapes(source.config)[weight], configs[weight]
     assert config is not None
-    keep = isinstance(source, QuantizedCheckpoint) and source.configs[weight] is not None
-    scale_dtype = source.scale_dtype(weight) if keep and isinstance(source, QuantizedCheckpoint) else torch.bfloat16
+    given = source if isinstance(source, QuantizedCheckpoint) and source.configs[weight] is not None else None
+
+    def parts() -> Iterator[QuantizedTensor]:
+        for start, stop in row_slices(shape):
+            if given is not None:
+                yield given.quantized(weight, start, stop)
+            else:
+                yield quantize(source.rows(weight, start, stop), config, recipe.rule_for(weight).method)
+            progress((stop - start) * shape[1])
+
+    return integer_specs(weight, shape, config, parts, given.scale_dtype(weight) if given else torch.bfloat16)
+
+
+def integer_specs(
+    weight: str,
+    shape: tuple[int, int],
+    config: QuantConfig,
+    parts: Callable[[], Iterator[QuantizedTensor]],
+    scale_dtype: torch.dtype = torch.bfloat16,
+) -> list[Spec]:
+    """Packed codes, scales and shape of one matrix (out, in), which comes in consecutive slices of rows.
+
+    The scales are kept until their turn comes, in one piece: a small tensor per slice, alive among large ones that come and go,
+    would fragment the heap.
+    """
     groups = shape[1] // config.group_size if config.group_size else 1
     scale = torch.empty(shape[0], groups, dtype=scale_dtype)
 
     def packed() -> Iterator[Tensor]:
-        for start, stop in row_slices(shape):
-            if isinstance(source, QuantizedCheckpoint) and keep:
-                part = source.quantized(weight, start, stop)
-            else:
-                part = quantize(source.rows(weight, start, stop), config, recipe.rule_for(weight).method)
-            scale[start:stop] = part.scale
+        start = 0
+        for part in parts():
+            scale[start : start + len(part.scale)] = part.scale
+            start += len(part.scale)
             yield pack(part.codes, config.bits)
-            progress((stop - start) * shape[1])
 
-    yield Spec(f"{weight}.weight_packed", torch.int32, (shape[0], -(-shape[1] * config.bits // 32)), packed)
-    yield Spec(f"{weight}.weight_scale", scale_dtype, (shape[0], groups), lambda: iter([scale]))
-    yield Spec(f"{weight}.weight_shape", torch.int64, (2,), lambda: iter([torch.tensor(shape)]))
+    return [
+        Spec(f"{weight}.weight_packed", torch.int32, (shape[0], -(-shape[1] * config.bits // 32)), packed),
+        Spec(f"{weight}.weight_scale", scale_dtype, (shape[0], groups), lambda: iter([scale])),
+        plain_spec(f"{weight}.weight_shape", torch.tensor(shape)),
+    ]

@@ -9,7 +9,7 @@ import pytest
 from gemma_edge.errors import InputError
 from gemma_edge.model.checkpoint import weight_shapes
 from gemma_edge.model.config import GEMMA2_2B, PRESETS
-from gemma_edge.quantize.recipe import ANY, QuantConfig, QuantRule, Recipe, default_method, make_recipe
+from gemma_edge.quantize.recipe import ANY, QuantConfig, QuantRule, Recipe, make_recipe
 
 TABLE, Q_PROJ, DOWN_PROJ = "model.embed_tokens", "model.layers.0.self_attn.q_proj", "model.layers.11.mlp.down_proj"
 INT4, INT8 = QuantConfig(4, 32), QuantConfig(8, 0)
@@ -110,7 +110,7 @@ def test_a_command_line_becomes_a_recipe(
     assert recipe.name == name
     for weight in (Q_PROJ, DOWN_PROJ):
         assert recipe.config_for(weight, 9216) == config
-        assert recipe.rule_for(weight).method == method == default_method(config.bits, config.group_size)
+        assert recipe.rule_for(weight).method == method
     assert recipe.config_for(TABLE, 2304) == INT8
     assert recipe.rule_for(TABLE).method == "rtn"
 

@@ -1,0 +1,237 @@
+"""The calibration pass over a Gemma 2 checkpoint: layer by layer, kept on disk as it goes, so that a killed pass goes on.
+
+Two streams of activations run through the layers: one through the quantized layers, which the next layer's integers are fitted
+to, and the original's, which tells how far they have come apart. What happens inside a layer is calibrate.py's.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from gemma_edge.errors import InputError
+from gemma_edge.model.checkpoint import NORMS, TABLE, Checkpoint, linear_shapes
+from gemma_edge.model.config import Gemma2Config
+from gemma_edge.model.gemma2 import DecoderLayer, inverse_frequencies, rotary_angles
+from gemma_edge.model.kv_cache import RingCache
+from gemma_edge.quantize.awq import EXPONENTS, SAMPLED_ROWS
+from gemma_edge.quantize.calibrate import Choice, gemma2_topology, quantize_block, second_moments
+from gemma_edge.quantize.integers import QuantizedTensor, quantize
+from gemma_edge.quantize.recipe import Recipe
+from gemma_edge.quantize.safetensors_writer import Spec, write_safetensors
+from gemma_edge.quantize.store import integer_specs, narrow, plain_spec
+
+VERSION = 1  # of what this pass computes: another one does not go on with what an older one left
+STATE = "state.safetensors"
+# of `estimate_s`
+PASSES = 3  # forward passes of a layer
+SEARCH = 5000.0  # work of a scale search per weight, as arithmetic of a matrix product that takes as long
+OVERHEAD = 1.3  # of everything else, measured
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a pass looks at, and how hard it tries."""
+
+    windows: Tensor  # (N, T) int64, BOS first
+    rounds: int = 0  # of scales refitted and codes found again
+
+
+@dataclass(frozen=True)
+class Report:
+    """One finished layer."""
+
+    layer: int
+    relative_error: float  # of the residual stream after it: |quantized - original| / |original|, over all windows
+
+
+def layer_file(folder: Path, layer: int) -> Path:
+    """Where the pass leaves a finished layer: the tensors of its shard in the quantized checkpoint."""
+    return folder / f"layer-{layer:03d}.safetensors"
+
+
+def key_of(source: Checkpoint, recipe: Recipe, calibration: Calibration) -> str:
+    """Hash of everything that a pass depends on."""
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in source.files()]
+    parts = [VERSION, torch.__version__, files, source.config.to_json(), recipe.to_json(), calibration.rounds]
+    text = json.dumps(parts, sort_keys=True, default=str).encode()
+    return hashlib.sha256(text + calibration.windows.numpy().tobytes()).hexdigest()[:24]
+
+
+@contextmanager
+def only_here(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process; the system lets it go however the process ends.
+
+    Raises:
+        InputError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"another export is calibrating the same model in {folder}; wait for it") from None
+        yield
+
+
+@dataclass
+class _Streams:
+    """Where the pass stands."""
+
+    done: int  # layers finished
+    quantized: Tensor  # (N, T, hidden) entering layer `done`, through quantized layers
+    original: Tensor  # (N, T, hidden) the same through the original's
+    reports: list[Report]
+
+
+@torch.no_grad()
+def calibrate(
+    source: Checkpoint,
+    recipe: Recipe,
+    calibration: Calibration,
+    folder: Path,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[Report]:
+    """Quantize every layer into `folder`, going on where an earlier pass with the same inputs stopped.
+
+    Args:
+        source: float weights.
+        recipe: methods and integers of every linear, and the table's, whose rounding the first layer should see.
+        calibration: the windows.
+        folder: belongs to this pass alone: see `key_of` and `only_here`.
+        progress: called with 1 per finished layer, those of an earlier pass at once.
+
+    Raises:
+        InputError: the weights or the activations are NaN or infinite.
+    """
+    config, topology = source.config, gemma2_topology(source.config)
+    streams = _load(folder / STATE) or _embedded(source, recipe, calibration.windows)
+    progress(streams.done)
+    for layer in range(streams.done, config.num_hidden_layers):
+        block, run = source.load_layer(layer), runner(source, layer, calibration.windows.shape[1])
+        _advance(block, streams.original, run)
+        moments = second_moments(block, streams.quantized, run, topology)
+        found = quantize_block(block, moments, topology, _choices(source, recipe, layer), rounds=calibration.rounds)
+        _advance(block, streams.quantized, run)
+        error = (streams.quantized - streams.original).norm() / streams.original.norm()
+        streams.reports.append(Report(layer, float(error)))
+        streams.done = layer + 1
+        _write_layer(folder, source, recipe, layer, block, found)
+        _save(folder / STATE, streams)
+        progress(1)
+    return streams.reports
+
+
+def runner(source: Checkpoint, layer: int, tokens: int) -> Callable[[nn.Module, Tensor], Tensor]:
+    """How a layer is applied to one window (1, T, hidden) from position 0 on."""
+    rope = rotary_angles(inverse_frequencies(source.config), torch.zeros(1, dtype=torch.int64), tokens)
+    start = torch.zeros(1, dtype=torch.int64)
+
+    def run(block: nn.Module, x: Tensor) -> Tensor:
+        cache = RingCache(source.config, context=tokens, chunk=tokens, layers=[layer])
+        out: Tensor = block(x, cache, rope, start)
+        return out
+
+    return run
+
+
+def _embedded(source: Checkpoint, recipe: Recipe, windows: Tensor) -> _Streams:
+    """Rows of the table for every token, as the original has them and as its integers will give them."""
+    seen, place = torch.unique(windows.flatten(), return_inverse=True)
+    rows = torch.cat([source.rows(TABLE, int(token), int(token) + 1) for token in seen])  # (seen, hidden)
+    rule = recipe.rule_for(TABLE)
+    config = recipe.config_for(TABLE, rows.shape[1])
+    rounded = rows if config is None else quantize(rows, config, rule.method).dequantize()
+    scale = source.config.hidden_size**0.5
+    shape = (*windows.shape, -1)
+    return _Streams(0, (rounded[place] * scale).view(shape), (rows[place] * scale).view(shape), [])
+
+
+def _choices(source: Checkpoint, recipe: Recipe, layer: int) -> dict[str, Choice]:
+    prefix = f"model.layers.{layer}."
+    return {
+        name.removeprefix(prefix): Choice(recipe.config_for(name, columns), recipe.rule_for(name).method)
+        for name, (_, columns) in linear_shapes(source.config, layer).items()
+    }
+
+
+def _advance(block: nn.Module, x: Tensor, run: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    for i in range(len(x)):
+        x[i] = run(block, x[i : i + 1])[0]
+
+
+def _write_layer(
+    folder: Path,
+    source: Checkpoint,
+    recipe: Recipe,
+    layer: int,
+    block: DecoderLayer,
+    found: dict[str, QuantizedTensor],
+) -> None:
+    prefix = f"model.layers.{layer}."
+    specs: list[Spec] = []
+    for name, (rows, columns) in linear_shapes(source.config, layer).items():
+        part = name.removeprefix(prefix)
+        if part in found:
+            tensor = found[part]
+            specs += integer_specs(name, (rows, columns), tensor.config, lambda tensor=tensor: iter([tensor]))  # type: ignore[misc]
+        else:
+            dtype = narrow(source.dtype(name)) if recipe.float_bits == 16 else torch.float32
+            specs.append(plain_spec(f"{name}.weight", block.get_parameter(f"{part}.weight").data.to(dtype)))
+    specs += [plain_spec(f"{prefix}{norm}.weight", block.get_parameter(f"{norm}.weight").data) for norm in NORMS]
+    path = layer_file(folder, layer)
+    written = path.with_suffix(".partial")
+    write_safetensors(written, specs)
+    written.rename(path)
+
+
+def estimate_s(config: Gemma2Config, recipe: Recipe, calibration: Calibration) -> float:
+    """Roughly how long a whole pass will take on this machine: its work, at the speed of a matrix product that is tried now."""
+    shapes = {name.split(".", 3)[3]: shape for name, shape in linear_shapes(config, 0).items()}
+    weights = sum(rows * columns for rows, columns in shapes.values())
+    tokens, rounds = calibration.windows.numel(), calibration.rounds
+    inputs = [shapes[site[0]][1] for site in gemma2_topology(config).sites]
+    flops = 2.0 * tokens * (PASSES * weights + sum(n * n for n in inputs))
+    flops += sum(n**3 / 3 for n in inputs) + SEARCH * weights
+    flops += (1 + 4 * rounds) * sum(2.0 * rows * columns**2 for rows, columns in shapes.values())
+    if recipe.folds:
+        flops += len(EXPONENTS) * sum(n**3 / 3 + 4 * SAMPLED_ROWS * n**2 for n in inputs)
+    x = torch.ones(1024, 2048)
+    fastest = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        x @ x.T
+        fastest = min(fastest, time.perf_counter() - start)
+    return OVERHEAD * config.num_hidden_layers * flops * fastest / (2.0 * 1024 * 1024 * 2048)
+
+
+def _save(path: Path, streams: _Streams) -> None:
+    """Replace the state in one rename: a kill leaves the old one or the new one."""
+    specs = [plain_spec("quantized", streams.quantized), plain_spec("original", streams.original)]
+    reports = json.dumps([asdict(report) for report in streams.reports])
+    written = path.with_suffix(".partial")
+    write_safetensors(written, specs, {"done": str(streams.done), "reports": reports})
+    written.rename(path)
+
+
+def _load(path: Path) -> _Streams | None:
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name).clone() for name in ("quantized", "original")}
+    except SafetensorError:
+        return None  # a damaged disk: begin again
+    reports = [Report(**report) for report in json.loads(metadata["reports"])]
+    return _Streams(int(metadata["done"]), tensors["quantized"], tensors["original"], reports)
