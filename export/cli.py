@@ -104,6 +104,13 @@ def main() -> None:
     "--calibration-tokens", type=click.IntRange(256), help="How much of it. Default: what the quality asks for."
 )
 @click.option("--calibration-chat", is_flag=True, help="Put plain text into the form of a chat, for -it models.")
+@click.option(
+    "--distill",
+    type=click.IntRange(0),
+    default=0,
+    metavar="TOKENS",
+    help="Afterwards train scales and norms on the original's logits; holds the whole model in memory.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the passages drawn from it.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle, and an OUT.failed.")
 def make(as_json: bool, **choices: Any) -> None:

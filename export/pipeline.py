@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 import gemma_edge
 from gemma_edge.errors import InputError
 from gemma_edge.export import cache, calibration
@@ -26,7 +28,9 @@ from gemma_edge.export.choices import BACKENDS, GIB, LEVELS, TARGETS, Target
 from gemma_edge.model import hub
 from gemma_edge.model.checkpoint import Checkpoint, weight_shapes
 from gemma_edge.quantize import layerwise
+from gemma_edge.quantize.distill import Schedule
 from gemma_edge.quantize.recipe import DEFAULT_QUALITY, QUALITIES, Recipe, make_recipe
+from gemma_edge.quantize.recovery import recover
 from gemma_edge.quantize.store import QuantizedCheckpoint, named_by_content, open_weights, write_quantized
 from gemma_edge.runtimes.memory import peak_rss_mib
 from gemma_edge.runtimes.tokenizer import TOKENIZER_FILE, open_tokenizer
@@ -53,6 +57,7 @@ class ExportOptions:
     method: str | None = None
     quality: str | None = None
     text: calibration.Source = calibration.Source()
+    distill: int = 0  # tokens; 0: not at all
     context: int | None = None
     prefill_chunk: int | None = None
     backend: str | None = None
@@ -152,11 +157,7 @@ def _calibration(
         return None
     quality = QUALITIES[options.quality or DEFAULT_QUALITY]
     tokens = options.text.tokens or quality.tokens or QUALITIES[DEFAULT_QUALITY].tokens
-    config = source.config
-    windows = calibration.windows(
-        source.folder, config.bos_token_id, config.max_position_embeddings, replace(options.text, tokens=tokens)
-    )
-    return layerwise.Calibration(windows, quality.rounds)
+    return layerwise.Calibration(_windows(source, options.text, tokens), quality.rounds, quality.refit)
 
 
 @contextmanager
@@ -182,7 +183,7 @@ def export(options: ExportOptions, progress: Progress = _no_progress, opened: Op
     with staged(out, force=options.force) as work:
         _check_disk(work, plan)  # here, because what a killed export left is gone now
         bundle, checkpoint = work / "bundle", work / "checkpoint"
-        quantized = _quantize(opened, checkpoint, progress, stages)
+        quantized, learnt = _quantize(options, opened, checkpoint, progress, stages)
         with _stage(stages, "lower"), progress(f"export {backend}", plan.weights_bytes, True) as advance:
             entry = importlib.import_module(BACKENDS[backend]).lower(
                 quantized,
@@ -192,7 +193,7 @@ def export(options: ExportOptions, progress: Progress = _no_progress, opened: Op
                 progress=advance,
             )
             has_tokenizer = _copy_tokenizer(source.folder, bundle)
-            manifest = _manifest(options, opened, quantized, {backend: entry}, has_tokenizer, bundle)
+            manifest = _manifest(options, opened, quantized, {backend: entry}, has_tokenizer, bundle, learnt)
             (bundle / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         if chosen is not None:
             with _stage(stages, "verify"):
@@ -207,21 +208,45 @@ def export(options: ExportOptions, progress: Progress = _no_progress, opened: Op
     return Export(out, manifest, stages)
 
 
-def _quantize(opened: Opened, out: Path, progress: Progress, stages: list[Stage]) -> QuantizedCheckpoint:
-    """Calibrate if there is something to look at, and write the checkpoint."""
-    source, layers = opened.source, None
-    if opened.calibration is not None:
-        assert isinstance(source, Checkpoint)
-        folder = cache.calibration_folder(layerwise.key_of(source, opened.recipe, opened.calibration))
+def _quantize(
+    options: ExportOptions, opened: Opened, out: Path, progress: Progress, stages: list[Stage]
+) -> tuple[QuantizedCheckpoint, dict[str, Any]]:
+    """Calibrate if there is something to look at, write the checkpoint, and distill if asked to.
+
+    Returns:
+        the checkpoint, and what the manifest says of its calibration.
+    """
+    source, seen, layers = opened.source, opened.calibration, None
+    learnt: dict[str, Any] = {}
+    if seen is not None and isinstance(source, Checkpoint):
+        folder = cache.calibration_folder(layerwise.key_of(source, opened.recipe, seen))
         with (
             layerwise.only_here(folder),
             _stage(stages, "calibrate"),
             progress("calibrate, layers", source.config.num_hidden_layers, False) as advance,
         ):
-            layerwise.calibrate(source, opened.recipe, opened.calibration, folder, advance)
+            reports = layerwise.calibrate(source, opened.recipe, seen, folder, advance)
         layers = partial(layerwise.layer_file, folder)
+        texts = [path.name for path in options.text.paths] or list(calibration.SHIPPED)
+        learnt = {"tokens": seen.windows.numel(), "text": texts, "seed": options.text.seed}
+        learnt["layers"] = [asdict(report) for report in reports]
     with _stage(stages, "quantize"), progress("quantize", SOURCE_BYTES * source.config.num_parameters, True) as advance:
-        return write_quantized(source, opened.recipe, out, lambda done: advance(SOURCE_BYTES * done), layers=layers)
+        quantized = write_quantized(
+            source, opened.recipe, out, lambda done: advance(SOURCE_BYTES * done), layers=layers
+        )
+    if options.distill and isinstance(source, Checkpoint):
+        windows, schedule = _windows(source, options.text, options.distill), Schedule(seed=options.text.seed)
+        steps = schedule.epochs * max(1, len(windows) - schedule.held_out)
+        with _stage(stages, "distill"), progress("distill, windows", steps, False) as advance:
+            learnt["distilled"] = asdict(recover(source, quantized, windows, schedule, advance))
+        quantized = QuantizedCheckpoint.open(out)
+    return quantized, learnt
+
+
+def _windows(source: Checkpoint, text: calibration.Source, tokens: int) -> Tensor:
+    config = source.config
+    wanted = replace(text, tokens=tokens)
+    return calibration.windows(source.folder, config.bos_token_id, config.max_position_embeddings, wanted)
 
 
 def _check_checkpoint_place(kept: Path | None, out: Path) -> None:
@@ -320,6 +345,7 @@ def _manifest(
     backends: dict[str, dict[str, Any]],
     has_tokenizer: bool,
     bundle: Path,
+    learnt: dict[str, Any],
 ) -> Manifest:
     config, recipe, target = opened.source.config, opened.recipe, opened.target
     lora = {"lora": options.lora.name} if options.lora else {}
@@ -331,7 +357,7 @@ def _manifest(
             **lora,
         },
         config=config.to_json(),
-        recipe={**recipe.to_json(), "parts": parts(quantized, recipe.float_bits)},
+        recipe={**recipe.to_json(), "parts": parts(quantized, recipe.float_bits), "calibration": learnt},
         target={"name": target.name, "ram_bytes": target.ram_bytes, "threads": target.threads},
         cache=planning.geometry(config, opened.plan.context, opened.plan.prefill_chunk),
         backends=backends,

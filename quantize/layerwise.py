@@ -6,6 +6,7 @@ to, and the original's, which tells how far they have come apart. What happens i
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import hashlib
 import json
@@ -28,13 +29,14 @@ from gemma_edge.quantize.awq import EXPONENTS, SAMPLED_ROWS
 from gemma_edge.quantize.calibrate import Choice, gemma2_topology, quantize_block, second_moments
 from gemma_edge.quantize.integers import QuantizedTensor, quantize
 from gemma_edge.quantize.recipe import Recipe
+from gemma_edge.quantize.refit import refit_post_norms
 from gemma_edge.quantize.safetensors_writer import Spec, write_safetensors
 from gemma_edge.quantize.store import integer_specs, narrow, plain_spec
 
 VERSION = 1  # of what this pass computes: another one does not go on with what an older one left
 STATE = "state.safetensors"
 # of `estimate_s`
-PASSES = 3  # forward passes of a layer
+PASSES, REFIT_PASSES = 3, 4  # forward passes of a layer
 SEARCH = 5000.0  # work of a scale search per weight, as arithmetic of a matrix product that takes as long
 OVERHEAD = 1.3  # of everything else, measured
 
@@ -45,6 +47,7 @@ class Calibration:
 
     windows: Tensor  # (N, T) int64, BOS first
     rounds: int = 0  # of scales refitted and codes found again
+    refit: bool = False  # of the post-norms
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ def layer_file(folder: Path, layer: int) -> Path:
 def key_of(source: Checkpoint, recipe: Recipe, calibration: Calibration) -> str:
     """Hash of everything that a pass depends on."""
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in source.files()]
-    parts = [VERSION, torch.__version__, files, source.config.to_json(), recipe.to_json(), calibration.rounds]
+    parts = [VERSION, torch.__version__, files, source.config.to_json(), recipe.to_json()]
+    parts += [calibration.rounds, calibration.refit]
     text = json.dumps(parts, sort_keys=True, default=str).encode()
     return hashlib.sha256(text + calibration.windows.numpy().tobytes()).hexdigest()[:24]
 
@@ -120,8 +124,11 @@ def calibrate(
     for layer in range(streams.done, config.num_hidden_layers):
         block, run = source.load_layer(layer), runner(source, layer, calibration.windows.shape[1])
         _advance(block, streams.original, run)
+        original = copy.deepcopy(block) if calibration.refit else None
         moments = second_moments(block, streams.quantized, run, topology)
         found = quantize_block(block, moments, topology, _choices(source, recipe, layer), rounds=calibration.rounds)
+        if original is not None:
+            refit_post_norms(block, original, streams.quantized, run, config.rms_norm_eps)
         _advance(block, streams.quantized, run)
         error = (streams.quantized - streams.original).norm() / streams.original.norm()
         streams.reports.append(Report(layer, float(error)))
@@ -201,7 +208,7 @@ def estimate_s(config: Gemma2Config, recipe: Recipe, calibration: Calibration) -
     weights = sum(rows * columns for rows, columns in shapes.values())
     tokens, rounds = calibration.windows.numel(), calibration.rounds
     inputs = [shapes[site[0]][1] for site in gemma2_topology(config).sites]
-    flops = 2.0 * tokens * (PASSES * weights + sum(n * n for n in inputs))
+    flops = 2.0 * tokens * ((PASSES + REFIT_PASSES * calibration.refit) * weights + sum(n * n for n in inputs))
     flops += sum(n**3 / 3 for n in inputs) + SEARCH * weights
     flops += (1 + 4 * rounds) * sum(2.0 * rows * columns**2 for rows, columns in shapes.values())
     if recipe.folds:

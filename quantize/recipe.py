@@ -124,6 +124,7 @@ class Quality:
     group_size: int  # unless one is asked for
     tokens: int = 0  # of calibration text; 0: none is looked at
     rounds: int = 0  # of scales refitted and codes found again
+    refit: bool = False  # of the post-norms
 
     def method(self, group_size: int) -> str:
         """What suits a granularity."""
@@ -134,7 +135,7 @@ class Quality:
 QUALITIES = {
     "fast": Quality("mse", "rtn", UNCALIBRATED_GROUP),
     "balanced": Quality("gptq", "gptq", CALIBRATED_GROUP, tokens=8192),
-    "best": Quality("awq+gptq", "gptq", CALIBRATED_GROUP, tokens=32768, rounds=2),
+    "best": Quality("awq+gptq", "gptq", CALIBRATED_GROUP, tokens=32768, rounds=2, refit=True),
 }
 DEFAULT_QUALITY = "balanced"
 

@@ -233,8 +233,7 @@ def write_quantized(
     """
     out.mkdir(parents=True, exist_ok=True)
     config, configs = source.config, final_configs(source, recipe)
-    count = config.num_hidden_layers + 1
-    names = [f"model-{shard + 1:05d}-of-{count:05d}.safetensors" for shard in range(count)]
+    names = shard_names(config)
     # the table counts once: here where it stays float, else when its integers are made
     counted = progress if configs[TABLE] is None else lambda done: None
     # written float even where ours is quantized: see the header
@@ -257,6 +256,12 @@ def write_quantized(
         raw["quantization_config"] = quantization_config(configs)
     (out / "config.json").write_text(json.dumps(raw, indent=1) + "\n")
     return QuantizedCheckpoint.open(out)
+
+
+def shard_names(config: Gemma2Config) -> list[str]:
+    """The checkpoint's files: the table and the final norm, then a layer each."""
+    count = config.num_hidden_layers + 1
+    return [f"model-{shard + 1:05d}-of-{count:05d}.safetensors" for shard in range(count)]
 
 
 def quantization_config(configs: dict[str, QuantConfig | None]) -> dict[str, Any]:

@@ -1,0 +1,91 @@
+"""Post-norm weights refitted after rounding: per channel the least-squares answer to what the original block gives.
+
+Gemma's post-norms multiply each channel of a branch just before it joins the residual stream, so the best factor of every channel
+has a closed form. It is kept only where it brings the block's output closer to the original's on windows it was not fitted to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from gemma_edge.quantize.calibrate import Run
+
+# a post-norm, and the module whose input is the residual stream just after it (None: the block's output)
+BRANCHES = (("post_attention_layernorm", "pre_feedforward_layernorm"), ("post_feedforward_layernorm", None))
+PULL = 0.01  # towards the weights that are there, as a part of the evidence
+HELD_OUT = 4  # one window in so many is only looked at
+
+
+@torch.no_grad()
+def refit_post_norms(block: nn.Module, original: nn.Module, x: Tensor, run: Run, eps: float) -> tuple[float, float]:
+    """Change a quantized block's post-norms in place, or leave them.
+
+    Args:
+        block: the quantized one.
+        original: the same in float.
+        x: (N, T, hidden) windows entering the block, the same for both.
+        eps: of the norms.
+
+    Returns:
+        squared error of the block's output on the windows held out, before and after.
+    """
+    count = max(1, len(x) // HELD_OUT)
+    fitted, held_out = x[:-count], x[-count:]
+    before = _error(block, original, held_out, run)
+    if not len(fitted):
+        return before, before
+    kept = {norm: block.get_parameter(f"{norm}.weight").data.clone() for norm, _ in BRANCHES}
+    for norm, after_it in BRANCHES:
+        _refit(block, original, fitted, run, norm, after_it, eps)
+    after = _error(block, original, held_out, run)
+    if after >= before:
+        for norm, weight in kept.items():
+            block.get_parameter(f"{norm}.weight").data.copy_(weight)
+    return before, min(before, after)
+
+
+def _refit(
+    block: nn.Module, original: nn.Module, x: Tensor, run: Run, norm: str, after_it: str | None, eps: float
+) -> None:
+    """factor = <n, t> / <n, n> per channel, n the normalised branch, t what should have been added to the stream."""
+    weight = block.get_parameter(f"{norm}.weight").data  # (hidden,)
+    along, evidence = torch.zeros_like(weight), torch.zeros_like(weight)
+    watched = (norm, *([after_it] if after_it else []))
+    for window in x:
+        with _inputs_of(original, watched) as wanted:
+            target = run(original, window[None])
+        with _inputs_of(block, watched) as seen:
+            output = run(block, window[None])
+        if after_it:
+            target, output = wanted[after_it], seen[after_it]
+        branch = seen[norm] * torch.rsqrt(seen[norm].square().mean(-1, keepdim=True) + eps)  # (1, T, hidden)
+        missing = target - (output - branch * (1.0 + weight))  # what the branch should have added
+        along += (branch * missing).sum((0, 1))
+        evidence += branch.square().sum((0, 1))
+    pull = PULL * evidence + 1e-12
+    weight.copy_((along + pull * (1.0 + weight)) / (evidence + pull) - 1.0)
+
+
+def _error(block: nn.Module, original: nn.Module, x: Tensor, run: Run) -> float:
+    return sum(float((run(block, w[None]) - run(original, w[None])).square().sum()) for w in x)
+
+
+@contextmanager
+def _inputs_of(block: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, Tensor]]:
+    """What each named module is called with."""
+    seen: dict[str, Tensor] = {}
+    hooks = [
+        block.get_submodule(name).register_forward_pre_hook(
+            lambda _module, args, name=name: seen.__setitem__(name, args[0])
+        )
+        for name in names
+    ]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
