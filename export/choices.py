@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 GIB = 1 << 30
 DEFAULT_CHUNK = 128  # most tokens in one forward call
+KV_DTYPES = {8: "int8", 32: "float32"}  # numpy's name of the KV cache's elements, by their bits
 
 # backend -> the module whose `lower` makes its files, imported when it is needed
 BACKENDS = {"onnx": "gemma_edge.export.onnx.backend"}
@@ -22,13 +23,14 @@ class Target:
     ram_bytes: int  # that the app may take, not what the device has
     threads: int
     context: int  # tried first; halved until it fits
+    kv_bits: int = 32  # of the KV cache where its scales are calibrated: a key of KV_DTYPES
     backend: str = "onnx"  # unless --backend says otherwise
 
 
 TARGETS = {
     target.name: target
     for target in (
-        Target("android", ram_bytes=4 * GIB, threads=4, context=2048),
+        Target("android", ram_bytes=4 * GIB, threads=4, context=2048, kv_bits=8),
         Target("raspberry-pi", ram_bytes=6 * GIB, threads=4, context=4096),
         Target("desktop", ram_bytes=16 * GIB, threads=8, context=8192),
     )
@@ -66,3 +68,8 @@ LEVELS: dict[str, Level | None] = {
     "full": Level(least_tokens=1024, most_tokens=NO_LIMIT, text=NO_LIMIT),
     "none": None,
 }
+
+
+def bits_of(kv_dtype: str) -> int:
+    """Inverse of KV_DTYPES."""
+    return next(bits for bits, dtype in KV_DTYPES.items() if dtype == kv_dtype)

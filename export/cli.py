@@ -16,7 +16,7 @@ import click
 
 from gemma_edge.command import Command, Group
 from gemma_edge.errors import InputError
-from gemma_edge.export.choices import BACKENDS, DEFAULT_CHUNK, LEVELS, TARGETS
+from gemma_edge.export.choices import BACKENDS, DEFAULT_CHUNK, KV_DTYPES, LEVELS, TARGETS
 from gemma_edge.model.hub import DEFAULT_MODEL
 from gemma_edge.quantize.recipe import BITS, DEFAULT_QUALITY, METHODS, QUALITIES
 
@@ -64,6 +64,11 @@ def _model_options(command: F) -> F:
         ),
         click.option("--context", type=int, help="Tokens the model looks back on. Default: what fits the target."),
         click.option("--prefill-chunk", type=int, help=f"Most prompt tokens in one call. Default: {DEFAULT_CHUNK}."),
+        click.option(
+            "--kv-bits",
+            type=int,
+            help=f"Of the KV cache: {_list(KV_DTYPES)}. Default: 8 on phones, with calibrated scales and if the gate passes.",
+        ),
         click.option("--lora", type=click.Path(path_type=Path), help="PEFT adapter folder to merge."),
         click.option("--ram", "ram_gib", type=float, help="GiB that the app may take. Default: the target's."),
         click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of tables."),
@@ -172,15 +177,16 @@ def _options(choices: dict[str, Any]) -> Any:
         raise InputError(
             "exporting needs PyTorch, which this installation leaves out: pip install 'gemma-edge[export]'"
         )
-    from gemma_edge.export import calibration, pipeline
+    from gemma_edge.export.calibration import Source
+    from gemma_edge.export.options import ExportOptions
 
-    text = calibration.Source(
+    text = Source(
         paths=choices.pop("calibration_text", ()),
         tokens=choices.pop("calibration_tokens", None) or 0,
         chat=choices.pop("calibration_chat", False),
         seed=choices.pop("seed", 0),
     )
-    return pipeline.ExportOptions(**{**choices, "table_bits": int(choices["table_bits"]), "text": text})
+    return ExportOptions(**{**choices, "table_bits": int(choices["table_bits"]), "text": text})
 
 
 def _show_warnings() -> None:

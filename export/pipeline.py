@@ -3,79 +3,30 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import logging
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-import gemma_edge
 from gemma_edge.errors import InputError
-from gemma_edge.export import cache, calibration
 from gemma_edge.export import plan as planning
 from gemma_edge.export import verify as gate
 from gemma_edge.export.bundle import MANIFEST, Manifest, list_files, refuse_existing, staged
-from gemma_edge.export.choices import BACKENDS, GIB, LEVELS, TARGETS, Target
+from gemma_edge.export.choices import BACKENDS, GIB, LEVELS, TARGETS, Target, bits_of
+from gemma_edge.export.contents import parts, tool_versions
+from gemma_edge.export.options import ExportOptions, Progress, Stage, no_progress, stage
+from gemma_edge.export.quantizing import choose_calibration, choose_recipe, make_checkpoint
 from gemma_edge.model import hub
-from gemma_edge.model.checkpoint import Checkpoint, weight_shapes
+from gemma_edge.model.checkpoint import Checkpoint
 from gemma_edge.quantize import layerwise
-from gemma_edge.quantize.distill import Schedule
-from gemma_edge.quantize.recipe import DEFAULT_QUALITY, QUALITIES, Recipe, make_recipe
-from gemma_edge.quantize.recovery import recover
-from gemma_edge.quantize.store import QuantizedCheckpoint, named_by_content, open_weights, write_quantized
-from gemma_edge.runtimes.memory import peak_rss_mib
+from gemma_edge.quantize.recipe import Recipe
+from gemma_edge.quantize.store import QuantizedCheckpoint, named_by_content, open_weights
 from gemma_edge.runtimes.tokenizer import TOKENIZER_FILE, open_tokenizer
 
 logger = logging.getLogger(__name__)
-
-TOOLS = ("torch", "onnx", "onnxruntime", "onnxscript", "safetensors", "tokenizers", "numpy")
-
-# (what, total, in bytes or in steps) -> a context that yields a function to call with what was done
-Progress = Callable[[str, int, bool], AbstractContextManager[Callable[[int], None]]]
-SOURCE_BYTES = 2  # of a weight in the original, for the progress bar
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """What a user can choose. None = the default that fits model and target."""
-
-    model: str = hub.DEFAULT_MODEL
-    out: Path | None = None
-    target: str = "android"
-    bits: int = 4
-    group_size: int | None = None
-    table_bits: int = 8
-    method: str | None = None
-    quality: str | None = None
-    text: calibration.Source = calibration.Source()
-    distill: int = 0  # tokens; 0: not at all
-    context: int | None = None
-    prefill_chunk: int | None = None
-    backend: str | None = None
-    lora: Path | None = None
-    ram_gib: float | None = None
-    verify: str = "quick"
-    keep_failed: bool = False
-    save_checkpoint: Path | None = None
-    force: bool = False
-
-
-@dataclass(frozen=True)
-class Stage:
-    """How long a stage took, and the highest memory until its end."""
-
-    name: str
-    seconds: float
-    peak_rss_bytes: int
 
 
 @dataclass
@@ -117,55 +68,32 @@ def open_model(options: ExportOptions, *, plan_only: bool = False) -> Opened:
     if options.ram_gib is not None:
         target = replace(target, ram_bytes=int(options.ram_gib * GIB))
     source = open_weights(hub.resolve(options.model), lora=options.lora)
-    recipe = named_by_content(source, _recipe(options, source))
-    plan = planning.make_plan(
+    recipe = named_by_content(source, choose_recipe(options, source))
+    calibrated = source.kv_scales is not None if isinstance(source, QuantizedCheckpoint) else recipe.calibrated
+    kv_dtype = planning.choose_kv_dtype(options.kv_bits, target, calibrated=calibrated)
+    plan = _plan(options, source, recipe, target, kv_dtype)
+    # a hub id's folder is called by the hash of its commit
+    name = Path(options.model).resolve().name if Path(options.model).is_dir() else options.model.rpartition("/")[2]
+    return Opened(
+        name, source, recipe, target, plan, None if plan_only else choose_calibration(options, source, recipe)
+    )
+
+
+def _plan(
+    options: ExportOptions, source: Checkpoint | QuantizedCheckpoint, recipe: Recipe, target: Target, kv_dtype: str
+) -> planning.Plan:
+    return planning.make_plan(
         source,
         recipe,
         target,
         context=options.context,
         prefill_chunk=options.prefill_chunk,
+        kv_dtype=kv_dtype,
         verify=options.verify,
     )
-    # a hub id's folder is called by the hash of its commit
-    name = Path(options.model).resolve().name if Path(options.model).is_dir() else options.model.rpartition("/")[2]
-    return Opened(name, source, recipe, target, plan, None if plan_only else _calibration(options, source, recipe))
 
 
-def _recipe(options: ExportOptions, source: Checkpoint | QuantizedCheckpoint) -> Recipe:
-    quality = options.quality
-    if quality is not None and quality not in QUALITIES:
-        raise InputError(f"--quality {quality}; supported: {', '.join(QUALITIES)}")
-    if quality is None:
-        has_text = (source.folder / TOKENIZER_FILE).is_file()
-        quality = DEFAULT_QUALITY if has_text else "fast"
-        if not has_text and options.method is None and options.bits == 4:
-            logger.warning("%s has no tokenizer, so nothing to calibrate on: --quality fast", source.folder)
-    return make_recipe(
-        options.bits,
-        group_size=options.group_size,
-        method=options.method,
-        table_bits=options.table_bits,
-        quality=quality,
-    )
-
-
-def _calibration(
-    options: ExportOptions, source: Checkpoint | QuantizedCheckpoint, recipe: Recipe
-) -> layerwise.Calibration | None:
-    """The windows to look at, if a rule asks for them and the folder is not quantized already."""
-    if not recipe.calibrated or isinstance(source, QuantizedCheckpoint):
-        return None
-    quality = QUALITIES[options.quality or DEFAULT_QUALITY]
-    tokens = options.text.tokens or quality.tokens or QUALITIES[DEFAULT_QUALITY].tokens
-    return layerwise.Calibration(_windows(source, options.text, tokens), quality.rounds, quality.refit)
-
-
-@contextmanager
-def _no_progress(what: str, total: int, in_bytes: bool) -> Iterator[Callable[[int], None]]:
-    yield lambda done: None
-
-
-def export(options: ExportOptions, progress: Progress = _no_progress, opened: Opened | None = None) -> Export:
+def export(options: ExportOptions, progress: Progress = no_progress, opened: Opened | None = None) -> Export:
     """Make a bundle. It appears at `options.out` complete and verified, or not at all.
 
     Raises:
@@ -173,80 +101,36 @@ def export(options: ExportOptions, progress: Progress = _no_progress, opened: Op
         RuntimeError: the exported graph is not what it should be.
     """
     opened = opened or open_model(options)
-    source, plan, backend = opened.source, opened.plan, opened.target.backend
+    source, plan = opened.source, opened.plan
     out = options.out or Path(f"{opened.name}-{opened.recipe.name}-{options.target}")
     _check_checkpoint_place(options.save_checkpoint, out)
     if options.keep_failed:
         refuse_existing(_failed_place(out), options.force)
-    chosen = _choose_gate(source, plan.context, options.verify)
+    _choose_gate(source, plan.context, options.verify)  # refuses a bad tokenizer before any work
     stages: list[Stage] = []
     with staged(out, force=options.force) as work:
         _check_disk(work, plan)  # here, because what a killed export left is gone now
         bundle, checkpoint = work / "bundle", work / "checkpoint"
-        quantized, learnt = _quantize(options, opened, checkpoint, progress, stages)
-        with _stage(stages, "lower"), progress(f"export {backend}", plan.weights_bytes, True) as advance:
-            entry = importlib.import_module(BACKENDS[backend]).lower(
-                quantized,
-                planning.geometry(source.config, plan.context, plan.prefill_chunk),
-                bundle,
-                float_bits=opened.recipe.float_bits,
-                progress=advance,
+        quantized, learnt = make_checkpoint(
+            options, source, opened.recipe, opened.calibration, checkpoint, progress, stages
+        )
+        manifest = _lower_and_verify(options, opened, quantized, learnt, bundle, progress, stages)
+        if _failures(manifest) and options.kv_bits is None and manifest.cache.dtype != "float32":
+            logger.warning(
+                "with its KV cache in %s the bundle differs too much from the original (%s): again with float32",
+                manifest.cache.dtype,
+                "; ".join(_failures(manifest)),
             )
-            has_tokenizer = _copy_tokenizer(source.folder, bundle)
-            manifest = _manifest(options, opened, quantized, {backend: entry}, has_tokenizer, bundle, learnt)
-            (bundle / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-        if chosen is not None:
-            with _stage(stages, "verify"):
-                result = _verify(chosen, opened, quantized, manifest, bundle, progress)
-            manifest = replace(manifest, verification={backend: result})
-            (bundle / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-            if not result["passed"]:
-                raise _gate_failed(options, out, bundle, result)
+            opened = replace(opened, plan=_plan(options, source, opened.recipe, opened.target, "float32"))
+            shutil.rmtree(bundle)
+            bundle.mkdir()
+            manifest = _lower_and_verify(options, opened, quantized, learnt, bundle, progress, stages)
+        if _failures(manifest):
+            raise _gate_failed(options, out, bundle, _failures(manifest))
         if options.save_checkpoint:
             options.save_checkpoint.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(checkpoint, options.save_checkpoint)
     return Export(out, manifest, stages)
-
-
-def _quantize(
-    options: ExportOptions, opened: Opened, out: Path, progress: Progress, stages: list[Stage]
-) -> tuple[QuantizedCheckpoint, dict[str, Any]]:
-    """Calibrate if there is something to look at, write the checkpoint, and distill if asked to.
-
-    Returns:
-        the checkpoint, and what the manifest says of its calibration.
-    """
-    source, seen, layers = opened.source, opened.calibration, None
-    learnt: dict[str, Any] = {}
-    if seen is not None and isinstance(source, Checkpoint):
-        folder = cache.calibration_folder(layerwise.key_of(source, opened.recipe, seen))
-        with (
-            layerwise.only_here(folder),
-            _stage(stages, "calibrate"),
-            progress("calibrate, layers", source.config.num_hidden_layers, False) as advance,
-        ):
-            reports = layerwise.calibrate(source, opened.recipe, seen, folder, advance)
-        layers = partial(layerwise.layer_file, folder)
-        texts = [path.name for path in options.text.paths] or list(calibration.SHIPPED)
-        learnt = {"tokens": seen.windows.numel(), "text": texts, "seed": options.text.seed}
-        learnt["layers"] = [asdict(report) for report in reports]
-    with _stage(stages, "quantize"), progress("quantize", SOURCE_BYTES * source.config.num_parameters, True) as advance:
-        quantized = write_quantized(
-            source, opened.recipe, out, lambda done: advance(SOURCE_BYTES * done), layers=layers
-        )
-    if options.distill and isinstance(source, Checkpoint):
-        windows, schedule = _windows(source, options.text, options.distill), Schedule(seed=options.text.seed)
-        steps = schedule.epochs * max(1, len(windows) - schedule.held_out)
-        with _stage(stages, "distill"), progress("distill, windows", steps, False) as advance:
-            learnt["distilled"] = asdict(recover(source, quantized, windows, schedule, advance))
-        quantized = QuantizedCheckpoint.open(out)
-    return quantized, learnt
-
-
-def _windows(source: Checkpoint, text: calibration.Source, tokens: int) -> Tensor:
-    config = source.config
-    wanted = replace(text, tokens=tokens)
-    return calibration.windows(source.folder, config.bos_token_id, config.max_position_embeddings, wanted)
 
 
 def _check_checkpoint_place(kept: Path | None, out: Path) -> None:
@@ -264,7 +148,7 @@ def _check_checkpoint_place(kept: Path | None, out: Path) -> None:
 
 
 def _choose_gate(source: Checkpoint | QuantizedCheckpoint, context: int, level: str) -> gate.Gate | None:
-    """The gate's tokens, before any work: a tokenizer that cannot be used shows here, also when nothing is verified."""
+    """The gate's tokens; a tokenizer that cannot be used shows here, also when nothing is verified."""
     tokenizer = source.folder / TOKENIZER_FILE
     if level == "none":
         if tokenizer.is_file():
@@ -276,6 +160,41 @@ def _choose_gate(source: Checkpoint | QuantizedCheckpoint, context: int, level: 
     )
 
 
+def _lower_and_verify(
+    options: ExportOptions,
+    opened: Opened,
+    quantized: QuantizedCheckpoint,
+    learnt: dict[str, Any],
+    bundle: Path,
+    progress: Progress,
+    stages: list[Stage],
+) -> Manifest:
+    """The bundle's files, and what the gate found of them; nobody has looked at that yet."""
+    source, plan, backend = opened.source, opened.plan, opened.target.backend
+    with stage(stages, "lower"), progress(f"export {backend}", plan.weights_bytes, True) as advance:
+        entry = importlib.import_module(BACKENDS[backend]).lower(
+            quantized,
+            planning.geometry(source.config, plan.context, plan.prefill_chunk, plan.kv_dtype),
+            bundle,
+            float_bits=opened.recipe.float_bits,
+            progress=advance,
+        )
+        has_tokenizer = _copy_tokenizer(source.folder, bundle)
+        manifest = _manifest(options, opened, quantized, {backend: entry}, has_tokenizer, bundle, learnt)
+        (bundle / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    chosen = _choose_gate(source, plan.context, options.verify)
+    if chosen is not None:
+        with stage(stages, "verify"):
+            result = _verify(chosen, opened, quantized, manifest, bundle, progress)
+        manifest = replace(manifest, verification={backend: result})
+        (bundle / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    return manifest
+
+
+def _failures(manifest: Manifest) -> list[str]:
+    return [failure for result in manifest.verification.values() for failure in result["failures"]]
+
+
 def _verify(
     chosen: gate.Gate,
     opened: Opened,
@@ -285,9 +204,8 @@ def _verify(
     progress: Progress,
 ) -> dict[str, Any]:
     config, cache = opened.source.config, manifest.cache
-    limits = gate.LIMITS[
-        min(config.bits if config else opened.recipe.float_bits for config in quantized.configs.values())
-    ]
+    bits = [config.bits if config else opened.recipe.float_bits for config in quantized.configs.values()]
+    limits = gate.LIMITS[min(*bits, bits_of(cache.dtype))]
     total = gate.steps(config.num_hidden_layers, len(chosen.ids), cache.prefill_chunk)
     with progress(f"verify ({len(chosen.ids)} tokens)", total, False) as advance:
         return gate.verify(
@@ -299,8 +217,8 @@ def _failed_place(out: Path) -> Path:
     return out.with_name(f"{out.name}.failed")
 
 
-def _gate_failed(options: ExportOptions, out: Path, bundle: Path, result: dict[str, Any]) -> InputError:
-    found = "; ".join(result["failures"])
+def _gate_failed(options: ExportOptions, out: Path, bundle: Path, failures: list[str]) -> InputError:
+    found = "; ".join(failures)
     if not options.keep_failed:
         return InputError(
             f"{out} not made: it differs too much from the original ({found}); --keep-failed keeps it to look at"
@@ -310,13 +228,6 @@ def _gate_failed(options: ExportOptions, out: Path, bundle: Path, result: dict[s
     shutil.rmtree(kept, ignore_errors=True)
     bundle.rename(kept)
     return InputError(f"{out} not made: it differs too much from the original ({found}); it lies in {kept}")
-
-
-@contextmanager
-def _stage(stages: list[Stage], name: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    stages.append(Stage(name, time.perf_counter() - start, int(peak_rss_mib() * (1 << 20))))
 
 
 def _check_disk(out: Path, plan: planning.Plan) -> None:
@@ -359,44 +270,15 @@ def _manifest(
         config=config.to_json(),
         recipe={**recipe.to_json(), "parts": parts(quantized, recipe.float_bits), "calibration": learnt},
         target={"name": target.name, "ram_bytes": target.ram_bytes, "threads": target.threads},
-        cache=planning.geometry(config, opened.plan.context, opened.plan.prefill_chunk),
+        cache=planning.geometry(config, opened.plan.context, opened.plan.prefill_chunk, opened.plan.kv_dtype),
         backends=backends,
         files=list_files(bundle),
         tokenizer=has_tokenizer,
         plan=opened.plan.to_json(),
-        tools={"gemma-edge": gemma_edge.__version__, **_versions()},
+        tools=tool_versions(),
         verification={},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for tool in TOOLS:
-        try:
-            found[tool] = importlib.metadata.version(tool)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def parts(quantized: QuantizedCheckpoint, float_bits: int) -> list[dict[str, Any]]:
-    """What each kind of weight became: one row per kind, bits and group."""
-    rows: dict[tuple[str, int, int], dict[str, Any]] = {}
-    for name, (out_features, in_features) in weight_shapes(quantized.config).items():
-        config = quantized.configs[name]
-        bits = config.bits if config else float_bits
-        group = config.group_size if config else 0
-        kind = name.split(".", 3)[-1] if ".layers." in name else name.removeprefix("model.")
-        weights = out_features * in_features
-        scales = out_features * (in_features // group if group else 1) if config else 0
-        row = rows.setdefault(
-            (kind, bits, group), {"part": kind, "bits": bits, "group_size": group, "count": 0, "weights": 0, "bytes": 0}
-        )
-        row["count"] += 1
-        row["weights"] += weights
-        row["bytes"] += weights * bits // 8 + 2 * scales
-    return list(rows.values())
 
 
 def to_json(done: Export) -> dict[str, Any]:

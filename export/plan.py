@@ -12,7 +12,7 @@ from typing import Any
 
 from gemma_edge.errors import InputError
 from gemma_edge.export.bundle import CacheGeometry, LayerCache
-from gemma_edge.export.choices import DEFAULT_CHUNK, GIB, LEVELS, Target
+from gemma_edge.export.choices import DEFAULT_CHUNK, GIB, KV_DTYPES, LEVELS, Target
 from gemma_edge.export.onnx.weights import resident_bytes, weights_bytes
 from gemma_edge.model.checkpoint import SLICE_BYTES, Checkpoint
 from gemma_edge.model.config import Gemma2Config
@@ -33,6 +33,7 @@ class Plan:
     recipe: str
     context: int
     prefill_chunk: int
+    kv_dtype: str  # of the cache's elements, a value of KV_DTYPES
     weights_bytes: int  # of the weights file, exact; the graphs beside it take under 1 MB
     kv_bytes: int  # exact
     device_ram_bytes: int  # resident while generating
@@ -53,14 +54,14 @@ class Sizes:
     resident: int  # in the runtime's memory
 
 
-def geometry(config: Gemma2Config, context: int, prefill_chunk: int) -> CacheGeometry:
-    """The cache of a context: local layers keep their window, global layers the context."""
+def geometry(config: Gemma2Config, context: int, prefill_chunk: int, dtype: str = "float32") -> CacheGeometry:
+    """The cache of a context: local layers keep their window, global layers the context. `dtype` is a value of KV_DTYPES."""
     return CacheGeometry(
         context=context,
         prefill_chunk=prefill_chunk,
         kv_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
-        dtype="float32",
+        dtype=dtype,
         layers=tuple(LayerCache(window, slots_needed(window, prefill_chunk)) for window in windows(config, context)),
     )
 
@@ -72,6 +73,7 @@ def make_plan(
     *,
     context: int | None = None,
     prefill_chunk: int | None = None,
+    kv_dtype: str = "float32",
     verify: str = "quick",
 ) -> Plan:
     """Predict an export; without a context, take the largest of the target's halvings that fits its RAM.
@@ -88,15 +90,37 @@ def make_plan(
     if context is not None:
         _check_range("--context", context, 1, config.max_position_embeddings)
     configs = final_configs(source, recipe)
-    sizes = Sizes(weights_bytes(source, configs, recipe.float_bits), resident_bytes(source, configs, recipe.float_bits))
+    int8_kv = kv_dtype == "int8"
+    sizes = Sizes(
+        weights_bytes(source, configs, recipe.float_bits, int8_kv=int8_kv),
+        resident_bytes(source, configs, recipe.float_bits, int8_kv=int8_kv),
+    )
     tried = context or min(target.context, config.max_position_embeddings)
-    plan = _predict(source, recipe, target, sizes, geometry(config, tried, chunk))
+    plan = _predict(source, recipe, target, sizes, geometry(config, tried, chunk, kv_dtype))
     while plan.device_ram_bytes > target.ram_bytes and context is None and tried > SMALLEST_CONTEXT:
         tried //= 2
-        plan = _predict(source, recipe, target, sizes, geometry(config, tried, chunk))
+        plan = _predict(source, recipe, target, sizes, geometry(config, tried, chunk, kv_dtype))
     if plan.device_ram_bytes > target.ram_bytes:
         raise InputError(_too_large(plan, source, sizes, target))
     return replace(plan, export_disk_bytes=plan.export_disk_bytes + _gate_disk(config, plan.context, verify))
+
+
+def choose_kv_dtype(asked: int | None, target: Target, *, calibrated: bool) -> str:
+    """The KV cache's elements: what was asked for; else the target's where scales are calibrated; else float32.
+
+    Raises:
+        InputError: no such cache, or int8 without scales.
+    """
+    if asked is not None and asked not in KV_DTYPES:
+        raise InputError(f"--kv-bits {asked}; supported: {', '.join(map(str, KV_DTYPES))}")
+    if asked == 8 and not calibrated:
+        raise InputError(
+            "--kv-bits 8 needs calibration, which finds the cache's scales: use --quality balanced, --method gptq,"
+            " or --kv-bits 32"
+        )
+    if asked is None:
+        asked = target.kv_bits if calibrated else 32
+    return KV_DTYPES[asked]
 
 
 def _check_range(flag: str, value: int, low: int, high: int) -> None:
@@ -114,6 +138,7 @@ def _predict(
         context=cache.context,
         prefill_chunk=cache.prefill_chunk,
         weights_bytes=sizes.file,
+        kv_dtype=cache.dtype,
         kv_bytes=cache.bytes,
         device_ram_bytes=_device_ram(config, sizes, cache),
         device_ram_limit_bytes=target.ram_bytes,
@@ -155,7 +180,8 @@ def _too_large(plan: Plan, source: Checkpoint | QuantizedCheckpoint, sizes: Size
     smaller = range(CONTEXT_STEP, plan.context, CONTEXT_STEP)
 
     def ram(context: int) -> int:
-        return _device_ram(source.config, sizes, geometry(source.config, context, plan.prefill_chunk))
+        cache = geometry(source.config, context, plan.prefill_chunk, plan.kv_dtype)
+        return _device_ram(source.config, sizes, cache)
 
     fitting = bisect_right(smaller, target.ram_bytes, key=ram)  # RAM only grows with the context
     if fitting:

@@ -67,7 +67,7 @@ def plan_table(plan: Plan, parameters: int) -> Table:
         ("context", f"{plan.context} tokens"),
         ("prefill chunk", f"{plan.prefill_chunk} tokens"),
         ("weights file", f"{size(plan.weights_bytes)} ({plan.weights_bytes} bytes)"),
-        ("KV cache", f"{size(plan.kv_bytes)} ({plan.kv_bytes} bytes), never grows"),
+        ("KV cache", f"{size(plan.kv_bytes)} ({plan.kv_bytes} bytes), {plan.kv_dtype}, never grows"),
         ("RAM on the device", f"about {size(plan.device_ram_bytes)} of {size(plan.device_ram_limit_bytes)}"),
         ("RAM for the export", f"about {size(plan.export_ram_bytes)}"),
         ("disk for the export", size(plan.export_disk_bytes)),

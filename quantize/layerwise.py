@@ -28,12 +28,13 @@ from gemma_edge.model.kv_cache import RingCache
 from gemma_edge.quantize.awq import EXPONENTS, SAMPLED_ROWS
 from gemma_edge.quantize.calibrate import Choice, gemma2_topology, quantize_block, second_moments
 from gemma_edge.quantize.integers import QuantizedTensor, quantize
+from gemma_edge.quantize.kv_scales import KVRanges, KVScales
 from gemma_edge.quantize.recipe import Recipe
 from gemma_edge.quantize.refit import refit_post_norms
 from gemma_edge.quantize.safetensors_writer import Spec, write_safetensors
 from gemma_edge.quantize.store import integer_specs, narrow, plain_spec
 
-VERSION = 1  # of what this pass computes: another one does not go on with what an older one left
+VERSION = 2  # of what this pass computes: another one does not go on with what an older one left
 STATE = "state.safetensors"
 # of `estimate_s`
 PASSES, REFIT_PASSES = 3, 4  # forward passes of a layer
@@ -96,6 +97,7 @@ class _Streams:
     quantized: Tensor  # (N, T, hidden) entering layer `done`, through quantized layers
     original: Tensor  # (N, T, hidden) the same through the original's
     reports: list[Report]
+    ranges: KVRanges
 
 
 @torch.no_grad()
@@ -105,7 +107,7 @@ def calibrate(
     calibration: Calibration,
     folder: Path,
     progress: Callable[[int], None] = lambda done: None,
-) -> list[Report]:
+) -> tuple[list[Report], KVScales]:
     """Quantize every layer into `folder`, going on where an earlier pass with the same inputs stopped.
 
     Args:
@@ -115,6 +117,9 @@ def calibrate(
         folder: belongs to this pass alone: see `key_of` and `only_here`.
         progress: called with 1 per finished layer, those of an earlier pass at once.
 
+    Returns:
+        how far each layer's output is from the original's, and the scales of an int8 KV cache.
+
     Raises:
         InputError: the weights or the activations are NaN or infinite.
     """
@@ -122,31 +127,37 @@ def calibrate(
     streams = _load(folder / STATE) or _embedded(source, recipe, calibration.windows)
     progress(streams.done)
     for layer in range(streams.done, config.num_hidden_layers):
-        block, run = source.load_layer(layer), runner(source, layer, calibration.windows.shape[1])
+        tokens = calibration.windows.shape[1]
+        block, run = source.load_layer(layer), runner(source, layer, tokens)
         _advance(block, streams.original, run)
         original = copy.deepcopy(block) if calibration.refit else None
         moments = second_moments(block, streams.quantized, run, topology)
         found = quantize_block(block, moments, topology, _choices(source, recipe, layer), rounds=calibration.rounds)
         if original is not None:
             refit_post_norms(block, original, streams.quantized, run, config.rms_norm_eps)
-        _advance(block, streams.quantized, run)
+        _advance(block, streams.quantized, runner(source, layer, tokens, streams.ranges))
         error = (streams.quantized - streams.original).norm() / streams.original.norm()
         streams.reports.append(Report(layer, float(error)))
         streams.done = layer + 1
         _write_layer(folder, source, recipe, layer, block, found)
         _save(folder / STATE, streams)
         progress(1)
-    return streams.reports
+    return streams.reports, streams.ranges.scales()
 
 
-def runner(source: Checkpoint, layer: int, tokens: int) -> Callable[[nn.Module, Tensor], Tensor]:
-    """How a layer is applied to one window (1, T, hidden) from position 0 on."""
+def runner(
+    source: Checkpoint, layer: int, tokens: int, ranges: KVRanges | None = None
+) -> Callable[[nn.Module, Tensor], Tensor]:
+    """How a layer is applied to one window (1, T, hidden) from position 0 on; `ranges` sees the keys and values."""
     rope = rotary_angles(inverse_frequencies(source.config), torch.zeros(1, dtype=torch.int64), tokens)
     start = torch.zeros(1, dtype=torch.int64)
 
     def run(block: nn.Module, x: Tensor) -> Tensor:
         cache = RingCache(source.config, context=tokens, chunk=tokens, layers=[layer])
         out: Tensor = block(x, cache, rope, start)
+        if ranges is not None:
+            k, v = (cache.get_buffer(f"{kind}_{layer}")[:, :, :tokens] for kind in "kv")  # (1, K, T, D)
+            ranges.add(layer, k, v)
         return out
 
     return run
@@ -161,7 +172,7 @@ def _embedded(source: Checkpoint, recipe: Recipe, windows: Tensor) -> _Streams:
     rounded = rows if config is None else quantize(rows, config, rule.method).dequantize()
     scale = source.config.hidden_size**0.5
     shape = (*windows.shape, -1)
-    return _Streams(0, (rounded[place] * scale).view(shape), (rows[place] * scale).view(shape), [])
+    return _Streams(0, (rounded[place] * scale).view(shape), (rows[place] * scale).view(shape), [], KVRanges())
 
 
 def _choices(source: Checkpoint, recipe: Recipe, layer: int) -> dict[str, Choice]:
@@ -225,6 +236,8 @@ def estimate_s(config: Gemma2Config, recipe: Recipe, calibration: Calibration) -
 def _save(path: Path, streams: _Streams) -> None:
     """Replace the state in one rename: a kill leaves the old one or the new one."""
     specs = [plain_spec("quantized", streams.quantized), plain_spec("original", streams.original)]
+    for layer, (k, v) in streams.ranges.largest.items():
+        specs += [plain_spec(f"k.{layer}", k), plain_spec(f"v.{layer}", v)]
     reports = json.dumps([asdict(report) for report in streams.reports])
     written = path.with_suffix(".partial")
     write_safetensors(written, specs, {"done": str(streams.done), "reports": reports})
@@ -237,8 +250,11 @@ def _load(path: Path) -> _Streams | None:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
-            tensors = {name: file.get_tensor(name).clone() for name in ("quantized", "original")}
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
     except SafetensorError:
         return None  # a damaged disk: begin again
     reports = [Report(**report) for report in json.loads(metadata["reports"])]
-    return _Streams(int(metadata["done"]), tensors["quantized"], tensors["original"], reports)
+    ranges = KVRanges(
+        {report.layer: (tensors[f"k.{report.layer}"], tensors[f"v.{report.layer}"]) for report in reports}
+    )
+    return _Streams(int(metadata["done"]), tensors["quantized"], tensors["original"], reports, ranges)

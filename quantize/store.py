@@ -1,7 +1,7 @@
 """The quantized checkpoint: a Hugging Face folder in compressed-tensors' `pack-quantized` layout, written and read by slices.
 
-transformers and vLLM load the folder. What that layout cannot say, a quantized tied table, lies in a file of ours beside it
-(TABLE_FILE), where they do not look: they use the plain table. Source: compressed-tensors, `pack_quantized/helpers.py`.
+transformers and vLLM load the folder. What that layout cannot say lies in files of ours beside it, where they do not look: a
+quantized tied table (TABLE_FILE; they use the plain one), and the scales of an int8 KV cache (kv_scales.py).
 """
 
 from __future__ import annotations
@@ -36,36 +36,12 @@ from gemma_edge.model.checkpoint import (
 from gemma_edge.model.config import Gemma2Config, read_json
 from gemma_edge.model.hub import copy_companions
 from gemma_edge.quantize.integers import QuantizedTensor, quantize
+from gemma_edge.quantize.kv_scales import KVScales, read_kv_scales, write_kv_scales
+from gemma_edge.quantize.packing import pack, unpack
 from gemma_edge.quantize.recipe import GROUP_MULTIPLE, QuantConfig, Recipe, recipe_name
 from gemma_edge.quantize.safetensors_writer import Spec, write_safetensors
 
 TABLE_FILE = "gemma_edge_table.safetensors"
-
-
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """(rows, in) int8 -> (rows, ceil(in * bits / 32)) int32: each code plus 2^(bits-1), the first in the lowest bits."""
-    return _pad(pack_bytes(codes, bits), 4).contiguous().view(torch.int32)
-
-
-def pack_bytes(codes: Tensor, bits: int) -> Tensor:
-    """(rows, in) int8 -> (rows, ceil(in * bits / 8)) uint8: each code plus 2^(bits-1), the even column in the low nibble."""
-    unsigned = (codes.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
-    if bits == 8:
-        return unsigned
-    unsigned = _pad(unsigned, 2)
-    return unsigned[:, 0::2] | (unsigned[:, 1::2] << 4)
-
-
-def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """Inverse of `pack`: (rows, columns) int8."""
-    unsigned = packed.contiguous().view(torch.uint8)
-    if bits == 4:
-        unsigned = torch.stack((unsigned & 15, unsigned >> 4), dim=-1).flatten(1)
-    return (unsigned[:, :columns].to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
-
-
-def _pad(codes: Tensor, multiple: int) -> Tensor:
-    return torch.nn.functional.pad(codes, (0, -codes.shape[1] % multiple))
 
 
 class QuantizedCheckpoint(Weights):
@@ -78,10 +54,11 @@ class QuantizedCheckpoint(Weights):
         self._table = Shards(folder, [table]) if table.is_file() else shards
         self._shapes = weight_shapes(config)
         self.configs = {name: self._config_of(name) for name in self._shapes}
+        self.kv_scales = read_kv_scales(folder, config)  # None: not calibrated
 
     @classmethod
     def open(cls, folder: Path) -> QuantizedCheckpoint:
-        """Check the folder's layout, tensors and shapes. Reads headers only.
+        """Check the folder's layout, tensors and shapes. Reads headers only, and the KV scales.
 
         Raises:
             InputError: another quantization format, or a missing or misshapen tensor.
@@ -221,6 +198,7 @@ def write_quantized(
     progress: Callable[[int], None] = lambda done: None,
     *,
     layers: Callable[[int], Path] | None = None,
+    kv_scales: KVScales | None = None,
 ) -> QuantizedCheckpoint:
     """Quantize a checkpoint slice by slice into a new folder, one shard per layer.
 
@@ -230,6 +208,7 @@ def write_quantized(
         out: an empty or new folder.
         progress: called with the number of weights just finished.
         layers: finished shards of the layers, from layerwise.py; None: they are made here, without data.
+        kv_scales: of an int8 KV cache; None takes those that the source has.
     """
     out.mkdir(parents=True, exist_ok=True)
     config, configs = source.config, final_configs(source, recipe)
@@ -247,6 +226,10 @@ def write_quantized(
             write_safetensors(out / name, list(_layer_shard(source, recipe, configs, layer, progress)))
     if configs[TABLE] is not None:
         write_safetensors(out / TABLE_FILE, list(_integer_specs(source, recipe, TABLE, configs, progress)))
+    if kv_scales is None and isinstance(source, QuantizedCheckpoint):
+        kv_scales = source.kv_scales
+    if kv_scales is not None:
+        write_kv_scales(out, kv_scales)
     index = {tensor: name for name in names for tensor in tensor_names(out / name)}
     (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}, indent=1))
     copy_companions(source.folder, out)

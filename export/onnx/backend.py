@@ -45,7 +45,7 @@ def lower(
     """
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     config, configs = checkpoint.config, checkpoint.configs
-    blobs = blobs_of(checkpoint, configs, float_bits)
+    blobs = blobs_of(checkpoint, configs, float_bits, int8_kv=geometry.dtype == "int8")
     layers = make_layers(configs, float_dtypes(checkpoint, configs, float_bits), accuracy_level)
     generate = graph.trace(config, geometry, layers)
     graph.attach_weights(generate, blobs, WEIGHTS)

@@ -6,15 +6,19 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from gemma_edge.export.bundle import CacheGeometry
+from gemma_edge.export.onnx.seams import INT8_CACHE, SCALE_INPUTS
 from gemma_edge.export.onnx.weights import HEAD_PACKED, Blob
 from gemma_edge.model.checkpoint import TABLE, weight_shapes
 from gemma_edge.model.config import Gemma2Config
+from gemma_edge.quantize.kv_scales import KINDS, scale_name
 from gemma_edge.quantize.recipe import QuantConfig
 
 NORMS_PER_LAYER = 4
+USUAL = (0, 1, 2, 5, 6)  # inputs of GroupQueryAttention that are no weight or cache: q, k, v and lengths
 SMALL_BYTES = 4096  # constants the exporter makes; anything larger must be one of the known weights
 # operator -> which of its inputs are the packed codes and their scales
 QUANTIZED_INPUTS = {"MatMulNBits": (1, 2), "GatherBlockQuantized": (0, 2)}
@@ -92,9 +96,31 @@ def _check_attention(
             found = node.attributes[name].value
             if abs(found - value) > 1e-6 * abs(value):
                 raise RuntimeError(f"{path.name}: layer {layer} attends with {name} {found}, expected {value}")
-        past = node.inputs[3]
-        if past is None or past.name != f"past_key_values.{layer}.key":
-            raise RuntimeError(f"{path.name}: attention {layer} reads the cache {past.name if past else None}")
+        _check_cache(path, node, layer, geometry.dtype)
+
+
+def _check_cache(path: Path, node: ir.Node, layer: int, dtype: str) -> None:
+    """An attention node reads and writes the caches of its layer, in their type, and rounds to the scales of its layer."""
+    int8 = dtype == "int8"
+    kinds = ("key", "value")
+    expected = {
+        **{3 + i: f"past_key_values.{layer}.{kind}" for i, kind in enumerate(kinds)},
+        **{i: scale_name(layer, kind) for i, kind in zip(SCALE_INPUTS, KINDS, strict=True) if int8},
+    }
+    inputs = {index: value.name for index, value in enumerate(node.inputs) if value is not None and index not in USUAL}
+    if inputs != expected:
+        odd = min(index for index, _ in inputs.items() ^ expected.items())
+        raise RuntimeError(f"{path.name}: attention {layer} reads {inputs.get(odd)}, expected {expected.get(odd)}")
+    for value, name in zip(node.outputs[1:], kinds, strict=True):
+        if value.name != f"present.{layer}.{name}":
+            raise RuntimeError(f"{path.name}: attention {layer} writes {value.name}, expected present.{layer}.{name}")
+    for cache in (*node.inputs[3:5], *node.outputs[1:]):
+        if cache is None or cache.dtype != ir.DataType.from_numpy(np.dtype(dtype)):
+            raise RuntimeError(f"{path.name}: a cache of layer {layer} is {cache and cache.dtype}, expected {dtype}")
+    for attribute, wanted in INT8_CACHE.items():
+        found = node.attributes[attribute].value if attribute in node.attributes else None
+        if found != (wanted if int8 else None):
+            raise RuntimeError(f"{path.name}: layer {layer} attends with {attribute} {found} over a cache of {dtype}")
 
 
 def _check_weights(path: Path, graph: ir.Graph, blobs: list[Blob]) -> None:

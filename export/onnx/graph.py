@@ -21,6 +21,7 @@ from gemma_edge.export.onnx.weights import HEAD_PACKED, Blob
 from gemma_edge.model.checkpoint import TABLE
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.model.gemma2 import Gemma2, Layers
+from gemma_edge.quantize.kv_scales import KINDS, scale_name
 
 OPSET = 23
 MODULE = "gemma2"  # name of the decoder inside the traced module
@@ -30,6 +31,7 @@ DTYPES = {
     torch.bfloat16: ir.DataType.BFLOAT16,
     torch.uint8: ir.DataType.UINT8,
 }
+CACHE_DTYPES = {"float32": torch.float32, "int8": torch.int8}  # by `CacheGeometry.dtype`
 
 
 class Step(nn.Module):
@@ -38,13 +40,21 @@ class Step(nn.Module):
     def __init__(self, config: Gemma2Config, geometry: CacheGeometry, layers: Layers) -> None:
         super().__init__()
         self.geometry = geometry
-        self.add_module(MODULE, Gemma2(config, layers))
+        gemma2 = Gemma2(config, layers)
+        if geometry.dtype == "int8":
+            for layer in gemma2.model.layers:
+                for kind in KINDS:  # so that they are called as in the checkpoint
+                    scale = torch.empty(1, geometry.kv_heads, 1, geometry.head_dim)
+                    layer.get_submodule("self_attn").register_buffer(kind, scale)
+        self.add_module(MODULE, gemma2)
 
     def forward(self, input_ids: Tensor, input_pos: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
         """Logits (1, 1, V) of the last of the tokens (1, T), and the caches after them."""
         gemma2 = self.get_submodule(MODULE)
         assert isinstance(gemma2, Gemma2)
-        cache = GroupQueryAttention(gemma2.config, self.geometry, past)
+        count = gemma2.config.num_hidden_layers if self.geometry.dtype == "int8" else 0
+        scales = [gemma2.get_buffer(scale_name(layer, kind)) for layer in range(count) for kind in KINDS]
+        cache = GroupQueryAttention(gemma2.config, self.geometry, past, scales)
         x = gemma2.model(input_ids, input_pos, cache)  # (1, T, hidden)
         return gemma2.head(x[:, -1:]), *cache.present  # the 256k-row head never runs over a prompt
 
@@ -60,7 +70,7 @@ def trace(config: Gemma2Config, geometry: CacheGeometry, layers: Layers) -> ir.M
         step = Step(config, geometry, layers).eval()
     step.load_state_dict({name: _hollow(value) for name, value in step.state_dict().items()}, assign=True)
     kv = [(1, geometry.kv_heads, layer.slots, geometry.head_dim) for layer in geometry.layers for _ in ("key", "value")]
-    past = [_hollow(torch.empty(shape, device="meta")) for shape in kv]
+    past = [_hollow(torch.empty(shape, device="meta", dtype=CACHE_DTYPES[geometry.dtype])) for shape in kv]
     count = config.num_hidden_layers
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -21,6 +21,10 @@ from gemma_edge.quantize.recipe import QuantConfig
 
 Attrs = dict[str, int | float | str | bool | Sequence[int] | Sequence[float] | Sequence[str] | Sequence[bool]]
 
+# of GroupQueryAttention with int8 caches: it rounds rotated keys and values to the scales, and attends to what the cache holds
+INT8_CACHE: Attrs = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+SCALE_INPUTS = (12, 13)  # where it takes the scales of K and V
+
 
 class MatMulNBits(nn.Module):
     """A linear over packed integers: packed (out, blocks, bytes), scale (out, blocks)."""
@@ -144,6 +148,7 @@ class GroupQueryAttention:
     config: Gemma2Config
     geometry: CacheGeometry
     past: list[Tensor]  # 2 * layers x (1, K, slots, D): key 0, value 0, key 1, ...
+    scales: list[Tensor]  # 2 * layers x (1, K, 1, D), in the same order, for int8 caches; else empty
     present: list[Tensor] = field(default_factory=list)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope, input_pos: Tensor) -> Tensor:
@@ -163,11 +168,15 @@ class GroupQueryAttention:
             "sliding_window_cache": 1,
             "do_rotary": 0,
         }
+        inputs: list[Tensor | None] = [q, k, v, past_k, past_v, total - 1, total.squeeze(0)]
+        if self.scales:
+            attrs |= INT8_CACHE
+            inputs += [*[None] * (SCALE_INPUTS[0] - len(inputs)), *self.scales[2 * layer : 2 * layer + 2]]
         out, present_k, present_v = ops.symbolic_multi_out(
             "com.microsoft::GroupQueryAttention",
-            (q, k, v, past_k, past_v, total - 1, total.squeeze(0)),
+            inputs,
             attrs=attrs,
-            dtypes=(torch.float32,) * 3,
+            dtypes=(torch.float32, past_k.dtype, past_v.dtype),
             shapes=(q.shape, past_k.shape, past_v.shape),
             version=1,
         )

@@ -17,8 +17,10 @@ from torch import Tensor
 from gemma_edge.errors import InputError
 from gemma_edge.model.checkpoint import TABLE, Checkpoint, norm_names, row_slices, weight_shapes
 from gemma_edge.model.config import Gemma2Config
+from gemma_edge.quantize.kv_scales import KINDS, scale_name
+from gemma_edge.quantize.packing import pack_bytes
 from gemma_edge.quantize.recipe import QuantConfig
-from gemma_edge.quantize.store import QuantizedCheckpoint, narrow, pack_bytes
+from gemma_edge.quantize.store import QuantizedCheckpoint, narrow
 
 ALIGNMENT = 4096  # a page, so that every tensor can be mapped
 BLOCK_SIZES = (256, 128, 64, 32, 16)  # that the kernels know
@@ -56,13 +58,18 @@ class Blob:
 
 
 def layout(
-    config: Gemma2Config, configs: Mapping[str, QuantConfig | None], dtypes: Mapping[str, torch.dtype]
+    config: Gemma2Config,
+    configs: Mapping[str, QuantConfig | None],
+    dtypes: Mapping[str, torch.dtype],
+    *,
+    int8_kv: bool = False,
 ) -> list[Blob]:
     """Every tensor of the file, in order.
 
     Args:
         configs: integers of each weight, None = float.
         dtypes: how the float weights are stored.
+        int8_kv: with the scales of an int8 KV cache.
     """
     blobs: list[Blob] = []
     end = 0
@@ -84,6 +91,10 @@ def layout(
         add(f"{weight}.weight_scale", torch.float32, rows, blocks)
     for name in norm_names(config):
         add(name, torch.float32, config.hidden_size)
+    if int8_kv:
+        for layer in range(config.num_hidden_layers):
+            for kind in KINDS:
+                add(scale_name(layer, kind), torch.float32, 1, config.num_key_value_heads, 1, config.head_dim)
     return blobs
 
 
@@ -103,20 +114,28 @@ def float_dtypes(
 
 
 def weights_bytes(
-    source: Checkpoint | QuantizedCheckpoint, configs: Mapping[str, QuantConfig | None], float_bits: int
+    source: Checkpoint | QuantizedCheckpoint,
+    configs: Mapping[str, QuantConfig | None],
+    float_bits: int,
+    *,
+    int8_kv: bool = False,
 ) -> int:
     """Size of the weights file, before any work."""
-    return file_bytes(blobs_of(source, configs, float_bits))
+    return file_bytes(blobs_of(source, configs, float_bits, int8_kv=int8_kv))
 
 
 def resident_bytes(
-    source: Checkpoint | QuantizedCheckpoint, configs: Mapping[str, QuantConfig | None], float_bits: int
+    source: Checkpoint | QuantizedCheckpoint,
+    configs: Mapping[str, QuantConfig | None],
+    float_bits: int,
+    *,
+    int8_kv: bool = False,
 ) -> int:
     """What ONNX Runtime keeps of the weights in memory, measured: codes packed once; scales three times (mapped, packed, and
     as block sums); float matrices widened to float32.
     """
     total = 0
-    for blob in blobs_of(source, configs, float_bits):
+    for blob in blobs_of(source, configs, float_bits, int8_kv=int8_kv):
         if blob.name.endswith(".weight_scale"):
             total += 3 * blob.nbytes
         elif blob.dtype == torch.uint8:
@@ -127,10 +146,14 @@ def resident_bytes(
 
 
 def blobs_of(
-    source: Checkpoint | QuantizedCheckpoint, configs: Mapping[str, QuantConfig | None], float_bits: int
+    source: Checkpoint | QuantizedCheckpoint,
+    configs: Mapping[str, QuantConfig | None],
+    float_bits: int,
+    *,
+    int8_kv: bool = False,
 ) -> list[Blob]:
     """The weights file of a checkpoint, float or quantized already, under a recipe's configurations."""
-    return layout(source.config, configs, float_dtypes(source, configs, float_bits))
+    return layout(source.config, configs, float_dtypes(source, configs, float_bits), int8_kv=int8_kv)
 
 
 def write_weights(
@@ -155,6 +178,11 @@ def write_weights(
 def _contents(checkpoint: QuantizedCheckpoint, blobs: list[Blob]) -> Iterator[tuple[Blob, Iterator[Tensor]]]:
     scale = torch.empty(0)  # of the packed weight just written: its scales follow it, kept in one piece (see store.py)
     by_name = {blob.name: blob for blob in blobs}
+    kv_scales = {
+        scale_name(layer, kind): values
+        for layer, pair in (checkpoint.kv_scales or {}).items()
+        for kind, values in zip(KINDS, pair, strict=True)
+    }
     for blob in blobs:
         weight, _, part = blob.name.rpartition(".")
         if part == "weight_packed":
@@ -164,6 +192,8 @@ def _contents(checkpoint: QuantizedCheckpoint, blobs: list[Blob]) -> Iterator[tu
             yield blob, iter([scale])
         elif weight in checkpoint.configs:
             yield blob, _plain(checkpoint, weight, blob)
+        elif part in KINDS:
+            yield blob, iter([kv_scales[blob.name]])
         else:
             yield blob, iter([1.0 + checkpoint.vector(blob.name)])  # RMSNormalization multiplies, Gemma's norm by 1 + w
 

@@ -19,7 +19,8 @@ from gemma_edge.export import pipeline
 from gemma_edge.export.bundle import MANIFEST, Manifest, check_hashes
 from gemma_edge.export.onnx.check import check_graph
 from gemma_edge.export.onnx.weights import layout
-from gemma_edge.export.pipeline import Export, ExportOptions
+from gemma_edge.export.options import ExportOptions
+from gemma_edge.export.pipeline import Export
 from gemma_edge.quantize.store import QuantizedCheckpoint
 
 

@@ -20,7 +20,8 @@ from gemma_edge.export import plan as planning
 from gemma_edge.export import verify as gate
 from gemma_edge.export.bundle import Manifest
 from gemma_edge.export.choices import BACKENDS, GIB, LEVELS, TARGETS, Target
-from gemma_edge.export.pipeline import ExportOptions, open_model
+from gemma_edge.export.options import ExportOptions
+from gemma_edge.export.pipeline import open_model
 from gemma_edge.export.plan import MIB, make_plan
 from gemma_edge.model.checkpoint import Checkpoint
 from gemma_edge.quantize.recipe import make_recipe

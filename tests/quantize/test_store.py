@@ -21,14 +21,13 @@ from transformers import Gemma2ForCausalLM
 from gemma_edge.model import checkpoint as reader
 from gemma_edge.model.checkpoint import TABLE, Checkpoint, norm_names, weight_shapes
 from gemma_edge.quantize.integers import quantize
+from gemma_edge.quantize.packing import pack, unpack
 from gemma_edge.quantize.recipe import ANY, QuantConfig, QuantRule, Recipe, make_recipe
 from gemma_edge.quantize.store import (
     TABLE_FILE,
     QuantizedCheckpoint,
     final_configs,
     open_weights,
-    pack,
-    unpack,
     write_quantized,
 )
 

@@ -1,0 +1,109 @@
+"""The first half of an export: the recipe that was asked for, the text to look at, and the quantized checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from gemma_edge.errors import InputError
+from gemma_edge.export import cache, calibration
+from gemma_edge.export.options import ExportOptions, Progress, Stage, stage
+from gemma_edge.model.checkpoint import Checkpoint
+from gemma_edge.quantize import layerwise
+from gemma_edge.quantize.distill import Schedule
+from gemma_edge.quantize.kv_scales import KVScales
+from gemma_edge.quantize.recipe import DEFAULT_QUALITY, QUALITIES, Recipe, make_recipe
+from gemma_edge.quantize.recovery import recover
+from gemma_edge.quantize.store import QuantizedCheckpoint, write_quantized
+from gemma_edge.runtimes.tokenizer import TOKENIZER_FILE
+
+logger = logging.getLogger(__name__)
+
+SOURCE_BYTES = 2  # of a weight in the original, for the progress bar
+
+
+def choose_recipe(options: ExportOptions, source: Checkpoint | QuantizedCheckpoint) -> Recipe:
+    """The recipe of the options; without a tokenizer there is nothing to calibrate on.
+
+    Raises:
+        InputError: an option outside the allowed ones.
+    """
+    quality = options.quality
+    if quality is not None and quality not in QUALITIES:
+        raise InputError(f"--quality {quality}; supported: {', '.join(QUALITIES)}")
+    if quality is None:
+        has_text = (source.folder / TOKENIZER_FILE).is_file()
+        quality = DEFAULT_QUALITY if has_text else "fast"
+        if not has_text and options.method is None and options.bits == 4:
+            logger.warning("%s has no tokenizer, so nothing to calibrate on: --quality fast", source.folder)
+    return make_recipe(
+        options.bits,
+        group_size=options.group_size,
+        method=options.method,
+        table_bits=options.table_bits,
+        quality=quality,
+    )
+
+
+def choose_calibration(
+    options: ExportOptions, source: Checkpoint | QuantizedCheckpoint, recipe: Recipe
+) -> layerwise.Calibration | None:
+    """The windows to look at, if a rule asks for them and the folder is not quantized already."""
+    if not recipe.calibrated or isinstance(source, QuantizedCheckpoint):
+        return None
+    quality = QUALITIES[options.quality or DEFAULT_QUALITY]
+    tokens = options.text.tokens or quality.tokens or QUALITIES[DEFAULT_QUALITY].tokens
+    return layerwise.Calibration(_windows(source, options.text, tokens), quality.rounds, quality.refit)
+
+
+def make_checkpoint(
+    options: ExportOptions,
+    source: Checkpoint | QuantizedCheckpoint,
+    recipe: Recipe,
+    seen: layerwise.Calibration | None,
+    out: Path,
+    progress: Progress,
+    stages: list[Stage],
+) -> tuple[QuantizedCheckpoint, dict[str, Any]]:
+    """Calibrate if there is something to look at, write the checkpoint, and distill if asked to.
+
+    Returns:
+        the checkpoint, and what the manifest says of its calibration.
+    """
+    layers = None
+    kv_scales: KVScales | None = None
+    learnt: dict[str, Any] = {}
+    if seen is not None and isinstance(source, Checkpoint):
+        folder = cache.calibration_folder(layerwise.key_of(source, recipe, seen))
+        with (
+            layerwise.only_here(folder),
+            stage(stages, "calibrate"),
+            progress("calibrate, layers", source.config.num_hidden_layers, False) as advance,
+        ):
+            reports, kv_scales = layerwise.calibrate(source, recipe, seen, folder, advance)
+        layers = partial(layerwise.layer_file, folder)
+        texts = [path.name for path in options.text.paths] or list(calibration.SHIPPED)
+        learnt = {"tokens": seen.windows.numel(), "text": texts, "seed": options.text.seed}
+        learnt["layers"] = [asdict(report) for report in reports]
+    with stage(stages, "quantize"), progress("quantize", SOURCE_BYTES * source.config.num_parameters, True) as advance:
+        quantized = write_quantized(
+            source, recipe, out, lambda done: advance(SOURCE_BYTES * done), layers=layers, kv_scales=kv_scales
+        )
+    if options.distill and isinstance(source, Checkpoint):
+        windows, schedule = _windows(source, options.text, options.distill), Schedule(seed=options.text.seed)
+        steps = schedule.epochs * max(1, len(windows) - schedule.held_out)
+        with stage(stages, "distill"), progress("distill, windows", steps, False) as advance:
+            learnt["distilled"] = asdict(recover(source, quantized, windows, schedule, advance))
+        quantized = QuantizedCheckpoint.open(out)
+    return quantized, learnt
+
+
+def _windows(source: Checkpoint, text: calibration.Source, tokens: int) -> Tensor:
+    config = source.config
+    wanted = replace(text, tokens=tokens)
+    return calibration.windows(source.folder, config.bos_token_id, config.max_position_embeddings, wanted)
