@@ -32,6 +32,7 @@ from measure import describe, machine, table, versions, write_json
 from quality_child import PEERS, Peer
 from quality_judge import WINDOW, Judge, Score, cut, linears
 from quality_ours import OURS, Contender, weight_bits
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from smollm2 import FOLDER
 from tokenizers import Tokenizer
@@ -112,12 +113,13 @@ def run_peer(name: str, root: Path, folder: Path, windows: Tensor, judge: Judge)
         if done.returncode:
             raise RuntimeError(f"{name} failed:\n{done.stderr[-3000:]}")
         rounded, weights = load_file(out), linears(judge.model)
+        with safe_open(out, "pt") as file:
+            cpu_s = float(file.metadata()["cpu_s"])
     if rounded.keys() != weights.keys():
         raise RuntimeError(f"{name} returned {len(rounded)} linears; the model has {len(weights)}")
     for key, weight in weights.items():
         weight.copy_(rounded[key])
-    report = next(line for line in done.stdout.splitlines() if line.startswith("{"))  # peers print things of their own
-    return float(json.loads(report)["cpu_s"])
+    return cpu_s
 
 
 def run_ours(contender: Contender, windows: Tensor, judge: Judge) -> float:
