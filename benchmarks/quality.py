@@ -32,6 +32,7 @@ from measure import describe, machine, table, versions, write_json
 from quality_child import PEERS, Peer
 from quality_judge import WINDOW, Judge, Score, cut, linears
 from quality_ours import OURS, Contender, weight_bits
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from smollm2 import FOLDER
 from tokenizers import Tokenizer
@@ -112,11 +113,13 @@ def run_peer(name: str, root: Path, folder: Path, windows: Tensor, judge: Judge)
         if done.returncode:
             raise RuntimeError(f"{name} failed:\n{done.stderr[-3000:]}")
         rounded, weights = load_file(out), linears(judge.model)
+        with safe_open(out, "pt") as file:
+            cpu_s = float(file.metadata()["cpu_s"])
     if rounded.keys() != weights.keys():
         raise RuntimeError(f"{name} returned {len(rounded)} linears; the model has {len(weights)}")
     for key, weight in weights.items():
         weight.copy_(rounded[key])
-    return float(json.loads(done.stdout.splitlines()[-1])["cpu_s"])
+    return cpu_s
 
 
 def run_ours(contender: Contender, windows: Tensor, judge: Judge) -> float:
@@ -197,6 +200,21 @@ def as_table(rows: Mapping[str, Row]) -> str:
     return table(header, cells)
 
 
+def verdicts(rows: Mapping[str, Row]) -> list[str]:
+    """One line for each of ours that has a bar."""
+    lines = []
+    for name, row in rows.items():
+        bar = None if row.peer else OURS[name].bar
+        rivals = [r for r in rows.values() if r.peer and not (bar and bar.data_free and r.calibrated)]
+        if bar and rivals:
+            best = min(rival.kl for rival in rivals)
+            against = f"{bar.limit:.2f} x the best peer{' without data' if bar.data_free else ''}"
+            lines.append(
+                f"{name}: {row.kl / best:.2f}; bar {against}: {'met' if row.kl <= bar.limit * best else 'MISSED'}"
+            )
+    return lines
+
+
 def prepare(work: Path, peers: Path | None, *, windows: int, draws: int, calibration: int, fresh: bool) -> Bench:
     """Load the model and cut the windows."""
     folder, text = work / FOLDER, work / "text"
@@ -247,6 +265,8 @@ def main(work: Path, peers: Path | None, only: tuple[str, ...], out: Path | None
     facts = {**machine(), **versions("gemma-edge", "torch", "transformers"), "peers": used, **settings}
     click.echo(describe(facts))
     click.echo(as_table(rows))
+    for line in verdicts(rows):
+        click.echo(line)
     write_json(out, {"facts": facts, "rows": {name: asdict(row) for name, row in rows.items()}})
 
 

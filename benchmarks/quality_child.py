@@ -7,7 +7,6 @@ judges nothing: the floats go back into the same model in quality.py. Every peer
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import time
 from collections.abc import Callable
@@ -167,7 +166,7 @@ PEERS = {
 
 
 def main() -> None:
-    """Write the rounded linears and print what it took as one JSON line."""
+    """Write the rounded linears, and what they took into the file's metadata."""
     from safetensors.torch import load_file, save_file
 
     parser = argparse.ArgumentParser(description=__doc__)
@@ -180,9 +179,7 @@ def main() -> None:
     start = time.process_time()
     with torch.no_grad():
         rounded = PEERS[options.peer].quantize(options.model, windows)
-    report = {"cpu_s": time.process_time() - start}
-    save_file(rounded, options.out)
-    print(json.dumps(report))
+    save_file(rounded, options.out, {"cpu_s": str(time.process_time() - start)})
 
 
 if __name__ == "__main__":

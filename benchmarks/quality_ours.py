@@ -15,12 +15,21 @@ from gemma_edge.quantize.recipe import QuantConfig
 
 
 @dataclass(frozen=True)
+class Bar:
+    """What a contender has to reach: at most `limit` times the KL of the best peer."""
+
+    limit: float
+    data_free: bool = False  # of the best one that needs no data
+
+
+@dataclass(frozen=True)
 class Contender:
     """One row of the table."""
 
     run: Callable[[PreTrainedModel, Tensor], None]  # changes the model in place; calibration windows (N, T) int64
     group_size: int  # 0 = per channel
     calibrated: bool = False
+    bar: Bar | None = None
 
 
 def round_all(model: PreTrainedModel, windows: Tensor, *, group_size: int, method: str) -> None:
