@@ -1,0 +1,67 @@
+"""What gemma-eval shows people: tables in the terminal. The page with plots is eval_html.py's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.table import Table
+
+from gemma_edge.console import OUT, size
+from gemma_edge.runtimes.evaluate import Evaluation, Result
+
+COLUMNS = ("model", "bits/weight", "size", "ppl", "change", "KL", "top-1")  # what is the same for all is the title's
+
+
+def cells(result: Result) -> tuple[str, ...]:
+    """A row under COLUMNS."""
+    return (
+        result.name,
+        _or_dash(result.bits_per_weight, "{:.2f}"),
+        size(result.size),
+        f"{result.ppl:.3f}",
+        _or_dash(result.ppl_change, "{:+.2%}"),
+        _or_dash(result.kl, "{:.5f}"),
+        _or_dash(result.top1, "{:.2%}"),
+    )
+
+
+def rows(done: Evaluation) -> list[tuple[str, ...]]:
+    """The reference's row, if there is one, then the models'."""
+    first = [] if done.reference is None else [(f"{done.reference.name} (original)", *cells(done.reference)[1:])]
+    return [*first, *(cells(result) for result in done.results)]
+
+
+def task_rows(done: Evaluation) -> list[tuple[str, ...]]:
+    """(task, metric, value per model)."""
+    keys = {(task, metric): None for result in done.results for task, found in result.tasks.items() for metric in found}
+    return [
+        (task, metric, *(_or_dash(result.tasks.get(task, {}).get(metric), "{:.4f}") for result in done.results))
+        for task, metric in keys
+    ]
+
+
+def title(done: Evaluation) -> str:
+    """What was fed and how it was counted."""
+    texts = ", ".join(Path(text).name for text in done.texts)
+    return f"{texts}: {done.results[0].tokens} tokens scored, protocol {done.protocol}, windows of {done.window}"
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def print_tables(done: Evaluation) -> None:
+    """The end of `gemma-eval`."""
+    table = Table(title=title(done), title_justify="left")
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for row in rows(done):
+        table.add_row(*row)
+    OUT.print(table)
+    if scores := task_rows(done):
+        table = Table(title="tasks", title_justify="left")
+        for column in ("task", "metric", *(result.name for result in done.results)):
+            table.add_column(column, justify="left" if column in ("task", "metric") else "right")
+        for row in scores:
+            table.add_row(*row)
+        OUT.print(table)
