@@ -18,7 +18,7 @@ from gemma_edge.model.checkpoint import Checkpoint, weight_shapes
 from gemma_edge.model.kv_cache import RingCache
 from gemma_edge.quantize.store import TABLE_FILE, QuantizedCheckpoint, open_weights
 from gemma_edge.runtimes.base import BaseRuntime, Logits, Runtime
-from gemma_edge.runtimes.models import Model
+from gemma_edge.runtimes.models import Model, Progress
 from gemma_edge.runtimes.tokenizer import TOKENIZER_FILE, Tokenizer
 from gemma_edge.runtimes.windows import Window
 
@@ -73,12 +73,13 @@ class CheckpointModel:
                     progress(1)
 
     @torch.no_grad()
-    def layer_errors(self, original: Model | None, ids: Sequence[int]) -> list[float]:
+    def layer_errors(self, original: Model | None, ids: Sequence[int], progress: Progress) -> list[float]:
         """How far the residual stream is from the original's after each block.
 
         Args:
             original: the model it was made from; only a folder has blocks to compare with.
             ids: (T,) tokens fed to both.
+            progress: shows how far it is.
 
         Returns:
             per layer the mean over positions of |x - x_original| / |x_original|. Per position, because BOS carries
@@ -90,7 +91,12 @@ class CheckpointModel:
         sequence = [torch.tensor(ids)]
         ours = reference.blocks(self.weights, sequence, self.context)
         theirs = reference.blocks(original.weights, sequence, original.context)
-        return [float(((x - y).norm(dim=-1) / y.norm(dim=-1)).mean()) for (x,), (y,) in zip(ours, theirs, strict=True)]
+        errors = []
+        with progress(f"layers of {self.path}", self.weights.config.num_hidden_layers, False) as advance:
+            for (x,), (y,) in zip(ours, theirs, strict=True):
+                errors.append(float(((x - y).norm(dim=-1) / y.norm(dim=-1)).mean()))
+                advance(1)
+        return errors
 
     def runtime(self) -> Runtime:
         """The whole model in float32 memory, to generate with."""

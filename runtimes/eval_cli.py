@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,7 @@ from gemma_edge.errors import InputError
 
 if TYPE_CHECKING:
     from gemma_edge.runtimes.evaluate import Evaluation
+    from gemma_edge.runtimes.lm_eval_adapter import Tasks
 
 PATH = click.Path(path_type=Path)
 # option -> the package it needs; both come with one extra
@@ -48,13 +50,17 @@ def main(
     # before torch is loaded: a thread that waits must not spin, which costs most of the time beside other work
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _check_extras({"--tasks": tasks is not None, "--html": html is not None})
-    if html is not None and (not html.absolute().parent.is_dir() or html.is_dir()):
-        raise InputError(f"--html {html}: no file can be written there; give a file name in an existing folder")
+    if html is not None and (html.is_dir() or not os.access(html.absolute().parent, os.W_OK)):
+        raise InputError(f"--html {html}: no file can be written there; give a file name in a folder that exists")
     from gemma_edge.console import progress_bar
     from gemma_edge.runtimes import evaluate
 
     job = evaluate.prepare(evaluate.Options(**choices))
+    loaded = _load_tasks(tasks, include_path, limit)
     done = evaluate.evaluate(job, progress_bar)
+    if loaded is not None:
+        for result, model in zip(done.results, job.models, strict=True):
+            result.tasks = loaded.run(model.runtime(), job.tokenizer, progress_bar, limit=limit)
     _show(done, as_json, html)
 
 
@@ -64,11 +70,30 @@ def _check_extras(asked: dict[str, bool]) -> None:
             raise InputError(f"{option} needs {package}, which is not installed: pip install 'gemma-edge[eval]'")
 
 
+def _load_tasks(tasks: str | None, include_path: Path | None, limit: int | None) -> Tasks | None:
+    """Before any work: a task that cannot be loaded must not be found out after an hour."""
+    if tasks is None:
+        return None
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise InputError("--tasks names no task; give names or YAML files, comma-separated")
+    if limit is not None and limit < 1:
+        raise InputError(f"--limit {limit} is below 1")
+    from gemma_edge.runtimes.lm_eval_adapter import Tasks
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings tell of its own defaults
+    return Tasks(names, include_path)
+
+
 def _show(done: Evaluation, as_json: bool, html: Path | None) -> None:
     from gemma_edge.runtimes import eval_report
 
     for note in done.notes:
         click.echo(f"note: {note}", err=True)
+    if html is not None:
+        from gemma_edge.runtimes import eval_html
+
+        eval_html.write(done, html)
     if as_json:
         click.echo(json.dumps(asdict(done), indent=1, ensure_ascii=False))
     else:

@@ -32,12 +32,19 @@ def rows(done: Evaluation) -> list[tuple[str, ...]]:
 
 
 def task_rows(done: Evaluation) -> list[tuple[str, ...]]:
-    """(task, metric, value per model)."""
-    keys = {(task, metric): None for result in done.results for task, found in result.tasks.items() for metric in found}
+    """(task, metric, value per model), with standard errors where there are any."""
+    found = {(task, metric): None for result in done.results for task in result.tasks for metric in result.tasks[task]}
     return [
-        (task, metric, *(_or_dash(result.tasks.get(task, {}).get(metric), "{:.4f}") for result in done.results))
-        for task, metric in keys
+        (task, metric, *(_score(result.tasks.get(task, {}), metric) for result in done.results))
+        for task, metric in found
+        if "_stderr" not in metric
     ]
+
+
+def _score(metrics: dict[str, float], metric: str) -> str:
+    name, _, filtered = metric.partition(" ")
+    error = metrics.get(f"{name}_stderr {filtered}".strip())
+    return _or_dash(metrics.get(metric), "{:.4f}") + _or_nothing(error, " ±{:.4f}")
 
 
 def title(done: Evaluation) -> str:
@@ -48,6 +55,10 @@ def title(done: Evaluation) -> str:
 
 def _or_dash(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
+
+
+def _or_nothing(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
 
 
 def print_tables(done: Evaluation) -> None:

@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -22,7 +22,7 @@ import numpy as np
 from gemma_edge.errors import InputError
 from gemma_edge.runtimes.base import Logits
 from gemma_edge.runtimes.comparison import Comparison, negative_log_likelihood
-from gemma_edge.runtimes.models import Model, open_model
+from gemma_edge.runtimes.models import Model, Progress, open_model
 from gemma_edge.runtimes.tokenizer import Tokenizer
 from gemma_edge.runtimes.windows import DEFAULT_WINDOW, PROTOCOLS, SMALLEST_WINDOW, Window, cut
 
@@ -32,9 +32,6 @@ BINS = 32  # parts of a window whose KL is averaged, for the plot by position
 LAYER_TOKENS = 256  # fed to compare hidden states
 SAMPLE = 4000  # characters that two tokenizers must agree on
 CHARACTERS_PER_TOKEN = 16  # of a text that is cut before it is tokenized; more is taken when that was too few
-
-# (what, total, in bytes or in steps) -> a context that yields a function to call with what was done
-Progress = Callable[[str, int, bool], AbstractContextManager[Callable[[int], None]]]
 
 
 @dataclass(frozen=True)
@@ -138,7 +135,7 @@ def evaluate(job: Job, progress: Progress) -> Evaluation:
                 _measure(result, model, job.windows, saved, advance)
             if reference is not None:
                 result.ppl_change = result.ppl / reference.ppl - 1.0
-            result.layers = model.layer_errors(job.reference, job.windows[0].ids[:LAYER_TOKENS])
+            result.layers = model.layer_errors(job.reference, job.windows[0].ids[:LAYER_TOKENS], progress)
             results.append(result)
     return Evaluation(job.protocol, job.window, job.texts, reference, results, _notes(job))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +13,9 @@ from gemma_edge.export.bundle import MANIFEST, Manifest
 from gemma_edge.runtimes.base import Logits, Runtime, open_runtime
 from gemma_edge.runtimes.tokenizer import Tokenizer
 from gemma_edge.runtimes.windows import Window
+
+# (what, total, in bytes or in steps) -> a context that yields a function to call with what was done
+Progress = Callable[[str, int, bool], AbstractContextManager[Callable[[int], None]]]
 
 
 class Model(Protocol):
@@ -31,7 +35,7 @@ class Model(Protocol):
     def rows(self, windows: Sequence[Window], progress: Callable[[int], None]) -> Iterator[tuple[Window, int, Logits]]:
         """Logits of every scored position in order: the window, the position of the first row, and (t, V) rows."""
 
-    def layer_errors(self, original: Model | None, ids: Sequence[int]) -> list[float]:
+    def layer_errors(self, original: Model | None, ids: Sequence[int], progress: Progress) -> list[float]:
         """Relative error of each layer's output, as far as it is known; [] where it is not."""
 
     def runtime(self) -> Runtime:
@@ -74,7 +78,7 @@ class BundleModel:
                     yield window, position - len(rows), rows
                 progress(1)
 
-    def layer_errors(self, original: Model | None, ids: Sequence[int]) -> list[float]:
+    def layer_errors(self, original: Model | None, ids: Sequence[int], progress: Progress) -> list[float]:
         """What calibration wrote into the manifest."""
         layers = self.manifest.recipe.get("calibration", {}).get("layers", [])
         return [float(entry["relative_error"]) for entry in sorted(layers, key=lambda entry: entry["layer"])]
