@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
+from rich.text import Text
 
 from gemma_edge.console import OUT, size
 from gemma_edge.runtimes.evaluate import Evaluation, Result
 
 COLUMNS = ("model", "bits/weight", "size", "ppl", "change", "KL", "top-1")  # what is the same for all is the title's
+NAMES = ("model", "task", "metric")  # columns of text
 
 
 def cells(result: Result) -> tuple[str, ...]:
@@ -63,16 +66,16 @@ def _or_nothing(value: float | None, form: str) -> str:
 
 def print_tables(done: Evaluation) -> None:
     """The end of `gemma-eval`."""
-    table = Table(title=title(done), title_justify="left")
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "model" else "right")
-    for row in rows(done):
-        table.add_row(*row)
-    OUT.print(table)
+    _print(title(done), COLUMNS, rows(done))
     if scores := task_rows(done):
-        table = Table(title="tasks", title_justify="left")
-        for column in ("task", "metric", *(result.name for result in done.results)):
-            table.add_column(column, justify="left" if column in ("task", "metric") else "right")
-        for row in scores:
-            table.add_row(*row)
-        OUT.print(table)
+        _print("tasks", ("task", "metric", *(result.name for result in done.results)), scores)
+
+
+def _print(heading: str, columns: Sequence[str], body: Sequence[Sequence[str]]) -> None:
+    """Cells are texts of their own: a folder's name may hold what rich takes for markup."""
+    table = Table(title=Text(heading), title_justify="left")
+    for column in columns:
+        table.add_column(Text(column), justify="left" if column in NAMES else "right")
+    for row in body:
+        table.add_row(*map(Text, row))
+    OUT.print(table)
