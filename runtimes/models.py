@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from gemma_edge.errors import InputError
 from gemma_edge.export.bundle import MANIFEST, Manifest
-from gemma_edge.runtimes.base import Logits, Runtime, open_runtime
+from gemma_edge.runtimes.base import Logits, Runtime, choose_backend, open_runtime
 from gemma_edge.runtimes.tokenizer import Tokenizer
 from gemma_edge.runtimes.windows import Window
 
@@ -51,9 +51,9 @@ class BundleModel:
     kind = "bundle"
 
     def __init__(self, path: Path, *, backend: str | None, threads: int | None) -> None:
-        self.path, self._backend, self._threads = path, backend, threads
+        self.path, self._threads = path, threads
         self.manifest = manifest = Manifest.load(path)
-        self.backend = backend or next(iter(manifest.backends))
+        self.backend = choose_backend(path, manifest, backend)
         self.config, self.context = manifest.config, manifest.cache.context
         self.size = sum(entry.bytes for entry in manifest.files.values())
         parts = manifest.recipe.get("parts", [])
@@ -85,7 +85,7 @@ class BundleModel:
 
     def runtime(self) -> Runtime:
         """The bundle, loaded."""
-        return open_runtime(self.path, backend=self._backend, threads=self._threads)
+        return open_runtime(self.path, backend=self.backend, threads=self._threads)
 
     def tokenizer(self) -> Tokenizer | None:
         """The bundle's; None for a token-level bundle."""
