@@ -75,7 +75,8 @@ def _print(heading: str, columns: Sequence[str], body: Sequence[Sequence[str]]) 
     """Cells are texts of their own: a folder's name may hold what rich takes for markup."""
     table = Table(title=Text(heading), title_justify="left")
     for column in columns:
-        table.add_column(Text(column), justify="left" if column in NAMES else "right")
+        names = column in NAMES  # a narrow terminal folds names, never numbers
+        table.add_column(Text(column), justify="left" if names else "right", no_wrap=not names, overflow="fold")
     for row in body:
         table.add_row(*map(Text, row))
     OUT.print(table)
