@@ -103,7 +103,7 @@ def each(rounding: Callable[[Tensor], Tensor], folder: Path, windows: Tensor | N
 
 def llm_compressor(settings: dict[str, Any], folder: Path, windows: Tensor | None) -> dict[str, Tensor]:
     """GPTQ by llm-compressor, over the whole model."""
-    from datasets import Dataset  # type: ignore[import-not-found]
+    from datasets import Dataset  # type: ignore[import-untyped]
     from llmcompressor import oneshot  # type: ignore[import-not-found]
     from llmcompressor.modifiers.gptq import GPTQModifier  # type: ignore[import-not-found]
     from transformers import AutoModelForCausalLM

@@ -8,71 +8,19 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
-from numpy.typing import NDArray
 
 import gemma_edge
 from gemma_edge.command import one_line_errors
 from gemma_edge.runtimes.base import Logits, Runtime
+from gemma_edge.runtimes.comparison import Comparison
 
 TASK, RESULT = "task.json", "result.json"
 QUALITY, LOWERING = "quality.f32", "lowering.f32"  # reference logits of the task's positions, (P, V) float32
-ROWS = 16  # positions whose distributions are in memory at once
-
-
-@dataclass
-class Comparison:
-    """Sums over positions."""
-
-    tokens: int = 0
-    kl: float = 0.0
-    same_top1: int = 0
-    nll: float = 0.0
-    nll_reference: float = 0.0
-    max_difference: float = 0.0
-    low: float = float("inf")
-    high: float = float("-inf")
-
-    def add(self, found: Logits, expected: Logits, targets: NDArray[np.int64]) -> None:
-        """Compare logits (T, V) with a reference's; `targets` (T,) are the tokens that really followed."""
-        for start in range(0, len(found), ROWS):
-            q, p = found[start : start + ROWS], expected[start : start + ROWS]
-            # np.maximum and not max: a NaN must stay
-            self.max_difference = float(np.maximum(self.max_difference, np.abs(q - p).max()))
-            self.low, self.high = min(self.low, float(p.min())), max(self.high, float(p.max()))
-            self.same_top1 += int((q.argmax(-1) == p.argmax(-1)).sum())
-            log_q, log_p = log_softmax(q), log_softmax(p)
-            self.kl += float((np.exp(log_p) * (log_p - log_q)).sum())
-            rows, target = np.arange(len(q)), targets[start : start + ROWS]
-            self.nll -= float(log_q[rows, target].sum())
-            self.nll_reference -= float(log_p[rows, target].sum())
-            self.tokens += len(q)
-
-    def to_json(self) -> dict[str, Any]:
-        """Means over the positions."""
-        ppl, ppl_reference = (float(np.exp(nll / self.tokens)) for nll in (self.nll, self.nll_reference))
-        return {
-            "tokens": self.tokens,
-            "kl": float(np.maximum(self.kl / self.tokens, 0.0)),
-            "top1": self.same_top1 / self.tokens,
-            "ppl": ppl,
-            "ppl_reference": ppl_reference,
-            "ppl_change": ppl / ppl_reference - 1.0,
-            "max_abs_logit_difference": self.max_difference,
-            "logit_range": self.high - self.low,
-        }
-
-
-def log_softmax(logits: Logits) -> Logits:
-    """Over the last axis, in float32."""
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    out: Logits = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return out
 
 
 def judge(folder: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -18,35 +18,64 @@ HEAD_POSITIONS = 192  # positions whose logits are in memory at once: 200 MB wit
 
 
 @torch.no_grad()
-def hidden_states(
-    weights: Weights, ids: Tensor, context: int, progress: Callable[[int], None] = lambda done: None
-) -> Tensor:
-    """The normed output of the last block for a sequence.
+def blocks(weights: Weights, sequences: Sequence[Tensor], context: int) -> Iterator[list[Tensor]]:
+    """Run sequences through the model, and yield after each block what it gave.
 
     Args:
         weights: the model, or its dequantized integers.
-        ids: (T,) int64.
+        sequences: (T,) int64 each; all of them pass a block while its weights are there.
         context: window of the global layers, as in the bundle.
-        progress: called with 1 after each layer.
 
-    Returns:
-        (T, hidden) float32; `logits` turns rows of it into logits.
+    Yields:
+        (T, hidden) float32 per sequence: the memory that the next block writes to.
     """
     config = weights.config
-    x = torch.cat([weights.rows(TABLE, int(token), int(token) + 1) for token in ids])  # (T, hidden)
-    x = x[None] * config.hidden_size**0.5  # (1, T, hidden)
+    states = [_embed(weights, ids) for ids in sequences]
     inv_freq = inverse_frequencies(config)
     for layer in range(config.num_hidden_layers):
         block = weights.load_layer(layer)
-        cache = RingCache(config, context=context, chunk=min(CHUNK, len(ids)), layers=[layer])
-        for start in range(0, len(ids), CHUNK):
-            chunk = x[:, start : start + CHUNK]  # (1, <= CHUNK, hidden)
-            input_pos = torch.tensor([start])
-            rope = rotary_angles(inv_freq, input_pos, chunk.shape[1])
-            x[:, start : start + CHUNK] = block(chunk, cache, rope, input_pos)
+        for x in states:
+            cache = RingCache(config, context=context, chunk=min(CHUNK, len(x)), layers=[layer])
+            for start in range(0, len(x), CHUNK):
+                chunk = x[None, start : start + CHUNK]  # (1, <= CHUNK, hidden)
+                input_pos = torch.tensor([start])
+                rope = rotary_angles(inv_freq, input_pos, chunk.shape[1])
+                x[start : start + CHUNK] = block(chunk, cache, rope, input_pos)[0]
+        yield states
+
+
+def _embed(weights: Weights, ids: Tensor) -> Tensor:
+    rows = torch.cat([weights.rows(TABLE, int(token), int(token) + 1) for token in ids])  # (T, hidden)
+    scale: float = weights.config.hidden_size**0.5
+    return rows * scale
+
+
+@torch.no_grad()
+def final_states(
+    weights: Weights, sequences: Sequence[Tensor], context: int, progress: Callable[[int], None] = lambda done: None
+) -> list[Tensor]:
+    """The normed output of the last block for each sequence.
+
+    Args:
+        weights, sequences, context: as in `blocks`.
+        progress: called with 1 after each layer.
+
+    Returns:
+        (T, hidden) float32 each; `logits` turns rows of it into logits.
+    """
+    last: list[Tensor] = []
+    for states in blocks(weights, sequences, context):
+        last = states
         progress(1)
-    scale = 1.0 + weights.vector(FINAL_NORM)
-    return torch.nn.functional.rms_norm(x[0], (config.hidden_size,), scale, config.rms_norm_eps)
+    config, scale = weights.config, 1.0 + weights.vector(FINAL_NORM)
+    return [torch.nn.functional.rms_norm(x, (config.hidden_size,), scale, config.rms_norm_eps) for x in last]
+
+
+def hidden_states(
+    weights: Weights, ids: Tensor, context: int, progress: Callable[[int], None] = lambda done: None
+) -> Tensor:
+    """`final_states` of one sequence: (T,) int64 -> (T, hidden) float32."""
+    return final_states(weights, [ids], context, progress)[0]
 
 
 @torch.no_grad()

@@ -154,25 +154,33 @@ RUNTIMES = {
 }
 
 
+def choose_backend(bundle: Path, manifest: Manifest, backend: str | None = None) -> str:
+    """The backend that will run a bundle: the one asked for, else the first that is installed.
+
+    Raises:
+        InputError: the bundle does not hold it, or none is installed.
+    """
+    missing = []
+    for name in [backend] if backend else list(manifest.backends):
+        if name not in manifest.backends:
+            raise InputError(f"{bundle} holds no {name!r} backend, only {', '.join(manifest.backends)}")
+        if name not in RUNTIMES:
+            raise InputError(
+                f"{bundle}: this gemma-edge cannot run the {name!r} backend; it runs {', '.join(RUNTIMES)}"
+            )
+        _, _, package, extra = RUNTIMES[name]
+        if importlib.util.find_spec(package) is not None:
+            return name
+        missing.append(f"{name}: pip install 'gemma-edge[{extra}]'")
+    raise InputError(f"no runtime installed for {bundle}: {'; '.join(missing)}")
+
+
 def open_runtime(bundle: str | Path, *, backend: str | None = None, threads: int | None = None) -> Runtime:
     """`gemma_edge.load`; see there."""
     folder = Path(bundle)
     manifest = Manifest.load(folder)
-    wanted = [backend] if backend else list(manifest.backends)
-    missing = []
-    for name in wanted:
-        if name not in manifest.backends:
-            raise InputError(f"{folder} holds no {name!r} backend, only {', '.join(manifest.backends)}")
-        if name not in RUNTIMES:
-            raise InputError(
-                f"{folder}: this gemma-edge cannot run the {name!r} backend; it runs {', '.join(RUNTIMES)}"
-            )
-        module, cls, package, extra = RUNTIMES[name]
-        if importlib.util.find_spec(package) is None:
-            missing.append(f"{name}: pip install 'gemma-edge[{extra}]'")
-            continue
-        start = time.perf_counter()
-        runtime: Runtime = getattr(importlib.import_module(module), cls)(folder, manifest, threads=threads)
-        runtime.stats.load_s = time.perf_counter() - start
-        return runtime
-    raise InputError(f"no runtime installed for {folder}: {'; '.join(missing)}")
+    module, cls, _, _ = RUNTIMES[choose_backend(folder, manifest, backend)]
+    start = time.perf_counter()
+    runtime: Runtime = getattr(importlib.import_module(module), cls)(folder, manifest, threads=threads)
+    runtime.stats.load_s = time.perf_counter() - start
+    return runtime

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers.decoders import DecodeStream
@@ -42,9 +43,19 @@ class Tokenizer:
         """
         if not manifest.tokenizer:
             raise InputError(f"{bundle} is a token-level bundle, without a tokenizer: give token ids instead of text")
-        self._tokenizer = open_tokenizer(confined(bundle, TOKENIZER_FILE), "export the bundle again")
-        self.bos_token_id = int(manifest.config["bos_token_id"])
-        stop_ids = set(manifest.config["eos_token_id"])
+        self._take(open_tokenizer(confined(bundle, TOKENIZER_FILE), "export the bundle again"), manifest.config)
+
+    @classmethod
+    def of_folder(cls, folder: Path, config: Mapping[str, Any]) -> Tokenizer:
+        """The tokenizer of a Hugging Face folder, whose configuration has a bundle's keys."""
+        tokenizer = cls.__new__(cls)
+        tokenizer._take(open_tokenizer(folder / TOKENIZER_FILE, "download the folder again"), config)
+        return tokenizer
+
+    def _take(self, tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
+        self._tokenizer = tokenizer
+        self.bos_token_id = int(config["bos_token_id"])
+        stop_ids = set(config["eos_token_id"])
         end_of_turn = self._tokenizer.token_to_id(END_OF_TURN)
         self.stop_ids = frozenset(stop_ids if end_of_turn is None else stop_ids | {end_of_turn})
 

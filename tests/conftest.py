@@ -1,4 +1,4 @@
-"""Shared by all tests: one tiny configuration, and checkpoints of it on disk, made by transformers and not by us."""
+"""Shared by all tests: one tiny configuration, checkpoints of it made by transformers and not by us, and the demo's bundle."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2ForCausalLM
 from transformers import Gemma2Config as HFConfig
+
+from gemma_edge.export import pipeline
+from gemma_edge.export.pipeline import Export, ExportOptions
 
 # The models here are so small that two threads wait for each other longer than they compute: 85 s instead of 3 on a busy machine.
 torch.set_num_threads(1)
@@ -105,3 +108,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[shape]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Export:
+    """The demo model's bundle by the real pipeline, once a session; its integers lie beside it in `checkpoint`."""
+    folder = tmp_path_factory.mktemp("demo")
+    options = ExportOptions(model=str(DEMO), out=folder / "bundle", save_checkpoint=folder / "checkpoint")
+    return pipeline.export(options)

@@ -24,13 +24,6 @@ from gemma_edge.export.pipeline import Export
 from gemma_edge.quantize.store import QuantizedCheckpoint
 
 
-@pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Export:
-    folder = tmp_path_factory.mktemp("demo")
-    options = ExportOptions(model=str(DEMO), out=folder / "bundle", save_checkpoint=folder / "checkpoint")
-    return pipeline.export(options)
-
-
 @pytest.fixture
 def copy(demo: Export, tmp_path: Path) -> Iterator[Path]:
     """The bundle, to be damaged."""

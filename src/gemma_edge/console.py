@@ -1,0 +1,49 @@
+"""What every command shows people in the same way: the two consoles, sizes, and progress bars with an ETA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+ERR = Console(stderr=True)
+OUT = Console()
+
+
+def size(count: float) -> str:
+    """Bytes for people: 1.67 GB."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+@contextmanager
+def progress_bar(what: str, total: int, in_bytes: bool) -> Iterator[Callable[[int], None]]:
+    """A bar with an ETA on stderr; in a log one line when the work starts and one when it is done."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn() if in_bytes else MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    if not ERR.is_terminal:
+        ERR.print(f"{what} ...")
+        yield lambda done: None
+        return
+    with Progress(*columns, console=ERR) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda done: progress.advance(task, done)
