@@ -135,7 +135,7 @@ class Quality:
 QUALITIES = {
     "fast": Quality("mse", "rtn", UNCALIBRATED_GROUP),
     "balanced": Quality("gptq", "gptq", CALIBRATED_GROUP, tokens=8192),
-    "best": Quality("awq+gptq", "gptq", CALIBRATED_GROUP, tokens=32768, rounds=2, refit=True),
+    "best": Quality("awq+gptq", "gptq", CALIBRATED_GROUP, tokens=16384, rounds=2, refit=True),
 }
 DEFAULT_QUALITY = "balanced"
 

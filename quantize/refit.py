@@ -17,6 +17,7 @@ from gemma_edge.quantize.calibrate import Run
 # a post-norm, and the module whose input is the residual stream just after it (None: the block's output)
 BRANCHES = (("post_attention_layernorm", "pre_feedforward_layernorm"), ("post_feedforward_layernorm", None))
 PULL = 0.01  # towards the weights that are there, as a part of the evidence
+MOST_WINDOWS = 16  # a few numbers per channel need no more
 HELD_OUT = 4  # one window in so many is only looked at
 
 
@@ -33,6 +34,7 @@ def refit_post_norms(block: nn.Module, original: nn.Module, x: Tensor, run: Run,
     Returns:
         squared error of the block's output on the windows held out, before and after.
     """
+    x = x[:MOST_WINDOWS]
     count = max(1, len(x) // HELD_OUT)
     fitted, held_out = x[:-count], x[-count:]
     before = _error(block, original, held_out, run)

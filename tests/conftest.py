@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, Gemma2ForCausalLM
 from transformers import Gemma2Config as HFConfig
 
 from gemma_edge.export import pipeline
-from gemma_edge.export.pipeline import Export, ExportOptions
+from gemma_edge.export.options import ExportOptions
+from gemma_edge.export.pipeline import Export
 
 # The models here are so small that two threads wait for each other longer than they compute: 85 s instead of 3 on a busy machine.
 torch.set_num_threads(1)
