@@ -13,7 +13,7 @@ from gemma_edge.model.gemma2 import inverse_frequencies, rotary_angles, soft_cap
 from gemma_edge.model.kv_cache import RingCache
 
 CHUNK = 512  # tokens a block is applied to at once
-HEAD_ROWS = 4096  # rows of the table that are multiplied at once
+HEAD_ROWS = 1024  # rows of the table that are multiplied at once: 9 MB of the 2B model
 HEAD_POSITIONS = 192  # positions whose logits are in memory at once: 200 MB with 256,000 tokens
 
 
@@ -85,8 +85,9 @@ def logits(weights: Weights, hidden: Tensor) -> Tensor:
     out = torch.empty(len(hidden), config.vocab_size)
     for start in range(0, config.vocab_size, HEAD_ROWS):
         stop = min(start + HEAD_ROWS, config.vocab_size)
-        out[:, start:stop] = hidden @ weights.rows(TABLE, start, stop).T
-    return soft_cap(out, config.final_logit_softcapping)
+        part = hidden @ weights.rows(TABLE, start, stop).T  # (T, <= HEAD_ROWS)
+        out[:, start:stop] = soft_cap(part, config.final_logit_softcapping)  # here: of `out` it would take two more such
+    return out
 
 
 def write_logits(weights: Weights, hidden: Tensor, path: Path) -> None:

@@ -119,8 +119,12 @@ class Weights(ABC):
         """A norm's weight as float32."""
 
     def matrix(self, weight: str) -> Tensor:
-        """A whole matrix as float32."""
-        return self.rows(weight, 0, weight_shapes(self.config)[weight][0])
+        """A whole matrix as float32, read in slices: what is made on the way stays small, and in the cores' caches."""
+        shape = weight_shapes(self.config)[weight]
+        out = torch.empty(shape)
+        for start, stop in row_slices(shape):
+            out[start:stop] = self.rows(weight, start, stop)
+        return out
 
     def load_layer(self, layer: int) -> DecoderLayer:
         """One block in float32."""

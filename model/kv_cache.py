@@ -101,8 +101,10 @@ class RingCache(nn.Module):
         positions = input_pos + torch.arange(tokens)  # (T,)
         keys.index_copy_(2, positions % slots, k)
         values.index_copy_(2, positions % slots, v)
-        mask = visible(positions, slots, self.windows[layer])  # (T, R)
-        return soft_capped_attention(q, keys, values, mask, c).transpose(1, 2).flatten(2)  # (1, T, H*D)
+        used = min(slots, int(positions[-1]) + 1)  # U: until the ring is full, the slots behind hold nothing yet
+        mask = visible(positions, slots, self.windows[layer])[:, :used]  # (T, U)
+        out = soft_capped_attention(q, keys[:, :, :used], values[:, :, :used], mask, c)  # (1, H, T, D)
+        return out.transpose(1, 2).flatten(2)  # (1, T, H*D)
 
 
 def visible(positions: Tensor, slots: int, window: int) -> Tensor:
