@@ -12,8 +12,7 @@ from quality_judge import linears
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from gemma_edge.quantize.awq import Fold
-from gemma_edge.quantize.calibrate import Choice, Topology, quantize_block, second_moments
+from gemma_edge.quantize.calibrate import Choice, Topology, decoder_topology, quantize_block, second_moments
 from gemma_edge.quantize.integers import quantize
 from gemma_edge.quantize.recipe import QUALITIES, QuantConfig
 
@@ -45,17 +44,12 @@ def round_all(model: PreTrainedModel, windows: Tensor, *, group_size: int, metho
 
 def llama_topology(config: PretrainedConfig) -> Topology:
     """A Llama block: its norms multiply by w, and there are no post-norms."""
-    attention = tuple(f"self_attn.{name}_proj" for name in "qkv")
-    mlp = ("mlp.gate_proj", "mlp.up_proj")
-    heads = config.num_attention_heads // config.num_key_value_heads
-    return Topology(
-        sites=(attention, ("self_attn.o_proj",), mlp, ("mlp.down_proj",)),
-        folds=(
-            Fold("input_layernorm", attention),
-            Fold("self_attn.v_proj", ("self_attn.o_proj",), repeat=heads, head_dim=config.head_dim),
-            Fold("post_attention_layernorm", mlp),
-            Fold("mlp.up_proj", ("mlp.down_proj",)),
-        ),
+    return decoder_topology(
+        "input_layernorm",
+        "post_attention_layernorm",
+        plus_one=False,
+        heads_per_kv=config.num_attention_heads // config.num_key_value_heads,
+        head_dim=config.head_dim,
     )
 
 

@@ -18,7 +18,7 @@ from gemma_edge.export.bundle import MANIFEST, Manifest, list_files, refuse_exis
 from gemma_edge.export.choices import BACKENDS, GIB, LEVELS, TARGETS, Target, bits_of
 from gemma_edge.export.contents import parts, tool_versions
 from gemma_edge.export.options import ExportOptions, Progress, Stage, no_progress, stage
-from gemma_edge.export.quantizing import choose_calibration, choose_recipe, make_checkpoint
+from gemma_edge.export.quantizing import calibration_tokens, choose_calibration, choose_recipe, make_checkpoint
 from gemma_edge.model import hub
 from gemma_edge.model.checkpoint import Checkpoint
 from gemma_edge.quantize import layerwise
@@ -90,6 +90,7 @@ def _plan(
         prefill_chunk=options.prefill_chunk,
         kv_dtype=kv_dtype,
         verify=options.verify,
+        calibration_tokens=calibration_tokens(options, source, recipe),
     )
 
 

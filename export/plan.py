@@ -14,7 +14,7 @@ from gemma_edge.errors import InputError
 from gemma_edge.export.bundle import CacheGeometry, LayerCache
 from gemma_edge.export.choices import DEFAULT_CHUNK, GIB, KV_DTYPES, LEVELS, Target
 from gemma_edge.export.onnx.weights import resident_bytes, weights_bytes
-from gemma_edge.model.checkpoint import SLICE_BYTES, Checkpoint
+from gemma_edge.model.checkpoint import SLICE_BYTES, Checkpoint, linear_shapes
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.model.kv_cache import slots_needed, windows
 from gemma_edge.quantize.recipe import Recipe
@@ -75,11 +75,13 @@ def make_plan(
     prefill_chunk: int | None = None,
     kv_dtype: str = "float32",
     verify: str = "quick",
+    calibration_tokens: int = 0,
 ) -> Plan:
     """Predict an export; without a context, take the largest of the target's halvings that fits its RAM.
 
     Args:
         verify: one of LEVELS: what the gate writes takes disk too.
+        calibration_tokens: of the text that integers are fitted to; 0: none.
 
     Raises:
         InputError: a value out of range, or no context fits the target's RAM.
@@ -102,7 +104,11 @@ def make_plan(
         plan = _predict(source, recipe, target, sizes, geometry(config, tried, chunk, kv_dtype))
     if plan.device_ram_bytes > target.ram_bytes:
         raise InputError(_too_large(plan, source, sizes, target))
-    return replace(plan, export_disk_bytes=plan.export_disk_bytes + _gate_disk(config, plan.context, verify))
+    return replace(
+        plan,
+        export_ram_bytes=max(plan.export_ram_bytes, _calibration_ram(config, calibration_tokens)),
+        export_disk_bytes=plan.export_disk_bytes + _gate_disk(config, plan.context, verify),
+    )
 
 
 def choose_kv_dtype(asked: int | None, target: Target, *, calibrated: bool) -> str:
@@ -151,6 +157,8 @@ def _predict(
 RUNTIME_BASE = 68 * MIB  # interpreter, onnxruntime and numpy, without a model
 EXPORT_BASE = 750 * MIB  # interpreter, torch, onnx and the exporter
 TRACE_PER_LAYER = 3 * MIB // 2
+CALIBRATION_BASE = 480 * MIB  # interpreter and torch
+MOMENT_COPIES = 4  # of the widest second moment at once
 SLICE_COPIES = 12  # float32 temporaries of one slice
 
 
@@ -165,6 +173,16 @@ def _export_ram(config: Gemma2Config) -> int:
     """Weights are streamed in slices, so that only the traced graph grows with the layers, and the scales with the table."""
     table = min(config.vocab_size * config.hidden_size * 4, SLICE_BYTES)
     return EXPORT_BASE + TRACE_PER_LAYER * config.num_hidden_layers + SLICE_COPIES * table + 64 * config.vocab_size
+
+
+def _calibration_ram(config: Gemma2Config, tokens: int) -> int:
+    """One layer in float32, the two streams of activations, and the largest second moment with its factor and copies."""
+    if not tokens:
+        return 0
+    linears = linear_shapes(config, 0).values()
+    layer = sum(rows * columns for rows, columns in linears)
+    widest = max(columns for _, columns in linears)
+    return CALIBRATION_BASE + 4 * (layer + 2 * tokens * config.hidden_size + MOMENT_COPIES * widest**2)
 
 
 def _gate_disk(config: Gemma2Config, context: int, verify: str) -> int:

@@ -50,14 +50,22 @@ def choose_recipe(options: ExportOptions, source: Checkpoint | QuantizedCheckpoi
     )
 
 
+def calibration_tokens(options: ExportOptions, source: Checkpoint | QuantizedCheckpoint, recipe: Recipe) -> int:
+    """How much text a rule asks to look at; 0: none does, or the folder is quantized already."""
+    if not recipe.calibrated or isinstance(source, QuantizedCheckpoint):
+        return 0
+    wanted = QUALITIES[options.quality or DEFAULT_QUALITY].tokens
+    return options.text.tokens or wanted or QUALITIES[DEFAULT_QUALITY].tokens
+
+
 def choose_calibration(
     options: ExportOptions, source: Checkpoint | QuantizedCheckpoint, recipe: Recipe
 ) -> layerwise.Calibration | None:
-    """The windows to look at, if a rule asks for them and the folder is not quantized already."""
-    if not recipe.calibrated or isinstance(source, QuantizedCheckpoint):
+    """The windows to look at, if there are any."""
+    tokens = calibration_tokens(options, source, recipe)
+    if not tokens or isinstance(source, QuantizedCheckpoint):
         return None
     quality = QUALITIES[options.quality or DEFAULT_QUALITY]
-    tokens = options.text.tokens or quality.tokens or QUALITIES[DEFAULT_QUALITY].tokens
     return layerwise.Calibration(_windows(source, options.text, tokens), quality.rounds, quality.refit)
 
 

@@ -39,19 +39,31 @@ class Choice:
     method: str
 
 
-def gemma2_topology(config: Gemma2Config) -> Topology:
-    """Gemma 2's block: names are those of model/gemma2.py."""
+def decoder_topology(
+    attention_norm: str, mlp_norm: str, *, plus_one: bool, heads_per_kv: int, head_dim: int
+) -> Topology:
+    """A decoder block with Hugging Face's names for its linears; its two pre-norms have the names given."""
     attention = tuple(f"self_attn.{name}_proj" for name in "qkv")
     mlp = ("mlp.gate_proj", "mlp.up_proj")
-    heads = config.num_attention_heads // config.num_key_value_heads
     return Topology(
         sites=(attention, ("self_attn.o_proj",), mlp, ("mlp.down_proj",)),
         folds=(
-            Fold("input_layernorm", attention, plus_one=True),
-            Fold("self_attn.v_proj", ("self_attn.o_proj",), repeat=heads, head_dim=config.head_dim),
-            Fold("pre_feedforward_layernorm", mlp, plus_one=True),
+            Fold(attention_norm, attention, plus_one=plus_one),
+            Fold("self_attn.v_proj", ("self_attn.o_proj",), repeat=heads_per_kv, head_dim=head_dim),
+            Fold(mlp_norm, mlp, plus_one=plus_one),
             Fold("mlp.up_proj", ("mlp.down_proj",)),
         ),
+    )
+
+
+def gemma2_topology(config: Gemma2Config) -> Topology:
+    """Gemma 2's block: names are those of model/gemma2.py."""
+    return decoder_topology(
+        "input_layernorm",
+        "pre_feedforward_layernorm",
+        plus_one=True,
+        heads_per_kv=config.num_attention_heads // config.num_key_value_heads,
+        head_dim=config.head_dim,
     )
 
 
