@@ -57,7 +57,9 @@ def logits(weights: Weights, hidden: Tensor) -> Tensor:
     for start in range(0, config.vocab_size, HEAD_ROWS):
         stop = min(start + HEAD_ROWS, config.vocab_size)
         part = hidden @ weights.rows(TABLE, start, stop).T  # (T, <= HEAD_ROWS)
-        out[:, start:stop] = soft_cap(part, config.final_logit_softcapping)  # here: of `out` it would take two more such
+        out[:, start:stop] = soft_cap(
+            part, config.final_logit_softcapping
+        )  # here: of `out` it would take two more such
     return out
 
 
