@@ -17,7 +17,7 @@ import numpy as np
 import gemma_edge
 from gemma_edge.command import one_line_errors
 from gemma_edge.runtimes.base import Logits, Runtime
-from gemma_edge.runtimes.comparison import Comparison
+from gemma_edge.runtimes.comparison import ROWS, Comparison
 
 TASK, RESULT = "task.json", "result.json"
 QUALITY, LOWERING = "quality.f32", "lowering.f32"  # reference logits of the task's positions, (P, V) float32
@@ -30,28 +30,28 @@ def judge(folder: Path) -> dict[str, Any]:
         `quality`, `quality_past_context`, `lowering` and `generation_difference` as verify.py puts them into the manifest.
     """
     task = json.loads((folder / TASK).read_text())
-    ids, positions = np.array(task["ids"], np.int64), task["positions"]
+    ids, positions = np.array(task["ids"], np.int64), np.array(task["positions"], np.int64)
     runtime = gemma_edge.load(task["bundle"], backend=task["backend"])
     chunk = runtime.manifest.cache.prefill_chunk
     generated = _generate(runtime, task["ids"][:chunk])
     quality, past, lowering, generation = Comparison(), Comparison(), Comparison(), 0.0
-    done = lowered = 0
-    for start, rows in zip(range(0, len(ids), chunk), runtime.score_chunks(task["ids"]), strict=True):
-        inside = np.array([p for p in positions if start <= p < start + len(rows)], np.int64)
-        if len(inside):
-            expected = _read(folder / QUALITY, done, len(inside), rows.shape[1])
-            quality.add(rows[inside - start], expected, ids[inside + 1])
-            beyond = inside >= task["context"]
-            past.add(rows[inside - start][beyond], expected[beyond], ids[inside + 1][beyond])
-        first = inside[inside < task["lowering"]]
-        if len(first):
-            expected = _read(folder / LOWERING, lowered, len(first), rows.shape[1])
-            lowering.add(rows[first - start], expected, ids[first + 1])
-            lowered += len(first)
+    start = done = 0
+    for rows in runtime.score_chunks(task["ids"]):
         if start == 0:
             generation = float(np.max([np.abs(rows[p] - row).max() for p, row in generated.items()]))
-        done += len(inside)
+        inside = positions[(positions >= start) & (positions < start + len(rows))]
+        for at in (inside[first : first + ROWS] for first in range(0, len(inside), ROWS)):
+            found, following = rows[at - start], ids[at + 1]
+            expected = _read(folder / QUALITY, done, len(at), found.shape[1])
+            quality.add(found, expected, following)
+            beyond = at >= task["context"]
+            past.add(found[beyond], expected[beyond], following[beyond])
+            same = int((at < task["lowering"]).sum())  # the first ones: compared with the same integers too
+            lowering.add(found[:same], _read(folder / LOWERING, done, same, found.shape[1]), following[:same])
+            done += len(at)
+        start += len(rows)
         print(done, flush=True)  # noqa: T201 (this is the protocol)
+        del rows  # 131 MB of the 2B model: not held while the next ones are computed
     return {
         "quality": quality.to_json(),
         "quality_past_context": past.to_json() if past.tokens else None,
