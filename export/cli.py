@@ -47,13 +47,20 @@ def _model_options(command: F) -> F:
         click.option(
             "--bits",
             type=int,
-            default=4,
-            show_default=True,
-            help=f"Of the linears: {_list(BITS)}; from 16 on they stay float.",
+            help=f"Of the linears: {_list(BITS)}; from 16 on they stay float. Default: 4.",
         ),
         click.option("--group-size", type=int, help="Weights per scale, a multiple of 32; 0 = one per channel."),
+        click.option("--table-bits", type=click.Choice(["4", "8"]), help="Of the tied table. Default: 8."),
+        click.option("--size", help="Mixed precision: the weights file takes at most this, such as 1.4GB or 900MB."),
         click.option(
-            "--table-bits", type=click.Choice(["4", "8"]), default="8", show_default=True, help="Of the tied table."
+            "--bpw",
+            type=float,
+            help="Mixed precision: bits per weight of all matrices, the table among them; a scale counts 16 bits.",
+        ),
+        click.option(
+            "--recipe",
+            type=click.Path(dir_okay=False, path_type=Path),
+            help="A saved recipe, or that of a bundle's manifest.json.",
         ),
         click.option(
             "--method", help=f"How integers are found: {_list(METHODS)}. Default: what suits bits and group size."
@@ -62,6 +69,17 @@ def _model_options(command: F) -> F:
             "--quality",
             help=f"How hard 4-bit integers are searched for: {_list(QUALITIES)}. Default: {DEFAULT_QUALITY}.",
         ),
+        click.option(
+            "--calibration",
+            "calibration_text",
+            type=click.Path(path_type=Path),
+            multiple=True,
+            help="Text to calibrate on: a file, a folder or JSON lines; may be repeated. Default: public-domain books.",
+        ),
+        click.option(
+            "--calibration-chat", is_flag=True, help="Put plain text into the form of a chat, for -it models."
+        ),
+        click.option("--seed", type=int, default=0, show_default=True, help="Of the passages drawn from it."),
         click.option("--context", type=int, help="Tokens the model looks back on. Default: what fits the target."),
         click.option("--prefill-chunk", type=int, help=f"Most prompt tokens in one call. Default: {DEFAULT_CHUNK}."),
         click.option(
@@ -99,16 +117,8 @@ def main() -> None:
     "--save-checkpoint", type=click.Path(path_type=Path), help="Also keep the quantized Hugging Face folder here."
 )
 @click.option(
-    "--calibration",
-    "calibration_text",
-    type=click.Path(path_type=Path),
-    multiple=True,
-    help="Text to calibrate on: a file, a folder or JSON lines; may be repeated. Default: public-domain books.",
-)
-@click.option(
     "--calibration-tokens", type=click.IntRange(256), help="How much of it. Default: what the quality asks for."
 )
-@click.option("--calibration-chat", is_flag=True, help="Put plain text into the form of a chat, for -it models.")
 @click.option(
     "--distill",
     type=click.IntRange(0),
@@ -116,7 +126,6 @@ def main() -> None:
     metavar="TOKENS",
     help="Afterwards train scales and norms on the original's logits; holds the whole model in memory.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the passages drawn from it.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle, and an OUT.failed.")
 def make(as_json: bool, **choices: Any) -> None:
     """Export MODEL (the default command)."""
@@ -127,7 +136,7 @@ def make(as_json: bool, **choices: Any) -> None:
     from gemma_edge.export import pipeline, report
 
     _show_warnings()
-    opened = pipeline.open_model(options)
+    opened = pipeline.open_model(options, report.progress_bar)
     _say_how_long_calibration_takes(opened)
     done = pipeline.export(options, report.progress_bar, opened)
     if as_json:
@@ -138,16 +147,41 @@ def make(as_json: bool, **choices: Any) -> None:
 
 @main.command(cls=Command)
 @_model_options
-def plan(as_json: bool, **choices: Any) -> None:
-    """Predict bytes and RAM of an export of MODEL, before any work."""
-    options = _options(choices)
-    from gemma_edge.export import pipeline, report
+@click.option("--save-recipe", type=click.Path(path_type=Path), help="Write the recipe here, for --recipe.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the bits of every weight here, as SVG.")
+def plan(as_json: bool, save_recipe: Path | None, plot: Path | None, **choices: Any) -> None:
+    """Predict bytes and RAM of an export of MODEL, before any work.
 
-    opened = pipeline.open_model(options, plan_only=True)
+    With --size or --bpw it measures first what rounding each weight costs: minutes for a large model, kept for the export.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in make
+    options = _options(choices)
+    from gemma_edge.export import layers, pipeline, report
+    from gemma_edge.quantize.store import final_configs
+
+    for path in filter(None, (save_recipe, plot)):
+        if not path.absolute().parent.is_dir():
+            raise InputError(f"cannot write {path}: {path.absolute().parent} is no folder")
+    opened = pipeline.open_model(options, report.progress_bar, plan_only=True)
+    configs = final_configs(opened.source, opened.recipe)
+    if save_recipe is not None:
+        save_recipe.write_text(json.dumps(opened.recipe.to_json(), indent=1) + "\n", encoding="utf-8")
+    if plot is not None:
+        plot.write_text(layers.svg(opened.recipe.name, configs), encoding="utf-8")
     if as_json:
-        click.echo(json.dumps(opened.plan.to_json(), indent=1))
-    else:
-        report.OUT.print(report.plan_table(opened.plan, opened.source.config.num_parameters))
+        choice = {"mixed": opened.choice.to_json()} if opened.choice else {}
+        click.echo(json.dumps({**opened.plan.to_json(), **choice}, indent=1))
+        return
+    report.OUT.print(report.plan_table(opened.plan, opened.source.config.num_parameters))
+    if opened.choice or options.recipe:
+        report.OUT.print(layers.bits_table(configs))
+    if opened.choice:
+        report.OUT.print(
+            f"{opened.choice.bits_per_weight:.3f} bits per weight; predicted KL to the original, all weights together:"
+            f" {opened.choice.predicted_kl:.5f} nats per token",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 @main.command(cls=Command)
@@ -186,7 +220,8 @@ def _options(choices: dict[str, Any]) -> Any:
         chat=choices.pop("calibration_chat", False),
         seed=choices.pop("seed", 0),
     )
-    return ExportOptions(**{**choices, "table_bits": int(choices["table_bits"]), "text": text})
+    table_bits = choices.pop("table_bits")
+    return ExportOptions(**choices, table_bits=table_bits and int(table_bits), text=text)
 
 
 def _show_warnings() -> None:

@@ -32,11 +32,10 @@ def parts(quantized: QuantizedCheckpoint, float_bits: int) -> list[dict[str, Any
         group = config.group_size if config else 0
         kind = name.split(".", 3)[-1] if ".layers." in name else name.removeprefix("model.")
         weights = out_features * in_features
-        scales = out_features * (in_features // group if group else 1) if config else 0
         row = rows.setdefault(
             (kind, bits, group), {"part": kind, "bits": bits, "group_size": group, "count": 0, "weights": 0, "bytes": 0}
         )
         row["count"] += 1
         row["weights"] += weights
-        row["bytes"] += weights * bits // 8 + 2 * scales
+        row["bytes"] += config.stored_bytes(out_features, in_features) if config else weights * bits // 8
     return list(rows.values())

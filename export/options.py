@@ -23,9 +23,12 @@ class ExportOptions:
     model: str = DEFAULT_MODEL
     out: Path | None = None
     target: str = "android"
-    bits: int = 4
+    bits: int | None = None
     group_size: int | None = None
-    table_bits: int = 8
+    table_bits: int | None = None
+    size: str | None = None  # these three instead of bits, group size and table bits: see mixed.py
+    bpw: float | None = None
+    recipe: Path | None = None
     method: str | None = None
     quality: str | None = None
     text: Source = Source()

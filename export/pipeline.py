@@ -17,6 +17,7 @@ from gemma_edge.export import verify as gate
 from gemma_edge.export.bundle import MANIFEST, Manifest, list_files, refuse_existing, staged
 from gemma_edge.export.choices import BACKENDS, GIB, LEVELS, TARGETS, Target, bits_of
 from gemma_edge.export.contents import parts, tool_versions
+from gemma_edge.export.mixed import Mixed
 from gemma_edge.export.options import ExportOptions, Progress, Stage, no_progress, stage
 from gemma_edge.export.quantizing import calibration_tokens, choose_calibration, choose_recipe, make_checkpoint
 from gemma_edge.model import hub
@@ -48,10 +49,12 @@ class Opened:
     target: Target
     plan: planning.Plan
     calibration: layerwise.Calibration | None  # None: no weight's integers depend on text
+    choice: Mixed | None  # what was weighed under a budget
 
 
-def open_model(options: ExportOptions, *, plan_only: bool = False) -> Opened:
-    """Find and check the model, and plan its export. Reads headers only, and the calibration text unless `plan_only`.
+def open_model(options: ExportOptions, progress: Progress = no_progress, *, plan_only: bool = False) -> Opened:
+    """Find and check the model, and plan its export. Reads headers only, and the calibration text unless `plan_only`; under a
+    budget it measures what each weight costs, unless that was done before.
 
     Raises:
         InputError: the model, an option or the target cannot be used.
@@ -68,15 +71,15 @@ def open_model(options: ExportOptions, *, plan_only: bool = False) -> Opened:
     if options.ram_gib is not None:
         target = replace(target, ram_bytes=int(options.ram_gib * GIB))
     source = open_weights(hub.resolve(options.model), lora=options.lora)
-    recipe = named_by_content(source, choose_recipe(options, source))
+    recipe, choice = choose_recipe(options, source, progress)
+    recipe = named_by_content(source, recipe)
     calibrated = source.kv_scales is not None if isinstance(source, QuantizedCheckpoint) else recipe.calibrated
     kv_dtype = planning.choose_kv_dtype(options.kv_bits, target, calibrated=calibrated)
     plan = _plan(options, source, recipe, target, kv_dtype)
     # a hub id's folder is called by the hash of its commit
     name = Path(options.model).resolve().name if Path(options.model).is_dir() else options.model.rpartition("/")[2]
-    return Opened(
-        name, source, recipe, target, plan, None if plan_only else choose_calibration(options, source, recipe)
-    )
+    seen = None if plan_only else choose_calibration(options, source, recipe)
+    return Opened(name, source, recipe, target, plan, seen, choice)
 
 
 def _plan(

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from gemma_edge.errors import InputError
-from gemma_edge.export import cache, calibration
+from gemma_edge.export import cache, calibration, mixed
 from gemma_edge.export.options import ExportOptions, Progress, Stage, stage
 from gemma_edge.model.checkpoint import Checkpoint
 from gemma_edge.quantize import layerwise
@@ -24,30 +24,60 @@ from gemma_edge.runtimes.tokenizer import TOKENIZER_FILE
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_BITS, DEFAULT_TABLE_BITS = 4, 8
+# what decides the integers of every weight, and what may not stand beside it
+EXCLUSIVE = {
+    "--recipe": ("--size", "--bpw", "--bits", "--group-size", "--table-bits", "--method"),
+    "--size": ("--bpw", "--bits", "--group-size", "--table-bits"),
+    "--bpw": ("--bits", "--group-size", "--table-bits"),
+}
 SOURCE_BYTES = 2  # of a weight in the original, for the progress bar
 
 
-def choose_recipe(options: ExportOptions, source: Checkpoint | QuantizedCheckpoint) -> Recipe:
-    """The recipe of the options; without a tokenizer there is nothing to calibrate on.
+def choose_recipe(
+    options: ExportOptions, source: Checkpoint | QuantizedCheckpoint, progress: Progress
+) -> tuple[Recipe, mixed.Mixed | None]:
+    """The recipe of the options, and what was weighed if they give a budget.
 
     Raises:
         InputError: an option outside the allowed ones.
     """
+    _refuse_exclusive(options)
     quality = options.quality
     if quality is not None and quality not in QUALITIES:
         raise InputError(f"--quality {quality}; supported: {', '.join(QUALITIES)}")
+    if options.recipe is not None:
+        return mixed.read_recipe(options.recipe, source), None
+    if options.size is not None or options.bpw is not None:
+        by_group, method = QUALITIES[quality or DEFAULT_QUALITY].method, options.method
+        budget = mixed.Budget(options.size, options.bpw)
+        choice = mixed.choose(source, budget, lambda group: method or by_group(group), options.text, progress)
+        return choice.recipe, choice
+    bits = DEFAULT_BITS if options.bits is None else options.bits
     if quality is None:
+        # without a tokenizer there is nothing to calibrate on
         has_text = (source.folder / TOKENIZER_FILE).is_file()
         quality = DEFAULT_QUALITY if has_text else "fast"
-        if not has_text and options.method is None and options.bits == 4:
+        if not has_text and options.method is None and bits == DEFAULT_BITS:
             logger.warning("%s has no tokenizer, so nothing to calibrate on: --quality fast", source.folder)
-    return make_recipe(
-        options.bits,
+    recipe = make_recipe(
+        bits,
         group_size=options.group_size,
         method=options.method,
-        table_bits=options.table_bits,
+        table_bits=DEFAULT_TABLE_BITS if options.table_bits is None else options.table_bits,
         quality=quality,
     )
+    return recipe, None
+
+
+def _refuse_exclusive(options: ExportOptions) -> None:
+    def given(flag: str) -> bool:
+        return getattr(options, flag.removeprefix("--").replace("-", "_")) is not None
+
+    for flag, others in EXCLUSIVE.items():
+        beside = [other for other in others if given(other)]
+        if given(flag) and beside:
+            raise InputError(f"{flag} decides the integers of every weight: {', '.join(beside)} cannot stand beside it")
 
 
 def calibration_tokens(options: ExportOptions, source: Checkpoint | QuantizedCheckpoint, recipe: Recipe) -> int:

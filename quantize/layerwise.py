@@ -11,7 +11,7 @@ import fcntl
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -66,11 +66,16 @@ def layer_file(folder: Path, layer: int) -> Path:
 
 def key_of(source: Checkpoint, recipe: Recipe, calibration: Calibration) -> str:
     """Hash of everything that a pass depends on."""
+    return hash_of(
+        source, calibration.windows, [VERSION, recipe.to_json(), calibration.rounds, calibration.refit]
+    )
+
+
+def hash_of(source: Checkpoint, windows: Tensor, parts: Sequence[object]) -> str:
+    """Hash of a model's files, of the windows that are looked at, and of whatever else counts."""
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in source.files()]
-    parts = [VERSION, torch.__version__, files, source.config.to_json(), recipe.to_json()]
-    parts += [calibration.rounds, calibration.refit]
-    text = json.dumps(parts, sort_keys=True, default=str).encode()
-    return hashlib.sha256(text + calibration.windows.numpy().tobytes()).hexdigest()[:24]
+    text = json.dumps([torch.__version__, files, source.config.to_json(), *parts], sort_keys=True, default=str).encode()
+    return hashlib.sha256(text + windows.numpy().tobytes()).hexdigest()[:24]
 
 
 @contextmanager
@@ -129,13 +134,13 @@ def calibrate(
     for layer in range(streams.done, config.num_hidden_layers):
         tokens = calibration.windows.shape[1]
         block, run = source.load_layer(layer), runner(source, layer, tokens)
-        _advance(block, streams.original, run)
+        advance(block, streams.original, run)
         original = copy.deepcopy(block) if calibration.refit else None
         moments = second_moments(block, streams.quantized, run, topology)
         found = quantize_block(block, moments, topology, _choices(source, recipe, layer), rounds=calibration.rounds)
         if original is not None:
             refit_post_norms(block, original, streams.quantized, run, config.rms_norm_eps)
-        _advance(block, streams.quantized, runner(source, layer, tokens, streams.ranges))
+        advance(block, streams.quantized, runner(source, layer, tokens, streams.ranges))
         error = (streams.quantized - streams.original).norm() / streams.original.norm()
         streams.reports.append(Report(layer, float(error)))
         streams.done = layer + 1
@@ -163,10 +168,15 @@ def runner(
     return run
 
 
+def token_rows(source: Checkpoint, windows: Tensor) -> tuple[Tensor, Tensor]:
+    """The table's rows of the tokens that occur, (seen, hidden), and which of them each token of (N, T) has, (N * T,)."""
+    seen, place = torch.unique(windows.flatten(), return_inverse=True)
+    return torch.cat([source.rows(TABLE, int(token), int(token) + 1) for token in seen]), place
+
+
 def _embedded(source: Checkpoint, recipe: Recipe, windows: Tensor) -> _Streams:
     """Rows of the table for every token, as the original has them and as its integers will give them."""
-    seen, place = torch.unique(windows.flatten(), return_inverse=True)
-    rows = torch.cat([source.rows(TABLE, int(token), int(token) + 1) for token in seen])  # (seen, hidden)
+    rows, place = token_rows(source, windows)
     rule = recipe.rule_for(TABLE)
     config = recipe.config_for(TABLE, rows.shape[1])
     rounded = rows if config is None else quantize(rows, config, rule.method).dequantize()
@@ -183,7 +193,8 @@ def _choices(source: Checkpoint, recipe: Recipe, layer: int) -> dict[str, Choice
     }
 
 
-def _advance(block: nn.Module, x: Tensor, run: Callable[[nn.Module, Tensor], Tensor]) -> None:
+def advance(block: nn.Module, x: Tensor, run: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    """Apply a block to every window of (N, T, hidden), in place."""
     for i in range(len(x)):
         x[i] = run(block, x[i : i + 1])[0]
 

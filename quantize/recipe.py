@@ -60,6 +60,10 @@ class QuantConfig:
             )
         return QuantConfig(self.bits, fitting, self.symmetric)
 
+    def stored_bytes(self, rows: int, columns: int) -> int:
+        """What a matrix takes: its codes, and its scales in bfloat16."""
+        return rows * (-(-columns * self.bits // 8) + 2 * (columns // self.group_size if self.group_size else 1))
+
 
 @dataclass(frozen=True)
 class QuantRule:
@@ -108,6 +112,27 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """Plain values, for a manifest."""
         return {**asdict(self), "rules": [asdict(rule) for rule in self.rules]}
+
+    @classmethod
+    def from_json(cls, data: Any, origin: str) -> Recipe:
+        """What `to_json` gave, also with other keys beside it, as in a manifest.
+
+        Args:
+            origin: where the data comes from, for the message.
+
+        Raises:
+            InputError: it is no recipe.
+        """
+        try:
+            rules = tuple(
+                QuantRule(rule["pattern"], QuantConfig(**rule["config"]) if rule["config"] else None, rule["method"])
+                for rule in data["rules"]
+            )
+            for rule in rules:
+                re.compile(rule.pattern)
+            return cls(str(data["name"]), rules, int(data["float_bits"]))
+        except (KeyError, TypeError, ValueError, re.error) as error:
+            raise InputError(f"{origin} is no recipe ({error!r}); `plan --save-recipe` writes one") from None
 
 
 INT8_ROW = QuantConfig(bits=8, group_size=0)

@@ -103,6 +103,16 @@ def file_bytes(blobs: list[Blob]) -> int:
     return blobs[-1].offset + blobs[-1].nbytes
 
 
+def matrix_bytes(config: Gemma2Config, configs: Mapping[str, QuantConfig]) -> dict[str, int]:
+    """What each matrix takes of the file, the gaps behind its tensors included; it does not depend on the other matrices."""
+    taken = dict.fromkeys(configs, 0)
+    for blob in layout(config, configs, {}):
+        weight = blob.name.rpartition(".")[0]
+        if weight in taken:
+            taken[weight] += -(-blob.nbytes // ALIGNMENT) * ALIGNMENT
+    return taken
+
+
 def float_dtypes(
     source: Checkpoint | QuantizedCheckpoint, configs: Mapping[str, QuantConfig | None], float_bits: int
 ) -> dict[str, torch.dtype]:
