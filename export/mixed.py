@@ -14,8 +14,8 @@ from typing import Any
 
 from gemma_edge.errors import InputError
 from gemma_edge.export import cache, calibration
-from gemma_edge.export.options import Progress
 from gemma_edge.export.onnx.weights import matrix_bytes, weights_bytes
+from gemma_edge.export.options import Progress
 from gemma_edge.model.checkpoint import TABLE, Checkpoint, weight_shapes
 from gemma_edge.model.config import read_json
 from gemma_edge.quantize import sensitivity
