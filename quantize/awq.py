@@ -18,6 +18,7 @@ from gemma_edge.quantize.recipe import QuantConfig
 
 # s = rms(x)^a / rms(W column)^b. With a + b = 1 a scale that somebody else has put between the two is undone, whatever it was.
 EXPONENTS = ((0.0, 1.0), (0.25, 0.75), (0.5, 0.5), (0.75, 0.25), (1.0, 0.0), (0.2, 0.0), (0.4, 0.0))
+SILENT = 1e-5  # times the mean channel
 SAMPLED_ROWS = 256  # of the consumers' outputs that a candidate is judged on
 
 
@@ -55,12 +56,14 @@ def candidates(block: nn.Module, fold: Fold, hessian: Tensor) -> list[Tensor]:
     """Scales worth trying, each (n,), geometric mean 1; the first is all ones."""
     weights = torch.cat([block.get_parameter(f"{name}.weight").data for name in fold.consumers])  # (out, in)
     shape = (-1, fold.repeat, fold.head_dim)
-    seen = hessian.diagonal().view(shape).mean(1).flatten().clamp_min(1e-12).sqrt()  # (n,) rms of the activations
-    column = weights.square().mean(0).view(shape).mean(1).flatten().clamp_min(1e-12).sqrt()  # (n,)
+    seen = hessian.diagonal().view(shape).mean(1).flatten().sqrt()  # (n,) rms of the activations
+    column = weights.square().mean(0).view(shape).mean(1).flatten().sqrt()  # (n,)
+    # a channel that was silent may speak later: no scale for it, else its weights would vanish beside the others'
+    heard = (seen > SILENT * seen.mean()) & (column > SILENT * column.mean())
     found = [torch.ones_like(seen)]
-    for a, b in EXPONENTS:
+    for a, b in EXPONENTS if heard.any() else ():
         scale = seen**a / column**b
-        found.append(scale / scale.log().mean().exp())
+        found.append(torch.where(heard, scale / scale[heard].log().mean().exp(), 1.0))
     return found
 
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from gemma_edge.errors import InputError
-from gemma_edge.model.checkpoint import NORMS, TABLE, Checkpoint, linear_shapes
+from gemma_edge.model.checkpoint import NORMS, TABLE, Checkpoint, linear_shapes, tensor_names
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.model.gemma2 import DecoderLayer, inverse_frequencies, rotary_angles
 from gemma_edge.model.kv_cache import RingCache
@@ -31,11 +31,12 @@ from gemma_edge.quantize.integers import QuantizedTensor, quantize
 from gemma_edge.quantize.kv_scales import KVRanges, KVScales
 from gemma_edge.quantize.recipe import Recipe
 from gemma_edge.quantize.refit import refit_post_norms
-from gemma_edge.quantize.safetensors_writer import Spec, write_safetensors
+from gemma_edge.quantize.safetensors_writer import Spec, replace_safetensors
 from gemma_edge.quantize.store import integer_specs, narrow, plain_spec
 
 VERSION = 2  # of what this pass computes: another one does not go on with what an older one left
 STATE = "state.safetensors"
+SAMPLES, SAMPLE_BYTES = 256, 64  # of each file of the model, for the key
 # of `estimate_s`
 PASSES, REFIT_PASSES = 3, 4  # forward passes of a layer
 SEARCH = 5000.0  # work of a scale search per weight, as arithmetic of a matrix product that takes as long
@@ -66,16 +67,22 @@ def layer_file(folder: Path, layer: int) -> Path:
 
 def key_of(source: Checkpoint, recipe: Recipe, calibration: Calibration) -> str:
     """Hash of everything that a pass depends on."""
-    return hash_of(
-        source, calibration.windows, [VERSION, recipe.to_json(), calibration.rounds, calibration.refit]
-    )
+    return hash_of(source, calibration.windows, [VERSION, recipe.to_json(), calibration.rounds, calibration.refit])
 
 
 def hash_of(source: Checkpoint, windows: Tensor, parts: Sequence[object]) -> str:
     """Hash of a model's files, of the windows that are looked at, and of whatever else counts."""
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in source.files()]
-    text = json.dumps([torch.__version__, files, source.config.to_json(), *parts], sort_keys=True, default=str).encode()
-    return hashlib.sha256(text + windows.numpy().tobytes()).hexdigest()[:24]
+    text = [torch.__version__, files, source.config.to_json(), windows.shape, *parts]
+    seen = json.dumps(text, sort_keys=True, default=str).encode() + b"".join(map(_sample, source.files()))
+    return hashlib.sha256(seen + windows.numpy().tobytes()).hexdigest()[:24]
+
+
+def _sample(path: Path) -> bytes:
+    """Pieces from all over a file: two fine-tunes of a model may have the same sizes, and, unpacked, the same times."""
+    with path.open("rb") as file:
+        starts = range(0, path.stat().st_size, max(1, path.stat().st_size // SAMPLES))
+        return b"".join(file.read(SAMPLE_BYTES) for start in starts if file.seek(start) == start)
 
 
 @contextmanager
@@ -129,14 +136,17 @@ def calibrate(
         InputError: the weights or the activations are NaN or infinite.
     """
     config, topology = source.config, gemma2_topology(source.config)
-    streams = _load(folder / STATE) or _embedded(source, recipe, calibration.windows)
+    streams = _load(folder) or _embedded(source, recipe, calibration.windows)
     progress(streams.done)
     for layer in range(streams.done, config.num_hidden_layers):
         tokens = calibration.windows.shape[1]
         block, run = source.load_layer(layer), runner(source, layer, tokens)
         advance(block, streams.original, run)
         original = copy.deepcopy(block) if calibration.refit else None
-        moments = second_moments(block, streams.quantized, run, topology)
+        try:
+            moments = second_moments(block, streams.quantized, run, topology)
+        except InputError as error:
+            raise InputError(f"layer {layer}: {error}") from None
         found = quantize_block(block, moments, topology, _choices(source, recipe, layer), rounds=calibration.rounds)
         if original is not None:
             refit_post_norms(block, original, streams.quantized, run, config.rms_norm_eps)
@@ -218,10 +228,7 @@ def _write_layer(
             dtype = narrow(source.dtype(name)) if recipe.float_bits == 16 else torch.float32
             specs.append(plain_spec(f"{name}.weight", block.get_parameter(f"{part}.weight").data.to(dtype)))
     specs += [plain_spec(f"{prefix}{norm}.weight", block.get_parameter(f"{norm}.weight").data) for norm in NORMS]
-    path = layer_file(folder, layer)
-    written = path.with_suffix(".partial")
-    write_safetensors(written, specs)
-    written.rename(path)
+    replace_safetensors(layer_file(folder, layer), specs)
 
 
 def estimate_s(config: Gemma2Config, recipe: Recipe, calibration: Calibration) -> float:
@@ -245,26 +252,24 @@ def estimate_s(config: Gemma2Config, recipe: Recipe, calibration: Calibration) -
 
 
 def _save(path: Path, streams: _Streams) -> None:
-    """Replace the state in one rename: a kill leaves the old one or the new one."""
     specs = [plain_spec("quantized", streams.quantized), plain_spec("original", streams.original)]
     for layer, (k, v) in streams.ranges.largest.items():
         specs += [plain_spec(f"k.{layer}", k), plain_spec(f"v.{layer}", v)]
     reports = json.dumps([asdict(report) for report in streams.reports])
-    written = path.with_suffix(".partial")
-    write_safetensors(written, specs, {"done": str(streams.done), "reports": reports})
-    written.rename(path)
+    replace_safetensors(path, specs, {"done": str(streams.done), "reports": reports})
 
 
-def _load(path: Path) -> _Streams | None:
-    if not path.is_file():
-        return None
+def _load(folder: Path) -> _Streams | None:
+    """Where an earlier pass stopped; None: there was none, or a file of it is lost or damaged, and it must begin again."""
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(folder / STATE, "pt") as file:
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
-    except SafetensorError:
-        return None  # a damaged disk: begin again
-    reports = [Report(**report) for report in json.loads(metadata["reports"])]
+        reports = [Report(**report) for report in json.loads(metadata["reports"])]
+        for report in reports:
+            tensor_names(layer_file(folder, report.layer))  # opens it
+    except (SafetensorError, OSError, InputError):
+        return None
     ranges = KVRanges(
         {report.layer: (tensors[f"k.{report.layer}"], tensors[f"v.{report.layer}"]) for report in reports}
     )

@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from gemma_edge.model.checkpoint import NORMS, TABLE, Checkpoint, linear_shapes,
 from gemma_edge.model.gemma2 import Embedding, Gemma2, Layers, Linear
 from gemma_edge.model.kv_cache import RingCache
 from gemma_edge.quantize.distill import CodedLinear, Schedule, distill
-from gemma_edge.quantize.safetensors_writer import Spec, write_safetensors
+from gemma_edge.quantize.safetensors_writer import Spec, replace_safetensors
 from gemma_edge.quantize.store import QuantizedCheckpoint, integer_specs, plain_spec, shard_names
 
 BYTES_PER_WEIGHT = 4 + 1 + 2  # the original in float32, the codes, and activations and one weight at a time
@@ -125,10 +124,4 @@ def _write(quantized: QuantizedCheckpoint, student: Gemma2) -> None:
                 )
         norms = [f"model.layers.{layer}.{norm}.weight" for norm in NORMS]
         specs += [plain_spec(norm, student.get_parameter(norm).data) for norm in norms]
-        _replace(quantized.folder / name, specs)
-
-
-def _replace(path: Path, specs: list[Spec]) -> None:
-    written = path.with_suffix(".partial")
-    write_safetensors(written, specs)
-    written.rename(path)
+        replace_safetensors(quantized.folder / name, specs)

@@ -67,3 +67,13 @@ def write_safetensors(path: Path, specs: Sequence[Spec], metadata: Mapping[str, 
                 written += file.write(part.contiguous().view(torch.uint8).numpy().data)
             if written != spec.nbytes:
                 raise RuntimeError(f"{spec.name}: {written} bytes for {spec.nbytes}")
+
+
+def replace_safetensors(path: Path, specs: Sequence[Spec], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a file beside `path` and rename it: whatever happens, there is the old one or the new one, and nothing else."""
+    written = path.with_suffix(".partial")
+    try:
+        write_safetensors(written, specs, metadata)
+        written.rename(path)
+    finally:
+        written.unlink(missing_ok=True)
