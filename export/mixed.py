@@ -14,8 +14,8 @@ from typing import Any
 
 from gemma_edge.errors import InputError
 from gemma_edge.export import cache, calibration
-from gemma_edge.export.options import Progress
 from gemma_edge.export.onnx.weights import matrix_bytes, weights_bytes
+from gemma_edge.export.options import Progress
 from gemma_edge.model.checkpoint import TABLE, Checkpoint, weight_shapes
 from gemma_edge.model.config import read_json
 from gemma_edge.quantize import sensitivity
@@ -133,7 +133,9 @@ def _costs(source: Checkpoint, budget: Budget) -> tuple[dict[str, dict[QuantConf
         configs = {weight: some[min(i, len(some) - 1)] for weight, some in choices.items()}
         for weight, count in matrix_bytes(source.config, configs).items():
             costs[weight][configs[weight]] = count
-    rest = weights_bytes(source, configs, FLOAT_BITS, int8_kv=True) - sum(costs[weight][configs[weight]] for weight in shapes)
+    rest = weights_bytes(source, configs, FLOAT_BITS, int8_kv=True) - sum(
+        costs[weight][configs[weight]] for weight in shapes
+    )
     return costs, parse_size(budget.size) - rest
 
 

@@ -66,9 +66,7 @@ def layer_file(folder: Path, layer: int) -> Path:
 
 def key_of(source: Checkpoint, recipe: Recipe, calibration: Calibration) -> str:
     """Hash of everything that a pass depends on."""
-    return hash_of(
-        source, calibration.windows, [VERSION, recipe.to_json(), calibration.rounds, calibration.refit]
-    )
+    return hash_of(source, calibration.windows, [VERSION, recipe.to_json(), calibration.rounds, calibration.refit])
 
 
 def hash_of(source: Checkpoint, windows: Tensor, parts: Sequence[object]) -> str:
