@@ -145,8 +145,8 @@ def calibrate(
         original = copy.deepcopy(block) if calibration.refit else None
         try:
             moments = second_moments(block, streams.quantized, run, topology)
-        except InputError as error:
-            raise InputError(f"layer {layer}: {error}") from None
+        except InputError as failed:
+            raise InputError(f"layer {layer}: {failed}") from None
         found = quantize_block(block, moments, topology, _choices(source, recipe, layer), rounds=calibration.rounds)
         if original is not None:
             refit_post_norms(block, original, streams.quantized, run, config.rms_norm_eps)
