@@ -8,16 +8,18 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from gemma_edge.errors import InputError
+from gemma_edge.export.verify import WAY_OUT
 from gemma_edge.runtimes.chat import ChatTemplate
 from gemma_edge.runtimes.tokenizer import TOKENIZER_FILE, open_tokenizer
 
@@ -27,6 +29,7 @@ SHIPPED = ("calibration_austen.txt", "calibration_kjv.txt", "calibration_melvill
 SUFFIXES = (".txt", ".md", ".jsonl")
 WINDOW = 512  # tokens; a shorter context takes its own length
 LEAST_TOKENS = 256  # second moments of fewer say nothing
+MOST_CHARACTERS = 32  # read of a file, per token asked for: a long one is not read, and kept in memory, to its end
 RARE = (
     0.25  # part of the tokens that are single bytes or unknown, from which on the text is hardly the model's language
 )
@@ -44,7 +47,7 @@ class Source:
 
 
 def windows(folder: Path, bos: int, max_length: int, source: Source) -> Tensor:
-    """Cut windows from the text, as many from each file as from any other.
+    """Cut windows from the text, as many from each file as from any other; of a long file the beginning is looked at.
 
     Args:
         folder: of the model, for its tokenizer and chat template.
@@ -57,9 +60,12 @@ def windows(folder: Path, bos: int, max_length: int, source: Source) -> Tensor:
     Raises:
         InputError: no tokenizer, a file that cannot be read, or too little text.
     """
-    tokenizer = open_tokenizer(folder / TOKENIZER_FILE, "calibration needs a tokenizer: pass --quality fast")
+    if not (folder / TOKENIZER_FILE).is_file():
+        raise InputError(f"{folder} has no {TOKENIZER_FILE}, so no text to calibrate on: pass --method mse, or rtn")
+    tokenizer = open_tokenizer(folder / TOKENIZER_FILE, WAY_OUT)
     texts = list(_texts(source, ChatTemplate.from_bundle(folder)))
-    ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+    # chat templates write a BOS too, where none is when the model is used
+    ids = [[i for i in tokenizer.encode(text, add_special_tokens=False).ids if i != bos] for text in texts]
     total = sum(map(len, ids))
     if total < LEAST_TOKENS:
         raise InputError(
@@ -92,15 +98,16 @@ def _cut(ids: Sequence[Sequence[int]], bos: int, length: int, count: int, seed: 
 
 def _texts(source: Source, template: ChatTemplate) -> Iterator[str]:
     plain: list[str] = []
+    most = MOST_CHARACTERS * source.tokens
     if not source.paths:
         plain = [(resources.files("gemma_edge.export") / "data" / name).read_text(encoding="utf-8") for name in SHIPPED]
     for path in source.paths:
         for file in _files(path):
-            text = _read(file)
             if file.suffix == ".jsonl":
-                yield "\n".join(_line(line, file, number, template) for number, line in enumerate(text.splitlines(), 1))
+                yield "\n".join(_line(line, file, number, template) for number, line in _lines(file, most))
             else:
-                plain.append(text)
+                with _opened(file) as opened:
+                    plain.append(opened.read(most))
     for text in plain:
         yield _as_chat(text, template) if source.chat else text
 
@@ -115,11 +122,24 @@ def _files(path: Path) -> list[Path]:
     return found
 
 
-def _read(file: Path) -> str:
+@contextmanager
+def _opened(file: Path) -> Iterator[TextIO]:
     try:
-        return file.read_text(encoding="utf-8")
+        with file.open(encoding="utf-8-sig") as opened:
+            yield opened
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--calibration {file} cannot be read as UTF-8 text ({error})") from None
+
+
+def _lines(file: Path, most: int) -> Iterator[tuple[int, str]]:
+    """Lines that are not blank, with their numbers, until `most` characters are read."""
+    with _opened(file) as opened:
+        for number, line in enumerate(opened, 1):
+            if line.strip():
+                yield number, line
+            most -= len(line)
+            if most <= 0:
+                return
 
 
 def _line(line: str, file: Path, number: int, template: ChatTemplate) -> str:
@@ -128,7 +148,9 @@ def _line(line: str, file: Path, number: int, template: ChatTemplate) -> str:
         data: dict[str, Any] = json.loads(line)
         if "messages" in data:
             return template.render(data["messages"], add_generation_prompt=False)
-        return str(data["text"])
+        if not isinstance(data["text"], str):
+            raise TypeError(f"its text is a {type(data['text']).__name__}")
+        return data["text"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f'{file}:{number} is no {{"text": ...}} or {{"messages": [...]}} ({error})') from None
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_edge.errors import InputError
+from gemma_edge.export import cache
 from gemma_edge.export import plan as planning
 from gemma_edge.export import verify as gate
 from gemma_edge.export.bundle import MANIFEST, Manifest, list_files, refuse_existing, staged
@@ -113,7 +114,7 @@ def export(options: ExportOptions, progress: Progress = no_progress, opened: Ope
     _choose_gate(source, plan.context, options.verify)  # refuses a bad tokenizer before any work
     stages: list[Stage] = []
     with staged(out, force=options.force) as work:
-        _check_disk(work, plan)  # here, because what a killed export left is gone now
+        _check_disk(work, opened)  # here, because what a killed export left is gone now
         bundle, checkpoint = work / "bundle", work / "checkpoint"
         quantized, learnt = make_checkpoint(
             options, source, opened.recipe, opened.calibration, checkpoint, progress, stages
@@ -207,10 +208,10 @@ def _verify(
     bundle: Path,
     progress: Progress,
 ) -> dict[str, Any]:
-    config, cache = opened.source.config, manifest.cache
+    config, geometry = opened.source.config, manifest.cache
     bits = [config.bits if config else opened.recipe.float_bits for config in quantized.configs.values()]
-    limits = gate.LIMITS[min(*bits, bits_of(cache.dtype))]
-    total = gate.steps(config.num_hidden_layers, len(chosen.ids), cache.prefill_chunk)
+    limits = gate.LIMITS[min(*bits, bits_of(geometry.dtype))]
+    total = gate.steps(config.num_hidden_layers, len(chosen.ids), geometry.prefill_chunk)
     with progress(f"verify ({len(chosen.ids)} tokens)", total, False) as advance:
         return gate.verify(
             bundle, opened.source, quantized, chosen, limits=limits, backend=opened.target.backend, progress=advance
@@ -234,14 +235,24 @@ def _gate_failed(options: ExportOptions, out: Path, bundle: Path, failures: list
     return InputError(f"{out} not made: it differs too much from the original ({found}); it lies in {kept}")
 
 
-def _check_disk(out: Path, plan: planning.Plan) -> None:
-    folder = next(parent for parent in out.absolute().parents if parent.exists())
-    free = shutil.disk_usage(folder).free
-    if free < plan.export_disk_bytes:
-        raise InputError(
-            f"no space for the export: it needs {plan.export_disk_bytes / GIB:.2f} GiB in {folder},"
-            f" {free / GIB:.2f} GiB are free; free some, or pass -o on another disk"
-        )
+def _check_disk(work: Path, opened: Opened) -> None:
+    """Refuse what will not fit: the export in its folder, the calibration in its cache, and both where they share a disk."""
+    out = next(parent for parent in work.absolute().parents if parent.exists())
+    needs = [(out, opened.plan.export_disk_bytes, "pass -o on another disk")]
+    if opened.calibration is not None and isinstance(opened.source, Checkpoint):
+        kept = cache.calibration_folder(layerwise.key_of(opened.source, opened.recipe, opened.calibration))
+        need = layerwise.folder_bytes(opened.source.config, opened.recipe, opened.calibration)
+        need -= sum(path.stat().st_size for path in kept.iterdir())
+        needs.append((kept, max(0, need), f"set {cache.VARIABLE} to a folder on another disk"))
+    for folder, _, way_out in needs:
+        disk = folder.stat().st_dev
+        need = sum(need for other, need, _ in needs if other.stat().st_dev == disk)
+        free = shutil.disk_usage(folder).free
+        if free < need:
+            raise InputError(
+                f"no space for the export: it needs {need / GIB:.2f} GiB in {folder},"
+                f" {free / GIB:.2f} GiB are free; free some, or {way_out}"
+            )
 
 
 def _copy_tokenizer(folder: Path, bundle: Path) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 from gemma_edge.errors import InputError
 from gemma_edge.export import cache, calibration, mixed
 from gemma_edge.export.options import ExportOptions, Progress, Stage, stage
+from gemma_edge.export.verify import WAY_OUT
 from gemma_edge.model.checkpoint import Checkpoint
 from gemma_edge.quantize import layerwise
 from gemma_edge.quantize.distill import Schedule
@@ -91,8 +92,18 @@ def calibration_tokens(options: ExportOptions, source: Checkpoint | QuantizedChe
 def choose_calibration(
     options: ExportOptions, source: Checkpoint | QuantizedCheckpoint, recipe: Recipe
 ) -> layerwise.Calibration | None:
-    """The windows to look at, if there are any."""
+    """The windows to look at, if there are any.
+
+    Raises:
+        InputError: text that cannot be used, or that nothing would look at.
+    """
     tokens = calibration_tokens(options, source, recipe)
+    if options.text != calibration.Source() and not tokens and not options.distill:
+        raise InputError(
+            f"nothing looks at calibration text here, where {source.folder.name} becomes {recipe.name}"
+            f" {'as it is' if isinstance(source, QuantizedCheckpoint) else 'without data'}: leave out --calibration,"
+            " --calibration-tokens, --calibration-chat and --seed, or choose another --quality or --method"
+        )
     if not tokens or isinstance(source, QuantizedCheckpoint):
         return None
     quality = QUALITIES[options.quality or DEFAULT_QUALITY]
@@ -144,4 +155,10 @@ def make_checkpoint(
 def _windows(source: Checkpoint, text: calibration.Source, tokens: int) -> Tensor:
     config = source.config
     wanted = replace(text, tokens=tokens)
-    return calibration.windows(source.folder, config.bos_token_id, config.max_position_embeddings, wanted)
+    found = calibration.windows(source.folder, config.bos_token_id, config.max_position_embeddings, wanted)
+    if found.max() >= config.vocab_size:
+        raise InputError(
+            f"{source.folder / TOKENIZER_FILE} gives token id {found.max()}, the model has a vocabulary of"
+            f" {config.vocab_size}; {WAY_OUT}"
+        )
+    return found

@@ -37,6 +37,7 @@ from gemma_edge.quantize.store import integer_specs, narrow, plain_spec
 VERSION = 2  # of what this pass computes: another one does not go on with what an older one left
 STATE = "state.safetensors"
 SAMPLES, SAMPLE_BYTES = 256, 64  # of each file of the model, for the key
+HEADER_BYTES = 8192  # of a layer's file, and what packing rounds up
 # of `estimate_s`
 PASSES, REFIT_PASSES = 3, 4  # forward passes of a layer
 SEARCH = 5000.0  # work of a scale search per weight, as arithmetic of a matrix product that takes as long
@@ -151,8 +152,8 @@ def calibrate(
         if original is not None:
             refit_post_norms(block, original, streams.quantized, run, config.rms_norm_eps)
         advance(block, streams.quantized, runner(source, layer, tokens, streams.ranges))
-        error = (streams.quantized - streams.original).norm() / streams.original.norm()
-        streams.reports.append(Report(layer, float(error)))
+        apart = (streams.quantized - streams.original).norm() / streams.original.norm()
+        streams.reports.append(Report(layer, float(apart)))
         streams.done = layer + 1
         _write_layer(folder, source, recipe, layer, block, found)
         _save(folder / STATE, streams)
@@ -229,6 +230,18 @@ def _write_layer(
             specs.append(plain_spec(f"{name}.weight", block.get_parameter(f"{part}.weight").data.to(dtype)))
     specs += [plain_spec(f"{prefix}{norm}.weight", block.get_parameter(f"{norm}.weight").data) for norm in NORMS]
     replace_safetensors(layer_file(folder, layer), specs)
+
+
+def folder_bytes(config: Gemma2Config, recipe: Recipe, calibration: Calibration) -> int:
+    """What a pass keeps in its folder at most: the layers, and both streams twice while the state is replaced."""
+    total = 4 * 4 * calibration.windows.numel() * config.hidden_size
+    for layer in range(config.num_hidden_layers):
+        total += 4 * len(NORMS) * config.hidden_size + HEADER_BYTES
+        for name, (rows, columns) in linear_shapes(config, layer).items():
+            kind = recipe.config_for(name, columns)
+            groups = columns // kind.group_size if kind and kind.group_size else 1
+            total += rows * (columns * kind.bits // 8 + 2 * groups) if kind else 4 * rows * columns
+    return total
 
 
 def estimate_s(config: Gemma2Config, recipe: Recipe, calibration: Calibration) -> float:

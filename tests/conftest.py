@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, Gemma2ForCausalLM
 from transformers import Gemma2Config as HFConfig
 
 from gemma_edge.export import pipeline
+from gemma_edge.export.cache import VARIABLE
 from gemma_edge.export.options import ExportOptions
 from gemma_edge.export.pipeline import Export
 
@@ -98,6 +99,15 @@ def relative_error(found: torch.Tensor, reference: torch.Tensor) -> float:
     return float((found - reference).abs().max() / (reference.max() - reference.min()))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def calibrations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where this run's calibrations are kept, those of commands included: never the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv(VARIABLE, str(folder))
+        yield folder
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`checkpoint("tiny")`: the folder of a named shape, made once a session."""
@@ -112,7 +122,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Export:
+def demo(tmp_path_factory: pytest.TempPathFactory, calibrations: Path) -> Export:
     """The demo model's bundle by the real pipeline, once a session; its integers lie beside it in `checkpoint`."""
     folder = tmp_path_factory.mktemp("demo")
     options = ExportOptions(model=str(DEMO), out=folder / "bundle", save_checkpoint=folder / "checkpoint")

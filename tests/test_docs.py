@@ -52,8 +52,9 @@ def blocks(page: Path) -> Iterator[Block]:
 
 
 def clean_environment(home: Path) -> dict[str, str]:
-    """This one, with the commands under test in front, nothing of make's, no network for the hub and no model cache."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "HF_"))}
+    """This one, with the commands under test in front, nothing of make's, no network for the hub, and caches in `home`."""
+    dropped = ("MAKE", "MFLAGS", "HF_", "XDG_", "GEMMA_EDGE_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     path = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
     return kept | {"PATH": path, "HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
@@ -84,6 +85,7 @@ def after_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     printed = run(["make", "--old-file=setup", "demo"], folder, "make demo")
     assert "gemma-export demo/tiny-gemma2 --target android --bits 4" in printed
     assert "passed the quick gate" in printed
+    assert list((folder / ".cache" / "gemma-edge" / "calibration").iterdir())  # of this home, not of the user's
     return folder
 
 

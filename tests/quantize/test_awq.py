@@ -10,6 +10,7 @@ import torch
 from conftest import DEMO, hf_holding, hf_logits, hf_model
 from torch import Tensor, nn
 from torch.testing import assert_close
+from transformers import Gemma2ForCausalLM
 
 from gemma_edge.model.checkpoint import Checkpoint
 from gemma_edge.model.gemma2 import Gemma2
@@ -37,7 +38,7 @@ def fold_everything(model: Gemma2, seed: int) -> int:
     return sum(not torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-def held_by_transformers(folder: Path, model: Gemma2) -> nn.Module:
+def held_by_transformers(folder: Path, model: Gemma2) -> Gemma2ForCausalLM:
     return hf_holding(folder, {name: value for name, value in model.state_dict().items() if "inv_freq" not in name})
 
 

@@ -24,7 +24,8 @@ def hessian_of(columns: int, tokens: int, seed: int = 0) -> Tensor:
     """X^T X / n of correlated inputs whose columns differ in size: (columns, columns)."""
     factors = draw(seed, tokens, columns // 4) @ draw(seed + 1, columns // 4, columns) / columns**0.5
     x = (factors + 0.5 * draw(seed + 2, tokens, columns)) * (0.7 * draw(seed + 3, columns)).exp()
-    return x.T @ x / tokens
+    found: Tensor = x.T @ x / tokens
+    return found
 
 
 def absmax(weight: Tensor, config: QuantConfig) -> Tensor:
