@@ -8,6 +8,7 @@ Needs what smollm2.py and corpora.py wrote into WORK. Scores are kept in WORK/qu
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
@@ -83,13 +84,13 @@ def digest(*parts: bytes | str) -> str:
     return total.hexdigest()[:24]
 
 
-def sources(*modules: ModuleType) -> bytes:
-    """The text of modules; of packages, of all their files."""
+def sources(*modules: ModuleType) -> str:
+    """What modules compute, of packages all their files: comments and layout do not count."""
     files: list[Path] = []
     for module in modules:
         file = Path(module.__file__ or "")
         files += sorted(file.parent.glob("*.py")) if file.name == "__init__.py" else [file]
-    return b"".join(file.read_bytes() for file in files)
+    return "".join(ast.dump(ast.parse(file.read_text(encoding="utf-8"))) for file in files)
 
 
 def installed(peer: Peer, root: Path) -> dict[str, str]:
