@@ -64,16 +64,21 @@ class Cache:
     def __init__(self, path: Path, *, fresh: bool) -> None:
         self.path = path
         self.fresh = fresh
-        self.scores: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+
+    def kept(self) -> dict[str, Any]:
+        """What the file holds now: another run may have added to it."""
+        return json.loads(self.path.read_text()) if self.path.exists() else {}
 
     def score(self, key: str, judge: Judge, change: Callable[[], float]) -> Score:
         """A kept score, or that of the model after `change`, which returns its CPU seconds."""
-        if self.fresh or key not in self.scores:
-            _ = judge.reference  # computed while the model is still the float one
-            self.scores[key] = asdict(judge.score(cpu_s=change()))
-            judge.restore()
-            self.path.write_text(json.dumps(self.scores, indent=1) + "\n", encoding="utf-8")
-        return Score(**self.scores[key])
+        kept = self.kept()
+        if not self.fresh and key in kept:
+            return Score(**kept[key])
+        _ = judge.reference  # computed while the model is still the float one
+        score = judge.score(cpu_s=change())
+        judge.restore()
+        self.path.write_text(json.dumps({**self.kept(), key: asdict(score)}, indent=1) + "\n", encoding="utf-8")
+        return score
 
 
 def digest(*parts: bytes | str) -> str:
