@@ -72,7 +72,7 @@ def windows(folder: Path, bos: int, max_length: int, source: Source) -> Tensor:
             f"the calibration text has {total} tokens; at least {LEAST_TOKENS} are needed: give more --calibration text"
         )
     _warn_of_other_language(tokenizer, ids)
-    length = min(WINDOW, max_length, total)
+    length = min(WINDOW, max_length, total, max(LEAST_TOKENS, source.tokens))
     found = _cut(ids, bos, length, max(1, source.tokens // length), source.seed)
     if found.numel() < source.tokens // 2:
         logger.warning(

@@ -58,6 +58,7 @@ def test_windows_are_pieces_of_the_text_and_never_the_same_twice(austen: Path) -
 
 def test_a_context_shorter_than_a_window_cuts_shorter_windows() -> None:
     assert cut(tokens=1024, longest=128).shape == (8, 128)
+    assert cut(tokens=300).shape == (1, 300)
 
 
 def test_the_seed_draws_other_passages_and_only_that(austen: Path) -> None:

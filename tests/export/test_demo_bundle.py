@@ -289,7 +289,7 @@ def test_bundle_and_checkpoint_get_the_same_files_beside_the_weights(tmp_path: P
     (model / "added_tokens.json").write_text("{}")
     (model / "tokenizer.json.bak").write_text("no part of a model")
     out, kept = tmp_path / "out", tmp_path / "kept"
-    pipeline.export(ExportOptions(model=str(model), out=out, save_checkpoint=kept, verify="none"))
+    pipeline.export(ExportOptions(model=str(model), out=out, save_checkpoint=kept, verify="none", quality="fast"))
     for folder in (out, kept):
         found = {path.name for path in folder.iterdir()} & {path.name for path in model.iterdir()}
         assert found - {"config.json", "model.safetensors"} == {
@@ -306,7 +306,7 @@ def test_failed_gate_publishes_nothing_unless_asked(tmp_path: Path, monkeypatch:
     from gemma_edge.export import verify
 
     monkeypatch.setitem(verify.LIMITS, 4, replace(verify.LIMITS[4], kl=1e-9))
-    options = ExportOptions(model=str(DEMO), out=tmp_path / "out")
+    options = ExportOptions(model=str(DEMO), out=tmp_path / "out", quality="fast")
     with pytest.raises(InputError, match="differs too much from the original .quality kl: "):
         pipeline.export(options)
     assert list(tmp_path.iterdir()) == []

@@ -113,7 +113,10 @@ def test_disk_of_the_plan_counts_what_the_chosen_gate_writes(
         return judge(folder, progress)
 
     monkeypatch.setattr(gate, "_judge", look_and_judge)
-    options = ExportOptions(model=str(DEMO), out=tmp_path / "bundle", save_checkpoint=tmp_path / "kept", verify=level)
+    kept = tmp_path / "kept"
+    options = ExportOptions(
+        model=str(DEMO), out=tmp_path / "bundle", save_checkpoint=kept, verify=level, quality="fast"
+    )
     plan = Manifest.load(pipeline.export(options).bundle).plan
     without = make_plan(Checkpoint.open(DEMO), make_recipe(4), TARGETS["android"], verify="none")
     assert (len(seen) == 2) is (level != "none")
