@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -173,8 +174,13 @@ def _errors(
     path = folder / MEASUREMENT
     if not path.is_file():
         total = sensitivity.steps(config.num_hidden_layers)
+        inputs = folder / "inputs"
         with only_here(folder), progress("measure sensitivity, layers there and back", total, False) as advance:
-            sensitivity.save(sensitivity.measure(source, windows, folder, advance), path)
+            inputs.mkdir(exist_ok=True)
+            try:
+                sensitivity.save(sensitivity.measure(source, windows, inputs, advance), path)
+            finally:
+                shutil.rmtree(inputs, ignore_errors=True)
     return sensitivity.load(path)
 
 
@@ -186,8 +192,10 @@ def read_recipe(path: Path, source: Checkpoint | QuantizedCheckpoint) -> Recipe:
     """
     if isinstance(source, QuantizedCheckpoint):
         raise InputError(f"{source.folder} is quantized already; --recipe needs the original float folder")
-    data = read_json(path)
+    data = read_json(path, "`plan --save-recipe` writes a recipe")
     recipe = Recipe.from_json(data.get("recipe", data), f"--recipe {path}")
+    if recipe.float_bits not in (16, FLOAT_BITS):
+        raise InputError(f"--recipe {path}: float_bits {recipe.float_bits}; supported: 16, {FLOAT_BITS}")
     for weight, (_, columns) in weight_shapes(source.config).items():
         if not any(re.fullmatch(rule.pattern, weight) for rule in recipe.rules):
             raise InputError(f"--recipe {path}: no rule matches {weight}; is it of another model?")
