@@ -160,7 +160,7 @@ class Quality:
 QUALITIES = {
     "fast": Quality("mse", "rtn", UNCALIBRATED_GROUP),
     "balanced": Quality("gptq", "gptq", CALIBRATED_GROUP, tokens=8192),
-    "best": Quality("awq+gptq", "gptq", CALIBRATED_GROUP, tokens=16384, rounds=2, refit=True),
+    "best": Quality("awq+gptq", "awq+gptq", CALIBRATED_GROUP, tokens=16384, rounds=2, refit=True),
 }
 DEFAULT_QUALITY = "balanced"
 
