@@ -47,11 +47,12 @@ def decoder_topology(
     mlp = ("mlp.gate_proj", "mlp.up_proj")
     return Topology(
         sites=(attention, ("self_attn.o_proj",), mlp, ("mlp.down_proj",)),
+        # those of linears first: rows of v and up that are far larger than the others would decide the norms' scales alone
         folds=(
-            Fold(attention_norm, attention, plus_one=plus_one),
             Fold("self_attn.v_proj", ("self_attn.o_proj",), repeat=heads_per_kv, head_dim=head_dim),
-            Fold(mlp_norm, mlp, plus_one=plus_one),
             Fold("mlp.up_proj", ("mlp.down_proj",)),
+            Fold(attention_norm, attention, plus_one=plus_one),
+            Fold(mlp_norm, mlp, plus_one=plus_one),
         ),
     )
 

@@ -34,7 +34,7 @@ from gemma_edge.quantize.refit import refit_post_norms
 from gemma_edge.quantize.safetensors_writer import Spec, replace_safetensors
 from gemma_edge.quantize.store import integer_specs, narrow, plain_spec
 
-VERSION = 2  # of what this pass computes: another one does not go on with what an older one left
+VERSION = 3  # of what this pass computes: another one does not go on with what an older one left
 STATE = "state.safetensors"
 SAMPLES, SAMPLE_BYTES = 256, 64  # of each file of the model, for the key
 HEADER_BYTES = 8192  # of a layer's file, and what packing rounds up

@@ -151,7 +151,7 @@ def test_best_reaches_its_bar_with_one_scale_per_channel(judge: Judge, rtn: floa
 def test_best_undoes_outlier_channels(judge: Judge, best: float, tmp_path: Path) -> None:
     """The same function with heavy-tailed channel scales, which make plain rounding 14 times worse: folds take them back."""
     outliers = Judge(write_heavy_tailed(DEMO, tmp_path / "model"), tmp_path / "work", judge.right)
-    assert outliers.of_quality(128) <= 1.15 * best
+    assert outliers.of_quality(128) <= 1.05 * best  # measured: 0.995
 
 
 # One block
