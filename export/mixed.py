@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -84,14 +84,14 @@ def parse_size(text: str) -> int:
 def choose(
     source: Checkpoint | QuantizedCheckpoint,
     budget: Budget,
-    method: Callable[[int], str],
+    methods: sensitivity.Methods,
     text: calibration.Source,
     progress: Progress,
 ) -> Mixed:
     """The recipe with the least predicted error that keeps the budget.
 
     Args:
-        method: of 4-bit linears, by group size.
+        methods: how the integers of linears are found.
         text: to measure on, unless this model was measured on it before.
 
     Raises:
@@ -101,7 +101,7 @@ def choose(
         raise InputError(f"{source.folder} is quantized already; {budget} needs the original float folder")
     costs, limit = _costs(source, budget)
     _check(source, budget, costs, limit)
-    errors = _errors(source, budget, text, progress)
+    errors = _errors(source, budget, methods, text, progress)
     options = {
         weight: [Option(config, cost, errors[weight][config]) for config, cost in some.items()]
         for weight, some in costs.items()
@@ -110,14 +110,10 @@ def choose(
     shapes = weight_shapes(source.config)
     weights = sum(rows * columns for rows, columns in shapes.values())
     bits = 8 * sum(option.config.stored_bytes(*shapes[weight]) for weight, option in chosen.items()) / weights
-    rules = {weight: (option.config, _method(weight, option.config, method)) for weight, option in chosen.items()}
+    rules = {weight: (option.config, methods(option.config)) for weight, option in chosen.items() if weight != TABLE}
+    table = chosen[TABLE].config
+    rules = {TABLE: (table, sensitivity.TABLE_METHODS[table]), **rules}
     return Mixed(as_recipe(f"mixed-{bits:.2f}bpw", rules), chosen, bits)
-
-
-def _method(weight: str, config: QuantConfig, method: Callable[[int], str]) -> str:
-    if weight == TABLE:
-        return sensitivity.TABLE_METHODS[config]
-    return "rtn" if config.bits == 8 else method(config.group_size)
 
 
 def _costs(source: Checkpoint, budget: Budget) -> tuple[dict[str, dict[QuantConfig, int]], int]:
@@ -160,17 +156,18 @@ def _check(source: Checkpoint, budget: Budget, costs: Mapping[str, Mapping[Quant
 def _errors(
     source: Checkpoint,
     budget: Budget,
+    methods: sensitivity.Methods,
     text: calibration.Source,
     progress: Progress,
 ) -> sensitivity.Errors:
-    """What each candidate costs the output: measured once per model and text."""
+    """What each candidate costs the output: measured once per model, text and method."""
     if not (source.folder / TOKENIZER_FILE).is_file():
         raise InputError(f"{source.folder} has no tokenizer, so no text to measure on for {budget}; use --group-size")
     config = source.config
     windows = calibration.windows(
         source.folder, config.bos_token_id, config.max_position_embeddings, replace(text, tokens=TOKENS)
     )
-    folder = cache.calibration_folder(sensitivity.key_of(source, windows))
+    folder = cache.calibration_folder(sensitivity.key_of(source, windows, methods))
     path = folder / MEASUREMENT
     if not path.is_file():
         total = sensitivity.steps(config.num_hidden_layers)
@@ -178,7 +175,7 @@ def _errors(
         with only_here(folder), progress("measure sensitivity, layers there and back", total, False) as advance:
             inputs.mkdir(exist_ok=True)
             try:
-                sensitivity.save(sensitivity.measure(source, windows, inputs, advance), path)
+                sensitivity.save(sensitivity.measure(source, windows, methods, inputs, advance), path)
             finally:
                 shutil.rmtree(inputs, ignore_errors=True)
     return sensitivity.load(path)

@@ -18,7 +18,15 @@ from gemma_edge.model.checkpoint import Checkpoint
 from gemma_edge.quantize import layerwise
 from gemma_edge.quantize.distill import Schedule
 from gemma_edge.quantize.kv_scales import KVScales
-from gemma_edge.quantize.recipe import DEFAULT_QUALITY, QUALITIES, Recipe, make_recipe
+from gemma_edge.quantize.recipe import (
+    DEFAULT_QUALITY,
+    METHODS,
+    QUALITIES,
+    QuantConfig,
+    Recipe,
+    default_method,
+    make_recipe,
+)
 from gemma_edge.quantize.recovery import recover
 from gemma_edge.quantize.store import QuantizedCheckpoint, write_quantized
 from gemma_edge.runtimes.tokenizer import TOKENIZER_FILE
@@ -50,9 +58,7 @@ def choose_recipe(
     if options.recipe is not None:
         return mixed.read_recipe(options.recipe, source), None
     if options.size is not None or options.bpw is not None:
-        by_group, method = QUALITIES[quality or DEFAULT_QUALITY].method, options.method
-        budget = mixed.Budget(options.size, options.bpw)
-        choice = mixed.choose(source, budget, lambda group: method or by_group(group), options.text, progress)
+        choice = _within_budget(options, source, quality or DEFAULT_QUALITY, progress)
         return choice.recipe, choice
     bits = DEFAULT_BITS if options.bits is None else options.bits
     if quality is None:
@@ -69,6 +75,18 @@ def choose_recipe(
         quality=quality,
     )
     return recipe, None
+
+
+def _within_budget(
+    options: ExportOptions, source: Checkpoint | QuantizedCheckpoint, quality: str, progress: Progress
+) -> mixed.Mixed:
+    if options.method is not None and options.method not in METHODS:
+        raise InputError(f"--method {options.method}; supported: {', '.join(METHODS)}")
+
+    def methods(config: QuantConfig) -> str:
+        return (options.method if config.bits == 4 else None) or default_method(config, quality)
+
+    return mixed.choose(source, mixed.Budget(options.size, options.bpw), methods, options.text, progress)
 
 
 def _refuse_exclusive(options: ExportOptions) -> None:

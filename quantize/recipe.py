@@ -178,6 +178,11 @@ def recipe_name(linears: Iterable[QuantConfig | None], table: QuantConfig | None
     return "+".join(tags) + ("" if table == usual else f"-table{table.bits if table else float_bits}")
 
 
+def default_method(config: QuantConfig, quality: str) -> str:
+    """How the integers of a linear are found; 8 bits need no calibration."""
+    return "rtn" if config.bits == 8 else QUALITIES[quality].method(config.group_size)
+
+
 def make_recipe(
     bits: int,
     *,
@@ -214,8 +219,9 @@ def make_recipe(
         group = CALIBRATED_GROUP if method in CALIBRATED else UNCALIBRATED_GROUP
     else:
         group = QUALITIES[quality].group_size
-    chosen = method or ("rtn" if bits == 8 else QUALITIES[quality].method(group))
-    body = QuantRule(ANY, QuantConfig(bits, group), chosen)
+    config = QuantConfig(bits, group)
+    chosen = method or default_method(config, quality)
+    body = QuantRule(ANY, config, chosen)
     table = QuantRule(TABLE_PATTERN, INT8_ROW)
     if table_bits != 8:
         config = QuantConfig(table_bits, group or UNCALIBRATED_GROUP)

@@ -3,8 +3,8 @@
 One pass forward and one back through the float model, block by block, its inputs on disk meanwhile. The pass back carries a
 random probe z of the logits with E[z z^T] = diag(p) - p p^T, the Hessian of KL(p || .). With g the gradient that reaches the
 output of a linear and e the error of that output, the KL that the rounding costs is about (g e)^2 / 2; the rows' errors are
-independent of each other, so that a sample of rows gives the sum. Weights are rounded as an export does it, by GPTQ: simpler
-rounding ranks them worse (docs/mixed-precision.md). What is done with the errors is budget.py's.
+independent of each other, so that a sample of rows gives the sum. Weights are rounded by the method that an export will
+use: simpler ones rank them worse (docs/mixed-precision.md). What is done with the errors is budget.py's.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from torch import Tensor
 from gemma_edge.errors import InputError
 from gemma_edge.model.checkpoint import FINAL_NORM, TABLE, Checkpoint, row_slices, weight_shapes
 from gemma_edge.model.gemma2 import soft_cap
-from gemma_edge.quantize.calibrate import gemma2_topology, second_moments
-from gemma_edge.quantize.gptq import Inputs, quantize_outputs
+from gemma_edge.quantize.calibrate import WITH_INPUTS, gemma2_topology, second_moments
+from gemma_edge.quantize.gptq import Inputs
 from gemma_edge.quantize.integers import quantize
 from gemma_edge.quantize.layerwise import advance, hash_of, runner, token_rows
-from gemma_edge.quantize.recipe import INT8_ROW, QuantConfig
+from gemma_edge.quantize.recipe import DATA_FREE, INT8_ROW, QuantConfig
 from gemma_edge.quantize.safetensors_writer import write_safetensors
 from gemma_edge.quantize.store import plain_spec
 
@@ -37,6 +37,7 @@ SAMPLED_ROWS = 256  # of a linear
 JUDGED = 4  # one in so many windows is judged on, the last ones; the rounding is fitted to the others
 
 Errors = dict[str, dict[QuantConfig, float]]  # by weight
+Methods = Callable[[QuantConfig], str]
 
 
 def candidates(weight: str, columns: int) -> tuple[QuantConfig, ...]:
@@ -52,13 +53,18 @@ def steps(layers: int) -> int:
 
 @torch.no_grad()
 def measure(
-    source: Checkpoint, windows: Tensor, folder: Path, progress: Callable[[int], None] = lambda done: None
+    source: Checkpoint,
+    windows: Tensor,
+    methods: Methods,
+    folder: Path,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> Errors:
     """The error of every candidate of every matrix.
 
     Args:
         source: float weights.
         windows: (N, T) int64, BOS first; see JUDGED.
+        methods: how the integers of each of CANDIDATES are found, as in a recipe.
         folder: for the layers' inputs, 4 bytes per layer, token and channel; they are gone in the end.
         progress: called with 1 per step.
 
@@ -78,7 +84,7 @@ def measure(
     progress(1)
     errors: Errors = {}
     for layer in reversed(range(layers)):
-        errors |= _layer(source, layer, _kept(folder, layer), gradient)
+        errors |= _layer(source, layer, _kept(folder, layer), gradient, methods)
         progress(1)
     errors[TABLE] = {}
     for config, kl in head.items():  # as the head, and as the embedding
@@ -108,7 +114,7 @@ def _kl(change: Tensor) -> float:
     return float(change.square().sum()) / (2 * len(change))
 
 
-def _layer(source: Checkpoint, layer: int, x: Tensor, gradient: Tensor) -> Errors:
+def _layer(source: Checkpoint, layer: int, x: Tensor, gradient: Tensor, methods: Methods) -> Errors:
     """Errors of a layer's linears.
 
     Args:
@@ -142,7 +148,7 @@ def _layer(source: Checkpoint, layer: int, x: Tensor, gradient: Tensor) -> Error
             rows, arriving = _sample(weight), torch.cat(gradients.pop(name))
             share = len(weight) / len(rows)
             errors[f"model.layers.{layer}.{name}"] = {
-                config: share * _kl(seen @ (_rounded(rows, fitted, config) - rows).T * arriving)
+                config: share * _kl(seen @ (_rounded(rows, fitted, config, methods(config)) - rows).T * arriving)
                 for config in candidates(name, weight.shape[1])
             }
     return errors
@@ -153,10 +159,11 @@ def _sample(rows: Tensor) -> Tensor:
     return rows[:: max(1, len(rows) // SAMPLED_ROWS)]
 
 
-def _rounded(rows: Tensor, inputs: Inputs, config: QuantConfig) -> Tensor:
-    """8 bits need no calibration."""
-    found = quantize(rows, config, "rtn") if config.bits == 8 else quantize_outputs(rows, inputs, config)
-    return found.dequantize()
+def _rounded(rows: Tensor, inputs: Inputs, config: QuantConfig, method: str) -> Tensor:
+    """What becomes of some rows, without folds and without rounds of refinement."""
+    if method in DATA_FREE:
+        return quantize(rows, config, method).dequantize()
+    return WITH_INPUTS[method](rows, inputs, config, 0).dequantize()
 
 
 def _signs(seed: int, like: Tensor) -> Tensor:
@@ -207,9 +214,10 @@ def _head(source: Checkpoint, x: Tensor) -> tuple[Tensor, dict[QuantConfig, floa
     return gradient.view_as(x), kl
 
 
-def key_of(source: Checkpoint, windows: Tensor) -> str:
+def key_of(source: Checkpoint, windows: Tensor, methods: Methods) -> str:
     """Hash of everything that `measure` depends on."""
-    return hash_of(source, windows, [VERSION, CANDIDATES, list(TABLE_METHODS), SAMPLED_ROWS])
+    by = [(config, methods(config).removeprefix("awq+")) for config in CANDIDATES]
+    return hash_of(source, windows, [VERSION, by, list(TABLE_METHODS), SAMPLED_ROWS, JUDGED])
 
 
 def save(errors: Errors, path: Path) -> None:

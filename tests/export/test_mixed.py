@@ -159,6 +159,8 @@ def test_plan_shows_draws_and_saves_the_bits_of_every_layer(tmp_path: Path) -> N
         (["--size", "5MB", "--bpw", "5"], ["--size decides", "--bpw"]),
         (["--bpw", "5", "--group-size", "32"], ["--bpw decides", "--group-size"]),
         (["--size", "5MB", "--table-bits", "8"], ["--size decides", "--table-bits"]),
+        (["--size", "5MB", "--method", "magic"], ["--method magic", "rtn"]),
+        (["--size", "5MB", "--quality", "utter"], ["--quality utter", "fast"]),
         (["--recipe", "nowhere.json", "--bits", "8"], ["--recipe decides", "--bits"]),
         (["--recipe", "nowhere.json"], ["nowhere.json", "--save-recipe"]),
         (["--bpw", "5", "--plot", "/nowhere/bits.svg"], ["/nowhere"]),

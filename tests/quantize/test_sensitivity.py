@@ -17,8 +17,12 @@ from gemma_edge.export import calibration
 from gemma_edge.model.checkpoint import TABLE, Checkpoint, weight_shapes
 from gemma_edge.quantize import sensitivity
 from gemma_edge.quantize.integers import quantize
-from gemma_edge.quantize.recipe import INT8_ROW
+from gemma_edge.quantize.recipe import INT8_ROW, QuantConfig, default_method
 from gemma_edge.quantize.sensitivity import Errors, measure
+
+
+def gptq(config: QuantConfig) -> str:
+    return default_method(config, "balanced")
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +35,7 @@ def windows() -> Tensor:
 @pytest.fixture(scope="module")
 def measured(windows: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Errors:
     folder = tmp_path_factory.mktemp("inputs")
-    errors = measure(Checkpoint.open(DEMO), windows, folder)
+    errors = measure(Checkpoint.open(DEMO), windows, gptq, folder)
     assert list(folder.iterdir()) == []
     return errors
 
@@ -77,16 +81,19 @@ def test_measured_again_it_is_the_same(checkpoint: Callable[..., Path], tmp_path
     source = Checkpoint.open(checkpoint("odd_sizes"))
     ids = torch.randint(3, 300, (3, 24), generator=torch.Generator().manual_seed(0))
     steps: list[int] = []
-    first = measure(source, ids, tmp_path, steps.append)
+    first = measure(source, ids, gptq, tmp_path, steps.append)
     assert sum(steps) == sensitivity.steps(4)
-    assert measure(source, ids, tmp_path) == first
+    assert measure(source, ids, gptq, tmp_path) == first
     sensitivity.save(first, tmp_path / "kept.json")
     assert sensitivity.load(tmp_path / "kept.json") == first
-    assert sensitivity.key_of(source, ids) != sensitivity.key_of(source, ids[:2])
+    keys = [
+        sensitivity.key_of(source, some, method) for some in (ids, ids[:2]) for method in (gptq, lambda config: "rtn")
+    ]
+    assert len(set(keys)) == 4
 
 
 def test_one_window_serves_for_both(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    errors = measure(Checkpoint.open(checkpoint("tiny")), torch.arange(3, 27)[None], tmp_path)
+    errors = measure(Checkpoint.open(checkpoint("tiny")), torch.arange(3, 27)[None], gptq, tmp_path)
     assert all(error > 0 for some in errors.values() for error in some.values())
 
 
@@ -96,4 +103,4 @@ def test_activations_that_overflow_are_refused(checkpoint: Callable[..., Path], 
     tensors["model.layers.1.mlp.up_proj.weight"].mul_(1e38)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match="NaN or infinite"):
-        measure(Checkpoint.open(folder), torch.arange(3, 27)[None], tmp_path)
+        measure(Checkpoint.open(folder), torch.arange(3, 27)[None], gptq, tmp_path)
