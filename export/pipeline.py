@@ -26,6 +26,7 @@ from gemma_edge.model.checkpoint import Checkpoint
 from gemma_edge.quantize import layerwise
 from gemma_edge.quantize.recipe import Recipe
 from gemma_edge.quantize.store import QuantizedCheckpoint, named_by_content, open_weights
+from gemma_edge.runtimes.base import scored_at_once
 from gemma_edge.runtimes.tokenizer import TOKENIZER_FILE, open_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -211,7 +212,7 @@ def _verify(
     config, geometry = opened.source.config, manifest.cache
     bits = [config.bits if config else opened.recipe.float_bits for config in quantized.configs.values()]
     limits = gate.LIMITS[min(*bits, bits_of(geometry.dtype))]
-    total = gate.steps(config.num_hidden_layers, len(chosen.ids), geometry.prefill_chunk)
+    total = gate.steps(config.num_hidden_layers, len(chosen.ids), scored_at_once(manifest))
     with progress(f"verify ({len(chosen.ids)} tokens)", total, False) as advance:
         return gate.verify(
             bundle, opened.source, quantized, chosen, limits=limits, backend=opened.target.backend, progress=advance

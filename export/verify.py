@@ -26,6 +26,7 @@ from gemma_edge.export.bundle import Manifest
 from gemma_edge.export.choices import LEVELS, LOWERING_TEXT
 from gemma_edge.model.checkpoint import Weights
 from gemma_edge.quantize.store import QuantizedCheckpoint
+from gemma_edge.runtimes.memory import give_back
 from gemma_edge.runtimes.tokenizer import open_tokenizer
 
 WAY_OUT = "take the tokenizer.json that belongs to the model"
@@ -151,6 +152,7 @@ def _judge(folder: Path, progress: Callable[[int], None]) -> dict[str, Any]:
     """The bundle's half in a fresh process: it shares no memory with torch, as on the device."""
     command = [sys.executable, "-m", judge.__name__, str(folder)]
     log = folder / "stderr"
+    give_back()
     with (
         log.open("w") as errors,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,

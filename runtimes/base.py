@@ -45,6 +45,14 @@ class Stats:
         return self.decode_tokens / self.decode_s if self.decode_s else 0.0
 
 
+SCORED_BYTES = 1 << 26  # of logits in one call: twice as much is in memory meanwhile
+
+
+def scored_at_once(manifest: Manifest) -> int:
+    """Positions in one chunk of `score_chunks`: a prefill chunk, or fewer where a large vocabulary makes their logits large."""
+    return max(1, min(manifest.cache.prefill_chunk, SCORED_BYTES // (4 * int(manifest.config["vocab_size"]))))
+
+
 class Runtime(Protocol):
     """A loaded bundle with one KV cache."""
 
@@ -66,7 +74,7 @@ class Runtime(Protocol):
         """Logits (T, V) at each position of `ids`, from a reset state."""
 
     def score_chunks(self, ids: Sequence[int]) -> Iterator[Logits]:
-        """The rows of `score`, one prefill chunk at a time: (<= prefill_chunk, V) each."""
+        """The rows of `score`, some at a time: (<= scored_at_once, V) each."""
 
     def reset(self) -> None:
         """Forget everything; the next token is at position 0."""
@@ -98,7 +106,7 @@ class BaseRuntime(ABC):
         """Append `ids` chunk by chunk; return the logits (V,) after the last of them."""
         start = time.perf_counter()
         logits = np.empty((0, 0), np.float32)
-        for chunk in self._chunks(ids):
+        for chunk in self._chunks(ids, self.manifest.cache.prefill_chunk):
             logits = self._step(chunk, every_position=False)
         self.stats.prefill_tokens += len(ids)
         self.stats.prefill_s += time.perf_counter() - start
@@ -108,15 +116,15 @@ class BaseRuntime(ABC):
     def decode(self, token: int) -> Logits:
         """Append one token; return the logits (V,) after it."""
         start = time.perf_counter()
-        logits = self._step(self._chunks([token])[0], every_position=False)
+        logits = self._step(self._chunks([token], 1)[0], every_position=False)
         self.stats.decode_tokens += 1
         self.stats.decode_s += time.perf_counter() - start
         last: Logits = logits[-1]  # (V,)
         return last
 
     def score_chunks(self, ids: Sequence[int]) -> Iterator[Logits]:
-        """Logits of every position from a reset state, (<= prefill_chunk, V) at a time."""
-        chunks = self._chunks(ids)
+        """Logits of every position from a reset state, (<= scored_at_once, V) at a time."""
+        chunks = self._chunks(ids, scored_at_once(self.manifest))
         self.reset()
         for chunk in chunks:
             yield self._step(chunk, every_position=True)
@@ -135,8 +143,8 @@ class BaseRuntime(ABC):
         self._position += len(chunk)
         return logits
 
-    def _chunks(self, ids: Sequence[int]) -> list[NDArray[np.int64]]:
-        """Split into chunks of at most `prefill_chunk`, after checking the ids."""
+    def _chunks(self, ids: Sequence[int], size: int) -> list[NDArray[np.int64]]:
+        """Split into chunks of at most `size`, after checking the ids."""
         tokens = np.asarray(ids, dtype=np.int64)
         vocab_size = int(self.manifest.config["vocab_size"])
         if tokens.ndim != 1 or tokens.size == 0:
@@ -144,7 +152,6 @@ class BaseRuntime(ABC):
         if tokens.min() < 0 or tokens.max() >= vocab_size:
             bad = tokens[(tokens < 0) | (tokens >= vocab_size)][0]
             raise InputError(f"token id {bad} is not below the vocabulary size {vocab_size}")
-        size = self.manifest.cache.prefill_chunk
         return [tokens[start : start + size] for start in range(0, len(tokens), size)]
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from gemma_edge.errors import InputError
 from gemma_edge.export.bundle import MANIFEST, Manifest
-from gemma_edge.runtimes.base import Logits, Runtime, choose_backend, open_runtime
+from gemma_edge.runtimes.base import Logits, Runtime, choose_backend, open_runtime, scored_at_once
 from gemma_edge.runtimes.tokenizer import Tokenizer
 from gemma_edge.runtimes.windows import Window
 
@@ -62,7 +62,7 @@ class BundleModel:
 
     def steps(self, windows: Sequence[Window]) -> int:
         """Chunks of all windows."""
-        chunk = self.manifest.cache.prefill_chunk
+        chunk = scored_at_once(self.manifest)
         return sum(-(-(len(window.ids) - 1) // chunk) for window in windows)
 
     def rows(self, windows: Sequence[Window], progress: Callable[[int], None]) -> Iterator[tuple[Window, int, Logits]]:

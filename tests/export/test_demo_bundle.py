@@ -203,6 +203,31 @@ def test_gate_refuses_a_bundle_whose_weights_were_swapped(demo: Export, copy: Pa
     assert not result["passed"] and any(failure.startswith("lowering") for failure in result["failures"])
 
 
+def test_gate_finds_the_same_whatever_is_scored_at_once(demo: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    """50 positions at once: no multiple of the chunk, of the rows that are compared together, or of the lowering text."""
+    from gemma_edge.export import judge, verify
+    from gemma_edge.model.checkpoint import Checkpoint
+    from gemma_edge.runtimes import base
+
+    monkeypatch.setattr(base, "SCORED_BYTES", 4 * 4096 * 50)
+    monkeypatch.setattr(verify, "_judge", lambda folder, progress: judge.judge(folder))
+    quantized = QuantizedCheckpoint.open(demo.bundle.parent / "checkpoint")
+    gate = verify.make_gate(demo.bundle / "tokenizer.json", 4096, 2, 512, "quick")
+    found = verify.verify(
+        demo.bundle,
+        Checkpoint.open(DEMO),
+        quantized,
+        gate,
+        limits=verify.LIMITS[4],
+        backend="onnx",
+    )
+    once = demo.manifest.verification["onnx"]
+    assert found["generation_difference"] == pytest.approx(once["generation_difference"], rel=0.01)
+    for part in ("quality", "quality_past_context", "lowering"):
+        assert found[part]["tokens"] == once[part]["tokens"]
+        assert found[part] == pytest.approx(once[part], rel=0.01)
+
+
 def test_a_wrap_that_goes_wrong_cannot_hide_among_the_positions_before_it(demo: Export) -> None:
     """63 bad positions among 575 leave the mean within the limits; past the context they are judged on their own."""
     from gemma_edge.export import verify

@@ -13,6 +13,7 @@ from toys import CHUNK, VOCAB, WINDOWS, toy_graph, toy_logits, toy_manifest, wri
 import gemma_edge
 from gemma_edge.errors import InputError
 from gemma_edge.export.bundle import LayerCache, Manifest
+from gemma_edge.runtimes import base
 from gemma_edge.runtimes.base import BaseRuntime
 from gemma_edge.runtimes.onnx import OnnxRuntime, _check_version
 from gemma_edge.runtimes.session import Session
@@ -50,6 +51,18 @@ def test_score_matches_numpy_at_every_position(runtime: OnnxRuntime) -> None:
     chunks = list(runtime.score_chunks(ids))
     assert [len(chunk) for chunk in chunks] == [CHUNK] * 9 + [3]
     np.testing.assert_allclose(np.concatenate(chunks), toy_logits(ids), atol=ATOL)
+
+
+def test_fewer_positions_are_scored_at_once_where_their_logits_are_large(
+    runtime: OnnxRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chunk of 128 positions of 256,000 tokens is 131 MB, and the graph needs as much again."""
+    ids = random_ids(20)
+    for rows, expected in ((3, [3] * 6 + [2]), (1, [1] * 20), (0, [1] * 20), (100, [CHUNK] * 5)):
+        monkeypatch.setattr(base, "SCORED_BYTES", 4 * VOCAB * rows)
+        chunks = list(runtime.score_chunks(ids))
+        assert [len(chunk) for chunk in chunks] == expected
+        np.testing.assert_allclose(np.concatenate(chunks), toy_logits(ids), atol=ATOL)
 
 
 def test_chunked_prefill_matches_one_token_at_a_time(runtime: OnnxRuntime, bundle: Path) -> None:
