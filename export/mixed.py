@@ -99,6 +99,8 @@ def choose(
     """
     if isinstance(source, QuantizedCheckpoint):
         raise InputError(f"{source.folder} is quantized already; {budget} needs the original float folder")
+    if budget.bpw is not None and not math.isfinite(budget.bpw):
+        raise InputError(f"{budget}; give a number of bits per weight")
     costs, limit = _costs(source, budget)
     _check(source, budget, costs, limit)
     errors = _errors(source, budget, methods, text, progress)

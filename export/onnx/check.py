@@ -133,7 +133,9 @@ def _check_weights(path: Path, graph: ir.Graph, blobs: list[Blob]) -> None:
             if tensor.nbytes > SMALL_BYTES:
                 raise RuntimeError(f"{path.name}: constant {name} of {tensor.nbytes} bytes is inside the graph")
             continue
-        blob = by_name[f"{TABLE}.weight_packed" if name == HEAD_PACKED else name]
+        blob = by_name.get(f"{TABLE}.weight_packed" if name == HEAD_PACKED else name)
+        if blob is None:
+            raise RuntimeError(f"{path.name}: {name} is in the graph but not in the weights file")
         if (tensor.offset, tensor.length) != (blob.offset, blob.nbytes):
             raise RuntimeError(
                 f"{path.name}: {name} points to {tensor.offset}+{tensor.length}, written at {blob.offset}"
