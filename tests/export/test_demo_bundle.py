@@ -141,7 +141,7 @@ def test_a_wrong_attention_attribute_is_refused_after_lowering(
             16,
             "with block_size 16 reads",
         ),  # divides the group, but its scales are half as many
-        ("MatMulNBits", "block_size", 64, "block_size 64, no part of 32"),
+        ("MatMulNBits", "block_size", 256, "block_size 256, no part of 128"),
         ("MatMulNBits", "bits", 8, "has bits 8, expected 4"),
         ("MatMulNBits", "K", 32, "has K 32"),
         ("GatherBlockQuantized", "block_size", 128, "of model.embed_tokens with block_size 128 reads"),
@@ -171,15 +171,16 @@ def test_scales_of_another_weight_are_refused_after_lowering(demo: Export, copy:
     gate.input[2], up.input[2] = up.input[2], gate.input[2]
     onnx.save(model, path)
     with pytest.raises(
-        RuntimeError, match=r"gate_proj with block_size 32 reads model.layers.0.mlp.up_proj.weight_scale"
+        RuntimeError, match=r"gate_proj with block_size 128 reads model.layers.0.mlp.up_proj.weight_scale"
     ):
         check_demo(demo, path)
 
 
 def check_demo(demo: Export, path: Path) -> None:
     quantized = QuantizedCheckpoint.open(demo.bundle.parent / "checkpoint")
-    blobs = layout(quantized.config, quantized.configs, {})
-    check_graph(path, quantized.config, quantized.configs, demo.manifest.cache, blobs, windowed=True)
+    cache = demo.manifest.cache
+    blobs = layout(quantized.config, quantized.configs, {}, int8_kv=cache.dtype == "int8")
+    check_graph(path, quantized.config, quantized.configs, cache, blobs, windowed=True)
 
 
 def test_gate_refuses_a_bundle_whose_weights_were_swapped(demo: Export, copy: Path) -> None:
@@ -289,7 +290,7 @@ def test_quantized_checkpoint_goes_in_and_gives_the_same_weights_file(demo: Expo
     # the bits asked for are those of a float folder: neither the integers nor the name follow them
     given = demo.bundle.parent / "checkpoint"
     again = pipeline.export(ExportOptions(model=str(given), bits=8, out=tmp_path / "again", verify="none"))
-    assert again.manifest.recipe["name"] == "int4-g32" == again.manifest.plan["recipe"]
+    assert again.manifest.recipe["name"] == "int4-g128" == again.manifest.plan["recipe"]
     assert again.manifest.files["model.onnx.data"] == demo.manifest.files["model.onnx.data"]
     assert again.manifest.verification == {}
 
@@ -341,7 +342,7 @@ def test_failed_gate_publishes_nothing_unless_asked(tmp_path: Path, monkeypatch:
     first = Manifest.load(tmp_path / "out.failed")
     assert first.verification["onnx"]["passed"] is False
     # what was kept to be looked at is not replaced unasked, and that is said before any work
-    monkeypatch.setattr(pipeline, "write_quantized", lambda *args: pytest.fail("work was begun"))
+    monkeypatch.setattr(pipeline, "make_checkpoint", lambda *args: pytest.fail("work was begun"))
     with pytest.raises(InputError, match=r"out.failed exists; pass --force"):
         pipeline.export(replace(options, keep_failed=True))
     monkeypatch.undo()
