@@ -116,7 +116,8 @@ def choose_calibration(
         InputError: text that cannot be used, or that nothing would look at.
     """
     tokens = calibration_tokens(options, source, recipe)
-    if options.text != calibration.Source() and not tokens and not options.distill:
+    weighed = options.size is not None or options.bpw is not None
+    if options.text != calibration.Source() and not (tokens or weighed or options.distill):
         raise InputError(
             f"nothing looks at calibration text here, where {source.folder.name} becomes {recipe.name}"
             f" {'as it is' if isinstance(source, QuantizedCheckpoint) else 'without data'}: leave out --calibration,"

@@ -141,7 +141,7 @@ def test_a_wrong_attention_attribute_is_refused_after_lowering(
             16,
             "with block_size 16 reads",
         ),  # divides the group, but its scales are half as many
-        ("MatMulNBits", "block_size", 96, "block_size 96, no part of 128"),
+        ("MatMulNBits", "block_size", 256, "block_size 256, no part of 128"),
         ("MatMulNBits", "bits", 8, "has bits 8, expected 4"),
         ("MatMulNBits", "K", 32, "has K 32"),
         ("GatherBlockQuantized", "block_size", 128, "of model.embed_tokens with block_size 128 reads"),
