@@ -196,7 +196,7 @@ def test_which_cache_is_taken() -> None:
 
 @pytest.mark.parametrize(
     ("bits", "message"),
-    [("8", "error: --kv-bits 8 needs calibration"), ("4", "error: --kv-bits 4; supported: 8, 32")],
+    [("8", "error: --kv-bits 8 needs calibration, which finds"), ("4", "error: --kv-bits 4; supported: 8, 32")],
 )
 def test_a_cache_that_cannot_be_is_refused_in_one_line(bits: str, message: str) -> None:
     result = CliRunner().invoke(main, ["plan", str(DEMO), "--quality", "fast", "--kv-bits", bits])
