@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -233,6 +234,9 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(bundle: Path) -> None:
             process.stdin.flush()
             assert process.stdout.read(20)
             process.send_signal(signal.SIGINT)
+            # the rest of this answer must not be taken for the beginning of the next one
+            while select.select([process.stdout], [], [], 1.0)[0]:
+                assert os.read(process.stdout.fileno(), 1 << 16)
         process.stdin.close()
         process.stdout.read()
         assert process.stderr.read() == b"note: longer than the context of 10 tokens: the oldest have fallen out\n"
