@@ -121,8 +121,8 @@ def choose_kv_dtype(asked: int | None, target: Target, *, calibrated: bool) -> s
         raise InputError(f"--kv-bits {asked}; supported: {', '.join(map(str, KV_DTYPES))}")
     if asked == 8 and not calibrated:
         raise InputError(
-            "--kv-bits 8 needs calibration, which finds the cache's scales: use --quality balanced, --method gptq,"
-            " or --kv-bits 32"
+            "--kv-bits 8 needs calibration, which finds the cache's scales: use --quality balanced or --method gptq on a"
+            " float folder, or --kv-bits 32"
         )
     if asked is None:
         asked = target.kv_bits if calibrated else 32
