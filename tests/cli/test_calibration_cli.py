@@ -54,7 +54,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
 
 def layers(kept: Path) -> dict[str, int]:
     """Finished layers, and when they were."""
-    return {path.name: path.stat().st_mtime_ns for path in kept.glob("*/layer-*")}
+    return {path.name: path.stat().st_mtime_ns for path in kept.glob("*/layer-*.safetensors")}
 
 
 BAD = {
