@@ -235,7 +235,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(bundle: Path) -> None:
             assert process.stdout.read(20)
             process.send_signal(signal.SIGINT)
             # the rest of this answer must not be taken for the beginning of the next one
-            while select.select([process.stdout], [], [], 1.0)[0]:
+            while select.select([process.stdout], [], [], 3.0)[0]:
                 assert os.read(process.stdout.fileno(), 1 << 16)
         process.stdin.close()
         process.stdout.read()
