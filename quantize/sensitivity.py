@@ -1,10 +1,11 @@
 """What rounding each weight costs the model's output, for all integers it could have: in nats per token, so that they add up.
 
 One pass forward and one back through the float model, block by block, its inputs on disk meanwhile. The pass back carries a
-random probe z of the logits with E[z z^T] = diag(p) - p p^T, the Hessian of KL(p || .). With g the gradient that reaches the
-output of a linear and e the error of that output, the KL that the rounding costs is about (g e)^2 / 2; the rows' errors are
-independent of each other, so that a sample of rows gives the sum. Weights are rounded by the method that an export will
-use: simpler ones rank them worse (docs/mixed-precision.md). What is done with the errors is budget.py's.
+random probe z of the logits with E[z z^T] = diag(p) - p p^T, the Hessian of KL(p || .). With g the gradient that reaches a row's
+output at every position of a window and e the errors there, the KL that rounding the row costs the window is about (g . e)^2 / 2:
+positions add up or cancel, as a key that is off by the same everywhere does. Rows are off independently of each other: their sum
+is that of the weight, a sample of them gives it, and averages over the probe. Weights are rounded by the method that an export
+will use: simpler ones rank them worse (docs/mixed-precision.md). What is done with the errors is budget.py's.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from gemma_edge.quantize.recipe import DATA_FREE, INT8_ROW, QuantConfig
 from gemma_edge.quantize.safetensors_writer import write_safetensors
 from gemma_edge.quantize.store import plain_spec
 
-VERSION = 1  # of what is measured
+VERSION = 2  # of what is measured
 CANDIDATES = (QuantConfig(4, 0), QuantConfig(4, 128), QuantConfig(4, 64), QuantConfig(4, 32), QuantConfig(8, 0))
 TABLE_METHODS = {QuantConfig(4, 32): "mse", INT8_ROW: "rtn"}  # candidates of the tied table, and how they are found
 SAMPLED_ROWS = 256  # of a linear
@@ -90,7 +91,7 @@ def measure(
     for config, kl in head.items():  # as the head, and as the embedding
         change = (quantize(rows, config, TABLE_METHODS[config]).dequantize() - rows)[place] * scale
         seen = change.view(*windows.shape, -1)[-judged:]  # (J, T, hidden)
-        errors[TABLE][config] = kl + _kl((seen * gradient).sum(-1).flatten())
+        errors[TABLE][config] = kl + float((seen * gradient).sum(-1).square().mean()) / 2
     if not all(math.isfinite(error) for some in errors.values() for error in some.values()):
         raise InputError(f"{source.folder}: activations are NaN or infinite on the calibration text")
     return {weight: errors[weight] for weight in weight_shapes(source.config)}
@@ -109,9 +110,10 @@ def _kept(folder: Path, layer: int) -> Tensor:
     return x
 
 
-def _kl(change: Tensor) -> float:
-    """From changes (positions, ...) along the probe to nats per position."""
-    return float(change.square().sum()) / (2 * len(change))
+def _kl(inputs: Tensor, change: Tensor, gradient: Tensor) -> float:
+    """Nats per position of a change of rows (rows, in) at inputs (J, T, in), with their outputs' gradient (J, T, rows)."""
+    along = (inputs @ change.T * gradient).sum(1)  # (J, rows)
+    return float(along.square().sum()) / (2 * inputs.shape[0] * inputs.shape[1])
 
 
 def _layer(source: Checkpoint, layer: int, x: Tensor, gradient: Tensor, methods: Methods) -> Errors:
@@ -123,8 +125,8 @@ def _layer(source: Checkpoint, layer: int, x: Tensor, gradient: Tensor, methods:
     """
     block, run, topology = source.load_layer(layer), runner(source, layer, x.shape[1]), gemma2_topology(source.config)
     moments = second_moments(block, x[: max(1, len(x) - len(gradient))], run, topology)
-    inputs: dict[str, list[Tensor]] = defaultdict(list)
-    gradients: dict[str, list[Tensor]] = defaultdict(list)  # of the sampled rows
+    inputs: dict[str, list[Tensor]] = defaultdict(list)  # (T, in), of each window
+    gradients: dict[str, list[Tensor]] = defaultdict(list)  # (T, rows), of the sampled rows
 
     def observe(name: str, seen: Tensor, out: Tensor) -> None:
         if any(name == site[0] for site in topology.sites):
@@ -142,13 +144,13 @@ def _layer(source: Checkpoint, layer: int, x: Tensor, gradient: Tensor, methods:
             (gradient[i : i + 1],) = torch.autograd.grad(run(block, window), window, gradient[i : i + 1])
     errors: Errors = {}
     for site in topology.sites:
-        seen, fitted = torch.cat(inputs.pop(site[0])), Inputs.from_hessian(moments.pop(site[0]))  # seen: (J * T, in)
+        seen, fitted = torch.stack(inputs.pop(site[0])), Inputs.from_hessian(moments.pop(site[0]))  # seen: (J, T, in)
         for name in site:
             weight = block.get_parameter(f"{name}.weight").data
-            rows, arriving = _sample(weight), torch.cat(gradients.pop(name))
+            rows, arriving = _sample(weight), torch.stack(gradients.pop(name))
             share = len(weight) / len(rows)
             errors[f"model.layers.{layer}.{name}"] = {
-                config: share * _kl(seen @ (_rounded(rows, fitted, config, methods(config)) - rows).T * arriving)
+                config: share * _kl(seen, _rounded(rows, fitted, config, methods(config)) - rows, arriving)
                 for config in candidates(name, weight.shape[1])
             }
     return errors
