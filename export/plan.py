@@ -158,9 +158,7 @@ RUNTIME_BASE = 68 * MIB  # interpreter, onnxruntime and numpy, without a model
 EXPORT_BASE = 750 * MIB  # interpreter, torch, onnx and the exporter
 TRACE_PER_LAYER = 3 * MIB // 2
 CALIBRATION_BASE = 480 * MIB  # interpreter and torch
-MOMENT_COPIES = (
-    5  # of the widest second moment at once: itself, in the order of its diagonal, its factor, and what they leave
-)
+MOMENT_COPIES = 5  # of the widest second moment at once: itself, sorted, its factor, and what they leave
 SLICE_COPIES = 12  # float32 temporaries of one slice
 
 
