@@ -34,7 +34,7 @@ from gemma_edge.quantize.refit import refit_post_norms
 from gemma_edge.quantize.safetensors_writer import Spec, replace_safetensors
 from gemma_edge.quantize.store import integer_specs, narrow, plain_spec
 
-VERSION = 3  # of what this pass computes: another one does not go on with what an older one left
+VERSION = 4  # of what this pass computes: another one does not go on with what an older one left
 STATE = "state.safetensors"
 SAMPLES, SAMPLE_BYTES = 256, 64  # of each file of the model, for the key
 HEADER_BYTES = 8192  # of a layer's file, and what packing rounds up
@@ -146,9 +146,10 @@ def calibrate(
         original = copy.deepcopy(block) if calibration.refit else None
         try:
             moments = second_moments(block, streams.quantized, run, topology)
+            choices = _choices(source, recipe, layer)
+            found = quantize_block(block, moments, topology, choices, rounds=calibration.rounds)
         except InputError as failed:
             raise InputError(f"layer {layer}: {failed}") from None
-        found = quantize_block(block, moments, topology, _choices(source, recipe, layer), rounds=calibration.rounds)
         if original is not None:
             refit_post_norms(block, original, streams.quantized, run, config.rms_norm_eps)
         advance(block, streams.quantized, runner(source, layer, tokens, streams.ranges))
