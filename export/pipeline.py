@@ -250,9 +250,9 @@ def _check_disk(work: Path, opened: Opened) -> None:
     needs = [(out, opened.plan.export_disk_bytes, "pass -o on another disk")]
     if opened.calibration is not None and isinstance(opened.source, Checkpoint):
         kept = cache.calibration_folder(layerwise.key_of(opened.source, opened.recipe, opened.calibration))
-        need = layerwise.folder_bytes(opened.source.config, opened.recipe, opened.calibration)
-        need -= sum(path.stat().st_size for path in kept.iterdir())
-        needs.append((kept, max(0, need), f"set {cache.VARIABLE} to a folder on another disk"))
+        need = layerwise.missing_bytes(kept, opened.source.config, opened.recipe, opened.calibration)
+        if need:
+            needs.append((kept, need, f"set {cache.VARIABLE} to a folder on another disk"))
     for folder, _, way_out in needs:
         disk = folder.stat().st_dev
         need = sum(need for other, need, _ in needs if other.stat().st_dev == disk)
