@@ -39,7 +39,7 @@ STATE = "state.safetensors"
 SAMPLES, SAMPLE_BYTES = 256, 64  # of each file of the model, for the key
 HEADER_BYTES = 8192  # of a layer's file, and what packing rounds up
 # of `estimate_s`
-PASSES, REFIT_PASSES = 3, 4  # forward passes of a layer
+PASSES, REFIT_PASSES = 3, 3  # forward passes of a layer
 SEARCH = 5000.0  # work of a scale search per weight, as arithmetic of a matrix product that takes as long
 OVERHEAD = 1.3  # of everything else, measured
 
