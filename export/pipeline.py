@@ -20,7 +20,13 @@ from gemma_edge.export.choices import BACKENDS, GIB, LEVELS, TARGETS, Target, bi
 from gemma_edge.export.contents import parts, tool_versions
 from gemma_edge.export.mixed import Mixed
 from gemma_edge.export.options import ExportOptions, Progress, Stage, no_progress, stage
-from gemma_edge.export.quantizing import calibration_tokens, choose_calibration, choose_recipe, make_checkpoint
+from gemma_edge.export.quantizing import (
+    calibration_tokens,
+    choose_calibration,
+    choose_recipe,
+    make_checkpoint,
+    way_to_kv_scales,
+)
 from gemma_edge.model import hub
 from gemma_edge.model.checkpoint import Checkpoint
 from gemma_edge.quantize import layerwise
@@ -76,7 +82,9 @@ def open_model(options: ExportOptions, progress: Progress = no_progress, *, plan
     recipe, choice = choose_recipe(options, source, progress)
     recipe = named_by_content(source, recipe)
     calibrated = source.kv_scales is not None if isinstance(source, QuantizedCheckpoint) else recipe.calibrated
-    kv_dtype = planning.choose_kv_dtype(options.kv_bits, target, calibrated=calibrated)
+    kv_dtype = planning.choose_kv_dtype(
+        options.kv_bits, target, calibrated=calibrated, way_out=way_to_kv_scales(options, source, recipe)
+    )
     plan = _plan(options, source, recipe, target, kv_dtype)
     # a hub id's folder is called by the hash of its commit
     name = Path(options.model).resolve().name if Path(options.model).is_dir() else options.model.rpartition("/")[2]
@@ -242,9 +250,9 @@ def _check_disk(work: Path, opened: Opened) -> None:
     needs = [(out, opened.plan.export_disk_bytes, "pass -o on another disk")]
     if opened.calibration is not None and isinstance(opened.source, Checkpoint):
         kept = cache.calibration_folder(layerwise.key_of(opened.source, opened.recipe, opened.calibration))
-        need = layerwise.folder_bytes(opened.source.config, opened.recipe, opened.calibration)
-        need -= sum(path.stat().st_size for path in kept.iterdir())
-        needs.append((kept, max(0, need), f"set {cache.VARIABLE} to a folder on another disk"))
+        need = layerwise.missing_bytes(kept, opened.source.config, opened.recipe, opened.calibration)
+        if need:
+            needs.append((kept, need, f"set {cache.VARIABLE} to a folder on another disk"))
     for folder, _, way_out in needs:
         disk = folder.stat().st_dev
         need = sum(need for other, need, _ in needs if other.stat().st_dev == disk)

@@ -111,8 +111,14 @@ def make_plan(
     )
 
 
-def choose_kv_dtype(asked: int | None, target: Target, *, calibrated: bool) -> str:
+def choose_kv_dtype(asked: int | None, target: Target, *, calibrated: bool, way_out: str) -> str:
     """The KV cache's elements: what was asked for; else the target's where scales are calibrated; else float32.
+
+    Args:
+        asked: `--kv-bits`.
+        target: decides where nothing is asked for.
+        calibrated: there will be scales.
+        way_out: how to come by scales where there are none.
 
     Raises:
         InputError: no such cache, or int8 without scales.
@@ -120,10 +126,7 @@ def choose_kv_dtype(asked: int | None, target: Target, *, calibrated: bool) -> s
     if asked is not None and asked not in KV_DTYPES:
         raise InputError(f"--kv-bits {asked}; supported: {', '.join(map(str, KV_DTYPES))}")
     if asked == 8 and not calibrated:
-        raise InputError(
-            "--kv-bits 8 needs calibration, which finds the cache's scales: use --quality balanced or --method gptq on a"
-            " float folder, or --kv-bits 32"
-        )
+        raise InputError(f"--kv-bits 8 needs calibration, which finds the cache's scales: {way_out}")
     if asked is None:
         asked = target.kv_bits if calibrated else 32
     return KV_DTYPES[asked]

@@ -14,11 +14,12 @@ from gemma_edge.errors import InputError
 from gemma_edge.export import cache, calibration, mixed
 from gemma_edge.export.options import ExportOptions, Progress, Stage, stage
 from gemma_edge.export.verify import WAY_OUT
-from gemma_edge.model.checkpoint import Checkpoint
+from gemma_edge.model.checkpoint import TABLE, Checkpoint, weight_shapes
 from gemma_edge.quantize import layerwise
 from gemma_edge.quantize.distill import Schedule
 from gemma_edge.quantize.kv_scales import KVScales
 from gemma_edge.quantize.recipe import (
+    CALIBRATED,
     DEFAULT_QUALITY,
     METHODS,
     QUALITIES,
@@ -28,7 +29,7 @@ from gemma_edge.quantize.recipe import (
     make_recipe,
 )
 from gemma_edge.quantize.recovery import recover
-from gemma_edge.quantize.store import QuantizedCheckpoint, write_quantized
+from gemma_edge.quantize.store import QuantizedCheckpoint, final_configs, write_quantized
 from gemma_edge.runtimes.tokenizer import TOKENIZER_FILE
 
 logger = logging.getLogger(__name__)
@@ -55,26 +56,68 @@ def choose_recipe(
     quality = options.quality
     if quality is not None and quality not in QUALITIES:
         raise InputError(f"--quality {quality}; supported: {', '.join(QUALITIES)}")
-    if options.recipe is not None:
-        return mixed.read_recipe(options.recipe, source), None
     if options.size is not None or options.bpw is not None:
         choice = _within_budget(options, source, quality or DEFAULT_QUALITY, progress)
         return choice.recipe, choice
+    recipe = mixed.read_recipe(options.recipe, source) if options.recipe is not None else _made(options, source)
+    _refuse_idle(options, source, recipe)
+    return recipe, None
+
+
+def _made(options: ExportOptions, source: Checkpoint | QuantizedCheckpoint) -> Recipe:
     bits = DEFAULT_BITS if options.bits is None else options.bits
+    quality = options.quality
     if quality is None:
-        # without a tokenizer there is nothing to calibrate on
-        has_text = (source.folder / TOKENIZER_FILE).is_file()
-        quality = DEFAULT_QUALITY if has_text else "fast"
-        if not has_text and options.method is None and bits == DEFAULT_BITS:
+        # nothing to calibrate on without a tokenizer, and nothing to calibrate beside integers that are there already
+        has_text, given = (source.folder / TOKENIZER_FILE).is_file(), isinstance(source, QuantizedCheckpoint)
+        quality = DEFAULT_QUALITY if has_text and not given else "fast"
+        if not has_text and not given and options.method is None and bits == DEFAULT_BITS:
             logger.warning("%s has no tokenizer, so nothing to calibrate on: --quality fast", source.folder)
-    recipe = make_recipe(
+    return make_recipe(
         bits,
         group_size=options.group_size,
         method=options.method,
         table_bits=DEFAULT_TABLE_BITS if options.table_bits is None else options.table_bits,
         quality=quality,
     )
-    return recipe, None
+
+
+def _refuse_idle(options: ExportOptions, source: Checkpoint | QuantizedCheckpoint, recipe: Recipe) -> None:
+    """Refuse what was asked for where nothing would heed it. `--quality fast` asks for no text, and may stand anywhere."""
+    name, searched = source.folder.name, options.quality not in (None, "fast")
+    if isinstance(source, QuantizedCheckpoint):
+        rules = [recipe.rule_for(weight) for weight, config in source.configs.items() if config is None]
+        methods = {rule.method for rule in rules if rule.config is not None} - set(CALIBRATED)  # of what is float yet
+        asked = {
+            "--distill": bool(options.distill),
+            f"--quality {options.quality}": searched,
+            f"--method {options.method}": options.method is not None and options.method not in methods,
+        }
+        for what, idle in asked.items():
+            if idle:
+                raise InputError(
+                    f"{what} works on float weights, and {name} is quantized already, its integers stay as they are:"
+                    " leave it out, or pass the float original"
+                )
+    linears = [config for weight, config in final_configs(source, recipe).items() if weight != TABLE]
+    if options.distill and not any(linears):
+        raise InputError(
+            f"--distill trains scales of quantized linears, and {name} becomes {recipe.name}: leave it out"
+        )
+    if searched and not recipe.calibrated:
+        raise InputError(
+            f"--quality {options.quality} looks at text, and nothing does where {name} becomes {recipe.name} without data:"
+            f" leave it out{', or pass --method gptq' if any(linears) and options.recipe is None else ''}"
+        )
+
+
+def way_to_kv_scales(options: ExportOptions, source: Checkpoint | QuantizedCheckpoint, recipe: Recipe) -> str:
+    """How to come by the scales of an int8 KV cache where there will be none, as the end of a sentence."""
+    if isinstance(source, QuantizedCheckpoint):
+        return f"{source.folder.name} is quantized already and holds none; pass the float original, or --kv-bits 32"
+    if not any(recipe.rule_for(weight).config for weight in weight_shapes(source.config) if weight != TABLE):
+        return f"none are found where the weights become {recipe.name}; use --kv-bits 32"
+    return f"use {'a recipe with' if options.recipe is not None else '--method'} gptq, or --kv-bits 32"
 
 
 def _within_budget(
@@ -118,10 +161,12 @@ def choose_calibration(
     tokens = calibration_tokens(options, source, recipe)
     weighed = options.size is not None or options.bpw is not None
     if options.text != calibration.Source() and not (tokens or weighed or options.distill):
+        given = isinstance(source, QuantizedCheckpoint)
         raise InputError(
-            f"nothing looks at calibration text here, where {source.folder.name} becomes {recipe.name}"
-            f" {'as it is' if isinstance(source, QuantizedCheckpoint) else 'without data'}: leave out --calibration,"
-            " --calibration-tokens, --calibration-chat and --seed, or choose another --quality or --method"
+            f"nothing looks at calibration text here, where {source.folder.name}"
+            f" {'is quantized already' if given else f'becomes {recipe.name} without data'}: leave out --calibration,"
+            " --calibration-tokens, --calibration-chat and --seed, or"
+            f" {'pass the float original' if given else 'choose another --quality or --method'}"
         )
     if not tokens or isinstance(source, QuantizedCheckpoint):
         return None

@@ -16,6 +16,7 @@ from gemma_edge.export import reference
 from gemma_edge.export.bundle import CacheGeometry, Manifest
 from gemma_edge.model.checkpoint import Checkpoint, weight_shapes
 from gemma_edge.model.kv_cache import RingCache
+from gemma_edge.quantize.layerwise import stream_error
 from gemma_edge.quantize.store import TABLE_FILE, QuantizedCheckpoint, open_weights
 from gemma_edge.runtimes.base import BaseRuntime, Logits, Runtime
 from gemma_edge.runtimes.models import Model, Progress
@@ -82,8 +83,7 @@ class CheckpointModel:
             progress: shows how far it is.
 
         Returns:
-            per layer the mean over positions of |x - x_original| / |x_original|. Per position, because BOS carries
-            activations so large that they would drown the rest.
+            per layer, as `stream_error` has it.
         """
         shape = ("num_hidden_layers", "hidden_size")
         if not isinstance(original, CheckpointModel) or any(original.config[k] != self.config[k] for k in shape):
@@ -94,7 +94,7 @@ class CheckpointModel:
         errors = []
         with progress(f"layers of {self.path}", self.weights.config.num_hidden_layers, False) as advance:
             for (x,), (y,) in zip(ours, theirs, strict=True):
-                errors.append(float(((x - y).norm(dim=-1) / y.norm(dim=-1)).mean()))
+                errors.append(stream_error(x, y))
                 advance(1)
         return errors
 

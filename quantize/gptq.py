@@ -14,10 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gemma_edge.errors import InputError
 from gemma_edge.quantize.integers import QuantizedTensor, round_scale, searched_scale, to_codes
 from gemma_edge.quantize.recipe import QuantConfig
 
 DAMP = 0.01  # of the mean diagonal, added to the diagonal: the paper's
+ATTEMPTS = (
+    8  # to factor: the last adds 10^5 times the mean diagonal, and a second moment of n columns needs less than n times
+)
+ACTIVE = 1e-5  # of the mean diagonal: what a column has that was ever active
+FLOOR = 0.1  # of the median active column: every column counts that much, else it were clipped for the others, and may speak yet
 INNER, OUTER = 32, 512  # columns whose errors are spread at once: within the caches, then over the rest of the matrix
 SLICE_ELEMENTS = 1 << 20  # of a matrix looked at together
 
@@ -36,20 +42,30 @@ class Inputs:
         """Damp and factor H.
 
         A singular H (columns never active, fewer tokens than columns) is what damping is for; where it does not suffice in
-        float32, it grows tenfold. Columns that were never active may be so later: they count a little.
+        float32, it grows tenfold. Columns that were hardly active may be so later: each counts at least FLOOR.
+
+        Raises:
+            InputError: H holds NaN or infinite values, or is no second moment.
         """
         diagonal = hessian.diagonal()
         mean = float(diagonal.mean())
-        weights = diagonal / mean + 1e-6 if mean > 0 else torch.ones_like(diagonal)
+        weights = torch.ones_like(diagonal)
+        if mean > 0:
+            weights = diagonal / mean
+            weights = weights.clamp_min(FLOOR * float(weights[weights > ACTIVE].median()))
         order = diagonal.argsort()
         damped = hessian[order][:, order]
-        failed = True
-        while failed:
+        for _ in range(ATTEMPTS):
             damped.diagonal().add_(damp * (mean or 1.0))
             factor, info = torch.linalg.cholesky_ex(damped, upper=True)
-            failed, damp = bool(info), 10 * damp
-        factor /= factor.diagonal()[:, None].clone()
-        return cls(hessian, weights, order, factor)
+            if not info and factor.isfinite().all():
+                factor /= factor.diagonal()[:, None].clone()
+                return cls(hessian, weights, order, factor)
+            damp *= 10
+        raise InputError(
+            "the second moments of the activations are NaN, infinite or contradict each other; the weights or the"
+            " calibration text are damaged: check the model folder, or pass other --calibration text"
+        )
 
 
 def hscale(weight: Tensor, inputs: Inputs, config: QuantConfig) -> Tensor:

@@ -11,7 +11,7 @@ import fcntl
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,14 +32,14 @@ from gemma_edge.quantize.kv_scales import KVRanges, KVScales
 from gemma_edge.quantize.recipe import Recipe
 from gemma_edge.quantize.refit import refit_post_norms
 from gemma_edge.quantize.safetensors_writer import Spec, replace_safetensors
-from gemma_edge.quantize.store import integer_specs, narrow, plain_spec
+from gemma_edge.quantize.store import float_type, integer_specs, plain_spec
 
-VERSION = 3  # of what this pass computes: another one does not go on with what an older one left
+VERSION = 4  # of what this pass computes: another one does not go on with what an older one left
 STATE = "state.safetensors"
 SAMPLES, SAMPLE_BYTES = 256, 64  # of each file of the model, for the key
 HEADER_BYTES = 8192  # of a layer's file, and what packing rounds up
 # of `estimate_s`
-PASSES, REFIT_PASSES = 3, 4  # forward passes of a layer
+PASSES, REFIT_PASSES = 3, 3  # forward passes of a layer
 SEARCH = 5000.0  # work of a scale search per weight, as arithmetic of a matrix product that takes as long
 OVERHEAD = 1.3  # of everything else, measured
 
@@ -58,7 +58,18 @@ class Report:
     """One finished layer."""
 
     layer: int
-    relative_error: float  # of the residual stream after it: |quantized - original| / |original|, over all windows
+    relative_error: float  # of the residual stream after it, as `stream_error` has it
+
+
+def stream_error(x: Tensor, original: Tensor) -> float:
+    """How far a residual stream is from the original's: the mean over positions of |x - original| / |original|.
+
+    Per position, because BOS carries activations so large that they would drown the rest.
+
+    Args:
+        x, original: (..., T, hidden).
+    """
+    return float(((x - original).norm(dim=-1) / original.norm(dim=-1)).mean())
 
 
 def layer_file(folder: Path, layer: int) -> Path:
@@ -146,15 +157,18 @@ def calibrate(
         original = copy.deepcopy(block) if calibration.refit else None
         try:
             moments = second_moments(block, streams.quantized, run, topology)
+            choices = _choices(source, recipe, layer)
+            found = quantize_block(block, moments, topology, choices, rounds=calibration.rounds)
         except InputError as failed:
             raise InputError(f"layer {layer}: {failed}") from None
-        found = quantize_block(block, moments, topology, _choices(source, recipe, layer), rounds=calibration.rounds)
+        _round_rest(block, source, recipe, layer, found)
         if original is not None:
             refit_post_norms(block, original, streams.quantized, run, config.rms_norm_eps)
         advance(block, streams.quantized, runner(source, layer, tokens, streams.ranges))
-        apart = (streams.quantized - streams.original).norm() / streams.original.norm()
-        streams.reports.append(Report(layer, float(apart)))
+        streams.reports.append(Report(layer, stream_error(streams.quantized, streams.original)))
         streams.done = layer + 1
+        if streams.done == config.num_hidden_layers:  # nobody goes on from here: hundreds of MB less are kept
+            streams.quantized = streams.original = torch.empty(0)
         _write_layer(folder, source, recipe, layer, block, found)
         _save(folder / STATE, streams)
         progress(1)
@@ -210,6 +224,18 @@ def advance(block: nn.Module, x: Tensor, run: Callable[[nn.Module, Tensor], Tens
         x[i] = run(block, x[i : i + 1])[0]
 
 
+def _round_rest(
+    block: DecoderLayer, source: Checkpoint, recipe: Recipe, layer: int, found: Mapping[str, QuantizedTensor]
+) -> None:
+    """Linears that stay float, as their file will have them: a fold may have given them values that their type does not have."""
+    prefix = f"model.layers.{layer}."
+    for name in linear_shapes(source.config, layer):
+        part = name.removeprefix(prefix)
+        if part not in found:
+            weight = block.get_parameter(f"{part}.weight").data
+            weight.copy_(weight.to(float_type(source, name, recipe.float_bits)))
+
+
 def _write_layer(
     folder: Path,
     source: Checkpoint,
@@ -226,14 +252,22 @@ def _write_layer(
             tensor = found[part]
             specs += integer_specs(name, (rows, columns), tensor.config, lambda tensor=tensor: iter([tensor]))  # type: ignore[misc]
         else:
-            dtype = narrow(source.dtype(name)) if recipe.float_bits == 16 else torch.float32
+            dtype = float_type(source, name, recipe.float_bits)
             specs.append(plain_spec(f"{name}.weight", block.get_parameter(f"{part}.weight").data.to(dtype)))
     specs += [plain_spec(f"{prefix}{norm}.weight", block.get_parameter(f"{norm}.weight").data) for norm in NORMS]
     replace_safetensors(layer_file(folder, layer), specs)
 
 
+def missing_bytes(folder: Path, config: Gemma2Config, recipe: Recipe, calibration: Calibration) -> int:
+    """What a pass will add to its folder at most; nothing, once its last layer is there."""
+    if layer_file(folder, config.num_hidden_layers - 1).exists():
+        return 0
+    kept = sum(path.stat().st_size for path in folder.iterdir())
+    return max(0, folder_bytes(config, recipe, calibration) - kept)
+
+
 def folder_bytes(config: Gemma2Config, recipe: Recipe, calibration: Calibration) -> int:
-    """What a pass keeps in its folder at most: the layers, and both streams twice while the state is replaced."""
+    """What a pass has in its folder at most: the layers, and both streams, twice while the state is replaced."""
     total = 4 * 4 * calibration.windows.numel() * config.hidden_size
     for layer in range(config.num_hidden_layers):
         total += 4 * len(NORMS) * config.hidden_size + HEADER_BYTES

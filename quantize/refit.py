@@ -6,8 +6,7 @@ has a closed form. It is kept only where it brings the block's output closer to 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -36,14 +35,14 @@ def refit_post_norms(block: nn.Module, original: nn.Module, x: Tensor, run: Run,
     """
     x = x[:MOST_WINDOWS]
     count = max(1, len(x) // HELD_OUT)
-    fitted, held_out = x[:-count], x[-count:]
-    before = _error(block, original, held_out, run)
-    if not len(fitted):
+    targets = [_streams(original, window, run, [after_it for _, after_it in BRANCHES]) for window in x]
+    before = _error(block, x[-count:], targets[-count:], run)
+    if count == len(x):
         return before, before
     kept = {norm: block.get_parameter(f"{norm}.weight").data.clone() for norm, _ in BRANCHES}
     for norm, after_it in BRANCHES:
-        _refit(block, original, fitted, run, norm, after_it, eps)
-    after = _error(block, original, held_out, run)
+        _refit(block, x[:-count], [target[after_it] for target in targets[:-count]], run, norm, after_it, eps)
+    after = _error(block, x[-count:], targets[-count:], run)
     if after >= before:
         for norm, weight in kept.items():
             block.get_parameter(f"{norm}.weight").data.copy_(weight)
@@ -51,20 +50,15 @@ def refit_post_norms(block: nn.Module, original: nn.Module, x: Tensor, run: Run,
 
 
 def _refit(
-    block: nn.Module, original: nn.Module, x: Tensor, run: Run, norm: str, after_it: str | None, eps: float
+    block: nn.Module, x: Tensor, targets: Sequence[Tensor], run: Run, norm: str, after_it: str | None, eps: float
 ) -> None:
     """factor = <n, t> / <n, n> per channel, n the normalised branch, t what should have been added to the stream."""
     weight = block.get_parameter(f"{norm}.weight").data  # (hidden,)
     along, evidence = torch.zeros_like(weight), torch.zeros_like(weight)
-    watched = (norm, *([after_it] if after_it else []))
-    for window in x:
-        with _inputs_of(original, watched) as wanted:
-            target = run(original, window[None])
-        with _inputs_of(block, watched) as seen:
-            output = run(block, window[None])
-        if after_it:
-            target, output = wanted[after_it], seen[after_it]
-        branch = seen[norm] * torch.rsqrt(seen[norm].square().mean(-1, keepdim=True) + eps)  # (1, T, hidden)
+    for window, target in zip(x, targets, strict=True):
+        seen = _streams(block, window, run, (norm, after_it))
+        output, branch = seen[after_it], seen[norm]
+        branch = branch * torch.rsqrt(branch.square().mean(-1, keepdim=True) + eps)  # (1, T, hidden)
         missing = target - (output - branch * (1.0 + weight))  # what the branch should have added
         along += (branch * missing).sum((0, 1))
         evidence += branch.square().sum((0, 1))
@@ -72,22 +66,24 @@ def _refit(
     weight.copy_((along + pull * (1.0 + weight)) / (evidence + pull) - 1.0)
 
 
-def _error(block: nn.Module, original: nn.Module, x: Tensor, run: Run) -> float:
-    return sum(float((run(block, w[None]) - run(original, w[None])).square().sum()) for w in x)
+def _error(block: nn.Module, x: Tensor, targets: Sequence[dict[str | None, Tensor]], run: Run) -> float:
+    pairs = zip(x, targets, strict=True)
+    return sum(float((run(block, window[None]) - target[None]).square().sum()) for window, target in pairs)
 
 
-@contextmanager
-def _inputs_of(block: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, Tensor]]:
-    """What each named module is called with."""
-    seen: dict[str, Tensor] = {}
+def _streams(block: nn.Module, window: Tensor, run: Run, names: Sequence[str | None]) -> dict[str | None, Tensor]:
+    """What each named module is called with on a window (T, hidden), and under None the block's output: (1, T, hidden) each."""
+    seen: dict[str | None, Tensor] = {}
     hooks = [
         block.get_submodule(name).register_forward_pre_hook(
             lambda _module, args, name=name: seen.__setitem__(name, args[0])
         )
         for name in names
+        if name
     ]
     try:
-        yield seen
+        seen[None] = run(block, window[None])
     finally:
         for hook in hooks:
             hook.remove()
+    return seen

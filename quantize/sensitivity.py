@@ -31,7 +31,7 @@ from gemma_edge.quantize.recipe import DATA_FREE, INT8_ROW, QuantConfig
 from gemma_edge.quantize.safetensors_writer import write_safetensors
 from gemma_edge.quantize.store import plain_spec
 
-VERSION = 2  # of what is measured
+VERSION = 3  # of what is measured
 CANDIDATES = (QuantConfig(4, 0), QuantConfig(4, 128), QuantConfig(4, 64), QuantConfig(4, 32), QuantConfig(8, 0))
 TABLE_METHODS = {QuantConfig(4, 32): "mse", INT8_ROW: "rtn"}  # candidates of the tied table, and how they are found
 SAMPLED_ROWS = 256  # of a linear

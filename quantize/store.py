@@ -315,16 +315,20 @@ def narrow(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.float32 else dtype
 
 
+def float_type(source: Checkpoint | QuantizedCheckpoint, weight: str, float_bits: int) -> torch.dtype:
+    """The type in which a matrix that stays float is kept in the checkpoint: its own, unless 16 bits ask for less."""
+    dtype = source.dtype(weight)
+    return narrow(dtype) if float_bits == 16 else dtype
+
+
 def _float_spec(
     source: Checkpoint | QuantizedCheckpoint,
     weight: str,
     float_bits: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Spec:
-    """A plain matrix in its stored type; 16 bits ask for bfloat16 where that is float32."""
-    shape, dtype = weight_shapes(source.config)[weight], source.dtype(weight)
-    if float_bits == 16:
-        dtype = narrow(dtype)
+    """A plain matrix in its stored type."""
+    shape, dtype = weight_shapes(source.config)[weight], float_type(source, weight, float_bits)
     read = source.plain_rows if isinstance(source, QuantizedCheckpoint) else source.rows
 
     def data() -> Iterator[Tensor]:

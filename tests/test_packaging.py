@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -125,3 +126,19 @@ def test_wheel_holds_the_packages_their_data_and_the_licences(built: Path) -> No
 
 def test_wheel_from_the_sdist_is_the_same(built: Path) -> None:
     assert contents(built / "again") == contents(built)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+@pytest.mark.parametrize("changed", ["Makefile", "pyproject.toml", "constraints.txt"])
+def test_setup_runs_again_after_whatever_says_what_is_installed_has_changed(changed: str, tmp_path: Path) -> None:
+    """The list of extras stands in the Makefile: after a new one there, `make setup` did nothing."""
+    stamp = tmp_path / ".venv" / ".set-up"
+    stamp.parent.mkdir()
+    stamp.touch()
+    for age_s, name in enumerate(("Makefile", "pyproject.toml", "constraints.txt"), 1):
+        shutil.copyfile(ROOT / name, tmp_path / name)
+        os.utime(tmp_path / name, (stamp.stat().st_mtime - age_s,) * 2)
+    asked = ["make", "--question", ".venv/.set-up"]
+    assert subprocess.run(asked, cwd=tmp_path).returncode == 0
+    os.utime(tmp_path / changed, (stamp.stat().st_mtime + 1,) * 2)
+    assert subprocess.run(asked, cwd=tmp_path).returncode == 1

@@ -6,20 +6,18 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from commands import COMMAND, refused, run
 from conftest import DEMO
 from safetensors.torch import load_file, save_file
 
 from gemma_edge.export import cache
 from gemma_edge.export.bundle import Manifest
 from gemma_edge.export.calibration import Source
-from gemma_edge.export.cli import main
 from gemma_edge.export.options import ExportOptions
 from gemma_edge.export.pipeline import open_model
 from gemma_edge.model.checkpoint import Checkpoint
@@ -27,20 +25,7 @@ from gemma_edge.quantize.layerwise import key_of, only_here
 
 LAYERS = 6
 QUICK = ("--calibration-tokens", "256", "--verify", "none")
-COMMAND = [sys.executable, "-c", "from gemma_edge.export.cli import main; main()"]
 RUSSIAN = "Все счастливые семьи похожи друг на друга, каждая несчастливая семья несчастлива по-своему. "
-
-
-def run(*args: str | Path) -> Result:
-    return CliRunner().invoke(main, [str(arg) for arg in args])
-
-
-def refused(result: Result, *parts: str) -> None:
-    assert result.exit_code == 2, result.output
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert result.stderr.strip().endswith(line) and "Traceback" not in result.output
-    for part in parts:
-        assert part in line, line
 
 
 @pytest.fixture(autouse=True)

@@ -12,29 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from commands import COMMAND, refused, run
 from conftest import DEMO
 
 from gemma_edge.export.bundle import MANIFEST, Manifest
 from gemma_edge.export.choices import BACKENDS, LEVELS, TARGETS
-from gemma_edge.export.cli import main
 from gemma_edge.quantize.recipe import BITS, METHODS
 
-COMMAND = [sys.executable, "-c", "from gemma_edge.export.cli import main; main()"]
 FAST = ("--quality", "fast")  # where calibration is not what is tested: test_calibration_cli.py does that
-
-
-def run(*args: str | Path) -> Result:
-    return CliRunner().invoke(main, [str(arg) for arg in args])
-
-
-def refused(result: Result, *parts: str) -> None:
-    """One line on stderr with these parts, exit 2, no traceback."""
-    assert result.exit_code == 2, result.output
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert result.stderr.strip().endswith(line) and "Traceback" not in result.output
-    for part in parts:
-        assert part in line, line
 
 
 @pytest.fixture

@@ -183,7 +183,7 @@ def test_scales_that_clip_everything_fail_the_gate_and_the_default_goes_back_to_
 def test_which_cache_is_taken() -> None:
     phone, desktop = TARGETS["android"], TARGETS["desktop"]
     found = {
-        (asked, target.name, calibrated): choose_kv_dtype(asked, target, calibrated=calibrated)
+        (asked, target.name, calibrated): choose_kv_dtype(asked, target, calibrated=calibrated, way_out="")
         for asked in (None, 8, 32)
         for target in (phone, desktop, TARGETS["raspberry-pi"])
         for calibrated in (False, True)

@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from commands import refused, run
 from conftest import DEMO, hf_holding, hf_logits, hf_model
 from torch import Tensor
 
 from gemma_edge.errors import InputError
 from gemma_edge.export import calibration, layers, mixed, pipeline
 from gemma_edge.export.bundle import Manifest
-from gemma_edge.export.cli import main
 from gemma_edge.export.options import ExportOptions
 from gemma_edge.export.pipeline import Opened, open_model
 from gemma_edge.model.checkpoint import Checkpoint, weight_shapes
@@ -38,17 +37,6 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 def opened(**options: object) -> Opened:
     return open_model(ExportOptions(model=str(DEMO), **options), plan_only=True)  # type: ignore[arg-type]
-
-
-def run(*args: str | Path) -> Result:
-    return CliRunner().invoke(main, [str(arg) for arg in args])
-
-
-def refused(result: Result, *parts: str) -> None:
-    assert result.exit_code == 2, result.output
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    for part in parts:
-        assert part in line, line
 
 
 def test_the_size_is_kept_and_used_and_a_larger_one_is_never_worse() -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from gemma_edge.errors import InputError
 from gemma_edge.quantize.gptq import DAMP, INNER, OUTER, Inputs, gptq, hscale, output_error, quantize_outputs, refit
 from gemma_edge.quantize.integers import MIN_SCALE, RANGE, QuantizedTensor, absmax_scale, quantize, round_to
 from gemma_edge.quantize.recipe import QuantConfig
@@ -157,3 +158,34 @@ def test_singular_inputs_give_sensible_integers(kind: str, config: QuantConfig) 
     assert output_error(weight, inputs, found.dequantize()).sum() <= bound
     # nor far from the weights themselves, since what was never active may be so later
     assert (found.dequantize() - weight).norm() < 0.3 * weight.norm()
+
+
+@by_config
+@pytest.mark.parametrize("every", [5, 64])
+@pytest.mark.parametrize("left", [0.0, 1e-4], ids=["dead", "nearly dead"])
+def test_columns_hardly_active_on_the_text_are_not_clipped_for_the_others(
+    left: float, every: int, config: QuantConfig
+) -> None:
+    """They were, to half of their largest: measured 101 times the squared error of plain rounding (8 bits, every fifth)."""
+    weight, hessian = draw(9, 64, 256), hessian_of(256, 1024)
+    silent = torch.arange(256) % every == 0
+    keep = torch.where(silent, left, 1.0)
+    inputs = Inputs.from_hessian(hessian * keep * keep[:, None])
+    found = round_to(weight, hscale(weight, inputs, config), config)
+    errors = [
+        float((each.dequantize() - weight)[:, silent].square().sum())
+        for each in (found, quantize(weight, config, "rtn"))
+    ]
+    assert errors[0] <= 3.0 * errors[1]  # measured: at most 2.6
+
+
+@pytest.mark.parametrize("kind", ["NaN", "infinite", "no second moment"])
+def test_damaged_second_moments_are_refused(kind: str) -> None:
+    """A NaN was damped for ever."""
+    hessian = hessian_of(64, 256)
+    if kind == "no second moment":  # correlations far above one
+        hessian = hessian + 1e9 * (1 - torch.eye(64))
+    else:
+        hessian[3, 5] = hessian[5, 3] = float("nan") if kind == "NaN" else float("inf")
+    with pytest.raises(InputError, match=r"NaN, infinite or contradict each other.*--calibration"):
+        Inputs.from_hessian(hessian)

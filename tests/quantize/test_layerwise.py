@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,9 +23,20 @@ from torch.testing import assert_close
 from gemma_edge.errors import InputError
 from gemma_edge.model.checkpoint import TABLE, Checkpoint, norm_names, weight_shapes
 from gemma_edge.quantize import layerwise
-from gemma_edge.quantize.layerwise import STATE, Calibration, calibrate, key_of, layer_file, only_here
+from gemma_edge.quantize.layerwise import (
+    STATE,
+    Calibration,
+    advance,
+    calibrate,
+    folder_bytes,
+    key_of,
+    layer_file,
+    missing_bytes,
+    only_here,
+    runner,
+)
 from gemma_edge.quantize.recipe import ANY, TABLE_PATTERN, QuantConfig, QuantRule, Recipe, make_recipe
-from gemma_edge.quantize.store import QuantizedCheckpoint, open_weights, write_quantized
+from gemma_edge.quantize.store import QuantizedCheckpoint, open_weights, shard_names, write_quantized
 
 LAYERS = 4
 GPTQ, BEST = make_recipe(4, quality="balanced"), make_recipe(4, quality="best")
@@ -104,18 +116,58 @@ def test_transformers_computes_the_same_logits_from_the_folder(
 
 
 def test_the_next_layer_was_fitted_to_what_the_checkpoint_computes(source: Checkpoint, tmp_path: Path) -> None:
-    """The pass's own activations against transformers': folds, integers and norms as they lie on disk, every window alike."""
+    """The pass's own activations against transformers': folds, integers and norms as they lie on disk, every window alike.
+
+    And what it reports of them: gemma-eval's mean over positions was compared with one norm over all of them.
+    """
     recipe = Recipe("float table", (QuantRule(TABLE_PATTERN, None), *BEST.rules[1:]))
-    weights = written(source, recipe, SEEN, tmp_path)
+    with pytest.raises(Stop):
+        run(source, recipe, SEEN, tmp_path / "layers", progress=stopped_after(LAYERS - 1))
     streams = load_file(tmp_path / "layers" / STATE)
-    for folder, name in ((weights.folder, "quantized"), (source.folder, "original")):
-        model = hf_quantized(folder) if name == "quantized" else hf_model(folder)
-        last: list[Tensor] = []
-        model.model.layers[-1].register_forward_hook(lambda module, args, out, last=last: last.append(out))
+    reports = run(source, recipe, SEEN, tmp_path / "layers")
+    weights = write_quantized(
+        source, recipe, tmp_path / "out", layers=lambda layer: layer_file(tmp_path / "layers", layer)
+    )
+    after: dict[str, list[Tensor]] = {}  # every block, (N, T, hidden)
+    for name, model in (("quantized", hf_quantized(weights.folder)), ("original", hf_model(source.folder))):
+        seen: list[list[Tensor]] = [[] for _ in range(LAYERS)]
+        for layer, outputs in enumerate(seen):
+            model.model.layers[layer].register_forward_hook(lambda module, args, out, to=outputs: to.append(out))
         for window in SEEN.windows:
             hf_logits(model, window)
+        after[name] = [torch.cat(outputs) for outputs in seen]
         # a product in another order is off by 2^-24 of its terms, and there are some hundreds in a row
-        assert_close(torch.cat(last), streams[name], rtol=1e-4, atol=1e-4)
+        assert_close(after[name][LAYERS - 2], streams[name], rtol=1e-4, atol=1e-4)
+    for report, x, y in zip(reports, after["quantized"], after["original"], strict=True):
+        assert report.relative_error == pytest.approx(float(((x - y).norm(dim=-1) / y.norm(dim=-1)).mean()), rel=1e-3)
+
+
+@pytest.mark.parametrize("float_bits", [16, 32])
+def test_a_linear_left_float_keeps_the_type_of_the_source(float_bits: int, source: Checkpoint, tmp_path: Path) -> None:
+    """It became float32 beside calibrated ones, twice the bytes; a data-free export kept its type."""
+    (tmp_path / "half").mkdir()
+    tensors = {name: value.half() for name, value in load_file(source.folder / "model.safetensors").items()}
+    save_file(tensors, tmp_path / "half" / "model.safetensors", metadata={"format": "pt"})
+    shutil.copyfile(source.folder / "config.json", tmp_path / "half" / "config.json")
+    half = Checkpoint.open(tmp_path / "half")
+    recipe = replace(MIXED, float_bits=float_bits)
+    weights = written(half, recipe, SEEN, tmp_path)
+    plain = replace(recipe, rules=tuple(replace(rule, method="rtn") for rule in recipe.rules))
+    without_data = write_quantized(half, plain, tmp_path / "plain")
+    assert {weights.dtype(f"model.layers.{layer}.self_attn.v_proj") for layer in range(LAYERS)} == {torch.float16}
+    sizes = [
+        [(folder / name).stat().st_size for name in shard_names(half.config)]
+        for folder in (weights.folder, without_data.folder)
+    ]
+    assert sizes[0] == sizes[1]
+    # and what the pass fed to the next layer is what the file says
+    with pytest.raises(Stop):
+        run(half, recipe, SEEN, tmp_path / "again", progress=stopped_after(1))
+    block = weights.load_layer(0)
+    x = load_file(tmp_path / "again" / STATE)["quantized"]
+    start = half.matrix(TABLE)[SEEN.windows] * half.config.hidden_size**0.5
+    advance(block, start, runner(half, 0, SEEN.windows.shape[1]))
+    assert_close(start, x, rtol=1e-5, atol=1e-5)
 
 
 def test_the_folder_goes_in_again_bit_for_bit(source: Checkpoint, tmp_path: Path) -> None:
@@ -171,6 +223,8 @@ def test_a_pass_that_was_stopped_goes_on_and_gives_the_same_bytes(
     with pytest.raises(Stop):
         run(source, BEST, SEEN, tmp_path, progress=stopped_after(layers))
     assert list(finished(tmp_path)) == list(whole)[:layers]
+    missing = missing_bytes(tmp_path, source.config, BEST, SEEN)
+    assert sum(map(len, list(whole.values())[layers:])) < missing < folder_bytes(source.config, BEST, SEEN)
     steps: list[int] = []
     reports = run(source, BEST, SEEN, tmp_path, progress=steps.append)
     assert steps == [layers] + [1] * (LAYERS - layers)
@@ -182,6 +236,9 @@ def test_a_finished_pass_costs_nothing_the_second_time(
     source: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = run(source, BEST, SEEN, tmp_path)
+    # the streams of activations, hundreds of MB of a real model, were kept for a week
+    assert (tmp_path / STATE).stat().st_size < 4 * SEEN.windows.numel() * source.config.hidden_size
+    assert missing_bytes(tmp_path, source.config, BEST, SEEN) == 0
     monkeypatch.setattr(layerwise, "quantize_block", lambda *args, **kwargs: pytest.fail("a layer was made again"))
     assert run(source, BEST, SEEN, tmp_path) == first
 
