@@ -35,8 +35,8 @@ def hqq(weight: Tensor) -> Tensor:
 
 def torchao(weight: Tensor, algorithm: str) -> Tensor:
     """Symmetric int4 by one of torchao's ways to choose a scale."""
-    from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_  # type: ignore[import-not-found]
-    from torchao.quantization.quantize_.workflows import (  # type: ignore[import-not-found]
+    from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
+    from torchao.quantization.quantize_.workflows import (
         IntxChooseQParamsAlgorithm,
     )
 

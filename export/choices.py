@@ -12,7 +12,11 @@ DEFAULT_CHUNK = 128  # most tokens in one forward call
 KV_DTYPES = {8: "int8", 32: "float32"}  # numpy's name of the KV cache's elements, by their bits
 
 # backend -> the module whose `lower` makes its files, imported when it is needed
-BACKENDS = {"onnx": "gemma_edge.export.onnx.backend"}
+BACKENDS = {
+    "onnx": "gemma_edge.export.onnx.backend",
+    "executorch": "gemma_edge.export.executorch.backend",
+}
+INT8_CACHES = ("onnx",)  # backends that can keep the KV cache in int8
 
 
 @dataclass(frozen=True)

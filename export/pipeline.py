@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 import os
 import shutil
@@ -32,7 +33,7 @@ from gemma_edge.model.checkpoint import Checkpoint
 from gemma_edge.quantize import layerwise
 from gemma_edge.quantize.recipe import Recipe
 from gemma_edge.quantize.store import QuantizedCheckpoint, named_by_content, open_weights
-from gemma_edge.runtimes.base import scored_at_once
+from gemma_edge.runtimes.base import RUNTIMES, scored_at_once
 from gemma_edge.runtimes.tokenizer import TOKENIZER_FILE, open_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ def open_model(options: ExportOptions, progress: Progress = no_progress, *, plan
             raise InputError(f"{name} {value}; supported: {', '.join(allowed)}")
     target = TARGETS[options.target]
     target = replace(target, backend=options.backend or target.backend)
+    _check_installed(target.backend)
     if options.ram_gib is not None:
         target = replace(target, ram_bytes=int(options.ram_gib * GIB))
     source = open_weights(hub.resolve(options.model), lora=options.lora)
@@ -90,6 +92,12 @@ def open_model(options: ExportOptions, progress: Progress = no_progress, *, plan
     name = Path(options.model).resolve().name if Path(options.model).is_dir() else options.model.rpartition("/")[2]
     seen = None if plan_only else choose_calibration(options, source, recipe)
     return Opened(name, source, recipe, target, plan, seen, choice)
+
+
+def _check_installed(backend: str) -> None:
+    _, _, package, extra = RUNTIMES[backend]  # the gate runs what was made
+    if importlib.util.find_spec(package) is None:
+        raise InputError(f"--backend {backend} needs {package}: pip install 'gemma-edge[{extra}]'")
 
 
 def _plan(

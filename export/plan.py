@@ -12,12 +12,13 @@ from typing import Any
 
 from gemma_edge.errors import InputError
 from gemma_edge.export.bundle import CacheGeometry, LayerCache
-from gemma_edge.export.choices import DEFAULT_CHUNK, GIB, KV_DTYPES, LEVELS, Target
+from gemma_edge.export.choices import DEFAULT_CHUNK, GIB, INT8_CACHES, KV_DTYPES, LEVELS, Target
+from gemma_edge.export.executorch import packing
 from gemma_edge.export.onnx.weights import resident_bytes, weights_bytes
-from gemma_edge.model.checkpoint import SLICE_BYTES, Checkpoint, linear_shapes
+from gemma_edge.model.checkpoint import SLICE_BYTES, Checkpoint, linear_shapes, weight_shapes
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.model.kv_cache import slots_needed, windows
-from gemma_edge.quantize.recipe import Recipe
+from gemma_edge.quantize.recipe import QuantConfig, Recipe
 from gemma_edge.quantize.store import QuantizedCheckpoint, final_configs
 
 MIB = 1 << 20
@@ -34,7 +35,7 @@ class Plan:
     context: int
     prefill_chunk: int
     kv_dtype: str  # of the cache's elements, a value of KV_DTYPES
-    weights_bytes: int  # of the weights file, exact; the graphs beside it take under 1 MB
+    weights_bytes: int  # of the weights file, exact; what a backend writes beside it takes under 2 MB
     kv_bytes: int  # exact
     device_ram_bytes: int  # resident while generating
     device_ram_limit_bytes: int
@@ -92,11 +93,7 @@ def make_plan(
     if context is not None:
         _check_range("--context", context, 1, config.max_position_embeddings)
     configs = final_configs(source, recipe)
-    int8_kv = kv_dtype == "int8"
-    sizes = Sizes(
-        weights_bytes(source, configs, recipe.float_bits, int8_kv=int8_kv),
-        resident_bytes(source, configs, recipe.float_bits, int8_kv=int8_kv),
-    )
+    sizes = _sizes(source, configs, recipe, target.backend, int8_kv=kv_dtype == "int8")
     tried = context or min(target.context, config.max_position_embeddings)
     plan = _predict(source, recipe, target, sizes, geometry(config, tried, chunk, kv_dtype))
     while plan.device_ram_bytes > target.ram_bytes and context is None and tried > SMALLEST_CONTEXT:
@@ -108,6 +105,30 @@ def make_plan(
         plan,
         export_ram_bytes=max(plan.export_ram_bytes, _calibration_ram(config, calibration_tokens)),
         export_disk_bytes=plan.export_disk_bytes + _gate_disk(config, plan.context, verify),
+    )
+
+
+def _sizes(
+    source: Checkpoint | QuantizedCheckpoint,
+    configs: dict[str, QuantConfig | None],
+    recipe: Recipe,
+    backend: str,
+    *,
+    int8_kv: bool,
+) -> Sizes:
+    """The weights as a backend holds them.
+
+    Raises:
+        InputError: it cannot hold one of them.
+    """
+    if backend == "executorch":
+        for weight, (_, columns) in weight_shapes(source.config).items():
+            packing.refuse_unsupported(weight, configs[weight], columns, recipe.float_bits)
+        size = packing.weights_bytes(source.config, configs)
+        return Sizes(size, size)  # in memory as XNNPACK packs them, which takes as much
+    return Sizes(
+        weights_bytes(source, configs, recipe.float_bits, int8_kv=int8_kv),
+        resident_bytes(source, configs, recipe.float_bits, int8_kv=int8_kv),
     )
 
 
@@ -125,10 +146,12 @@ def choose_kv_dtype(asked: int | None, target: Target, *, calibrated: bool, way_
     """
     if asked is not None and asked not in KV_DTYPES:
         raise InputError(f"--kv-bits {asked}; supported: {', '.join(map(str, KV_DTYPES))}")
+    if asked == 8 and target.backend not in INT8_CACHES:
+        raise InputError(f"--kv-bits 8: the {target.backend} backend keeps its cache in float32; use --kv-bits 32")
     if asked == 8 and not calibrated:
         raise InputError(f"--kv-bits 8 needs calibration, which finds the cache's scales: {way_out}")
     if asked is None:
-        asked = target.kv_bits if calibrated else 32
+        asked = target.kv_bits if calibrated and target.backend in INT8_CACHES else 32
     return KV_DTYPES[asked]
 
 

@@ -158,6 +158,7 @@ class BaseRuntime(ABC):
 # backend -> (module, class, the package it needs, the extra that installs it)
 RUNTIMES = {
     "onnx": ("gemma_edge.runtimes.onnx", "OnnxRuntime", "onnxruntime", "onnx"),
+    "executorch": ("gemma_edge.runtimes.executorch", "ExecuTorchRuntime", "executorch", "executorch"),
 }
 
 

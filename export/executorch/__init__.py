@@ -1,0 +1,1 @@
+"""The ExecuTorch backend: one `.pte` for XNNPACK and the official LLM runners."""

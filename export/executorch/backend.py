@@ -1,0 +1,149 @@
+"""`lower`: a quantized checkpoint becomes a `.pte` for ExecuTorch's XNNPACK backend and its official LLM runners."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
+from executorch.exir.passes import MemoryPlanningPass
+from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
+from executorch.exir.program import ExecutorchProgramManager
+from torch.export import Dim, ExportedProgram, export
+
+from gemma_edge.export.bundle import CacheGeometry
+from gemma_edge.export.executorch.check import check_pte
+from gemma_edge.export.executorch.compose import Composed, Embedding
+from gemma_edge.export.executorch.packing import Weight, pieces_of, random_weight, refuse_unsupported
+from gemma_edge.export.executorch.pte import write_pte
+from gemma_edge.export.executorch.seams import AttendHalf, Limits, ProjectHalf, block_half, head_piece
+from gemma_edge.export.executorch.templates import COMPILE, Lowered, Template, lower_half
+from gemma_edge.model.checkpoint import TABLE, linear_shapes, weight_shapes
+from gemma_edge.model.config import Gemma2Config
+from gemma_edge.quantize.recipe import QuantConfig
+from gemma_edge.quantize.store import QuantizedCheckpoint
+
+FILE = "model.pte"
+METHODS = {"generate": "forward", "score": "score"}  # what a method is for -> its name
+Configs = dict[str, QuantConfig | None]
+
+
+def lower(
+    checkpoint: QuantizedCheckpoint,
+    geometry: CacheGeometry,
+    out: Path,
+    *,
+    float_bits: int = 32,
+    progress: Callable[[int], None] = lambda done: None,
+) -> dict[str, Any]:
+    """Write the program into `out`, and check what it holds.
+
+    Args:
+        progress: called with the bytes of weights just written.
+
+    Returns:
+        the backend's entry in the manifest.
+
+    Raises:
+        InputError: a weight that XNNPACK cannot compute exactly.
+        RuntimeError: the program is not what it should be.
+    """
+    for weight, (_, columns) in weight_shapes(checkpoint.config).items():
+        refuse_unsupported(weight, checkpoint.configs[weight], columns, float_bits)
+    with _quiet():
+        write_pte(compose(checkpoint, geometry), checkpoint, out / FILE, progress)
+    check_pte(out / FILE, checkpoint.config, checkpoint.configs, geometry, list(METHODS.values()))
+    return {"program": FILE, "methods": METHODS, "kv_dtype": geometry.dtype, "min_executorch": "1.5"}
+
+
+def compose(checkpoint: QuantizedCheckpoint, geometry: CacheGeometry) -> ExecutorchProgramManager:
+    """The whole program, its large constants still missing."""
+    config, configs = checkpoint.config, checkpoint.configs
+    layers, head = _parts(checkpoint, geometry)
+    embedding = Embedding(config.hidden_size, configs[TABLE])
+    programs = {
+        name: _trace(Composed(config, geometry, embedding, layers, head, every_position=role == "score"), geometry)
+        for role, name in METHODS.items()
+    }
+    edge = to_edge_transform_and_lower(
+        programs, partitioner=None, constant_methods=runner_contract(config, geometry), compile_config=COMPILE
+    )
+    return edge.to_executorch(
+        ExecutorchBackendConfig(
+            extract_delegate_segments=True,
+            memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
+            sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
+        )
+    )
+
+
+def runner_contract(config: Gemma2Config, geometry: CacheGeometry) -> dict[str, Any]:
+    """What the official LLM runners ask a program. Source: executorch, extension/llm/runner/llm_runner_helper.cpp."""
+    return {
+        "get_bos_id": config.bos_token_id,
+        "get_eos_ids": list(config.eos_token_id),
+        "get_max_seq_len": geometry.prefill_chunk,  # most tokens in one call
+        "get_max_context_len": geometry.context,
+        "get_vocab_size": config.vocab_size,
+        "get_n_layers": config.num_hidden_layers,
+        "use_kv_cache": True,
+        "use_sdpa_with_kv_cache": False,
+        "enable_dynamic_shape": True,  # else a prompt is fed token by token
+    }
+
+
+def _parts(
+    checkpoint: QuantizedCheckpoint, geometry: CacheGeometry
+) -> tuple[list[tuple[Lowered, Lowered]], list[Lowered]]:
+    """Every layer's two delegates and the head's, each kind lowered once."""
+    config, configs = checkpoint.config, checkpoint.configs
+    generator = torch.Generator().manual_seed(0)
+    templates: dict[Any, Template] = {}
+
+    def weight(name: str, rows: int, columns: int) -> Weight:
+        return random_weight(configs[name], rows, columns, generator)
+
+    def lowered(kind: type[ProjectHalf] | type[AttendHalf], layer: int) -> Template:
+        integers = tuple(configs[name] for name in linear_shapes(config, layer))
+        # a half's own linears would do: a kind more costs seconds, and only with mixed precision
+        limits = Limits(geometry.prefill_chunk, geometry.layers[layer].slots if kind is AttendHalf else 0)
+        key = (kind, integers, limits)
+        if key not in templates:
+            templates[key] = lower_half(block_half(kind, config, layer, weight), limits)
+        return templates[key]
+
+    def named(template: Template, layer: int) -> Lowered:
+        return Lowered(template, f"model.layers.{layer}.", checkpoint.vector)
+
+    layers = [
+        (named(lowered(ProjectHalf, layer), layer), named(lowered(AttendHalf, layer), layer))
+        for layer in range(config.num_hidden_layers)
+    ]
+    piece = lower_half(head_piece(config, weight), Limits(geometry.prefill_chunk, 0))
+    count = pieces_of(TABLE, (config.vocab_size, config.hidden_size))
+    return layers, [Lowered(piece, "model.", checkpoint.vector, piece=index) for index in range(count)]
+
+
+def _trace(composed: Composed, geometry: CacheGeometry) -> ExportedProgram:
+    tokens = Dim("tokens", min=1, max=geometry.prefill_chunk)
+    inputs = torch.zeros(1, min(3, geometry.prefill_chunk), dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    with torch.no_grad():
+        return export(composed.eval(), inputs, dynamic_shapes=({1: tokens}, None), strict=False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The libraries' own messages are for those who write backends."""
+    noisy = [logging.getLogger(name) for name in ("root", "executorch", "torch.export", "torchao")]
+    levels = [logger.level for logger in noisy]
+    for logger in noisy:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(noisy, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,131 @@
+"""After lowering: what a `.pte` holds is read back from the file and compared with what it should hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from executorch.exir.schema import DelegateCall, ExecutionPlan
+from executorch.exir.schema import Tensor as PlannedTensor
+
+from gemma_edge.export.bundle import CacheGeometry
+from gemma_edge.export.executorch.packing import Constant, pieces_of, row_bytes
+from gemma_edge.export.executorch.pte import GATHERS, Pte, calls
+from gemma_edge.model.checkpoint import TABLE, weight_shapes
+from gemma_edge.model.config import Gemma2Config
+from gemma_edge.quantize.recipe import QuantConfig
+
+WRITE = "llama::update_cache_with_indices"
+# positions, rotary angles, masks, and the views of the caches: what may stay outside the delegates
+SMALL = {
+    "aten::_local_scalar_dense",
+    "aten::_to_copy",
+    "aten::add",
+    "aten::arange",
+    "aten::bitwise_and",
+    "aten::cat",
+    "aten::clamp",
+    "aten::clone",
+    "aten::cos",
+    "aten::div",
+    "aten::expand_copy",
+    "aten::ge",
+    "aten::lt",
+    "aten::mul",
+    "aten::remainder",
+    "aten::scalar_tensor",
+    "aten::select_copy",
+    "aten::sin",
+    "aten::slice_copy",
+    "aten::sub",
+    "aten::sym_size",
+    "aten::unsqueeze_copy",
+    "aten::where",
+    "executorch_prim::et_view",
+    "executorch_prim::mul",
+}
+
+
+def check_pte(
+    path: Path,
+    config: Gemma2Config,
+    configs: Mapping[str, QuantConfig | None],
+    geometry: CacheGeometry,
+    methods: Sequence[str],
+) -> None:
+    """Compare a finished file with the model.
+
+    Raises:
+        RuntimeError: names what is not as it should be.
+    """
+    pte = Pte.open(path)
+    plans = {plan.name: plan for plan in pte.program.execution_plan}
+    for name in methods:
+        if name not in plans:
+            raise RuntimeError(f"{path.name} has no method {name}")
+        _check_operators(path, plans[name])
+        _check_delegates(path, plans[name], config)
+        _check_caches(path, plans[name], geometry)
+    _check_constants(path, pte, config, configs)
+
+
+def _check_operators(path: Path, plan: ExecutionPlan) -> None:
+    names = [plan.operators[call.op_index].name for call in calls(plan)]
+    unknown = set(names) - SMALL - {WRITE, *GATHERS}
+    if unknown:
+        raise RuntimeError(f"{path.name}: {sorted(unknown)[0]} is computed outside the delegates")
+    if sum(name in GATHERS for name in names) != 1:
+        raise RuntimeError(f"{path.name}: the table is gathered {sum(name in GATHERS for name in names)} times")
+
+
+def _check_delegates(path: Path, plan: ExecutionPlan, config: Gemma2Config) -> None:
+    expected = 2 * config.num_hidden_layers + pieces_of(TABLE, (config.vocab_size, config.hidden_size))
+    backends = {delegate.id for delegate in plan.delegates}
+    called = sum(isinstance(step.instr_args, DelegateCall) for chain in plan.chains for step in chain.instructions)
+    if len(plan.delegates) != expected or called != expected or backends != {"XnnpackBackend"}:
+        raise RuntimeError(
+            f"{path.name}: {plan.name} has {len(plan.delegates)} delegates of {sorted(backends)}, called {called} times;"
+            f" expected {expected} of XNNPACK"
+        )
+
+
+def _check_caches(path: Path, plan: ExecutionPlan, geometry: CacheGeometry) -> None:
+    """Every cache has its layer's slots, and shares its memory with no other one. That it is written in place follows from
+    SMALL: a copy would have to be copied back.
+    """
+    shapes, spans = [], []
+    for call in calls(plan):
+        if plan.operators[call.op_index].name != WRITE:
+            continue
+        _, cache, *_ = call.args
+        tensor = plan.values[cache].val
+        assert isinstance(tensor, PlannedTensor) and tensor.allocation_info is not None
+        shapes.append(tuple(tensor.sizes))
+        place = tensor.allocation_info
+        start = (place.memory_offset_high << 32) + place.memory_offset_low
+        size = 4 * tensor.sizes[0] * tensor.sizes[1] * tensor.sizes[3]
+        spans.append((place.memory_id, start, start + size))
+    wanted = [
+        (geometry.kv_heads, layer.slots, 1, geometry.head_dim) for layer in geometry.layers for _ in ("key", "value")
+    ]
+    if shapes != wanted:
+        raise RuntimeError(f"{path.name}: caches of {plan.name} are {shapes[:2]}..., expected {wanted[:2]}...")
+    spans.sort()
+    for (memory, _, end), (following, start, _) in zip(spans, spans[1:], strict=False):
+        if memory == following and start < end:
+            raise RuntimeError(f"{path.name}: two caches of {plan.name} share memory")
+
+
+def _check_constants(path: Path, pte: Pte, config: Gemma2Config, configs: Mapping[str, QuantConfig | None]) -> None:
+    """Every weight's constants are there in the size of its integers, and nothing else is as large as a weight."""
+    sizes = {entry.key: pte.program.segments[entry.segment_index].size for entry in pte.program.named_data or []}
+    for weight, (rows, columns) in weight_shapes(config).items():
+        pieces = pieces_of(weight, (rows, columns))
+        for part, size in row_bytes(configs[weight], columns).items():
+            for piece in range(pieces):
+                key, expected = Constant(weight, part, piece).key, rows // pieces * size
+                if sizes.pop(key, None) != expected:
+                    raise RuntimeError(f"{path.name}: {part} of {weight} is not there with {expected} bytes")
+    largest = max(sizes.values(), default=0)
+    if largest > 4 * config.hidden_size:
+        raise RuntimeError(f"{path.name}: a constant of {largest} bytes belongs to no weight")

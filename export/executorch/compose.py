@@ -1,0 +1,136 @@
+"""The whole model as one program: lowered halves, with the ring caches written in place between them.
+
+Everything outside the delegates is here: positions, rotary angles, masks, the embedding's rows, and the caches. Each layer's
+cache is a ring (model/kv_cache.py): slots and masks are computed from the absolute position, so generation has no end.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gemma_edge.export.bundle import CacheGeometry, LayerCache
+from gemma_edge.export.executorch.packing import CODES, SCALE, row_bytes
+from gemma_edge.export.executorch.seams import HIDDEN
+from gemma_edge.export.executorch.templates import Lowered
+from gemma_edge.model.config import Gemma2Config
+from gemma_edge.model.gemma2 import inverse_frequencies, rotary_angles
+from gemma_edge.model.kv_cache import visible
+from gemma_edge.quantize.recipe import QuantConfig
+
+for _module in ("executorch.extension.llm.custom_ops.custom_ops", "executorch.kernels.quantized"):
+    importlib.import_module(_module)  # registers llama::update_cache_with_indices and the embedding operators
+
+USED_STEP = 64  # slots are read in steps of this many: a delegate takes memory anew when a size grows
+
+
+class Embedding(nn.Module):
+    """The rows of the tied table. Here it has a single one; pte.py gives it its size and streams its bytes into the file."""
+
+    def __init__(self, hidden_size: int, quant: QuantConfig | None) -> None:
+        super().__init__()
+        self.quant = quant
+        if quant is None:
+            self.register_buffer("table", torch.zeros(1, hidden_size))
+            return
+        sizes = row_bytes(quant, hidden_size, embedding=True)
+        dtype = torch.uint8 if quant.bits == 4 else torch.int8
+        self.register_buffer("table", torch.zeros(1, sizes[CODES], dtype=dtype))
+        groups = sizes[SCALE] // 4
+        self.register_buffer("scale", torch.zeros((1, groups) if groups > 1 else (1,)))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(1, T) int64 -> (1, T, hidden)."""
+        table = self.get_buffer("table")
+        if self.quant is None:
+            return F.embedding(tokens, table)
+        limits = (-8, 7) if self.quant.bits == 4 else (-128, 127)
+        ops = torch.ops.quantized_decomposed
+        gather = ops.embedding_4bit.default if self.quant.bits == 4 else ops.embedding_byte.default
+        rows: Tensor = gather(table, self.get_buffer("scale"), None, *limits, tokens)
+        return rows
+
+
+@dataclass(frozen=True)
+class View:
+    """A chunk's place in the caches of one geometry."""
+
+    slots: Tensor  # (K, T) int64, where it is written
+    used: int  # U: slots that are read
+    mask: Tensor  # (1, G*T, U)
+
+
+class Composed(nn.Module):
+    """`forward(tokens, input_pos)` as the official LLM runners call it."""
+
+    def __init__(
+        self,
+        config: Gemma2Config,
+        geometry: CacheGeometry,
+        embedding: Embedding,
+        layers: Sequence[tuple[Lowered, Lowered]],
+        head: Sequence[Lowered],
+        *,
+        every_position: bool,
+    ) -> None:
+        """Put the parts together.
+
+        Args:
+            config, geometry: the model's, and its caches'.
+            embedding: the tied table's rows.
+            layers: the two halves of each.
+            head: the pieces of final norm, table and soft cap.
+            every_position: whether logits are wanted at every position, or at the last one.
+        """
+        super().__init__()
+        self.config, self.geometry, self.every_position = config, geometry, every_position
+        self.embed_tokens, self.head = embedding, nn.ModuleList(head)
+        self.project = nn.ModuleList(first for first, _ in layers)
+        self.attend = nn.ModuleList(second for _, second in layers)
+        self.register_buffer("inv_freq", inverse_frequencies(config), persistent=False)
+        for index, layer in enumerate(geometry.layers):
+            shape = (geometry.kv_heads, layer.slots, 1, geometry.head_dim)
+            self.register_buffer(f"key_{index}", torch.zeros(shape), persistent=False)
+            self.register_buffer(f"value_{index}", torch.zeros(shape), persistent=False)
+
+    def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
+        """Logits of the tokens (1, T) written at `input_pos` (1,): (1, 1, V), or (1, T, V) with `every_position`."""
+        count = tokens.shape[1]
+        rope = rotary_angles(self.get_buffer("inv_freq"), input_pos, count)
+        positions = input_pos + torch.arange(count)  # (T,)
+        views = {layer: self._view(layer, positions) for layer in dict.fromkeys(self.geometry.layers)}
+        x = self.embed_tokens(tokens) * self.config.hidden_size**0.5  # (1, T, hidden)
+        for index, (layer, project, attend) in enumerate(
+            zip(self.geometry.layers, self.project, self.attend, strict=True)
+        ):
+            q, k, v = project(x, rope.cos, rope.sin)
+            view = views[layer]
+            x = attend(x, q, self._write("key", index, k, view), self._write("value", index, v, view), view.mask)[0]
+        x = x if self.every_position else x[:, -1:]
+        return torch.cat([piece(x)[0] for piece in self.head], dim=-1)
+
+    def _view(self, layer: LayerCache, positions: Tensor) -> View:
+        """What the layers of one geometry share."""
+        group = self.config.num_attention_heads // self.config.num_key_value_heads
+        slots = torch.remainder(positions, layer.slots).unsqueeze(0).expand(self.geometry.kv_heads, -1).contiguous()
+        mask = torch.where(visible(positions, layer.slots, layer.window), 0.0, HIDDEN)  # (T, S)
+        mask = mask.unsqueeze(0).expand(group, -1, -1).reshape(1, -1, layer.slots)  # (1, G*T, S)
+        # until the ring is full, the slots behind hold nothing yet
+        steps = torch.div(positions[-1] + USED_STEP, USED_STEP, rounding_mode="floor")
+        used: Any = (steps * USED_STEP).clamp(max=layer.slots).item()
+        check: Any = torch._check
+        check(used >= 1)
+        check(used <= layer.slots)
+        return View(slots, used, mask[:, :, :used])
+
+    def _write(self, kind: str, index: int, new: Tensor, view: View) -> Tensor:
+        """Put the chunk (K, T, 1, D) into its slots; those in use (K, U, D)."""
+        cache = self.get_buffer(f"{kind}_{index}")
+        torch.ops.llama.update_cache_with_indices(new, cache, 0, view.slots)
+        return cache.view(self.geometry.kv_heads, -1, self.geometry.head_dim)[:, : view.used]

@@ -1,0 +1,190 @@
+"""One half of a block, lowered once: its XNNPACK delegate serves every layer of the same kind with other constants.
+
+A delegate's blob holds no weights. It names them by keys of equal length, which are looked up in the `.pte` when it is loaded: so
+a blob that was lowered over random integers serves a layer once its keys are replaced by names of that layer's constants.
+Lowering re-traces a graph a dozen times and does not depend on the weights: 26 layers at once take minutes and gigabytes, one
+takes seconds. Source of the keys: executorch 1.5, backends/xnnpack/operators/node_visitor.py. That all keys are found by our own
+packing is asserted, so a library that packs otherwise fails here and not on a phone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from executorch.exir import EdgeCompileConfig, to_edge, to_edge_transform_and_lower
+from executorch.exir._serialize._named_data_store import NamedDataStore
+from executorch.exir.lowered_backend_module import LoweredBackendModule
+from torch import Tensor, nn
+from torch.export import ExportedProgram, export
+
+from gemma_edge.export.executorch.packing import SCALE, Constant, packed
+from gemma_edge.export.executorch.seams import DECOMPOSITIONS, Half, Limits, Linear
+
+COMPILE = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
+ALIGNMENT = 16  # of a constant: XNNPACK's
+
+
+@dataclass(frozen=True)
+class Template:
+    """A lowered half without its constants."""
+
+    half: Half
+    lowered: LoweredBackendModule
+    keys: Mapping[str, Constant]  # key in the blob -> which weight's bytes belong there
+    shared: Mapping[str, bytes]  # key -> bytes of what is no weight and the same in every layer
+    arguments: Sequence[int | str | Tensor]  # of the delegate: an input of the half, the name of a norm, or a constant
+    outputs: Sequence[int]  # of the delegate, in the half's order
+    stub: ExportedProgram
+
+
+def lower_half(half: Half, limits: Limits) -> Template:
+    """Lower a half to one XNNPACK delegate.
+
+    Raises:
+        RuntimeError: it became more than one, something stayed outside, or the library packs otherwise than we do.
+    """
+    inputs, sizes = half.example(limits)
+    with torch.no_grad():
+        program = export(half, inputs, dynamic_shapes=sizes, strict=False)
+    program = program.run_decompositions(dict(DECOMPOSITIONS))
+    lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], compile_config=COMPILE)
+    edge = lowered.exported_program()
+    call = _only_delegate(half, edge)
+    module = getattr(edge.graph_module, str(call.args[0].target))
+    keys, shared = _constants(half, module)
+    results: Any = next(node.args[0] for node in edge.graph.nodes if node.op == "output")
+    outputs = [node.args[1] for node in results]
+    arguments = [_argument(edge, node) for node in call.args[1:]]
+    stub = _stub(half, call, arguments, outputs, sizes)
+    return Template(half, module, keys, shared, arguments, outputs, stub)
+
+
+def _only_delegate(half: Half, edge: ExportedProgram) -> Any:
+    calls = [node for node in edge.graph.nodes if node.op == "call_function"]
+    delegates = [node for node in calls if "executorch_call_delegate" in str(node.target)]
+    others = sorted({str(node.target) for node in calls if node not in delegates and "getitem" not in str(node.target)})
+    if len(delegates) != 1 or others:
+        raise RuntimeError(
+            f"{type(half).__name__} lowered to {len(delegates)} delegates, expected one; outside of them: {others}"
+        )
+    return delegates[0]
+
+
+def _constants(half: Half, module: LoweredBackendModule) -> tuple[dict[str, Constant], dict[str, bytes]]:
+    """Whose each constant of the blob is, found by the hash of its bytes."""
+    store = module.named_data_store_output
+    found = {key: store.buffers[entry.buffer_index] for key, entry in store.pte_data.items()}
+    keys = {}
+    for linear in (child for child in half.modules() if isinstance(child, Linear)):
+        for part, values in packed(linear.given).items():
+            key = hashlib.sha256(values.numpy().tobytes()).hexdigest()
+            key = f"scale_{key}" if part == SCALE else key
+            if key not in found:
+                raise RuntimeError(f"{part} of {linear.name} is not in its delegate: this executorch packs otherwise")
+            keys[key] = Constant(linear.name, part, linear.piece)
+    expected = sum(len(packed(child.given)) for child in half.modules() if isinstance(child, Linear))
+    if len(keys) != expected:
+        raise RuntimeError(f"{type(half).__name__}: {expected} constants have {len(keys)} keys: two of them are equal")
+    return keys, {key: value for key, value in found.items() if key not in keys}
+
+
+def _argument(edge: ExportedProgram, node: Any) -> int | str | Tensor:
+    """What a delegate's argument is: see `Template.arguments`."""
+    signature = edge.graph_signature
+    if node.name in signature.user_inputs:
+        return list(signature.user_inputs).index(node.name)
+    if node.name in signature.inputs_to_parameters:
+        name: str = signature.inputs_to_parameters[node.name]
+        return name.removeprefix("block.")
+    names = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+    held = names[node.name]
+    value: Tensor = edge.constants[held] if held in edge.constants else edge.state_dict[held]
+    return value
+
+
+class _Stub(nn.Module):
+    """The delegate's signature and nothing else."""
+
+    def __init__(self, half: Half, order: Sequence[int], outputs: Sequence[int]) -> None:
+        super().__init__()
+        self.outline, self.order, self.outputs = half.outline, order, outputs
+
+    def forward(self, *args: Tensor) -> tuple[Tensor, ...]:
+        """Zeros of the right shapes, from the delegate's arguments."""
+        zeros = self.outline(*(args[index] for index in self.order))
+        return tuple(zeros[self.outputs.index(index)] for index in range(len(zeros)))
+
+
+def _stub(
+    half: Half, call: Any, arguments: Sequence[int | str | Tensor], outputs: Sequence[int], sizes: Sequence[Any]
+) -> ExportedProgram:
+    """What stands for the delegate's program while the composed graph is traced, which re-runs it at every pass: without it
+    each layer costs seconds.
+    """
+    given = {argument: at for at, argument in enumerate(arguments) if isinstance(argument, int)}
+    order = [given[index] for index in range(len(sizes))]  # the half's inputs among the delegate's arguments
+    stub = _Stub(half, order, outputs)
+    inputs = half.example(Limits(2, 2))[0]
+    args = tuple(
+        inputs[argument] if isinstance(argument, int) else torch.zeros_like(call.args[1 + at].meta["val"], device="cpu")
+        for at, argument in enumerate(arguments)
+    )
+    free = tuple(sizes[argument] if isinstance(argument, int) else None for argument in arguments)
+    program = export(stub, args, dynamic_shapes=(free,), strict=False)
+    edge: ExportedProgram = to_edge(program, compile_config=COMPILE).exported_program()
+    return edge
+
+
+class Lowered(nn.Module):
+    """A template as the delegate of one layer, or of the head."""
+
+    def __init__(self, template: Template, prefix: str, vector: Callable[[str], Tensor], *, piece: int = 0) -> None:
+        """Name the constants and take the norms.
+
+        Args:
+            template: of the same kind.
+            prefix: of the names of its weights and norms: `model.layers.3.`, or `model.` for the head.
+            vector: a norm by its name in the checkpoint.
+            piece: of the table.
+        """
+        super().__init__()
+        blob, store = bytes(template.lowered.processed_bytes), NamedDataStore()
+        for key, constant in template.keys.items():
+            own = replace(constant, weight=prefix + constant.weight, piece=constant.piece + piece).key
+            if blob.count(key.encode()) != 1 or len(own) != len(key):
+                raise RuntimeError(
+                    f"{prefix}{constant.weight}: its key is not once in the delegate; another executorch?"
+                )
+            blob = blob.replace(key.encode(), own.encode())
+            store.add_named_data(
+                own, own.encode(), ALIGNMENT
+            )  # its place; the bytes are streamed into the file by pte.py
+        for key, value in template.shared.items():
+            store.add_named_data(key, value, ALIGNMENT)
+        self.delegate = LoweredBackendModule(
+            template.stub,
+            template.lowered.backend_id,
+            blob,
+            template.lowered.compile_specs,
+            store.get_named_data_store_output(),
+        )
+        self.template = template
+        for at, argument in enumerate(template.arguments):
+            if isinstance(argument, str):
+                self.register_buffer(f"argument_{at}", vector(prefix + argument))
+            elif isinstance(argument, Tensor):
+                self.register_buffer(f"argument_{at}", argument)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The half's outputs of the half's inputs."""
+        arguments = [
+            inputs[argument] if isinstance(argument, int) else self.get_buffer(f"argument_{at}")
+            for at, argument in enumerate(self.template.arguments)
+        ]
+        found = self.delegate(*arguments)
+        return tuple(found[index] for index in self.template.outputs)

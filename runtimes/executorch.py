@@ -1,0 +1,140 @@
+"""ExecuTorch on the CPU: the KV cache is a buffer of the program, written in place.
+
+The program is export/executorch's; docs/executorch.md holds its contract. Its ring has no end, and what was not written since a
+reset is masked, so a reset leaves the cache as it is. ExecuTorch's Python package comes with torch; a phone has neither.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import warnings
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma_edge.errors import InputError
+from gemma_edge.export.bundle import Manifest, confined
+from gemma_edge.runtimes.base import BaseRuntime, Logits
+
+log = logging.getLogger(__name__)
+
+OLDEST_EXECUTORCH = (1, 5)
+
+
+class ExecuTorchRuntime(BaseRuntime):
+    """A bundle's ExecuTorch backend.
+
+    The program has one method that generates and one that gives logits at every position. Each packs the weights for itself and
+    has caches of its own, so only one is loaded at a time: the first `score` closes the other, and the next `prefill` or `decode`
+    the other way round. What was fed since the reset is then fed again, so that nothing is forgotten.
+    """
+
+    def __init__(self, bundle: Path, manifest: Manifest, *, threads: int | None) -> None:
+        """Load the method that generates.
+
+        Args:
+            bundle, manifest: the folder and what it says of itself.
+            threads: None takes the target's; more than the machine has are not used. They are one pool per process.
+
+        Raises:
+            InputError: executorch is too old, or the file is not what the manifest says.
+        """
+        super().__init__(bundle, manifest)
+        _check_version(metadata.version("executorch"))
+        if threads is not None and threads < 1:
+            raise InputError(f"threads {threads} is below 1")
+        self.threads = min(threads or int(manifest.target["threads"]), os.cpu_count() or 1)
+        entry = manifest.backends["executorch"]
+        self._path = confined(bundle, entry["program"])
+        self._names: dict[str, str] = entry["methods"]
+        self._library = _library()
+        self._library._unsafe_reset_threadpool(self.threads)
+        self._role = ""
+        self._method: Any = None
+        self._fed: list[NDArray[np.int64]] = []  # chunks since the reset
+        self._open("generate")
+
+    def _forward(self, ids: NDArray[np.int64], *, every_position: bool) -> Logits:
+        """See BaseRuntime; the logits belong to the caller."""
+        self._open("score" if every_position else "generate")
+        logits = self._run(ids, self.position)
+        self._fed.append(ids)
+        return logits
+
+    def _clear(self) -> None:
+        """Forget what was fed; at position 0 every slot of the cache that was written before is masked."""
+        self._fed = []
+
+    def _open(self, role: str) -> None:
+        """Load the method of that role, after closing the other one."""
+        if role == self._role:
+            return
+        self._method, self._role = None, ""
+        log.info("loading %s of %s with %d threads", role, self._path, self.threads)
+        try:
+            program = self._library._load_program(str(self._path))
+            method = program.load_method(self._names[role])
+        except (KeyError, RuntimeError) as error:
+            raise InputError(
+                f"{self._path} is damaged or no program of this bundle: {_one_line(error)}; export the bundle again"
+            ) from None
+        self._check_contract(method.method_meta())
+        self._method, self._role = method, role
+        position = 0
+        for ids in self._fed:
+            self._run(ids, position)
+            position += len(ids)
+
+    def _run(self, ids: NDArray[np.int64], position: int) -> Logits:
+        """One chunk through the loaded method."""
+        import torch
+
+        tokens = torch.from_numpy(np.ascontiguousarray(ids[None]))  # (1, T)
+        try:
+            (logits,) = self._method.call((tokens, torch.tensor([position])))  # (1, T or 1, V)
+        except RuntimeError as error:
+            raise InputError(f"{self._path} does not run: {_one_line(error)}; export the bundle again") from None
+        found: Logits = logits[0].numpy()
+        return found
+
+    def _check_contract(self, meta: Any) -> None:
+        """Sizes of inputs and output against the manifest."""
+        vocab_size, chunk = int(self.manifest.config["vocab_size"]), self.manifest.cache.prefill_chunk
+        found = [tuple(meta.input_tensor_meta(index).sizes()) for index in range(meta.num_inputs())]
+        wanted = [(1, chunk), (1,)]
+        if found != wanted:
+            raise InputError(f"{self._path} takes {found}, the manifest says {wanted}; export the bundle again")
+        (*_, size) = meta.output_tensor_meta(0).sizes()
+        if size != vocab_size:
+            raise InputError(
+                f"{self._path} gives {size} logits, the vocabulary has {vocab_size}; export the bundle again"
+            )
+
+
+def _library() -> Any:
+    """ExecuTorch's Python bindings, and the operators that they do not register themselves."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from executorch.extension.pybindings import portable_lib
+
+        importlib.import_module("executorch.extension.llm.custom_ops.custom_ops")
+        importlib.import_module("executorch.kernels.quantized")
+    return portable_lib
+
+
+def _check_version(version: str) -> None:
+    major, minor = (int(part) for part in version.split(".")[:2])
+    if (major, minor) < OLDEST_EXECUTORCH:
+        oldest = ".".join(map(str, OLDEST_EXECUTORCH))
+        raise InputError(
+            f"executorch {version} is too old, bundles need {oldest}; pip install -U 'executorch>={oldest}'"
+        )
+
+
+def _one_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
