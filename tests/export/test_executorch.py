@@ -1,0 +1,144 @@
+"""The ExecuTorch program against transformers, and against the integers that it was made from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import hf_logits, hf_model, relative_error
+
+pytest.importorskip("executorch", reason="executorch is not installed: pip install 'gemma-edge[executorch]'")
+
+import gemma_edge
+from gemma_edge.errors import InputError
+from gemma_edge.export.bundle import MANIFEST, Manifest, list_files
+from gemma_edge.export.executorch.backend import FILE, lower
+from gemma_edge.export.executorch.packing import CODES, SCALE, Constant, refuse_unsupported
+from gemma_edge.export.executorch.pte import Pte
+from gemma_edge.export.plan import geometry
+from gemma_edge.model.checkpoint import weight_shapes
+from gemma_edge.model.kv_cache import RingCache
+from gemma_edge.quantize.packing import pack_bytes
+from gemma_edge.quantize.recipe import QuantConfig, Recipe, make_recipe
+from gemma_edge.quantize.store import QuantizedCheckpoint, open_weights, write_quantized
+from gemma_edge.runtimes.base import Runtime
+
+CHUNK = 7
+UNEVEN = [7, 3, 1, 7, 2, *[1] * 12, 5, 6]  # 43 tokens: the window of local layers is 8, their ring 14 slots
+
+
+def make_bundle(folder: Path, out: Path, recipe: Recipe, context: int) -> tuple[QuantizedCheckpoint, Runtime]:
+    source = open_weights(folder)
+    quantized = write_quantized(source, recipe, out / "checkpoint")
+    bundle = out / "bundle"
+    bundle.mkdir()
+    cache = geometry(source.config, context, CHUNK)
+    entry = lower(quantized, cache, bundle, float_bits=recipe.float_bits)
+    manifest = Manifest(
+        model={"name": "test"},
+        config=source.config.to_json(),
+        recipe=recipe.to_json(),
+        target={"name": "test", "threads": 2},
+        cache=cache,
+        backends={"executorch": entry},
+        files=list_files(bundle),
+        tokenizer=False,
+        plan={},
+        tools={},
+        verification={},
+        created="",
+    )
+    (bundle / MANIFEST).write_text(manifest.to_json())
+    return quantized, gemma_edge.load(bundle)
+
+
+def some_ids(count: int, vocab_size: int) -> list[int]:
+    return [int(token) for token in np.random.default_rng(0).integers(3, vocab_size, count)]
+
+
+def prefilled(runtime: Runtime, ids: list[int], chunks: list[int]) -> torch.Tensor:
+    """Logits after each chunk."""
+    ends = np.cumsum(chunks)
+    rows = [runtime.prefill(ids[end - size : end]) for end, size in zip(ends, chunks, strict=True)]
+    return torch.from_numpy(np.stack(rows))
+
+
+def test_float_program_equals_transformers_in_uneven_chunks_past_the_window(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = checkpoint()
+    _, runtime = make_bundle(folder, tmp_path, make_recipe(32), context=48)
+    ids = some_ids(sum(UNEVEN), open_weights(folder).config.vocab_size)
+    expected = hf_logits(hf_model(folder), torch.tensor(ids))
+    # other orders of additions, and exp and tanh by XNNPACK's approximations; the issue allows 1e-4 of the range
+    assert relative_error(prefilled(runtime, ids, UNEVEN), expected[np.cumsum(UNEVEN) - 1]) < 1e-4
+    assert relative_error(torch.from_numpy(runtime.score(ids)), expected) < 1e-4
+    following = runtime.decode(5)  # the other method is loaded, and what was scored is in its cache again
+    runtime.reset()
+    assert np.abs(runtime.prefill([*ids, 5]) - following).max() < 1e-4 * float(expected.max() - expected.min())
+
+
+@pytest.fixture(scope="module")
+def int4(
+    checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[QuantizedCheckpoint, Runtime]:
+    recipe = make_recipe(4, group_size=32, method="rtn")
+    return make_bundle(checkpoint(), tmp_path_factory.mktemp("int4"), recipe, context=16)
+
+
+def test_program_holds_the_checkpoints_integers_bit_for_bit(int4: tuple[QuantizedCheckpoint, Runtime]) -> None:
+    quantized, runtime = int4
+    pte, size = Pte.open(runtime.bundle / FILE), quantized.config.head_dim
+    for weight, (rows, _) in weight_shapes(quantized.config).items():
+        stored = quantized.quantized(weight, 0, rows)
+        halved = weight.endswith(("q_proj", "k_proj"))
+        for piece in (0, 1) if halved else (0,):
+            # by index arithmetic of its own: row r of a head is in the first half iff r % D < D / 2
+            mine = [r for r in range(rows) if not halved or (r % size >= size // 2) == bool(piece)]
+            four = stored.config.bits == 4
+            codes = pack_bytes(stored.codes[mine], 4) if four else stored.codes[mine]
+            scale = stored.scale[mine] if four else stored.scale[mine].float()
+            assert pte.constant(Constant(weight, CODES, piece).key) == codes.numpy().tobytes()
+            assert pte.constant(Constant(weight, SCALE, piece).key) == scale.view(torch.uint8).numpy().tobytes()
+
+
+def test_int4_program_runs_five_contexts_and_stays_with_its_integers(int4: tuple[QuantizedCheckpoint, Runtime]) -> None:
+    quantized, runtime = int4
+    ids = some_ids(5 * 16, quantized.config.vocab_size)
+    model, cache = quantized.load(), RingCache(quantized.config, context=16, chunk=CHUNK)
+    with torch.no_grad():
+        chunks = [torch.tensor(ids[start : start + CHUNK]) for start in range(0, len(ids), CHUNK)]
+        starts = [torch.tensor([start]) for start in range(0, len(ids), CHUNK)]
+        expected = torch.cat([model(ids[None], at, cache)[0] for ids, at in zip(chunks, starts, strict=True)])
+    # activations are int8 here and float there, on random weights of standard deviation 1
+    assert relative_error(torch.from_numpy(runtime.score(ids)), expected) < 0.15
+    wrong = torch.roll(expected, 1, dims=0)
+    assert relative_error(wrong, expected) > 0.5, "the bound above would let wrong positions pass"
+
+
+@pytest.mark.parametrize(
+    ("config", "columns", "float_bits", "said"),
+    [
+        (QuantConfig(8, 32), 64, 32, "8 bits in groups of 32"),
+        (QuantConfig(4, 0), 48, 32, "rows of 48"),
+        (None, 64, 16, "use --bits 32"),
+    ],
+)
+def test_what_xnnpack_computes_wrongly_is_refused(
+    config: QuantConfig | None, columns: int, float_bits: int, said: str
+) -> None:
+    with pytest.raises(InputError, match=said):
+        refuse_unsupported("model.layers.0.mlp.up_proj", config, columns, float_bits)
+
+
+def test_a_damaged_program_is_one_line(int4: tuple[QuantizedCheckpoint, Runtime], tmp_path: Path) -> None:
+    _, runtime = int4
+    for path in runtime.bundle.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    program = tmp_path / FILE
+    program.write_bytes(b"\0" * program.stat().st_size)
+    with pytest.raises(InputError, match="damaged"):
+        gemma_edge.load(tmp_path)
