@@ -19,7 +19,7 @@ from gemma_edge.export import pipeline
 from gemma_edge.export import plan as planning
 from gemma_edge.export import verify as gate
 from gemma_edge.export.bundle import Manifest
-from gemma_edge.export.choices import BACKENDS, GIB, LEVELS, TARGETS, Target
+from gemma_edge.export.choices import GIB, LEVELS, TARGETS, Target
 from gemma_edge.export.options import ExportOptions
 from gemma_edge.export.pipeline import open_model
 from gemma_edge.export.plan import MIB, make_plan
@@ -127,10 +127,9 @@ def test_disk_of_the_plan_counts_what_the_chosen_gate_writes(
 
 def test_backend_is_the_targets_unless_another_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """A target named its backend, and nobody read it."""
-    monkeypatch.setitem(BACKENDS, "other", "nowhere")
-    monkeypatch.setitem(TARGETS, "watch", replace(TARGETS["android"], name="watch", backend="other"))
+    monkeypatch.setitem(TARGETS, "watch", replace(TARGETS["android"], name="watch", backend="executorch"))
     options = ExportOptions(model=str(DEMO), target="watch")
-    assert open_model(options).target.backend == "other"
+    assert open_model(options).target.backend == "executorch"
     assert open_model(replace(options, backend="onnx")).target.backend == "onnx"
     assert open_model(replace(options, target="android")).target.backend == "onnx"
 
