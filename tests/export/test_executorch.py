@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import hf_logits, hf_model, relative_error
+from conftest import DEMO, hf_logits, hf_model, relative_error
 
 pytest.importorskip("executorch", reason="executorch is not installed: pip install 'gemma-edge[executorch]'")
 
@@ -25,6 +25,9 @@ from gemma_edge.quantize.packing import pack_bytes
 from gemma_edge.quantize.recipe import QuantConfig, Recipe, make_recipe
 from gemma_edge.quantize.store import QuantizedCheckpoint, open_weights, write_quantized
 from gemma_edge.runtimes.base import Runtime
+from gemma_edge.runtimes.generate import generate
+from gemma_edge.runtimes.sampling import Sampler, SamplingParams
+from gemma_edge.runtimes.tokenizer import Tokenizer
 
 CHUNK = 7
 UNEVEN = [7, 3, 1, 7, 2, *[1] * 12, 5, 6]  # 43 tokens: the window of local layers is 8, their ring 14 slots
@@ -142,3 +145,22 @@ def test_a_damaged_program_is_one_line(int4: tuple[QuantizedCheckpoint, Runtime]
     program.write_bytes(b"\0" * program.stat().st_size)
     with pytest.raises(InputError, match="damaged"):
         gemma_edge.load(tmp_path)
+
+
+def test_official_runner_gives_the_same_text(tmp_path: Path) -> None:
+    """The program meets the contract of ExecuTorch's own LLM runners, a prompt longer than a chunk among it."""
+    from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
+
+    _, runtime = make_bundle(DEMO, tmp_path, make_recipe(4, group_size=32, method="rtn"), context=48)
+    tokenizer = Tokenizer.of_folder(DEMO, open_weights(DEMO).config.to_json())
+    prompt = "And the LORD said unto Moses, Speak unto the children of Israel"
+    ids = tokenizer.encode(prompt)
+    assert len(ids) > CHUNK
+    greedy = generate(runtime, ids, Sampler(SamplingParams()), max_tokens=30, stop_ids=tokenizer.stop_ids)
+    ours = "".join(tokenizer.stream(greedy))
+    pieces: list[str] = []
+    runner = TextLLMRunner(str(runtime.bundle / FILE), str(DEMO / "tokenizer.json"))
+    runner.generate(
+        prompt, GenerationConfig(max_new_tokens=30, temperature=0.0, echo=False, num_bos=1), pieces.append, print
+    )
+    assert "".join(pieces) == ours and len(ours) > 30
