@@ -6,10 +6,12 @@ reset is masked, so a reset leaves the cache as it is. ExecuTorch's Python packa
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
-import warnings
+import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -52,8 +54,9 @@ class ExecuTorchRuntime(BaseRuntime):
         entry = manifest.backends["executorch"]
         self._path = confined(bundle, entry["program"])
         self._names: dict[str, str] = entry["methods"]
-        self._library = _library()
-        self._library._unsafe_reset_threadpool(self.threads)
+        with _silent():
+            self._library = _library()
+            self._library._unsafe_reset_threadpool(self.threads)
         self._role = ""
         self._method: Any = None
         self._fed: list[NDArray[np.int64]] = []  # chunks since the reset
@@ -118,13 +121,26 @@ class ExecuTorchRuntime(BaseRuntime):
 
 def _library() -> Any:
     """ExecuTorch's Python bindings, and the operators that they do not register themselves."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from executorch.extension.pybindings import portable_lib
+    from executorch.extension.pybindings import portable_lib
 
-        importlib.import_module("executorch.extension.llm.custom_ops.custom_ops")
-        importlib.import_module("executorch.kernels.quantized")
+    importlib.import_module("executorch.extension.llm.custom_ops.custom_ops")
+    importlib.import_module("executorch.kernels.quantized")
     return portable_lib
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Nothing on stderr, from C++ either: the library tells of processors and thread pools there. Exceptions come through."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _check_version(version: str) -> None:
