@@ -36,9 +36,7 @@ def hqq(weight: Tensor) -> Tensor:
 def torchao(weight: Tensor, algorithm: str) -> Tensor:
     """Symmetric int4 by one of torchao's ways to choose a scale."""
     from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
-    from torchao.quantization.quantize_.workflows import (
-        IntxChooseQParamsAlgorithm,
-    )
+    from torchao.quantization.quantize_.workflows import IntxChooseQParamsAlgorithm
 
     linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     linear.weight = torch.nn.Parameter(weight)

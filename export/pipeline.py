@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import logging
 import os
 import shutil
@@ -33,7 +32,7 @@ from gemma_edge.model.checkpoint import Checkpoint
 from gemma_edge.quantize import layerwise
 from gemma_edge.quantize.recipe import Recipe
 from gemma_edge.quantize.store import QuantizedCheckpoint, named_by_content, open_weights
-from gemma_edge.runtimes.base import RUNTIMES, scored_at_once
+from gemma_edge.runtimes.base import how_to_install, scored_at_once
 from gemma_edge.runtimes.tokenizer import TOKENIZER_FILE, open_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -95,9 +94,9 @@ def open_model(options: ExportOptions, progress: Progress = no_progress, *, plan
 
 
 def _check_installed(backend: str) -> None:
-    _, _, package, extra = RUNTIMES[backend]  # the gate runs what was made
-    if importlib.util.find_spec(package) is None:
-        raise InputError(f"--backend {backend} needs {package}: pip install 'gemma-edge[{extra}]'")
+    command = how_to_install(backend)  # the gate runs what was made
+    if command is not None:
+        raise InputError(f"--backend {backend} is not installed: {command}")
 
 
 def _plan(

@@ -15,7 +15,7 @@ from gemma_edge.export.bundle import CacheGeometry, LayerCache
 from gemma_edge.export.choices import DEFAULT_CHUNK, GIB, INT8_CACHES, KV_DTYPES, LEVELS, Target
 from gemma_edge.export.executorch import packing
 from gemma_edge.export.onnx.weights import resident_bytes, weights_bytes
-from gemma_edge.model.checkpoint import SLICE_BYTES, Checkpoint, linear_shapes, weight_shapes
+from gemma_edge.model.checkpoint import SLICE_BYTES, Checkpoint, linear_shapes
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.model.kv_cache import slots_needed, windows
 from gemma_edge.quantize.recipe import QuantConfig, Recipe
@@ -122,8 +122,7 @@ def _sizes(
         InputError: it cannot hold one of them.
     """
     if backend == "executorch":
-        for weight, (_, columns) in weight_shapes(source.config).items():
-            packing.refuse_unsupported(weight, configs[weight], columns, recipe.float_bits)
+        packing.refuse_unsupported(source.config, configs, recipe.float_bits)
         size = packing.weights_bytes(source.config, configs)
         return Sizes(size, size)  # in memory as XNNPACK packs them, which takes as much
     return Sizes(

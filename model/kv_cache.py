@@ -32,7 +32,12 @@ class Rope:
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Rotary embedding of (B, heads, T, D): the halves of the last axis are the two coordinates of each plane."""
-    a, b = x.chunk(2, dim=-1)  # (B, heads, T, D/2) each
+    a, b = x.chunk(2, dim=-1)
+    return rotate_halves(a, b, rope)
+
+
+def rotate_halves(a: Tensor, b: Tensor, rope: Rope) -> Tensor:
+    """The same of the two halves (B, heads, T, D/2): (B, heads, T, D)."""
     return torch.cat([a * rope.cos - b * rope.sin, b * rope.cos + a * rope.sin], dim=-1)
 
 

@@ -19,9 +19,7 @@ from gemma_edge.quantize.integers import QuantizedTensor, round_scale, searched_
 from gemma_edge.quantize.recipe import QuantConfig
 
 DAMP = 0.01  # of the mean diagonal, added to the diagonal: the paper's
-ATTEMPTS = (
-    8  # to factor: the last adds 10^5 times the mean diagonal, and a second moment of n columns needs less than n times
-)
+ATTEMPTS = 8  # to factor: the last adds 10^5 times the mean diagonal, and n columns need less than n times
 ACTIVE = 1e-5  # of the mean diagonal: what a column has that was ever active
 FLOOR = 0.1  # of the median active column: every column counts that much, else it were clipped for the others, and may speak yet
 INNER, OUTER = 32, 512  # columns whose errors are spread at once: within the caches, then over the rest of the matrix

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -162,6 +163,37 @@ RUNTIMES = {
 }
 
 
+def how_to_install(backend: str) -> str | None:
+    """The command that installs a backend's package; None where it is installed."""
+    _, _, package, extra = RUNTIMES[backend]
+    return None if importlib.util.find_spec(package) else f"pip install 'gemma-edge[{extra}]'"
+
+
+def refuse_older(package: str, version: str, oldest: tuple[int, int]) -> None:
+    """Refuse a runtime's package that does not know what bundles ask of it.
+
+    Raises:
+        InputError: `version` lies before `oldest`.
+    """
+    major, minor = (int(part) for part in version.split(".")[:2])
+    if (major, minor) < oldest:
+        wanted = ".".join(map(str, oldest))
+        raise InputError(
+            f"{package} {version} is too old, bundles need {wanted} or newer; pip install -U '{package}>={wanted}'"
+        )
+
+
+def thread_count(asked: int | None, manifest: Manifest) -> int:
+    """Threads to use: those asked for, else the target's; no more than the machine has.
+
+    Raises:
+        InputError: fewer than one.
+    """
+    if asked is not None and asked < 1:
+        raise InputError(f"threads {asked} is below 1")
+    return min(asked or int(manifest.target["threads"]), os.cpu_count() or 1)
+
+
 def choose_backend(bundle: Path, manifest: Manifest, backend: str | None = None) -> str:
     """The backend that will run a bundle: the one asked for, else the first that is installed.
 
@@ -176,10 +208,10 @@ def choose_backend(bundle: Path, manifest: Manifest, backend: str | None = None)
             raise InputError(
                 f"{bundle}: this gemma-edge cannot run the {name!r} backend; it runs {', '.join(RUNTIMES)}"
             )
-        _, _, package, extra = RUNTIMES[name]
-        if importlib.util.find_spec(package) is not None:
+        command = how_to_install(name)
+        if command is None:
             return name
-        missing.append(f"{name}: pip install 'gemma-edge[{extra}]'")
+        missing.append(f"{name}: {command}")
     raise InputError(f"no runtime installed for {bundle}: {'; '.join(missing)}")
 
 

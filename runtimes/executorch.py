@@ -11,6 +11,7 @@ import importlib
 import logging
 import os
 import sys
+from array import array
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 
 from gemma_edge.errors import InputError
 from gemma_edge.export.bundle import Manifest, confined
-from gemma_edge.runtimes.base import BaseRuntime, Logits
+from gemma_edge.runtimes.base import BaseRuntime, Logits, refuse_older, thread_count
 
 log = logging.getLogger(__name__)
 
@@ -47,31 +48,30 @@ class ExecuTorchRuntime(BaseRuntime):
             InputError: executorch is too old, or the file is not what the manifest says.
         """
         super().__init__(bundle, manifest)
-        _check_version(metadata.version("executorch"))
-        if threads is not None and threads < 1:
-            raise InputError(f"threads {threads} is below 1")
-        self.threads = min(threads or int(manifest.target["threads"]), os.cpu_count() or 1)
+        refuse_older("executorch", metadata.version("executorch"), OLDEST_EXECUTORCH)
+        self.threads = thread_count(threads, manifest)
         entry = manifest.backends["executorch"]
         self._path = confined(bundle, entry["program"])
         self._names: dict[str, str] = entry["methods"]
         with _silent():
-            self._library = _library()
+            register_operators()
+            self._library = importlib.import_module("executorch.extension.pybindings.portable_lib")
             self._library._unsafe_reset_threadpool(self.threads)
         self._role = ""
         self._method: Any = None
-        self._fed: list[NDArray[np.int64]] = []  # chunks since the reset
+        self._fed = array("q")  # tokens since the reset
         self._open("generate")
 
     def _forward(self, ids: NDArray[np.int64], *, every_position: bool) -> Logits:
         """See BaseRuntime; the logits belong to the caller."""
         self._open("score" if every_position else "generate")
         logits = self._run(ids, self.position)
-        self._fed.append(ids)
+        self._fed.extend(ids.tolist())
         return logits
 
     def _clear(self) -> None:
         """Forget what was fed; at position 0 every slot of the cache that was written before is masked."""
-        self._fed = []
+        self._fed = array("q")
 
     def _open(self, role: str) -> None:
         """Load the method of that role, after closing the other one."""
@@ -88,10 +88,9 @@ class ExecuTorchRuntime(BaseRuntime):
             ) from None
         self._check_contract(method.method_meta())
         self._method, self._role = method, role
-        position = 0
-        for ids in self._fed:
-            self._run(ids, position)
-            position += len(ids)
+        chunk = self.manifest.cache.prefill_chunk
+        for start in range(0, len(self._fed), chunk):
+            self._run(np.array(self._fed[start : start + chunk], np.int64), start)
 
     def _run(self, ids: NDArray[np.int64], position: int) -> Logits:
         """One chunk through the loaded method."""
@@ -119,13 +118,10 @@ class ExecuTorchRuntime(BaseRuntime):
             )
 
 
-def _library() -> Any:
-    """ExecuTorch's Python bindings, and the operators that they do not register themselves."""
-    from executorch.extension.pybindings import portable_lib
-
-    importlib.import_module("executorch.extension.llm.custom_ops.custom_ops")
-    importlib.import_module("executorch.kernels.quantized")
-    return portable_lib
+def register_operators() -> None:
+    """Load the operators that ExecuTorch's Python package does not register by itself: of caches and of quantized tables."""
+    for module in ("executorch.extension.llm.custom_ops.custom_ops", "executorch.kernels.quantized"):
+        importlib.import_module(module)
 
 
 @contextlib.contextmanager
@@ -141,15 +137,6 @@ def _silent() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
-
-
-def _check_version(version: str) -> None:
-    major, minor = (int(part) for part in version.split(".")[:2])
-    if (major, minor) < OLDEST_EXECUTORCH:
-        oldest = ".".join(map(str, OLDEST_EXECUTORCH))
-        raise InputError(
-            f"executorch {version} is too old, bundles need {oldest}; pip install -U 'executorch>={oldest}'"
-        )
 
 
 def _one_line(error: Exception) -> str:

@@ -10,7 +10,6 @@ import contextlib
 import logging
 import math
 import mmap
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # type: i
 
 from gemma_edge.errors import InputError
 from gemma_edge.export.bundle import Manifest, confined
-from gemma_edge.runtimes.base import BaseRuntime, Logits
+from gemma_edge.runtimes.base import BaseRuntime, Logits, refuse_older, thread_count
 
 log = logging.getLogger(__name__)
 
@@ -70,10 +69,8 @@ class OnnxRuntime(BaseRuntime):
             InputError: onnxruntime is too old, or the files are not what the manifest says.
         """
         super().__init__(bundle, manifest)
-        _check_version(ort.__version__)
-        if threads is not None and threads < 1:
-            raise InputError(f"threads {threads} is below 1")
-        self.threads = min(threads or int(manifest.target["threads"]), os.cpu_count() or 1)
+        refuse_older("onnxruntime", ort.__version__, OLDEST_ONNXRUNTIME)
+        self.threads = thread_count(threads, manifest)
         cache = manifest.cache
         self._cache = {
             f"{index}.{kind}": ort.OrtValue.ortvalue_from_numpy(
@@ -179,15 +176,6 @@ def _lazy_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         with contextlib.suppress(OSError):
             buffer.madvise(mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(buffer, dtype).reshape(shape)
-
-
-def _check_version(version: str) -> None:
-    major, minor = (int(part) for part in version.split(".")[:2])
-    if (major, minor) < OLDEST_ONNXRUNTIME:
-        oldest = ".".join(map(str, OLDEST_ONNXRUNTIME))
-        raise InputError(
-            f"onnxruntime {version} is too old, bundles need {oldest} or newer; pip install -U 'onnxruntime>={oldest}'"
-        )
 
 
 def _options(threads: int) -> ort.SessionOptions:

@@ -12,9 +12,12 @@ from transformers import AutoModelForCausalLM, Gemma2ForCausalLM
 from transformers import Gemma2Config as HFConfig
 
 from gemma_edge.export import pipeline
+from gemma_edge.export.bundle import MANIFEST, CacheGeometry, Manifest, list_files
 from gemma_edge.export.cache import VARIABLE
 from gemma_edge.export.options import ExportOptions
 from gemma_edge.export.pipeline import Export
+from gemma_edge.model.config import Gemma2Config
+from gemma_edge.quantize.recipe import Recipe
 
 # The models here are so small that two threads wait for each other longer than they compute: 85 s instead of 3 on a busy machine.
 torch.set_num_threads(1)
@@ -59,6 +62,27 @@ def make_checkpoint(folder: Path, seed: int = 0, **overrides: Any) -> Path:
                 parameter.normal_(0.0, 0.3)
     model.save_pretrained(folder)
     return folder
+
+
+def write_manifest(
+    bundle: Path, config: Gemma2Config, recipe: Recipe, cache: CacheGeometry, backends: dict[str, dict[str, Any]]
+) -> None:
+    """The manifest of a bundle that a backend has written its files into: not verified, without a tokenizer."""
+    manifest = Manifest(
+        model={"name": "test"},
+        config=config.to_json(),
+        recipe=recipe.to_json(),
+        target={"name": "test", "threads": 2},
+        cache=cache,
+        backends=backends,
+        files=list_files(bundle),
+        tokenizer=False,
+        plan={},
+        tools={},
+        verification={},
+        created="",
+    )
+    (bundle / MANIFEST).write_text(manifest.to_json())
 
 
 def hf_model(folder: Path) -> Gemma2ForCausalLM:

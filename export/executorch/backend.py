@@ -21,16 +21,14 @@ from gemma_edge.export.executorch.check import check_pte
 from gemma_edge.export.executorch.compose import Composed, Embedding
 from gemma_edge.export.executorch.packing import Weight, pieces_of, random_weight, refuse_unsupported
 from gemma_edge.export.executorch.pte import write_pte
-from gemma_edge.export.executorch.seams import AttendHalf, Limits, ProjectHalf, block_half, head_piece
+from gemma_edge.export.executorch.seams import AttendHalf, Limits, ProjectHalf, block_half, head_piece, linears_of
 from gemma_edge.export.executorch.templates import COMPILE, Lowered, Template, lower_half
-from gemma_edge.model.checkpoint import TABLE, linear_shapes, weight_shapes
+from gemma_edge.model.checkpoint import TABLE
 from gemma_edge.model.config import Gemma2Config
-from gemma_edge.quantize.recipe import QuantConfig
 from gemma_edge.quantize.store import QuantizedCheckpoint
 
 FILE = "model.pte"
 METHODS = {"generate": "forward", "score": "score"}  # what a method is for -> its name
-Configs = dict[str, QuantConfig | None]
 
 
 def lower(
@@ -53,12 +51,11 @@ def lower(
         InputError: a weight that XNNPACK cannot compute exactly.
         RuntimeError: the program is not what it should be.
     """
-    for weight, (_, columns) in weight_shapes(checkpoint.config).items():
-        refuse_unsupported(weight, checkpoint.configs[weight], columns, float_bits)
+    refuse_unsupported(checkpoint.config, checkpoint.configs, float_bits)
     with _quiet():
         write_pte(compose(checkpoint, geometry), checkpoint, out / FILE, progress)
     check_pte(out / FILE, checkpoint.config, checkpoint.configs, geometry, list(METHODS.values()))
-    return {"program": FILE, "methods": METHODS, "kv_dtype": geometry.dtype, "min_executorch": "1.5"}
+    return {"program": FILE, "methods": METHODS, "min_executorch": "1.5"}
 
 
 def compose(checkpoint: QuantizedCheckpoint, geometry: CacheGeometry) -> ExecutorchProgramManager:
@@ -109,8 +106,7 @@ def _parts(
         return random_weight(configs[name], rows, columns, generator)
 
     def lowered(kind: type[ProjectHalf] | type[AttendHalf], layer: int) -> Template:
-        integers = tuple(configs[name] for name in linear_shapes(config, layer))
-        # a half's own linears would do: a kind more costs seconds, and only with mixed precision
+        integers = tuple(configs[name] for name in linears_of(kind, config, layer))
         limits = Limits(geometry.prefill_chunk, geometry.layers[layer].slots if kind is AttendHalf else 0)
         key = (kind, integers, limits)
         if key not in templates:

@@ -9,9 +9,9 @@ from executorch.exir.schema import DelegateCall, ExecutionPlan
 from executorch.exir.schema import Tensor as PlannedTensor
 
 from gemma_edge.export.bundle import CacheGeometry
-from gemma_edge.export.executorch.packing import Constant, pieces_of, row_bytes
+from gemma_edge.export.executorch.packing import constants, pieces_of
 from gemma_edge.export.executorch.pte import GATHERS, Pte, calls
-from gemma_edge.model.checkpoint import TABLE, weight_shapes
+from gemma_edge.model.checkpoint import TABLE
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.quantize.recipe import QuantConfig
 
@@ -119,13 +119,9 @@ def _check_caches(path: Path, plan: ExecutionPlan, geometry: CacheGeometry) -> N
 def _check_constants(path: Path, pte: Pte, config: Gemma2Config, configs: Mapping[str, QuantConfig | None]) -> None:
     """Every weight's constants are there in the size of its integers, and nothing else is as large as a weight."""
     sizes = {entry.key: pte.program.segments[entry.segment_index].size for entry in pte.program.named_data or []}
-    for weight, (rows, columns) in weight_shapes(config).items():
-        pieces = pieces_of(weight, (rows, columns))
-        for part, size in row_bytes(configs[weight], columns).items():
-            for piece in range(pieces):
-                key, expected = Constant(weight, part, piece).key, rows // pieces * size
-                if sizes.pop(key, None) != expected:
-                    raise RuntimeError(f"{path.name}: {part} of {weight} is not there with {expected} bytes")
+    for constant, expected in constants(config, configs):
+        if sizes.pop(constant.key, None) != expected:
+            raise RuntimeError(f"{path.name}: {constant.part} of {constant.weight} is not there with {expected} bytes")
     largest = max(sizes.values(), default=0)
     if largest > 4 * config.hidden_size:
         raise RuntimeError(f"{path.name}: a constant of {largest} bytes belongs to no weight")

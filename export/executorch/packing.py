@@ -61,7 +61,17 @@ def pieces_of(weight: str, shape: tuple[int, int]) -> int:
     return next((count for count in counts if rows // count * columns <= LARGEST_PIECE), 1)
 
 
-def refuse_unsupported(weight: str, config: QuantConfig | None, columns: int, float_bits: int) -> None:
+def refuse_unsupported(config: Gemma2Config, configs: Mapping[str, QuantConfig | None], float_bits: int) -> None:
+    """Refuse a model with a weight that XNNPACK would compute wrongly, or not at all.
+
+    Raises:
+        InputError: names the weight and the nearest choice that works.
+    """
+    for weight, (_, columns) in weight_shapes(config).items():
+        refuse_weight(weight, configs[weight], columns, float_bits)
+
+
+def refuse_weight(weight: str, config: QuantConfig | None, columns: int, float_bits: int) -> None:
     """Refuse what XNNPACK would compute wrongly, or not at all.
 
     Raises:
@@ -108,10 +118,8 @@ def packed_embedding(weight: Weight) -> dict[str, Tensor]:
     """The constants of some rows of the table as an embedding operator reads them: part -> (rows, bytes) uint8."""
     if isinstance(weight, QuantizedTensor) and weight.config.bits == 4:
         codes = pack_bytes(weight.codes, 4)
-        return {
-            CODES: codes << 4 | codes >> 4,
-            SCALE: _bytes(weight.scale.float()),
-        }  # the even column in the high nibble
+        codes = codes << 4 | codes >> 4  # the even column in the high nibble
+        return {CODES: codes, SCALE: _bytes(weight.scale.float())}
     return packed(weight)
 
 
@@ -153,15 +161,25 @@ def halves(weight: Weight, head_dim: int) -> tuple[Weight, Weight]:
     return first, second
 
 
+def constants(config: Gemma2Config, configs: Mapping[str, QuantConfig | None]) -> Iterator[tuple[Constant, int]]:
+    """Every constant of the delegates with its bytes; the pieces of one part of a weight follow each other."""
+    for weight, (rows, columns) in weight_shapes(config).items():
+        count = pieces_of(weight, (rows, columns))
+        for part, size in row_bytes(configs[weight], columns).items():
+            for piece in range(count):
+                yield Constant(weight, part, piece), rows // count * size
+
+
+def embedding_bytes(config: Gemma2Config, quant: QuantConfig | None) -> dict[str, int]:
+    """Bytes of the table as the embedding reads it, by part."""
+    rows, columns = config.vocab_size, config.hidden_size
+    return {part: rows * size for part, size in row_bytes(quant, columns, embedding=True).items()}
+
+
 def weights_bytes(config: Gemma2Config, configs: Mapping[str, QuantConfig | None]) -> int:
     """What the weights take of the file; a table whose bytes embedding and head read alike counts once."""
-    total = 0
-    for weight, (rows, columns) in weight_shapes(config).items():
-        quant = configs[weight]
-        total += rows * sum(row_bytes(quant, columns).values())
-        if weight == TABLE and not shares_table(quant):
-            total += rows * sum(row_bytes(quant, columns, embedding=True).values())
-    return total
+    total = sum(size for _, size in constants(config, configs))
+    return total if shares_table(configs[TABLE]) else total + sum(embedding_bytes(config, configs[TABLE]).values())
 
 
 def _bytes(values: Tensor) -> Tensor:

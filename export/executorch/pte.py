@@ -30,16 +30,17 @@ from gemma_edge.export.executorch.packing import (
     SCALE,
     VALUES,
     Constant,
+    constants,
+    embedding_bytes,
     halves,
     is_halved,
     packed,
     packed_embedding,
-    pieces_of,
     row_bytes,
     shares_table,
     slices,
 )
-from gemma_edge.model.checkpoint import TABLE, weight_shapes
+from gemma_edge.model.checkpoint import TABLE
 from gemma_edge.quantize.store import QuantizedCheckpoint
 
 ALIGNMENT = 128  # of a segment, and so of every constant
@@ -77,11 +78,12 @@ def write_pte(
     segments = Segments()
     small: dict[int, bytes] = {}  # offset -> bytes that are in memory
     table = _give_table(program, checkpoint)
+    table_bytes = embedding_bytes(checkpoint.config, checkpoint.configs[TABLE])
     rooms: dict[str, int] = {}  # of the embedding's table, by part
     offsets = []
     for index, buffer in enumerate(program.constant_buffer):
         part = table.get(index)
-        offsets.append(segments.take(len(buffer.storage) if part is None else _table_bytes(checkpoint, part)))
+        offsets.append(segments.take(len(buffer.storage) if part is None else table_bytes[part]))
         if part is None:
             small[offsets[-1]] = buffer.storage
         else:
@@ -156,24 +158,17 @@ def place_constants(
     Args:
         embedding: offset of the embedding's table, by part: the head's pieces lie inside where their bytes are the same.
     """
+    config, quant = checkpoint.config, checkpoint.configs[TABLE]
+    rows, columns = config.vocab_size, config.hidden_size
+    # the table's pieces lie side by side, so that they can be written as one
+    head = (
+        embedding if shares_table(quant) else {p: segments.take(rows * n) for p, n in row_bytes(quant, columns).items()}
+    )
     places = {}
-    for weight, (rows, columns) in weight_shapes(checkpoint.config).items():
-        quant = checkpoint.configs[weight]
-        pieces = pieces_of(weight, (rows, columns))
-        for part, size in row_bytes(quant, columns).items():
-            length = rows // pieces * size
-            offsets: list[int | None] = [None] * pieces
-            if weight == TABLE:  # its pieces lie side by side, so that they can be written as one
-                room = embedding[part] if shares_table(quant) else segments.take(rows * size)
-                offsets = [room + piece * length for piece in range(pieces)]
-            for piece, offset in enumerate(offsets):
-                places[Constant(weight, part, piece)] = segments.add(length, offset)
+    for constant, size in constants(config, checkpoint.configs):
+        offset = head[constant.part] + constant.piece * size if constant.weight == TABLE else None
+        places[constant] = segments.add(size, offset)
     return places
-
-
-def _table_bytes(checkpoint: QuantizedCheckpoint, part: str) -> int:
-    rows, columns = weight_shapes(checkpoint.config)[TABLE]
-    return rows * row_bytes(checkpoint.configs[TABLE], columns, embedding=True)[part]
 
 
 def _stream(

@@ -22,10 +22,10 @@ from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor 
 )
 
 from gemma_edge.export.executorch.packing import Weight, is_halved, pieces_of
-from gemma_edge.model.checkpoint import TABLE
+from gemma_edge.model.checkpoint import TABLE, linear_shapes
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.model.gemma2 import DecoderLayer, Layers, RMSNorm, soft_cap
-from gemma_edge.model.kv_cache import Rope
+from gemma_edge.model.kv_cache import Rope, rotate_halves
 from gemma_edge.quantize.integers import QuantizedTensor
 
 HIDDEN = -1e9  # score of a slot that must not count: finite, so that a row that sees nothing stays a number
@@ -156,7 +156,7 @@ class _Cut:
     def _rotated(self, halves: tuple[Tensor, Tensor], heads: int, rope: Rope) -> Tensor:
         size = self.config.head_dim // 2
         a, b = (half.view(1, -1, heads, size).transpose(1, 2) for half in halves)  # (1, heads, T, D/2) each
-        return torch.cat([a * rope.cos - b * rope.sin, b * rope.cos + a * rope.sin], dim=-1)
+        return rotate_halves(a, b, rope)
 
 
 class ProjectHalf(Half):
@@ -275,12 +275,18 @@ class Head(Half):
         return (torch.zeros(1, inputs[0].shape[1], self.rows),)
 
 
+def linears_of(half: type[Half], config: Gemma2Config, layer: int) -> list[str]:
+    """The weights that one half of a layer computes with."""
+    names = linear_shapes(config, layer)
+    return [name for name in names if (name.rpartition(".")[2] in PROJECTED) == (half is ProjectHalf)]
+
+
 def block_half(half: type[ProjectHalf] | type[AttendHalf], config: Gemma2Config, layer: int, weight: Rows) -> Half:
     """One half of a layer over given weights; the linears of the other half are not there."""
 
     def linear(name: str, in_features: int, out_features: int) -> nn.Module:
         relative = name.removeprefix(f"model.layers.{layer}.")
-        if (relative.rpartition(".")[2] in PROJECTED) != (half is ProjectHalf):
+        if name not in linears_of(half, config, layer):
             return nn.Identity()
         if not is_halved(name):
             return Linear(relative, weight(name, out_features, in_features))

@@ -33,7 +33,6 @@ ALIGNMENT = 16  # of a constant: XNNPACK's
 class Template:
     """A lowered half without its constants."""
 
-    half: Half
     lowered: LoweredBackendModule
     keys: Mapping[str, Constant]  # key in the blob -> which weight's bytes belong there
     shared: Mapping[str, bytes]  # key -> bytes of what is no weight and the same in every layer
@@ -61,7 +60,7 @@ def lower_half(half: Half, limits: Limits) -> Template:
     outputs = [node.args[1] for node in results]
     arguments = [_argument(edge, node) for node in call.args[1:]]
     stub = _stub(half, call, arguments, outputs, sizes)
-    return Template(half, module, keys, shared, arguments, outputs, stub)
+    return Template(module, keys, shared, arguments, outputs, stub)
 
 
 def _only_delegate(half: Half, edge: ExportedProgram) -> Any:
@@ -79,15 +78,15 @@ def _constants(half: Half, module: LoweredBackendModule) -> tuple[dict[str, Cons
     """Whose each constant of the blob is, found by the hash of its bytes."""
     store = module.named_data_store_output
     found = {key: store.buffers[entry.buffer_index] for key, entry in store.pte_data.items()}
-    keys = {}
+    keys, expected = {}, 0
     for linear in (child for child in half.modules() if isinstance(child, Linear)):
         for part, values in packed(linear.given).items():
+            expected += 1
             key = hashlib.sha256(values.numpy().tobytes()).hexdigest()
             key = f"scale_{key}" if part == SCALE else key
             if key not in found:
                 raise RuntimeError(f"{part} of {linear.name} is not in its delegate: this executorch packs otherwise")
             keys[key] = Constant(linear.name, part, linear.piece)
-    expected = sum(len(packed(child.given)) for child in half.modules() if isinstance(child, Linear))
     if len(keys) != expected:
         raise RuntimeError(f"{type(half).__name__}: {expected} constants have {len(keys)} keys: two of them are equal")
     return keys, {key: value for key, value in found.items() if key not in keys}
@@ -161,9 +160,8 @@ class Lowered(nn.Module):
                     f"{prefix}{constant.weight}: its key is not once in the delegate; another executorch?"
                 )
             blob = blob.replace(key.encode(), own.encode())
-            store.add_named_data(
-                own, own.encode(), ALIGNMENT
-            )  # its place; the bytes are streamed into the file by pte.py
+            # holds the place: pte.py streams the bytes into the file
+            store.add_named_data(own, own.encode(), ALIGNMENT)
         for key, value in template.shared.items():
             store.add_named_data(key, value, ALIGNMENT)
         self.delegate = LoweredBackendModule(

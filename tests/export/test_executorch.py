@@ -8,15 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO, hf_logits, hf_model, relative_error
+from conftest import DEMO, hf_logits, hf_model, relative_error, write_manifest
 
 pytest.importorskip("executorch", reason="executorch is not installed: pip install 'gemma-edge[executorch]'")
 
 import gemma_edge
 from gemma_edge.errors import InputError
-from gemma_edge.export.bundle import MANIFEST, Manifest, list_files
 from gemma_edge.export.executorch.backend import FILE, lower
-from gemma_edge.export.executorch.packing import CODES, SCALE, Constant, refuse_unsupported
+from gemma_edge.export.executorch.packing import CODES, SCALE, Constant, refuse_weight
 from gemma_edge.export.executorch.pte import Pte
 from gemma_edge.export.plan import geometry
 from gemma_edge.model.checkpoint import weight_shapes
@@ -40,21 +39,7 @@ def make_bundle(folder: Path, out: Path, recipe: Recipe, context: int) -> tuple[
     bundle.mkdir()
     cache = geometry(source.config, context, CHUNK)
     entry = lower(quantized, cache, bundle, float_bits=recipe.float_bits)
-    manifest = Manifest(
-        model={"name": "test"},
-        config=source.config.to_json(),
-        recipe=recipe.to_json(),
-        target={"name": "test", "threads": 2},
-        cache=cache,
-        backends={"executorch": entry},
-        files=list_files(bundle),
-        tokenizer=False,
-        plan={},
-        tools={},
-        verification={},
-        created="",
-    )
-    (bundle / MANIFEST).write_text(manifest.to_json())
+    write_manifest(bundle, source.config, recipe, cache, {"executorch": entry})
     return quantized, gemma_edge.load(bundle)
 
 
@@ -134,7 +119,7 @@ def test_what_xnnpack_computes_wrongly_is_refused(
     config: QuantConfig | None, columns: int, float_bits: int, said: str
 ) -> None:
     with pytest.raises(InputError, match=said):
-        refuse_unsupported("model.layers.0.mlp.up_proj", config, columns, float_bits)
+        refuse_weight("model.layers.0.mlp.up_proj", config, columns, float_bits)
 
 
 def test_a_damaged_program_is_one_line(int4: tuple[QuantizedCheckpoint, Runtime], tmp_path: Path) -> None:

@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SHAPES, hf_holding, hf_logits, hf_model, relative_error
+from conftest import SHAPES, hf_holding, hf_logits, hf_model, relative_error, write_manifest
 from kv8 import kv_ranges, round_kv
 
 import gemma_edge
-from gemma_edge.export.bundle import MANIFEST, Manifest, list_files
 from gemma_edge.export.onnx.backend import FLOAT_ACTIVATIONS, lower
 from gemma_edge.export.plan import geometry
 from gemma_edge.quantize.kv_scales import KVScales, write_kv_scales
@@ -43,21 +42,7 @@ def make_bundle(folder: Path, out: Path, recipe: Recipe, kv_margin: float | None
     bundle.mkdir()
     cache = geometry(source.config, CONTEXT, CHUNK, dtype)
     entry = lower(quantized, cache, bundle, float_bits=recipe.float_bits, accuracy_level=FLOAT_ACTIVATIONS)
-    manifest = Manifest(
-        model={"name": "test"},
-        config=source.config.to_json(),
-        recipe=recipe.to_json(),
-        target={"name": "test", "threads": 2},
-        cache=cache,
-        backends={"onnx": entry},
-        files=list_files(bundle),
-        tokenizer=False,
-        plan={},
-        tools={},
-        verification={},
-        created="",
-    )
-    (bundle / MANIFEST).write_text(manifest.to_json())
+    write_manifest(bundle, source.config, recipe, cache, {"onnx": entry})
     return quantized
 
 

@@ -14,8 +14,8 @@ import gemma_edge
 from gemma_edge.errors import InputError
 from gemma_edge.export.bundle import LayerCache, Manifest
 from gemma_edge.runtimes import base
-from gemma_edge.runtimes.base import BaseRuntime
-from gemma_edge.runtimes.onnx import OnnxRuntime, _check_version
+from gemma_edge.runtimes.base import BaseRuntime, refuse_older
+from gemma_edge.runtimes.onnx import OLDEST_ONNXRUNTIME, OnnxRuntime
 from gemma_edge.runtimes.session import Session
 
 # float32 sums of 32 products in two orders; the logits are about 10, measured 1e-5
@@ -208,9 +208,9 @@ def test_a_bundle_without_a_score_graph_still_generates(bundle: Path) -> None:
 @pytest.mark.parametrize("version", ["1.28.1", "0.5.0"])
 def test_an_onnxruntime_that_is_too_old_is_named(version: str) -> None:
     with pytest.raises(InputError, match=f"onnxruntime {version} is too old, bundles need 1.29 or newer"):
-        _check_version(version)
+        refuse_older("onnxruntime", version, OLDEST_ONNXRUNTIME)
 
 
 @pytest.mark.parametrize("version", ["1.29.0", "1.32.0.dev20260101", "2.0", onnxruntime.__version__])
 def test_newer_onnxruntimes_are_taken(version: str) -> None:
-    _check_version(version)
+    refuse_older("onnxruntime", version, OLDEST_ONNXRUNTIME)
