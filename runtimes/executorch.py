@@ -80,8 +80,9 @@ class ExecuTorchRuntime(BaseRuntime):
         self._method, self._role = None, ""
         log.info("loading %s of %s with %d threads", role, self._path, self.threads)
         try:
-            program = self._library._load_program(str(self._path))
-            method = program.load_method(self._names[role])
+            with _silent():
+                program = self._library._load_program(str(self._path))
+                method = program.load_method(self._names[role])
         except (KeyError, RuntimeError) as error:
             raise InputError(
                 f"{self._path} is damaged or no program of this bundle: {_one_line(error)}; export the bundle again"

@@ -122,14 +122,18 @@ def test_what_xnnpack_computes_wrongly_is_refused(
         refuse_weight("model.layers.0.mlp.up_proj", config, columns, float_bits)
 
 
-def test_a_damaged_program_is_one_line(int4: tuple[QuantizedCheckpoint, Runtime], tmp_path: Path) -> None:
+def test_a_damaged_program_is_one_line(
+    int4: tuple[QuantizedCheckpoint, Runtime], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     _, runtime = int4
     for path in runtime.bundle.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     program = tmp_path / FILE
     program.write_bytes(b"\0" * program.stat().st_size)
+    capfd.readouterr()
     with pytest.raises(InputError, match="damaged"):
         gemma_edge.load(tmp_path)
+    assert capfd.readouterr().err == "", "the library's own line stood before ours"
 
 
 def test_official_runner_gives_the_same_text(tmp_path: Path) -> None:
