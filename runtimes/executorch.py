@@ -10,7 +10,6 @@ import contextlib
 import importlib
 import logging
 import os
-import sys
 from array import array
 from collections.abc import Iterator
 from importlib import metadata
@@ -127,17 +126,9 @@ def register_operators() -> None:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Nothing on stderr, from C++ either: the library tells of processors and thread pools there. Exceptions come through."""
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
+    """Nothing on stderr: the library tells of processors and thread pools there, through Python's. Exceptions come through."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
         yield
-    finally:
-        sys.stderr.flush()
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
 
 
 def _one_line(error: Exception) -> str:
