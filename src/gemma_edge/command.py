@@ -7,8 +7,11 @@ A closed pipe (`gemma-run ... | head`) is click's own business.
 from __future__ import annotations
 
 import errno
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import click
@@ -19,6 +22,44 @@ INPUT_EXIT_CODE = 2
 INTERRUPT_EXIT_CODE = 130  # 128 + SIGINT, as shells say it
 
 
+class _CtrlC:
+    """Python's own handler of SIGINT, which remembers that it was called."""
+
+    came = False
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        """Raise KeyboardInterrupt."""
+        self.came = True
+        signal.default_int_handler(signum, frame)
+
+
+@contextmanager
+def _interrupts_kept() -> Iterator[None]:
+    """Raise KeyboardInterrupt for an error that Ctrl-C became on its way.
+
+    An extension may put an error of its own in its place: safetensors does, while it cuts a slice out of a tensor.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler and threading.current_thread() is threading.main_thread():
+        handler = _CtrlC()
+        signal.signal(signal.SIGINT, handler)
+    elif isinstance(before, _CtrlC):
+        handler = before  # of the group around a command
+    else:  # ignored, or somebody else's
+        yield
+        return
+    try:
+        yield
+    except (InputError, OSError, click.exceptions.Exit):
+        raise
+    except Exception as error:
+        if handler.came:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn an InputError, a full disk and Ctrl-C inside the block into one line and an exit code.
@@ -27,7 +68,8 @@ def one_line_errors() -> Iterator[None]:
         click.exceptions.Exit: instead of those three.
     """
     try:
-        yield
+        with _interrupts_kept():
+            yield
     except InputError as error:
         click.echo(f"error: {' '.join(str(error).split())}", err=True)
         raise click.exceptions.Exit(INPUT_EXIT_CODE) from None

@@ -1,0 +1,62 @@
+"""How every command fails, where a command of its own shows it best."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import click
+from click.testing import CliRunner
+
+from gemma_edge.command import Command, Group
+
+
+def interrupted_in_an_extension() -> None:
+    """What safetensors does: the KeyboardInterrupt is gone, and an error of the extension's stands in its place."""
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+    except KeyboardInterrupt:
+        raise ValueError("could not determine the shape of object type 'torch.storage.UntypedStorage'") from None
+
+
+@click.group(cls=Group)
+def main() -> None:
+    pass
+
+
+@main.command(cls=Command)
+def swallowed() -> None:
+    interrupted_in_an_extension()
+
+
+@main.command(cls=Command)
+def bug() -> None:
+    raise ValueError("a bug keeps its traceback")
+
+
+def test_ctrl_c_that_became_another_error_is_still_ctrl_c() -> None:
+    """About once in a hundred interrupted exports it was a traceback and exit 1."""
+    # a shell's background job, as a CI may run us, passes on an ignored Ctrl-C
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        result = CliRunner().invoke(main, ["swallowed"])
+        assert result.exit_code == 130 and result.stderr.strip() == "interrupted"
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_an_error_without_ctrl_c_stays_what_it_is() -> None:
+    result = CliRunner().invoke(main, ["bug"])
+    assert isinstance(result.exception, ValueError) and result.exit_code == 1
+
+
+def test_an_ignored_ctrl_c_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert CliRunner().invoke(main, ["bug"]).exit_code == 1
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
