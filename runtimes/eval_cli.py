@@ -14,6 +14,7 @@ import click
 
 from gemma_edge.command import Command
 from gemma_edge.errors import InputError
+from gemma_edge.files import check_writable, write_whole
 
 if TYPE_CHECKING:
     from gemma_edge.runtimes.evaluate import Evaluation
@@ -50,8 +51,8 @@ def main(
     # before torch is loaded: a thread that waits must not spin, which costs most of the time beside other work
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _check_extras({"--tasks": tasks is not None, "--html": html is not None})
-    if html is not None and (html.is_dir() or not os.access(html.absolute().parent, os.W_OK)):
-        raise InputError(f"--html {html}: no file can be written there; give a file name in a folder that exists")
+    if html is not None:
+        check_writable("--html", html)
     from gemma_edge.console import progress_bar
     from gemma_edge.runtimes import evaluate
 
@@ -93,7 +94,7 @@ def _show(done: Evaluation, as_json: bool, html: Path | None) -> None:
     if html is not None:
         from gemma_edge.runtimes import eval_html
 
-        eval_html.write(done, html)
+        write_whole(html, eval_html.page(done))
     if as_json:
         click.echo(json.dumps(asdict(done), indent=1, ensure_ascii=False))
     else:

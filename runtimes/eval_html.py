@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
@@ -30,16 +29,6 @@ th.names, td.names { text-align: left; } thead th { border-bottom: 2px solid #88
 figure { margin: 0; overflow-x: auto; } figcaption, .note { color: #555; max-width: 48rem; }
 svg { max-width: 100%; height: auto; }
 """
-
-
-def write(done: Evaluation, path: Path) -> None:
-    """Write the page; an older one is replaced only by a complete one."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        partial.write_text(page(done), encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def page(done: Evaluation) -> str:

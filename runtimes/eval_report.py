@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
-from rich.table import Table
-from rich.text import Text
-
-from gemma_edge.console import OUT, size
+from gemma_edge.console import print_table, size
 from gemma_edge.runtimes.evaluate import Evaluation, Result
 
 COLUMNS = ("model", "bits/weight", "size", "ppl", "change", "KL", "top-1")  # what is the same for all is the title's
@@ -66,17 +62,6 @@ def _or_nothing(value: float | None, form: str) -> str:
 
 def print_tables(done: Evaluation) -> None:
     """The end of `gemma-eval`."""
-    _print(title(done), COLUMNS, rows(done))
+    print_table(title(done), COLUMNS, rows(done), names=NAMES)
     if scores := task_rows(done):
-        _print("tasks", ("task", "metric", *(result.name for result in done.results)), scores)
-
-
-def _print(heading: str, columns: Sequence[str], body: Sequence[Sequence[str]]) -> None:
-    """Cells are texts of their own: a folder's name may hold what rich takes for markup."""
-    table = Table(title=Text(heading), title_justify="left")
-    for column in columns:
-        names = column in NAMES  # a narrow terminal folds names, never numbers
-        table.add_column(Text(column), justify="left" if names else "right", no_wrap=not names, overflow="fold")
-    for row in body:
-        table.add_row(*map(Text, row))
-    OUT.print(table)
+        print_table("tasks", ("task", "metric", *(result.name for result in done.results)), scores, names=NAMES)

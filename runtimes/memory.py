@@ -1,4 +1,4 @@
-"""The most memory this process ever held, and giving back what it no longer uses."""
+"""The memory of a process, the most that this one ever held, and giving back what it no longer uses."""
 
 from __future__ import annotations
 
@@ -8,21 +8,30 @@ import gc
 import sys
 from pathlib import Path
 
+NAMES = {"VmRSS": "rss", "RssAnon": "anon", "RssFile": "file", "VmHWM": "peak"}
+
+
+def memory_mib(pid: int | str = "self") -> dict[str, float]:
+    """Resident set of a process, its parts and its peak, in MiB; {} when the process has gone, or without /proc."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace").splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return {}
+    pairs = (line.split(":", 1) for line in lines)
+    return {NAMES[key]: int(value.split()[0]) / 1024 for key, value in pairs if key in NAMES}
+
 
 def peak_rss_mib() -> float:
     """Peak resident memory in MiB; 0 where the system does not tell (Windows)."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        # not getrusage: there Linux counts what the parent held before exec
-        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1024
+    # not getrusage: there Linux counts what the parent held before exec
+    if (peak := memory_mib().get("peak")) is not None:
+        return peak
     if sys.platform == "win32":
         return 0.0
     import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 
 def give_back() -> None:

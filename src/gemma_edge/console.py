@@ -1,8 +1,8 @@
-"""What every command shows people in the same way: the two consoles, sizes, and progress bars with an ETA."""
+"""What every command shows people in the same way: the two consoles, sizes, tables, and progress bars with an ETA."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -15,6 +15,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
+from rich.text import Text
 
 ERR = Console(stderr=True)
 OUT = Console()
@@ -27,6 +29,21 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.2f} GB"
+
+
+def print_table(heading: str, columns: Sequence[str], body: Sequence[Sequence[str]], *, names: Collection[str]) -> None:
+    """A table on stdout; cells are texts of their own: a folder's name may hold what rich takes for markup.
+
+    Args:
+        names: columns of text, to the left. A narrow terminal folds them, never numbers.
+    """
+    table = Table(title=Text(heading), title_justify="left")
+    for column in columns:
+        text = column in names
+        table.add_column(Text(column), justify="left" if text else "right", no_wrap=not text, overflow="fold")
+    for row in body:
+        table.add_row(*map(Text, row))
+    OUT.print(table)
 
 
 @contextmanager

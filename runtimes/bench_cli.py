@@ -1,0 +1,118 @@
+"""`gemma-bench`: parses, calls bench.py, prints with bench_report.py. Heavy imports are inside, for a quick --help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gemma_edge.command import Command
+from gemma_edge.errors import InputError
+from gemma_edge.files import check_writable, write_whole
+
+if TYPE_CHECKING:
+    from gemma_edge.runtimes.bench import Plan
+    from gemma_edge.runtimes.bench_result import Result
+
+PATH = click.Path(path_type=Path)
+FAILED_EXIT_CODE = 1
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """`128,512`: integers, comma-separated."""
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise InputError(f"{option} {text}: give integers, comma-separated: 128,512") from None
+
+
+@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("bundles", nargs=-1, type=PATH, metavar="BUNDLE...")
+@click.option(
+    "-p",
+    "--prefill",
+    callback=numbers,
+    metavar="N,N,...",
+    default="128,512",
+    show_default=True,
+    help="Tokens of the prompt.",
+)
+@click.option("-n", "--decode", type=int, default=64, show_default=True, help="Tokens generated after it.")
+@click.option("-r", "--repeat", type=int, default=5, show_default=True, help="Repetitions in one process.")
+@click.option(
+    "-w", "--warmup", type=int, default=1, show_default=True, help="Repetitions before the first that counts."
+)
+@click.option(
+    "-t",
+    "--threads",
+    callback=numbers,
+    metavar="N,N,...",
+    help="Default: the first bundle's target's, at most this machine's.",
+)
+@click.option("--minutes", type=float, default=0.0, help="Go on repeating for this long: shows throttling.")
+@click.option("--rounds", type=int, default=1, show_default=True, help="Measure everything so often, in turns.")
+@click.option("--backend", help="Only this one. Default: every backend of the bundles that is installed.")
+@click.option("--from", "saved", type=PATH, multiple=True, help="Also show results that --save wrote; repeatable.")
+@click.option("--save", type=PATH, help="Write the results to this JSON file.")
+@click.option("--json", "as_json", is_flag=True, help="The results as JSON on stdout instead of tables.")
+@click.option("--csv", "as_csv", is_flag=True, help="One line per measurement on stdout instead of tables.")
+@click.version_option(package_name="gemma-edge")
+def main(
+    bundles: tuple[Path, ...], saved: tuple[Path, ...], save: Path | None, as_json: bool, as_csv: bool, **choices: Any
+) -> None:
+    """Measure bundles: load time, prompt and generation speed, latencies, memory, bandwidth.
+
+    Each measurement runs in a process of its own: a prompt of -p random tokens, then -n tokens after it, -r times.
+    """
+    if as_json and as_csv:
+        raise InputError("--json and --csv both want stdout; give one of them, and --save FILE for the JSON")
+    if not bundles and not saved:
+        raise InputError(
+            "nothing to measure: give a bundle, made by gemma-export, or --from FILE to show saved results"
+        )
+    from gemma_edge.runtimes import bench_report, bench_result
+
+    if save is not None:
+        check_writable("--save", save)
+    earlier = bench_result.load(saved)
+    results = [*earlier, *_run(_plan(bundles, **choices))] if bundles else earlier
+    if save is not None:
+        write_whole(save, bench_result.to_json(results))
+    if as_json:
+        click.echo(bench_result.to_json(results), nl=False)
+    elif as_csv:
+        click.echo(bench_report.to_csv(results), nl=False)
+    else:
+        bench_report.print_tables(results)
+    failures = [result for result in results if result.failure]
+    for result in failures if as_json or as_csv else ():
+        click.echo(f"{result.model['name']} ({result.model['backend']}) failed: {result.failure}", err=True)
+    if failures:
+        raise click.exceptions.Exit(FAILED_EXIT_CODE)
+
+
+def _plan(
+    bundles: tuple[Path, ...], *, threads: str | None, prefill: str, rounds: int, backend: str | None, **rest: Any
+) -> Plan:
+    from gemma_edge.runtimes import bench
+
+    if rounds < 1:
+        raise InputError(f"--rounds {rounds} is below 1")
+    prompts = numbers("-p", prefill)
+    contenders, notes = bench.bundle_contenders(bundles, backend)
+    for note in notes:
+        click.echo(f"note: {note}", err=True)
+    counts = [bench.default_threads(bundles)] if threads is None else numbers("-t", threads)
+    return bench.Plan(contenders, bench.settings_of(counts, prompts, **rest), rounds)
+
+
+def _run(plan: Plan) -> list[Result]:
+    from gemma_edge.console import progress_bar
+
+    results = []
+    with progress_bar("measure", len(plan), False) as advance:
+        for result in plan.run():
+            results.append(result)
+            advance(1)
+    return results

@@ -1,0 +1,28 @@
+"""Files that a command writes for the user: never half of one, and known to be writable before the work begins."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from gemma_edge.errors import InputError
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Refuse a file that could not be written after hours of work.
+
+    Raises:
+        InputError: a folder is there, or its own folder is missing or not to be written.
+    """
+    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+        raise InputError(f"{option} {path}: no file can be written there; give a file name in a folder that exists")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file; an older one is replaced only by a complete one."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

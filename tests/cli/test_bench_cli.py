@@ -1,0 +1,119 @@
+"""`gemma-bench` as a user types it: tables, JSON, CSV, and every refusal."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from toys import edit_json, write_toy_bundle
+
+from gemma_edge.runtimes.bench_cli import main
+
+FEW = ("-p", "3", "-n", "2", "-r", "2", "-t", "1")
+
+
+def run(*args: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(arg) for arg in args])
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_toy_bundle(tmp_path_factory.mktemp("bench") / "toy")
+
+
+@pytest.fixture(scope="module")
+def saved(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("saved") / "toy.json"
+    done = run(toy, *FEW, "--save", path)
+    assert done.exit_code == 0, done.output
+    shown = " ".join(done.stdout.split())
+    assert "speed: backend onnx, t 1, p 3, n 2" in shown and "prefill, tok/s" in shown and "peak, MiB" in shown
+    return path
+
+
+def test_saved_results_are_shown_again_as_csv_json_and_beside_new_ones(saved: Path, toy: Path) -> None:
+    document = json.loads(saved.read_text())
+    assert json.loads(run("--from", saved, "--json").stdout) == document
+    (line,) = csv.DictReader(io.StringIO(run("--from", saved, "--csv").stdout))
+    (result,) = document["results"]
+    assert (line["model"], line["backend"], line["prefill"], line["repetitions"]) == ("toy", "onnx", "3", "2")
+    assert float(line["rss_peak_mib"]) == pytest.approx(result["memory"]["peak_mib"], rel=1e-4)
+    assert line["failure"] == ""
+    both = json.loads(run(toy, *FEW, "--from", saved, "--json").stdout)["results"]
+    assert both[0] == result and len(both) == 2
+
+
+def test_one_that_fails_is_named_beside_those_that_do_not(toy: Path, tmp_path: Path) -> None:
+    """A damaged graph: the line of the runtime, exit 1, and the other bundle's figures."""
+    broken = write_toy_bundle(tmp_path / "broken")
+    graph = broken / "generate.onnx"
+    graph.write_bytes(bytes(graph.stat().st_size))
+    done = run(broken, toy, *FEW)
+    assert done.exit_code == 1
+    assert "broken (onnx, 1 threads, prompt 3) failed:" in done.stdout and "generate.onnx is damaged" in done.stdout
+    assert "toy" in done.stdout and "prefill, tok/s" in done.stdout and "Traceback" not in done.output
+
+
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [
+        ([], ["nothing to measure", "--from FILE"]),
+        (["{toy}", "-p", "1,x"], ["-p 1,x", "integers, comma-separated"]),
+        (["{toy}", "-p", "0"], ["-p 0", "at least one token"]),
+        (["{toy}", "-n", "0"], ["-n 0"]),
+        (["{toy}", "-r", "0"], ["-r 0", "at least one repetition"]),
+        (["{toy}", "-t", "1000"], ["-t 1000", "this machine has"]),
+        (["{toy}", "--minutes", "-1"], ["--minutes -1"]),
+        (["{toy}", "--rounds", "0"], ["--rounds 0"]),
+        (["{toy}", "--backend", "tflite"], ["holds no 'tflite' backend"]),
+        (["{toy}", "--json", "--csv"], ["--json and --csv"]),
+        (["{toy}", "--save", "{tmp}/no/a.json"], ["--save", "in a folder that exists"]),
+        (["{tmp}"], ["is not a bundle"]),
+        (["--from", "{tmp}/none.json"], ["cannot read", "none.json"]),
+        (["--from", "{toy}/manifest.json"], ["manifest.json holds no results"]),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(args: list[str], parts: list[str], toy: Path, tmp_path: Path) -> None:
+    done = run(*(arg.format(toy=toy, tmp=tmp_path) for arg in args))
+    assert done.exit_code == 2, done.output
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and done.stdout == ""
+    for part in parts:
+        assert part in line, line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_backend_that_is_not_installed_is_left_out_with_a_note(toy: Path, tmp_path: Path) -> None:
+    """In a process that cannot find it, as on a machine without the extra."""
+    other = write_toy_bundle(tmp_path / "both")
+    manifest = json.loads((other / "manifest.json").read_text())
+    edit_json(other / "manifest.json", backends={**manifest["backends"], "executorch": {"program": "model.pte"}})
+    code = (
+        "import importlib.util; find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name: None if name == 'executorch' else find(name)\n"
+        "from gemma_edge.runtimes.bench_cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, other, *FEW, "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "executorch is not installed and left out; pip install 'gemma-edge[executorch]'" in done.stderr
+    assert [result["model"]["backend"] for result in json.loads(done.stdout)["results"]] == ["onnx"]
+
+
+def test_help_and_saved_results_load_no_runtime(saved: Path) -> None:
+    for args in (["--help"], ["--from", str(saved)]):
+        code = (
+            "import sys\nfrom gemma_edge.runtimes.bench_cli import main\n"
+            f"main({args!r}, standalone_mode=False)\n"
+            "heavy = {'torch', 'onnx', 'onnxruntime', 'transformers', 'matplotlib'} & set(sys.modules)\n"
+            "sys.exit(f'imported: {heavy}' if heavy else 0)"
+        )
+        subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, env={**os.environ, "COLUMNS": "80"}
+        )
