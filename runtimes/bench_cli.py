@@ -29,27 +29,11 @@ def numbers(option: str, text: str) -> list[int]:
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("bundles", nargs=-1, type=PATH, metavar="BUNDLE...")
-@click.option(
-    "-p",
-    "--prefill",
-    callback=numbers,
-    metavar="N,N,...",
-    default="128,512",
-    show_default=True,
-    help="Tokens of the prompt.",
-)
+@click.option("-p", "--prefill", metavar="N,N", default="128,512", show_default=True, help="Prompt tokens.")
 @click.option("-n", "--decode", type=int, default=64, show_default=True, help="Tokens generated after it.")
 @click.option("-r", "--repeat", type=int, default=5, show_default=True, help="Repetitions in one process.")
-@click.option(
-    "-w", "--warmup", type=int, default=1, show_default=True, help="Repetitions before the first that counts."
-)
-@click.option(
-    "-t",
-    "--threads",
-    callback=numbers,
-    metavar="N,N,...",
-    help="Default: the first bundle's target's, at most this machine's.",
-)
+@click.option("-w", "--warmup", type=int, default=1, show_default=True, help="Repetitions that do not count.")
+@click.option("-t", "--threads", metavar="N,N", help="Default: the target's, at most as many as cores.")
 @click.option("--minutes", type=float, default=0.0, help="Go on repeating for this long: shows throttling.")
 @click.option("--rounds", type=int, default=1, show_default=True, help="Measure everything so often, in turns.")
 @click.option("--backend", help="Only this one. Default: every backend of the bundles that is installed.")
