@@ -9,7 +9,7 @@ import click
 
 from gemma_edge.command import Command
 from gemma_edge.errors import InputError
-from gemma_edge.files import check_writable, write_whole
+from gemma_edge.files import check_writable, need, write_whole
 
 if TYPE_CHECKING:
     from gemma_edge.runtimes.bench import Plan
@@ -39,11 +39,18 @@ def numbers(option: str, text: str) -> list[int]:
 @click.option("--backend", help="Only this one. Default: every backend of the bundles that is installed.")
 @click.option("--from", "saved", type=PATH, multiple=True, help="Also show results that --save wrote; repeatable.")
 @click.option("--save", type=PATH, help="Write the results to this JSON file.")
+@click.option("--html", type=PATH, help="Also write a report with plots to this file.")
 @click.option("--json", "as_json", is_flag=True, help="The results as JSON on stdout instead of tables.")
 @click.option("--csv", "as_csv", is_flag=True, help="One line per measurement on stdout instead of tables.")
 @click.version_option(package_name="gemma-edge")
 def main(
-    bundles: tuple[Path, ...], saved: tuple[Path, ...], save: Path | None, as_json: bool, as_csv: bool, **choices: Any
+    bundles: tuple[Path, ...],
+    saved: tuple[Path, ...],
+    save: Path | None,
+    html: Path | None,
+    as_json: bool,
+    as_csv: bool,
+    **choices: Any,
 ) -> None:
     """Measure bundles: load time, prompt and generation speed, latencies, memory, bandwidth.
 
@@ -57,12 +64,19 @@ def main(
         )
     from gemma_edge.runtimes import bench_report, bench_result
 
-    if save is not None:
-        check_writable("--save", save)
+    for option, file in (("--save", save), ("--html", html)):
+        if file is not None:
+            check_writable(option, file)
+    if html is not None:
+        need("--html", "matplotlib")
     earlier = bench_result.load(saved)
     results = [*earlier, *_run(_plan(bundles, **choices))] if bundles else earlier
     if save is not None:
         write_whole(save, bench_result.to_json(results))
+    if html is not None:
+        from gemma_edge.runtimes import bench_html
+
+        write_whole(html, bench_html.page(results))
     if as_json:
         click.echo(bench_result.to_json(results), nl=False)
     elif as_csv:

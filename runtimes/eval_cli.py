@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import os
@@ -14,15 +13,13 @@ import click
 
 from gemma_edge.command import Command
 from gemma_edge.errors import InputError
-from gemma_edge.files import check_writable, write_whole
+from gemma_edge.files import check_writable, need, write_whole
 
 if TYPE_CHECKING:
     from gemma_edge.runtimes.evaluate import Evaluation
     from gemma_edge.runtimes.lm_eval_adapter import Tasks
 
 PATH = click.Path(path_type=Path)
-# option -> the package it needs; both come with one extra
-NEEDS = {"--tasks": "lm_eval", "--html": "matplotlib"}
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
@@ -50,8 +47,10 @@ def main(
     """
     # before torch is loaded: a thread that waits must not spin, which costs most of the time beside other work
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    _check_extras({"--tasks": tasks is not None, "--html": html is not None})
+    if tasks is not None:
+        need("--tasks", "lm_eval")
     if html is not None:
+        need("--html", "matplotlib")
         check_writable("--html", html)
     from gemma_edge.console import progress_bar
     from gemma_edge.runtimes import evaluate
@@ -63,12 +62,6 @@ def main(
         for result, model in zip(done.results, job.models, strict=True):
             result.tasks = loaded.run(model.runtime(), job.tokenizer, progress_bar, limit=limit)
     _show(done, as_json, html)
-
-
-def _check_extras(asked: dict[str, bool]) -> None:
-    for option, package in NEEDS.items():
-        if asked[option] and importlib.util.find_spec(package) is None:
-            raise InputError(f"{option} needs {package}, which is not installed: pip install 'gemma-edge[eval]'")
 
 
 def _load_tasks(tasks: str | None, include_path: Path | None, limit: int | None) -> Tasks | None:

@@ -1,7 +1,8 @@
-"""Files that a command writes for the user: never half of one, and known to be writable before the work begins."""
+"""Before the work begins: can the file be written, is the package there? And after it: a file, never half of one."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -26,3 +27,13 @@ def write_whole(path: Path, text: str) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def need(option: str, package: str) -> None:
+    """Refuse an option whose package, of the `eval` extra, is missing.
+
+    Raises:
+        InputError: with the command that installs it.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise InputError(f"{option} needs {package}, which is not installed: pip install 'gemma-edge[eval]'")

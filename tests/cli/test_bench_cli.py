@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from browser import look_at, needs_browser
 from click.testing import CliRunner, Result
 from toys import edit_json, write_toy_bundle
 
@@ -61,6 +62,32 @@ def test_one_that_fails_is_named_beside_those_that_do_not(toy: Path, tmp_path: P
     assert "toy" in done.stdout and "prefill, tok/s" in done.stdout and "Traceback" not in done.output
 
 
+@needs_browser
+def test_the_page_is_seen_in_a_browser(saved: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs the package matplotlib")
+    page = tmp_path / "page.html"
+    assert run("--from", saved, "--html", page).exit_code == 0
+    found = look_at(page, tmp_path)
+    assert (found["console"], found["fetched"], found["scrolls"]) == ([], [], False)
+    # prefill, decode, roofline, by position, latencies, memory
+    assert len(found["plots"]) == 6
+    for plot in found["plots"]:
+        assert plot["within"] and plot["width"] > 400 and plot["height"] > 60 and plot["drawn"] > 10, plot
+    assert all(any("toy" in text for text in plot["text"]) for plot in found["plots"])
+
+
+@needs_browser
+def test_what_a_page_should_not_do_is_noticed(tmp_path: Path) -> None:
+    """The check itself: an error on the console, something fetched, a drawing that nobody can see."""
+    page = tmp_path / "page.html"
+    page.write_text(
+        "<body><script>console.error('bad')</script><img src='none.png'>"
+        "<svg width='9' height='9' style='position:absolute; left:-50px'><path d='M0 0 L5 5'/></svg></body>"
+    )
+    found = look_at(page, tmp_path)
+    assert found["console"] and found["fetched"] and not found["plots"][0]["within"] and not found["plots"][0]["drawn"]
+
+
 @pytest.mark.parametrize(
     ("args", "parts"),
     [
@@ -75,6 +102,7 @@ def test_one_that_fails_is_named_beside_those_that_do_not(toy: Path, tmp_path: P
         (["{toy}", "--backend", "tflite"], ["holds no 'tflite' backend"]),
         (["{toy}", "--json", "--csv"], ["--json and --csv"]),
         (["{toy}", "--save", "{tmp}/no/a.json"], ["--save", "in a folder that exists"]),
+        (["{toy}", "--html", "{tmp}"], ["--html", "no file can be written there"]),
         (["{tmp}"], ["is not a bundle"]),
         (["--from", "{tmp}/none.json"], ["cannot read", "none.json"]),
         (["--from", "{toy}/manifest.json"], ["manifest.json holds no results"]),
