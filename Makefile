@@ -11,6 +11,7 @@ help:
 	@echo 'make setup   make .venv and install everything into it (the other targets do it when needed)'
 	@echo 'make demo    export demo/tiny-gemma2 to $(BUNDLE), verify it, and let it talk'
 	@echo 'make test    ruff, mypy and pytest: what CI runs; ARGS="-k cache" is passed on to pytest'
+	@echo 'make android-test  the Kotlin library against Python; needs JDK 17 and Maven'
 	@echo 'make clean   remove everything that these made, except .venv'
 
 setup: $(STAMP)
@@ -42,6 +43,8 @@ test: setup
 	$(BIN)/mypy
 	$(BIN)/pytest $(ARGS)
 
+include android_demo/android.mk
+
 clean:
-	rm -rf out build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf out build android_demo/build android_demo/*/target *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find model quantize export runtimes src tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

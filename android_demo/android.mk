@@ -1,0 +1,43 @@
+# The Kotlin library and the app, without Android SDK, Gradle or phone. Included by the Makefile at the top.
+# Needs JDK 17 and Maven; everything else comes from Maven Central.
+ANDROID_BUILD := android_demo/build
+MVN ?= mvn -B -q -Dkotlin.compiler.daemon=false
+# A folder with Gemma's own tokenizer.json, which is not ours to ship: make android-test GEMMA_TOKENIZER=FOLDER
+GEMMA_TOKENIZER ?=
+
+# Kotlin and Python must run the same ONNX Runtime to be compared bit for bit: the newest one for Java, so not the .venv's.
+FIXTURE_PYTHON := $(ANDROID_BUILD)/python
+FIXTURES := $(ANDROID_BUILD)/fixtures
+FIXTURE_BUNDLES := $(BUNDLE) $(ANDROID_BUILD)/bundles/float-cache $(ANDROID_BUILD)/bundles/random
+
+.PHONY: android-test
+
+android-test: $(FIXTURES)/.made
+	$(MVN) -f android_demo/gemma/pom.xml test
+
+$(FIXTURES)/.made: $(FIXTURE_PYTHON)/.set-up $(FIXTURE_BUNDLES:=/manifest.json) $(wildcard android_demo/scripts/*fixtures.py)
+	PYTHONPATH=src $(FIXTURE_PYTHON)/bin/python android_demo/scripts/fixtures.py $(FIXTURES) demo/tiny-gemma2 $(FIXTURE_BUNDLES) \
+		$(if $(GEMMA_TOKENIZER),--gemma $(GEMMA_TOKENIZER))
+	@touch $@
+
+$(FIXTURE_PYTHON)/.set-up: $(STAMP) android_demo/scripts/fixtures-requirements.txt
+	mkdir -p $(ANDROID_BUILD)
+	grep -v '^onnxruntime' constraints.txt > $(ANDROID_BUILD)/constraints.txt
+	test -x $(FIXTURE_PYTHON)/bin/python || $(PYTHON) -m venv $(FIXTURE_PYTHON)
+	PATH="$(BIN):$$PATH" uv pip install --quiet --python $(FIXTURE_PYTHON)/bin/python \
+		-r android_demo/scripts/fixtures-requirements.txt -c $(ANDROID_BUILD)/constraints.txt
+	@touch $@
+
+$(BUNDLE)/manifest.json:
+	$(MAKE) demo
+
+# A float32 cache whose context ends soon
+$(ANDROID_BUILD)/bundles/float-cache/manifest.json: $(STAMP)
+	$(BIN)/gemma-export demo/tiny-gemma2 --target android --bits 8 --kv-bits 32 --context 128 --prefill-chunk 16 --verify none \
+		-o $(@D) --force
+
+# Another shape: three layers, windows of 8 and 24
+$(ANDROID_BUILD)/bundles/random/manifest.json: $(STAMP) android_demo/scripts/random_checkpoint.py
+	$(BIN)/python android_demo/scripts/random_checkpoint.py $(ANDROID_BUILD)/random
+	$(BIN)/gemma-export $(ANDROID_BUILD)/random --target android --bits 4 --method rtn --kv-bits 32 --context 24 --prefill-chunk 5 \
+		--verify none -o $(@D) --force

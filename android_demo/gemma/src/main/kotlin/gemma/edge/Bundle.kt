@@ -1,0 +1,216 @@
+package gemma.edge
+
+import java.io.File
+import java.io.IOException
+import java.security.MessageDigest
+
+/**
+ * A folder that gemma-export made: its manifest, checked, and its files. The format is docs/bundle-format.md; only what a phone
+ * needs of the manifest is read.
+ *
+ * @property folder where it lies.
+ * @property name of the checkpoint that it was made from.
+ * @property vocabSize tokens that the model knows.
+ * @property bosTokenId first token of every text.
+ * @property eosTokenIds tokens that end a text, as the checkpoint says.
+ * @property threads that its target takes by default.
+ * @property cache geometry of the KV cache.
+ * @property residentBytes estimate of what is resident while it generates; 0 where the manifest holds no plan.
+ * @property files every file's size and hash.
+ */
+public class Bundle private constructor(
+    public val folder: File,
+    public val name: String,
+    public val vocabSize: Int,
+    public val bosTokenId: Int,
+    public val eosTokenIds: Set<Int>,
+    public val threads: Int,
+    public val cache: CacheGeometry,
+    public val residentBytes: Long,
+    public val files: List<BundleFile>,
+    private val graph: String,
+) {
+    /** The graph that generates. */
+    internal val generateGraph: File get() = file(graph)
+
+    /** Bytes of all files but the manifest. */
+    public val bytes: Long get() = files.sumOf { it.bytes }
+
+    /** Whether the bundle holds a file of that name. */
+    internal fun has(name: String): Boolean = files.any { it.name == name }
+
+    /**
+     * The path of a file of the bundle; never outside of it.
+     *
+     * @throws BundleException the name leads out of the folder, or nothing is there.
+     */
+    public fun file(name: String): File {
+        val path = File(folder, name)
+        val root = folder.canonicalFile.toPath()
+        if (File(name).isAbsolute || !path.canonicalFile.toPath().startsWith(root)) {
+            throw BundleException("$folder/$MANIFEST names '$name', which lies outside the bundle; do not use this bundle")
+        }
+        if (!path.isFile) throw BundleException("$path is missing; import the bundle again")
+        return path
+    }
+
+    /**
+     * Compare every file with the hash in the manifest. Reads all of it: seconds per gigabyte.
+     *
+     * @param progress called with the bytes read so far.
+     * @throws BundleException the first file that differs.
+     */
+    public fun checkHashes(progress: (doneBytes: Long) -> Unit = {}) {
+        var done = 0L
+        for (entry in files) {
+            val found = sha256(file(entry.name)) { read -> done += read; progress(done) }
+            if (found != entry.sha256) {
+                throw BundleException(
+                    "$folder/${entry.name} was changed: sha256 ${found.take(16)}..., " +
+                        "the manifest says ${entry.sha256.take(16)}...; import the bundle again",
+                )
+            }
+        }
+    }
+
+    public companion object {
+        /** The only version of the manifest that this library reads. */
+        public const val SCHEMA_VERSION: Int = 1
+        internal const val MANIFEST = "manifest.json"
+
+        /**
+         * Read and check a bundle's manifest, and that every file is there with its size. Hashes: [checkHashes].
+         *
+         * @throws BundleException no bundle, another schema version, a file missing, truncated or outside the folder.
+         * @throws UnsupportedException the bundle holds no ONNX backend.
+         */
+        public fun open(folder: File): Bundle {
+            val path = File(folder, MANIFEST)
+            if (!path.isFile) throw BundleException("$folder is not a bundle: no $MANIFEST in it; make one with gemma-export")
+            val bundle = try {
+                val manifest = Node(JsonReader.parse(path.readBytes()), MANIFEST)
+                val version = manifest["schema_version"].value
+                if (version != SCHEMA_VERSION.toLong()) {
+                    throw BundleException("$path: schema_version $version, this library reads $SCHEMA_VERSION; export the bundle again")
+                }
+                read(folder, manifest)
+            } catch (error: JsonException) {
+                throw BundleException("$path is damaged (${error.message}); import the bundle again", error)
+            } catch (error: IOException) {
+                throw BundleException("$path cannot be read (${error.message}); import the bundle again", error)
+            }
+            for (entry in bundle.files) {
+                val size = bundle.file(entry.name).length()
+                if (size != entry.bytes) {
+                    throw BundleException("$folder/${entry.name}: $size bytes, the manifest says ${entry.bytes}; import it again")
+                }
+            }
+            return bundle
+        }
+
+        private fun read(folder: File, manifest: Node): Bundle {
+            val backends = manifest["backends"]
+            if ("onnx" !in backends) {
+                throw UnsupportedException("$folder holds no onnx backend, only ${backends.keys.joinToString()}; export with --backend onnx")
+            }
+            val onnx = backends["onnx"]
+            val config = manifest["config"]
+            return Bundle(
+                folder = folder,
+                name = manifest["model"]["name"].string,
+                vocabSize = config["vocab_size"].int(1..MOST),
+                bosTokenId = config["bos_token_id"].int(0..MOST),
+                eosTokenIds = config["eos_token_id"].list.map { it.int(0..MOST) }.toSet(),
+                threads = manifest["target"]["threads"].int(1..MOST),
+                cache = CacheGeometry.read(if ("cache" in onnx) onnx["cache"] else manifest["cache"]),
+                residentBytes = if ("device_ram_bytes" in manifest["plan"]) manifest["plan"]["device_ram_bytes"].long else 0,
+                files = manifest["files"].entries.map { (name, entry) ->
+                    BundleFile(name, entry["bytes"].long, entry["sha256"].string)
+                },
+                graph = onnx["generate"].string,
+            )
+        }
+
+        private fun sha256(path: File, progress: (Int) -> Unit): String {
+            val digest = MessageDigest.getInstance("SHA-256")
+            val block = ByteArray(1 shl 20)
+            path.inputStream().use { input ->
+                while (true) {
+                    val read = input.read(block)
+                    if (read < 0) break
+                    digest.update(block, 0, read)
+                    progress(read)
+                }
+            }
+            return digest.digest().joinToString("") { "%02x".format(it) }
+        }
+    }
+}
+
+/**
+ * One file of a bundle.
+ *
+ * @property name path inside the bundle, with slashes.
+ * @property bytes its size.
+ * @property sha256 its hash, in hexadecimal.
+ */
+public class BundleFile internal constructor(public val name: String, public val bytes: Long, public val sha256: String)
+
+/**
+ * The KV cache of the whole model: fixed when the bundle is made, whatever is generated.
+ *
+ * @property context tokens that the model can look back on; beyond it the oldest fall out.
+ * @property prefillChunk most tokens in one forward call.
+ * @property kvHeads key and value heads of a layer.
+ * @property headDim elements of a head.
+ * @property int8 whether elements are int8 codes, else float32.
+ * @property slots rows allocated, by layer.
+ */
+public class CacheGeometry internal constructor(
+    public val context: Int,
+    public val prefillChunk: Int,
+    public val kvHeads: Int,
+    public val headDim: Int,
+    public val int8: Boolean,
+    public val slots: List<Int>,
+) {
+    /** Bytes of all K and V buffers. */
+    public val bytes: Long get() = 2L * kvHeads * headDim * slots.sumOf { it.toLong() } * (if (int8) 1 else 4)
+
+    internal companion object {
+        private val DTYPES = mapOf("int8" to true, "float32" to false)
+
+        fun read(node: Node): CacheGeometry {
+            val dtype = node["dtype"].string
+            return CacheGeometry(
+                context = node["context"].int(1..MOST),
+                prefillChunk = node["prefill_chunk"].int(1..MOST),
+                kvHeads = node["kv_heads"].int(1..MOST),
+                headDim = node["head_dim"].int(1..MOST),
+                int8 = DTYPES[dtype]
+                    ?: throw UnsupportedException("a KV cache of $dtype; this library knows ${DTYPES.keys.joinToString()}"),
+                slots = node["layers"].list.map { it["slots"].int(1..MOST) },
+            )
+        }
+    }
+}
+
+private const val MOST = 1 shl 30 // any count in a manifest: what is larger is damage
+
+/** A JSON value and where it stands, for messages. */
+internal class Node(val value: Any?, private val path: String) {
+    private val map get() = value as? Map<*, *> ?: fail("an object")
+    val list get() = (value as? List<*> ?: fail("a list")).mapIndexed { index, item -> Node(item, "$path[$index]") }
+    val string get() = value as? String ?: fail("text")
+    val long get() = (value as? Long)?.takeIf { it >= 0 } ?: fail("a whole number, not negative")
+    val keys get() = map.keys.map { it as String }
+    val entries get() = keys.map { it to get(it) }
+
+    operator fun contains(key: String) = key in map
+
+    operator fun get(key: String): Node = if (key in this) Node(map[key], "$path: $key") else throw JsonException("$path has no '$key'")
+
+    fun int(range: IntRange): Int = long.takeIf { it in range.first.toLong()..range.last }?.toInt() ?: fail("a number in $range")
+
+    private fun fail(expected: String): Nothing = throw JsonException("$path is not $expected")
+}

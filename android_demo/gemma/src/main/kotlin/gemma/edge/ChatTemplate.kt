@@ -1,0 +1,98 @@
+package gemma.edge
+
+import java.io.IOException
+import java.security.MessageDigest
+
+/**
+ * One turn of a conversation.
+ *
+ * @property role who said it: `user` or `assistant`.
+ * @property content what was said.
+ */
+public data class Message(public val role: String, public val content: String)
+
+/** A conversation as text, with its special tokens written out. Give one of your own to a session whose bundle has another. */
+public fun interface ChatTemplate {
+    /**
+     * The prompt that asks the model for the next answer.
+     *
+     * @param messages from the oldest to the newest.
+     * @throws InputException it cannot express this conversation.
+     */
+    public fun render(messages: List<Message>): String
+
+    public companion object {
+        /** Gemma 2's format: user and assistant in turn, the user first, no system role. */
+        public val GEMMA2: ChatTemplate = ChatTemplate(::renderGemma2)
+
+        // Templates that render as GEMMA2 does what it accepts; their text is a program, which this library does not run.
+        private val SAME_AS_GEMMA2 = setOf(
+            "ecd6ae513fe103f0eb62e8ab5bfa8d0fe45c1074fa398b089c93a7e70c15cfd6", // google/gemma-2-2b-it, -9b-it, -27b-it
+            "cd6c106411f99be366e6fb668a90454316370b3ceab71ccb6a684b710f908241", // demo/tiny-gemma2
+            "ef70863d4ec4624704d4ca7290673981e52301865f710334ea26e0fd333d5516", // benchmarks/synthetic_tokenizer.py
+        )
+
+        /**
+         * The format of a bundle, as the Python runtime finds it: Gemma 2's where the checkpoint has none.
+         *
+         * @throws BundleException tokenizer_config.json is damaged.
+         * @throws UnsupportedException the checkpoint has a template of its own, which this library cannot run.
+         */
+        public fun of(bundle: Bundle): ChatTemplate {
+            val source = source(bundle) ?: return GEMMA2
+            val hash = MessageDigest.getInstance("SHA-256").digest(source.toByteArray()).joinToString("") { "%02x".format(it) }
+            if (hash in SAME_AS_GEMMA2) return GEMMA2
+            throw UnsupportedException(
+                "${bundle.folder}: its chat template is not Gemma 2's (sha256 ${hash.take(16)}...); " +
+                    "give the session a ChatTemplate, ChatTemplate.GEMMA2 if the format is the same",
+            )
+        }
+
+        private fun source(bundle: Bundle): String? {
+            if (bundle.has(TEMPLATE_FILE)) return bundle.file(TEMPLATE_FILE).readText()
+            if (!bundle.has(CONFIG_FILE)) return null
+            val path = bundle.file(CONFIG_FILE)
+            return try {
+                templateIn(JsonReader.parse(path.readBytes()))
+            } catch (error: JsonException) {
+                throw BundleException("$path is damaged (${error.message}); import the bundle again", error)
+            } catch (error: IOException) {
+                throw BundleException("$path cannot be read (${error.message}); import the bundle again", error)
+            }
+        }
+
+        /** A string, or the default one of a list of named templates. */
+        private fun templateIn(config: Any?): String? {
+            val root = Node(config, CONFIG_FILE)
+            if ("chat_template" !in root) return null
+            val template = root["chat_template"]
+            return when (template.value) {
+                null -> null
+                is List<*> -> template.list.firstOrNull { it["name"].value == "default" }?.get("template")?.string
+                    ?: throw JsonException("no default chat template")
+                else -> template.string
+            }
+        }
+
+        private fun renderGemma2(messages: List<Message>): String = buildString {
+            append("<bos>")
+            messages.forEachIndexed { index, message ->
+                val expected = if (index % 2 == 0) "user" else "assistant"
+                if (message.role != expected) {
+                    throw InputException("message $index is the ${message.role}'s; user and assistant must take turns, the user first")
+                }
+                append("<start_of_turn>").append(if (index % 2 == 0) "user" else "model").append('\n')
+                append(message.content.trimmed()).append("<end_of_turn>\n")
+            }
+            append("<start_of_turn>model\n")
+        }
+
+        private const val TEMPLATE_FILE = "chat_template.jinja"
+        private const val CONFIG_FILE = "tokenizer_config.json"
+    }
+}
+
+private const val NEXT_LINE = '\u0085' // a blank to Python, and so to a template; none to Java
+
+/** What a template's `trim` leaves. */
+internal fun String.trimmed(): String = trim { it.isWhitespace() || it == NEXT_LINE }

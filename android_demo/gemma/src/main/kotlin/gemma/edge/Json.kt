@@ -1,0 +1,199 @@
+package gemma.edge
+
+/** [JsonReader] met something that is not the JSON it was asked for. */
+internal class JsonException(message: String) : Exception(message)
+
+/**
+ * A pull reader of JSON over UTF-8 bytes, without copies: a tokenizer.json has a million strings, which must not become objects.
+ * Strict enough for files that a JSON library wrote. Source: RFC 8259.
+ */
+internal class JsonReader(private val bytes: ByteArray) {
+    private var position = 0
+
+    /** Where the last string of [string] or [next] lies: in [text], from [start] until [end], unescaped. */
+    var text: ByteArray = bytes
+        private set
+    var start = 0
+        private set
+    var end = 0
+        private set
+
+    private var scratch = ByteArray(64)
+
+    /** Go through an object; [each] must read the value of every key. */
+    inline fun readObject(each: (key: String) -> Unit) {
+        expect('{')
+        if (taken('}')) return
+        do {
+            val key = readString()
+            expect(':')
+            each(key)
+        } while (taken(','))
+        expect('}')
+    }
+
+    /** Go through an object whose keys stay bytes, see [text]; [each] must read every value. */
+    inline fun readRawObject(each: () -> Unit) {
+        expect('{')
+        if (taken('}')) return
+        do {
+            scanString()
+            each()
+        } while (taken(','))
+        expect('}')
+    }
+
+    /** Go through an array; [each] must read every element. */
+    inline fun readArray(each: () -> Unit) {
+        expect('[')
+        if (taken(']')) return
+        do each() while (taken(','))
+        expect(']')
+    }
+
+    fun readString(): String {
+        scanString()
+        return String(text, start, end - start, Charsets.UTF_8)
+    }
+
+    /** Move past a whole number of at most nine digits. */
+    fun readInt(): Int {
+        skipBlanks()
+        val first = position
+        var value = 0
+        while (position < bytes.size && bytes[position] in DIGITS) value = value * 10 + (bytes[position++] - '0'.code)
+        if (position == first || position - first > 9) fail("a whole number")
+        return value
+    }
+
+    /** Any value as Map, List, String, Long, Double, Boolean or null; at most [depth] levels of it. */
+    fun readValue(depth: Int = DEEPEST): Any? = when (peek()) {
+        '{' -> LinkedHashMap<String, Any?>().also { map -> readObject { key -> map[key] = readValue(deeper(depth)) } }
+        '[' -> ArrayList<Any?>().also { list -> readArray { list.add(readValue(deeper(depth))) } }
+        '"' -> readString()
+        't' -> literal("true", true)
+        'f' -> literal("false", false)
+        'n' -> literal("null", null)
+        else -> readNumber()
+    }
+
+    /** The next character that is no blank; a NUL at the end. */
+    fun peek(): Char {
+        skipBlanks()
+        return if (position < bytes.size) bytes[position].toInt().toChar() else '\u0000'
+    }
+
+    /** Nothing but blanks may follow. */
+    fun expectEnd() {
+        skipBlanks()
+        if (position != bytes.size) fail("the end")
+    }
+
+    fun taken(character: Char): Boolean = (peek() == character).also { if (it) position++ }
+
+    fun expect(character: Char) {
+        if (!taken(character)) fail("'$character'")
+    }
+
+    /** Read a string into [text], [start] and [end]. */
+    fun scanString() {
+        expect('"')
+        val first = position
+        while (position < bytes.size) {
+            val byte = bytes[position]
+            if (byte == QUOTE) {
+                text = bytes
+                start = first
+                end = position++
+                return
+            }
+            if (byte == BACKSLASH) return unescape(first)
+            position++
+        }
+        fail("the end of a string")
+    }
+
+    private fun unescape(first: Int) {
+        var length = 0
+        fun put(byte: Int) {
+            if (length == scratch.size) scratch = scratch.copyOf(2 * length)
+            scratch[length++] = byte.toByte()
+        }
+        position = first
+        while (true) {
+            if (position >= bytes.size) fail("the end of a string")
+            val byte = bytes[position++]
+            if (byte == QUOTE) break
+            if (byte != BACKSLASH) {
+                put(byte.toInt())
+                continue
+            }
+            if (position >= bytes.size) fail("an escape")
+            when (val escape = bytes[position++].toInt().toChar()) {
+                'n' -> put('\n'.code)
+                't' -> put('\t'.code)
+                'r' -> put('\r'.code)
+                'b' -> put('\b'.code)
+                'f' -> put(0x0C)
+                'u' -> String(Character.toChars(codePoint())).toByteArray().forEach { put(it.toInt()) }
+                '"', '\\', '/' -> put(escape.code)
+                else -> fail("an escape")
+            }
+        }
+        text = scratch
+        start = 0
+        end = length
+    }
+
+    private fun codePoint(): Int {
+        val high = hex4()
+        if (!Character.isHighSurrogate(high.toChar())) return high
+        if (position + 6 > bytes.size || bytes[position] != BACKSLASH || bytes[position + 1] != 'u'.code.toByte()) {
+            fail("the other half of a surrogate pair")
+        }
+        position += 2
+        return Character.toCodePoint(high.toChar(), hex4().toChar())
+    }
+
+    private fun hex4(): Int {
+        if (position + 4 > bytes.size) fail("four hexadecimal digits")
+        val value = String(bytes, position, 4, Charsets.ISO_8859_1).toIntOrNull(16) ?: fail("four hexadecimal digits")
+        position += 4
+        return value
+    }
+
+    private fun readNumber(): Any {
+        val first = position
+        while (position < bytes.size && bytes[position].toInt().toChar() in NUMBER) position++
+        val number = String(bytes, first, position - first, Charsets.ISO_8859_1)
+        return number.toLongOrNull() ?: number.toDoubleOrNull() ?: fail("a value")
+    }
+
+    private fun <T> literal(word: String, value: T): T {
+        for (character in word) if (position >= bytes.size || bytes[position++].toInt().toChar() != character) fail(word)
+        return value
+    }
+
+    private fun deeper(depth: Int): Int = if (depth > 0) depth - 1 else fail("at most $DEEPEST levels")
+
+    private fun skipBlanks() {
+        while (position < bytes.size && bytes[position] <= SPACE && bytes[position] >= 0) position++
+    }
+
+    private fun fail(expected: String): Nothing = throw JsonException("byte $position: $expected expected")
+
+    companion object {
+        private const val QUOTE = '"'.code.toByte()
+        private const val BACKSLASH = '\\'.code.toByte()
+        private const val SPACE = ' '.code.toByte()
+        private val DIGITS = '0'.code.toByte()..'9'.code.toByte()
+        private const val NUMBER = "+-.0123456789eE"
+        private const val DEEPEST = 100
+
+        /** A whole document. */
+        fun parse(bytes: ByteArray): Any? {
+            val reader = JsonReader(bytes)
+            return reader.readValue().also { reader.expectEnd() }
+        }
+    }
+}

@@ -1,0 +1,203 @@
+package gemma.edge
+
+import ai.onnxruntime.OnnxJavaType
+import ai.onnxruntime.OnnxTensor
+import ai.onnxruntime.OrtEnvironment
+import ai.onnxruntime.OrtException
+import ai.onnxruntime.OrtLoggingLevel
+import ai.onnxruntime.OrtSession
+import ai.onnxruntime.TensorInfo
+import java.io.File
+import java.nio.ByteBuffer
+import java.nio.ByteOrder
+import java.nio.FloatBuffer
+import java.nio.LongBuffer
+
+/**
+ * A bundle's ONNX backend on the CPU. Every cache tensor is input and pinned output of a step, so the graph writes it in place.
+ * The graph's contract is in docs/bundle-format.md; the window slides inside the graph, which reads only rows that it has written,
+ * so positions never end and a reset leaves the buffers as they are.
+ */
+public class OnnxRuntime private constructor(override val bundle: Bundle, private val environment: OrtEnvironment, threads: Int) :
+    GemmaRuntime {
+    private val resources = Resources()
+    private val session: OrtSession
+    private val inputs = HashMap<String, OnnxTensor>()
+    private val pinned = HashMap<String, OnnxTensor>()
+    private val inputPos: LongBuffer = direct(Long.SIZE_BYTES).asLongBuffer()
+    private val ids: LongBuffer = direct(Long.SIZE_BYTES * bundle.cache.prefillChunk).asLongBuffer()
+    private val idTensors = HashMap<Int, OnnxTensor>() // by length: one token, a whole chunk, and the last chunk of the moment
+    private val logitsBuffer: FloatBuffer = direct(Float.SIZE_BYTES * bundle.vocabSize).asFloatBuffer()
+    private val logits = FloatArray(bundle.vocabSize)
+    private var closed = false
+
+    override var position: Int = 0
+        private set
+
+    init {
+        try {
+            session = resources.add(open(bundle.generateGraph, threads))
+            allocateCache()
+            inputs["input_pos"] = resources.add(OnnxTensor.createTensor(environment, inputPos, longArrayOf(1)))
+            pinned["logits"] = resources.add(
+                OnnxTensor.createTensor(environment, logitsBuffer, longArrayOf(1, 1, bundle.vocabSize.toLong())),
+            )
+            checkContract()
+        } catch (error: OrtException) {
+            resources.close()
+            throw BundleException("${bundle.generateGraph} is damaged or no graph of this bundle: ${error.message}", error)
+        } catch (error: GemmaException) {
+            resources.close()
+            throw error
+        }
+    }
+
+    @Synchronized
+    override fun prefill(ids: IntArray): FloatArray {
+        check(ids)
+        for (start in ids.indices step bundle.cache.prefillChunk) {
+            step(ids, start, minOf(start + bundle.cache.prefillChunk, ids.size))
+        }
+        return logits()
+    }
+
+    @Synchronized
+    override fun decode(token: Int): FloatArray {
+        val ids = intArrayOf(token)
+        check(ids)
+        step(ids, 0, 1)
+        return logits()
+    }
+
+    @Synchronized
+    override fun reset() {
+        position = 0 // where no row of the cache is read before it is written
+    }
+
+    /** Waits for a step that another thread is in. */
+    @Synchronized
+    override fun close() {
+        if (closed) return
+        closed = true
+        idTensors.values.forEach { it.close() }
+        resources.close()
+    }
+
+    private fun check(ids: IntArray) {
+        check(!closed) { "the runtime was closed" }
+        if (ids.isEmpty()) throw InputException("no token to feed: give at least one token id")
+        val bad = ids.firstOrNull { it !in 0 until bundle.vocabSize }
+        if (bad != null) throw InputException("token id $bad is not below the vocabulary size ${bundle.vocabSize}")
+    }
+
+    private fun step(tokens: IntArray, start: Int, end: Int) {
+        for (i in start until end) ids.put(i - start, tokens[i].toLong())
+        inputPos.put(0, position.toLong())
+        inputs["input_ids"] = idTensor(end - start)
+        session.run(inputs, emptySet(), pinned).close() // pinned values stay open
+        position += end - start
+    }
+
+    /** The first [length] ids as a tensor, over the same buffer whatever the length. */
+    private fun idTensor(length: Int): OnnxTensor = idTensors.getOrPut(length) {
+        val rare = idTensors.keys.filter { it != 1 && it != bundle.cache.prefillChunk }
+        rare.forEach { idTensors.remove(it)?.close() }
+        OnnxTensor.createTensor(environment, ids.slice().limit(length) as LongBuffer, longArrayOf(1, length.toLong()))
+    }
+
+    private fun logits(): FloatArray {
+        logitsBuffer.rewind()
+        logitsBuffer.get(logits)
+        return logits
+    }
+
+    private fun open(graph: File, threads: Int): OrtSession = OrtSession.SessionOptions().use { options ->
+        options.setIntraOpNumThreads(threads)
+        options.setInterOpNumThreads(1)
+        options.setSessionLogLevel(OrtLoggingLevel.ORT_LOGGING_LEVEL_ERROR)
+        // activations go back to the system after each step: less resident, no difference in speed (runtimes/onnx.py)
+        options.setCPUArenaAllocator(false)
+        options.setMemoryPatternOptimization(false)
+        environment.createSession(graph.path, options)
+    }
+
+    private fun allocateCache() {
+        val cache = bundle.cache
+        NativeTensors(environment, elementType()).use { memory ->
+            cache.slots.forEachIndexed { layer, slots ->
+                val shape = longArrayOf(1, cache.kvHeads.toLong(), slots.toLong(), cache.headDim.toLong())
+                val zeros = direct((shape.reduce(Long::times) * elementType().size).toInt())
+                for (kind in listOf("key", "value")) {
+                    val tensor = resources.add(memory.copyOf(zeros, shape))
+                    inputs["past_key_values.$layer.$kind"] = tensor
+                    pinned["present.$layer.$kind"] = tensor
+                }
+            }
+        }
+    }
+
+    private fun elementType() = if (bundle.cache.int8) OnnxJavaType.INT8 else OnnxJavaType.FLOAT
+
+    /** Names, types and shapes of the graph against the manifest: a buffer of another shape would crash the process. */
+    private fun checkContract() {
+        val found = (session.inputInfo + session.outputInfo).mapValues { it.value.info as? TensorInfo }
+        val wanted = HashMap<String, Pair<OnnxJavaType, LongArray>>()
+        for ((name, tensor) in inputs + pinned) wanted[name] = tensor.info.type to tensor.info.shape
+        wanted["input_ids"] = OnnxJavaType.INT64 to longArrayOf(1, ANY)
+        val odd = (found.keys - wanted.keys + (wanted.keys - found.keys)).minOrNull()
+        val graph = bundle.generateGraph
+        if (odd != null) throw BundleException("$graph is no graph of this bundle: $odd is only in one of them; export it again")
+        for ((name, expected) in wanted.toSortedMap()) {
+            val (type, shape) = expected
+            val info = found[name]
+            val same = info != null && info.type == type && info.shape.size == shape.size &&
+                shape.indices.all { info.shape[it] == ANY || shape[it] == ANY || info.shape[it] == shape[it] }
+            if (!same) {
+                throw BundleException(
+                    "$graph: $name is ${info?.type} ${info?.shape?.contentToString()}, " +
+                        "the manifest says $type ${shape.contentToString()}; export the bundle again",
+                )
+            }
+        }
+    }
+
+    /** What must be closed, the last first. */
+    private class Resources : AutoCloseable {
+        private val open = ArrayList<AutoCloseable>()
+
+        fun <T : AutoCloseable> add(resource: T): T = resource.also { open.add(it) }
+
+        override fun close() = open.asReversed().forEach { it.close() }
+    }
+
+    public companion object {
+        private const val ANY = -1L // a size that the graph leaves open
+
+        /**
+         * Load a bundle: seconds, so not on a main thread.
+         *
+         * @param threads null takes one for each big core, at most the target's.
+         * @param device free memory is compared with the bundle's plan before anything is loaded.
+         * @throws BundleException the files are not what the manifest says.
+         * @throws NotEnoughMemoryException the device has too little free memory.
+         * @throws UnsupportedException ONNX Runtime does not run on this device, or is too old.
+         * @throws InputException fewer than one thread.
+         */
+        public fun open(bundle: Bundle, threads: Int? = null, device: Device = Device.current()): OnnxRuntime {
+            if (threads != null && threads < 1) throw InputException("threads $threads is below 1")
+            device.requireMemoryFor(bundle)
+            return OnnxRuntime(bundle, environment(), threads ?: device.threadsFor(bundle))
+        }
+
+        private fun environment(): OrtEnvironment = try {
+            OrtEnvironment.getEnvironment().also { it.setTelemetry(false) }
+        } catch (error: LinkageError) {
+            throw UnsupportedException(
+                "ONNX Runtime has no native library for ${System.getProperty("os.arch")} here (${error.message}); " +
+                    "use a device with arm64-v8a or x86_64",
+            )
+        }
+
+        private fun direct(bytes: Int): ByteBuffer = ByteBuffer.allocateDirect(bytes).order(ByteOrder.nativeOrder())
+    }
+}

@@ -1,0 +1,51 @@
+package gemma.edge
+
+import java.io.File
+import org.junit.Assert.assertEquals
+import org.junit.Rule
+import org.junit.Test
+import org.junit.rules.TemporaryFolder
+
+class ChatTemplateTest {
+    @get:Rule
+    val temporary = TemporaryFolder()
+
+    @Test
+    fun renders_as_the_checkpoints_own_template_does_in_python() {
+        for (model in Fixtures.models) {
+            val template = ChatTemplate.of(Bundle.open(model.bundle))
+            for (chat in model.chats) {
+                val messages = chat["messages"].list.map { Message(it["role"].string, it["content"].string) }
+                assertEquals(model.name, chat["text"].string, template.render(messages))
+            }
+        }
+    }
+
+    @Test
+    fun a_system_message_and_two_turns_of_one_are_refused() {
+        val user = Message("user", "Hi")
+        assertRefuses<InputException>("system") { ChatTemplate.GEMMA2.render(listOf(Message("system", "Be kind."), user)) }
+        assertRefuses<InputException>("message 1", "take turns") { ChatTemplate.GEMMA2.render(listOf(user, user)) }
+    }
+
+    @Test
+    fun a_template_of_another_format_is_refused_and_none_is_gemmas() {
+        val folder = Fixtures.copyOfDemo(temporary.root)
+        val config = File(folder, "tokenizer_config.json")
+        val text = config.readText()
+        write(folder, config, text.replace("<start_of_turn>' + role", "<|im_start|>' + role"))
+        assertRefuses<UnsupportedException>("chat template", "ChatTemplate") { ChatTemplate.of(Bundle.open(folder)) }
+        write(folder, config, "{}")
+        assertEquals(ChatTemplate.GEMMA2, ChatTemplate.of(Bundle.open(folder)))
+        write(folder, config, "{")
+        assertRefuses<BundleException>("tokenizer_config.json") { ChatTemplate.of(Bundle.open(folder)) }
+    }
+
+    /** Change a file, and its size in the manifest. */
+    private fun write(folder: File, file: File, text: String) {
+        val manifest = File(folder, Bundle.MANIFEST)
+        val size = Regex("(\"${file.name}\": \\{\\s*\"bytes\": )\\d+")
+        file.writeText(text)
+        manifest.writeText(manifest.readText().replace(size, "$1${file.length()}"))
+    }
+}

@@ -1,0 +1,60 @@
+package gemma.edge
+
+import java.io.File
+import java.nio.ByteBuffer
+import java.nio.ByteOrder
+import org.junit.Assert.assertThrows
+import org.junit.Assert.assertTrue
+
+/** What `make android-fixtures` wrote: Python's answers. */
+internal object Fixtures {
+    private val root = File(System.getProperty("gemma.fixtures"))
+
+    val demoBundle = File(System.getProperty("gemma.demo.bundle"))
+
+    val tokenizers: List<File> get() = folders("tokenizers")
+
+    val models: List<Model> get() = folders("models").map(::Model)
+
+    private fun folders(name: String): List<File> {
+        val found = File(root, name).listFiles().orEmpty().sorted()
+        check(found.isNotEmpty()) { "nothing in ${File(root, name)}: run make android-fixtures" }
+        return found
+    }
+
+    /** One bundle and what Python's runtime computed from it. */
+    class Model(private val folder: File) {
+        private val answers = json(File(folder, "answers.json"))
+        val name: String get() = folder.name
+        val bundle = File(answers["bundle"].string)
+        val tokens = ints(answers["tokens"])
+        val calls = ints(answers["calls"])
+        val greedy = answers["greedy"].list
+        val conversation = answers["conversation"].list
+        val chats = answers["chats"].list
+        val filters = answers["filters"].list
+
+        /** Logits after each call, one after the other. */
+        fun logits(): FloatArray {
+            val buffer = ByteBuffer.wrap(File(folder, "runtime.f32").readBytes()).order(ByteOrder.LITTLE_ENDIAN).asFloatBuffer()
+            return FloatArray(buffer.remaining()).also { buffer.get(it) }
+        }
+    }
+
+    fun json(file: File) = Node(JsonReader.parse(file.readBytes()), file.name)
+
+    fun ints(node: Node): IntArray = node.list.map { it.int(0..Int.MAX_VALUE) }.toIntArray()
+
+    /** A copy of the demo's bundle to damage. */
+    fun copyOfDemo(folder: File): File = File(folder, "bundle").also { demoBundle.copyRecursively(it) }
+}
+
+/** An error whose message has all of [parts] in it. */
+internal inline fun <reified T : Throwable> assertRefuses(vararg parts: String, noinline act: () -> Unit) {
+    val message = assertThrows(T::class.java, act).message.orEmpty()
+    for (part in parts) assertTrue("'$part' is not in: $message", part in message)
+    assertTrue("more than one line: $message", '\n' !in message)
+}
+
+/** A number of a JSON file, written with or without a point. */
+internal val Node.double: Double get() = (value as Number).toDouble()

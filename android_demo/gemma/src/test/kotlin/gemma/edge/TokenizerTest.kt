@@ -1,0 +1,113 @@
+package gemma.edge
+
+import java.io.File
+import org.junit.Assert.assertArrayEquals
+import org.junit.Assert.assertEquals
+import org.junit.Rule
+import org.junit.Test
+import org.junit.rules.TemporaryFolder
+
+class TokenizerTest {
+    @get:Rule
+    val temporary = TemporaryFolder()
+
+    private val demo = Fixtures.tokenizers.first { it.name == "demo" }
+
+    private fun open(folder: File) = Tokenizer.open(File(folder, Tokenizer.FILE), bosTokenId = 2, eosTokenIds = setOf(1))
+
+    private fun rows(folder: File) = Fixtures.json(File(folder, "texts.json")).list
+
+    @Test
+    fun ids_are_those_of_hugging_face_tokenizers() {
+        for (folder in Fixtures.tokenizers) {
+            val tokenizer = open(folder)
+            for (row in rows(folder).filter { it["text"].value != null }) {
+                val text = row["text"].string
+                assertArrayEquals("${folder.name}: '$text'", Fixtures.ints(row["ids"]), tokenizer.encode(text, bos = false))
+            }
+        }
+    }
+
+    @Test
+    fun texts_are_those_of_hugging_face_tokenizers() {
+        for (folder in Fixtures.tokenizers) {
+            val tokenizer = open(folder)
+            for (row in rows(folder)) {
+                assertEquals("${folder.name}: ${row["ids"].value}", row["decoded"].string, tokenizer.decode(Fixtures.ints(row["ids"])))
+            }
+        }
+    }
+
+    @Test
+    fun pieces_of_a_stream_joined_are_the_text() {
+        for (folder in Fixtures.tokenizers) {
+            val tokenizer = open(folder)
+            for (row in rows(folder).filter { it["text"].value != null }) {
+                val stream = tokenizer.stream()
+                assertEquals(row["decoded"].string, Fixtures.ints(row["ids"]).joinToString("") { stream.push(it) })
+            }
+        }
+    }
+
+    @Test
+    fun a_character_of_several_byte_tokens_comes_whole() {
+        val tokenizer = open(demo)
+        val stream = tokenizer.stream()
+        assertEquals(listOf("", "", "", "🐋"), tokenizer.encode("🐋", bos = false).map { stream.push(it) })
+    }
+
+    @Test
+    fun bos_comes_first_and_only_once() {
+        val tokenizer = open(demo)
+        val without = tokenizer.encode("whale", bos = false)
+        assertArrayEquals(intArrayOf(2) + without, tokenizer.encode("whale"))
+        assertArrayEquals(intArrayOf(2) + without, tokenizer.encode("<bos>whale"))
+        assertArrayEquals(intArrayOf(2), tokenizer.encode(""))
+    }
+
+    @Test
+    fun the_end_of_a_turn_is_a_stop_token() {
+        val tokenizer = open(demo)
+        assertEquals(setOf(1, tokenizer.idOf("<end_of_turn>")), tokenizer.stopIds)
+        assertEquals(null, tokenizer.idOf("no such token"))
+    }
+
+    @Test
+    fun half_a_surrogate_pair_is_refused() {
+        assertRefuses<InputException>("surrogate") { open(demo).encode("a\ud83d") }
+    }
+
+    @Test
+    fun settings_that_gemma_does_not_have_are_refused_by_name() {
+        val original = File(demo, Tokenizer.FILE).readText()
+        val changes = listOf(
+            listOf("\"byte_fallback\":true", "\"byte_fallback\":false", "byte_fallback false"),
+            listOf("\"ignore_merges\":false", "\"ignore_merges\":true", "ignore_merges true"),
+            listOf("\"lstrip\":false", "\"lstrip\":true", "lstrip"),
+            listOf("\"type\":\"BPE\"", "\"type\":\"Unigram\"", "type Unigram"),
+            listOf("\"type\":\"Fuse\"", "\"type\":\"Strip\"", "decoder"),
+            listOf("\"type\":\"Replace\"", "\"type\":\"Lowercase\"", "normalizer"),
+        )
+        val path = temporary.newFile(Tokenizer.FILE)
+        for ((old, new, named) in changes) {
+            val changed = original.replace(Regex(Regex.escape(old).replace(":", "\\E:\\s*\\Q")), new)
+            check(changed != original) { "$old is not in the demo's tokenizer" }
+            path.writeText(changed)
+            assertRefuses<UnsupportedException>(named) { open(temporary.root) }
+        }
+    }
+
+    @Test
+    fun a_damaged_file_is_named() {
+        val path = temporary.newFile(Tokenizer.FILE)
+        for (text in listOf("", "{}", "[]", File(demo, Tokenizer.FILE).readText().dropLast(500))) {
+            path.writeText(text)
+            try {
+                open(temporary.root)
+                error("accepted: ${text.take(20)}")
+            } catch (error: GemmaException) {
+                check(Tokenizer.FILE in error.message!!) { error.message!! }
+            }
+        }
+    }
+}
