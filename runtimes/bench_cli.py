@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +40,9 @@ def numbers(option: str, text: str) -> list[int]:
 @click.option("--rounds", type=int, default=1, show_default=True, help="Measure everything so often, in turns.")
 @click.option("--backend", help="Only this one. Default: every backend of the bundles that is installed.")
 @click.option("--from", "saved", type=PATH, multiple=True, help="Also show results that --save wrote; repeatable.")
+@click.option(
+    "--compare", type=PATH, nargs=2, metavar="A B", help="What changed between two saved files, beyond noise."
+)
 @click.option("--save", type=PATH, help="Write the results to this JSON file.")
 @click.option("--html", type=PATH, help="Also write a report with plots to this file.")
 @click.option("--json", "as_json", is_flag=True, help="The results as JSON on stdout instead of tables.")
@@ -46,6 +51,7 @@ def numbers(option: str, text: str) -> list[int]:
 def main(
     bundles: tuple[Path, ...],
     saved: tuple[Path, ...],
+    compare: tuple[Path, Path] | None,
     save: Path | None,
     html: Path | None,
     as_json: bool,
@@ -58,6 +64,8 @@ def main(
     """
     if as_json and as_csv:
         raise InputError("--json and --csv both want stdout; give one of them, and --save FILE for the JSON")
+    if compare is not None:
+        return _compare(*compare, as_json=as_json)
     if not bundles and not saved:
         raise InputError(
             "nothing to measure: give a bundle, made by gemma-export, or --from FILE to show saved results"
@@ -88,6 +96,20 @@ def main(
         click.echo(f"{result.model['name']} ({result.model['backend']}) failed: {result.failure}", err=True)
     if failures:
         raise click.exceptions.Exit(FAILED_EXIT_CODE)
+
+
+def _compare(before: Path, after: Path, *, as_json: bool) -> None:
+    from gemma_edge.runtimes import bench_compare, bench_report, bench_result
+
+    both = [bench_result.load([path]) for path in (before, after)]
+    changes = bench_compare.compare(*both)
+    if as_json:
+        click.echo(json.dumps([{**asdict(change), "change": change.change} for change in changes], indent=1))
+    else:
+        bench_report.print_changes(changes)
+        for path, results in zip((before, after), both, strict=True):
+            if (busy := bench_report.others_cores(results)) > bench_report.BUSY_CORES:
+                bench_report.say(f"{path}: other processes kept {busy:.1f} cores busy: what changed may be theirs")
 
 
 def _plan(

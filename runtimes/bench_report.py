@@ -9,6 +9,7 @@ from dataclasses import asdict, fields
 from statistics import median
 
 from gemma_edge.console import OUT, print_table
+from gemma_edge.runtimes.bench_compare import STATISTICS, Change
 from gemma_edge.runtimes.bench_result import Result
 from gemma_edge.runtimes.bench_stats import METRICS, Key, groups, roofline_tokens_per_s, summary, throttling
 
@@ -60,14 +61,18 @@ def machine_line(result: Result) -> str:
     return ", ".join(parts)
 
 
+def others_cores(results: Sequence[Result]) -> float:
+    """Cores that other processes kept busy, at worst."""
+    return max((result.others_cores or 0.0 for result in results), default=0.0)
+
+
 def notes(results: Sequence[Result]) -> list[str]:
     """What a reader must know before quoting: the machines, failures, who else was busy, throttling."""
     lines = list(dict.fromkeys(machine_line(result) for result in results))
     for key, group in groups(results).items():
         name = f"{key.model} ({key.backend}, {key.threads} threads, prompt {key.prefill})"
         lines += [f"{name} failed: {failure}" for failure in dict.fromkeys(r.failure for r in group) if failure]
-        busy = max((result.others_cores or 0.0 for result in group), default=0.0)
-        if busy > BUSY_CORES:
+        if (busy := others_cores(group)) > BUSY_CORES:
             lines.append(f"{name}: other processes kept {busy:.1f} cores busy; do not quote its speed")
         if (lost := throttling(group)) is not None:
             lines.append(f"{name}: the slowest minute decoded {lost:.0%} slower than the first one")
@@ -81,7 +86,35 @@ def print_tables(results: Sequence[Result]) -> None:
         if rows:
             print_table(f"{heading}: {common}" if common else heading, columns, rows, names=NAMES)
     for line in notes(results):
-        OUT.print(line, highlight=False, soft_wrap=True, markup=False)
+        say(line)
+
+
+def print_changes(changes: Sequence[Change]) -> None:
+    """The end of `gemma-bench --compare`: what changed, and how much else was compared."""
+    names = ("group", "metric", "")
+    columns = ("group", "metric", "before", "after", "change", "p", "")
+    rows = [change_cells(change) for change in changes]
+    print_table("all that was compared", columns, rows, names=names)
+    told = [change for change in changes if change.verdict in ("better", "worse")]
+    for change in told:
+        _, metric, before, after, difference, _, verdict = change_cells(change)
+        say(f"{verdict}: {metric} {before} -> {after} ({difference}), {change.group}")
+    unknown = sum(change.verdict == "unknown" for change in changes)
+    say(f"{len(told)} of {len(changes)} changed beyond noise, {unknown} have too few samples to tell. {STATISTICS}")
+
+
+def change_cells(change: Change) -> tuple[str, ...]:
+    """A row of the comparison."""
+    metric = METRICS[change.metric]
+    middles = (f"{value:.{metric.digits}f}" for value in (change.before, change.after))
+    p = "-" if change.p is None else f"{change.p:.2g}"
+    verdict = "too few samples" if change.verdict == "unknown" else change.verdict
+    return (change.group, metric.title, *middles, f"{change.change:+.1%}", p, verdict)
+
+
+def say(line: str) -> None:
+    """A line on stdout, not folded and not coloured."""
+    OUT.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def to_csv(results: Sequence[Result]) -> str:

@@ -22,6 +22,12 @@ class Metric:
     samples: Callable[[Group], list[float]]  # one per repetition, or per process; pooled percentiles are one
     digits: int = 1
     more_is_better: bool = False
+    what: str = ""  # goes before the heading where no table's title says it
+
+    @property
+    def title(self) -> str:
+        """The heading, for a place of its own."""
+        return f"{self.what} {self.heading}".strip()
 
 
 @dataclass(frozen=True)
@@ -124,14 +130,14 @@ METRICS = {
         "decode, tok/s", _each("decode_s", lambda r, s: r.settings.decode / s), digits=2, more_is_better=True
     ),
     "ttft_s": Metric("TTFT, s", _each("ttft_s"), digits=3),
-    "token_p50_ms": Metric("p50, ms", _percentile(50), digits=2),
-    "token_p95_ms": Metric("p95, ms", _percentile(95), digits=2),
-    "token_p99_ms": Metric("p99, ms", _percentile(99), digits=2),
-    "load_cold_s": Metric("cold, s", _of("load", "cold_s"), digits=2),
-    "load_warm_s": Metric("warm, s", _of("load", "warm_s"), digits=2),
-    "rss_loaded_mib": Metric("loaded, MiB", _of("memory", "loaded_mib"), digits=0),
-    "rss_end_mib": Metric("end, MiB", _of("memory", "end_mib"), digits=0),
-    "rss_peak_mib": Metric("peak, MiB", _of("memory", "peak_mib"), digits=0),
+    "token_p50_ms": Metric("p50, ms", _percentile(50), digits=2, what="token"),
+    "token_p95_ms": Metric("p95, ms", _percentile(95), digits=2, what="token"),
+    "token_p99_ms": Metric("p99, ms", _percentile(99), digits=2, what="token"),
+    "load_cold_s": Metric("cold, s", _of("load", "cold_s"), digits=2, what="load"),
+    "load_warm_s": Metric("warm, s", _of("load", "warm_s"), digits=2, what="load"),
+    "rss_loaded_mib": Metric("loaded, MiB", _of("memory", "loaded_mib"), digits=0, what="RSS"),
+    "rss_end_mib": Metric("end, MiB", _of("memory", "end_mib"), digits=0, what="RSS"),
+    "rss_peak_mib": Metric("peak, MiB", _of("memory", "peak_mib"), digits=0, what="RSS"),
     "read_gb_per_s": Metric("reads, GB/s", read_gb_per_s, more_is_better=True),
     "bandwidth_percent": Metric("of limit, %", bandwidth_share, digits=0, more_is_better=True),
     "energy_j": Metric("J/token", _energy, digits=2),
