@@ -15,6 +15,7 @@ KV_DTYPES = {8: "int8", 32: "float32"}  # numpy's name of the KV cache's element
 BACKENDS = {
     "onnx": "gemma_edge.export.onnx.backend",
     "executorch": "gemma_edge.export.executorch.backend",
+    "tflite": "gemma_edge.export.tflite.backend",
 }
 INT8_CACHES = ("onnx",)  # backends that can keep the KV cache in int8
 

@@ -9,7 +9,18 @@ import gemma_edge
 from gemma_edge.model.checkpoint import weight_shapes
 from gemma_edge.quantize.store import QuantizedCheckpoint
 
-TOOLS = ("torch", "onnx", "onnxruntime", "onnxscript", "executorch", "torchao", "safetensors", "tokenizers", "numpy")
+TOOLS = (
+    "torch",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "executorch",
+    "torchao",
+    "ai-edge-litert",
+    "safetensors",
+    "tokenizers",
+    "numpy",
+)
 
 
 def tool_versions() -> dict[str, str]:

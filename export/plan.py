@@ -13,8 +13,9 @@ from typing import Any
 from gemma_edge.errors import InputError
 from gemma_edge.export.bundle import CacheGeometry, LayerCache
 from gemma_edge.export.choices import DEFAULT_CHUNK, GIB, INT8_CACHES, KV_DTYPES, LEVELS, Target
-from gemma_edge.export.executorch import packing
+from gemma_edge.export.executorch import packing as executorch
 from gemma_edge.export.onnx.weights import resident_bytes, weights_bytes
+from gemma_edge.export.tflite import packing as tflite
 from gemma_edge.model.checkpoint import SLICE_BYTES, Checkpoint, linear_shapes
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.model.kv_cache import slots_needed, windows
@@ -23,6 +24,7 @@ from gemma_edge.quantize.store import QuantizedCheckpoint, final_configs
 
 MIB = 1 << 20
 SMALLEST_CONTEXT = 256
+XNNPACK = {"executorch": executorch, "tflite": tflite}  # how a backend packs weights for it
 CONTEXT_STEP = 64  # of the largest context that fits, in the message of one that does not
 
 
@@ -121,7 +123,8 @@ def _sizes(
     Raises:
         InputError: it cannot hold one of them.
     """
-    if backend == "executorch":
+    if backend in XNNPACK:
+        packing = XNNPACK[backend]
         packing.refuse_unsupported(source.config, configs, recipe.float_bits)
         size = packing.weights_bytes(source.config, configs)
         return Sizes(size, size)  # in memory as XNNPACK packs them, which takes as much

@@ -89,10 +89,11 @@ class BaseRuntime(ABC):
         self.manifest = manifest
         self.stats = Stats()
         self._position = 0
+        self._at_once = manifest.cache.prefill_chunk  # most tokens that `prefill` hands to `_forward`
 
     @abstractmethod
     def _forward(self, ids: NDArray[np.int64], *, every_position: bool) -> Logits:
-        """Run one chunk (T,), 1 <= T <= prefill_chunk, at `self._position`; logits (T, V), or (1, V) of the last."""
+        """Run one chunk (T,), 1 <= T <= `_at_once`, at `self._position`; logits (T, V), or (1, V) of the last."""
 
     @abstractmethod
     def _clear(self) -> None:
@@ -107,7 +108,7 @@ class BaseRuntime(ABC):
         """Append `ids` chunk by chunk; return the logits (V,) after the last of them."""
         start = time.perf_counter()
         logits = np.empty((0, 0), np.float32)
-        for chunk in self._chunks(ids, self.manifest.cache.prefill_chunk):
+        for chunk in self._chunks(ids, self._at_once):
             logits = self._step(chunk, every_position=False)
         self.stats.prefill_tokens += len(ids)
         self.stats.prefill_s += time.perf_counter() - start
@@ -160,6 +161,7 @@ class BaseRuntime(ABC):
 RUNTIMES = {
     "onnx": ("gemma_edge.runtimes.onnx", "OnnxRuntime", "onnxruntime", "onnx"),
     "executorch": ("gemma_edge.runtimes.executorch", "ExecuTorchRuntime", "executorch", "executorch"),
+    "tflite": ("gemma_edge.runtimes.tflite", "TFLiteRuntime", "ai_edge_litert", "tflite"),
 }
 
 

@@ -1,0 +1,1 @@
+"""The TFLite backend: a quantized checkpoint becomes a `.tflite` for LiteRT."""

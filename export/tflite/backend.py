@@ -1,0 +1,133 @@
+"""`lower`: a quantized checkpoint becomes a `.tflite` for LiteRT: one signature per chunk size, over one set of weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram, export
+from torch.export.graph_signature import InputKind
+
+from gemma_edge.export.bundle import CacheGeometry
+from gemma_edge.export.tflite import packing
+from gemma_edge.export.tflite.check import check_tflite
+from gemma_edge.export.tflite.file import write_model
+from gemma_edge.export.tflite.graph import Model, Subgraph
+from gemma_edge.export.tflite.operators import Lowering, Weight
+from gemma_edge.export.tflite.seams import DECODE, PREFILL, SCORE, Step, states
+from gemma_edge.model.gemma2 import Gemma2, inverse_frequencies
+from gemma_edge.quantize.store import QuantizedCheckpoint
+
+FILE = "model.tflite"
+MODULE = "gemma2."  # prefix of the decoder's names inside a traced signature
+SCORED = 32  # most positions whose logits come from one call: 32 MB for 256,000 tokens
+
+
+def lower(
+    checkpoint: QuantizedCheckpoint,
+    geometry: CacheGeometry,
+    out: Path,
+    *,
+    float_bits: int = 32,
+    progress: Callable[[int], None] = lambda done: None,
+) -> dict[str, Any]:
+    """Write the model into `out`, and check what it holds.
+
+    Args:
+        progress: called with the bytes of weights just written.
+
+    Returns:
+        the backend's entry in the manifest.
+
+    Raises:
+        InputError: a weight that XNNPACK cannot compute exactly.
+        RuntimeError: the model is not what it should be.
+    """
+    packing.refuse_unsupported(checkpoint.config, checkpoint.configs, float_bits)
+    model = Model(packing.stored_weights(checkpoint))
+    with torch.device("meta"):
+        gemma2 = Gemma2(checkpoint.config).eval()
+    hollow = {name: _hollow(value) for name, value in gemma2.state_dict().items()}
+    gemma2.load_state_dict(hollow, assign=True)
+    found = signatures(geometry.prefill_chunk)
+    for name, (role, tokens) in found.items():
+        program = trace(gemma2, geometry, role, tokens)
+        add_signature(model, name, program, checkpoint)
+    write_model(model, checkpoint, out / FILE, progress)
+    check_tflite(out / FILE, checkpoint.config, checkpoint.configs, geometry, found)
+    return {"program": FILE, "signatures": {name: list(entry) for name, entry in found.items()}, "min_litert": "2.3"}
+
+
+def signatures(chunk: int) -> dict[str, tuple[str, int]]:
+    """The signatures of a model that is fed chunks of at most that many tokens: name -> what it is for, tokens."""
+    sizes = dict.fromkeys([chunk, chunk // 8]) if chunk >= 16 else [chunk]
+    score = min(chunk, SCORED)
+    return {
+        **{f"{PREFILL}_{size}": (PREFILL, size) for size in sizes},
+        f"{SCORE}_{score}": (SCORE, score),
+        DECODE: (DECODE, 1),
+    }
+
+
+def trace(gemma2: Gemma2, geometry: CacheGeometry, role: str, tokens: int) -> ExportedProgram:
+    """One signature's graph, without weights."""
+    past = {name: _hollow(torch.empty(shape, dtype=dtype)) for name, (shape, dtype) in states(geometry).items()}
+    inputs = torch.zeros(1, tokens, dtype=torch.int32), torch.zeros(tokens, dtype=torch.int32), past
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return export(Step(gemma2, geometry, role), inputs, strict=False)
+
+
+def add_signature(model: Model, name: str, program: ExportedProgram, checkpoint: QuantizedCheckpoint) -> None:
+    """Lower a traced graph into the model."""
+    graph = Subgraph(model, name)
+    lowering = Lowering(graph)
+    inputs = {}
+    specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+    needed = _needed(program)
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            spec = specs[node.name]
+            if spec.kind == InputKind.USER_INPUT:
+                meta = node.meta["val"]
+                label = node.name.removeprefix("past_")
+                lowering.known[node] = inputs[label] = graph.tensor(tuple(meta.shape), meta.dtype, label)
+            else:
+                lowering.known[node] = _parameter(str(spec.target).removeprefix(MODULE), checkpoint)
+        elif node.op == "call_function" and node in needed:
+            lowering.run(node)
+    (output,) = (node for node in program.graph.nodes if node.op == "output")
+    names = _output_names(program)
+    graph.finish(inputs, {label: lowering.value(node) for label, node in zip(names, output.args[0], strict=True)})
+
+
+def _output_names(program: ExportedProgram) -> list[str]:
+    spec = program.call_spec.out_spec
+    assert spec is not None
+    return [str(key) for key in spec.context]
+
+
+def _needed(program: ExportedProgram) -> set[torch.fx.Node]:
+    """The nodes that an output depends on: of the last layer, a prefill needs keys and values only."""
+    needed: set[torch.fx.Node] = set()
+    for node in reversed(program.graph.nodes):
+        if node.op == "output" or node in needed:
+            needed.update(node.all_input_nodes)
+    return needed
+
+
+def _parameter(name: str, checkpoint: QuantizedCheckpoint) -> Weight | Tensor:
+    """What a parameter of the decoder becomes: a weight of the file, or a value."""
+    if name.endswith("inv_freq"):
+        return inverse_frequencies(checkpoint.config)
+    weight = name.removesuffix(".weight")
+    return Weight(weight) if weight in checkpoint.configs else checkpoint.vector(name)
+
+
+def _hollow(value: Tensor) -> Tensor:
+    """A CPU tensor of the same shape that takes no memory: the tracer wants a device, nobody reads the values."""
+    return torch.zeros(1, dtype=value.dtype).expand(value.shape)

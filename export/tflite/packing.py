@@ -1,0 +1,124 @@
+"""A weight as the bytes that LiteRT reads, and where they lie in a `.tflite` file.
+
+Source: LiteRT, the INT4 tensor type (two's complement, the even column in the low nibble) and BlockwiseQuantization.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gemma_edge.errors import InputError
+from gemma_edge.model.checkpoint import row_slices, weight_shapes
+from gemma_edge.model.config import Gemma2Config
+from gemma_edge.quantize.packing import pack_bytes
+from gemma_edge.quantize.recipe import QuantConfig
+from gemma_edge.quantize.store import QuantizedCheckpoint
+
+SIGNS = 0x88  # turns two codes stored plus 8 into two's complement
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A weight of the file."""
+
+    shape: tuple[int, int]
+    config: QuantConfig | None  # None: float32
+    codes: str  # name of the buffer of integers, or floats
+    scale: str  # name of the buffer of the groups' scales
+    row_scale: NDArray[np.float32] | None  # (rows,) per channel: in the graph itself
+
+
+def refuse_unsupported(config: Gemma2Config, configs: Mapping[str, QuantConfig | None], float_bits: int) -> None:
+    """Refuse a model with a weight that XNNPACK would compute wrongly, or not at all.
+
+    Raises:
+        InputError: names the weight and the nearest choice that works.
+    """
+    for weight, (_, columns) in weight_shapes(config).items():
+        refuse_weight(weight, configs[weight], columns, float_bits)
+
+
+def refuse_weight(weight: str, config: QuantConfig | None, columns: int, float_bits: int) -> None:
+    """Refuse what XNNPACK would compute wrongly, or not at all.
+
+    Raises:
+        InputError: names the weight and the nearest choice that works.
+    """
+    if config is None:
+        if float_bits == 16:
+            raise InputError(f"{weight} in 16 bits: the tflite backend computes floats in 32; use --bits 32")
+        return
+    if config.bits == 8 and config.group_size:
+        raise InputError(
+            f"{weight} has 8 bits in groups of {config.group_size}: XNNPACK has 8-bit kernels with one scale per channel"
+            " only; use --group-size 0 for 8 bits, or --backend onnx"
+        )
+    if config.bits == 4 and columns % 2:
+        raise InputError(f"{weight} has rows of {columns}: 4 bits need an even number; use --bits 8")
+
+
+def row_bytes(config: QuantConfig | None, columns: int) -> dict[str, int]:
+    """Bytes of one row of a weight, by part, in buffers behind the graph."""
+    if config is None:
+        return {"codes": 4 * columns}
+    groups = {"scale": 2 * columns // config.group_size} if config.group_size else {}
+    return {"codes": columns * config.bits // 8, **groups}
+
+
+def parts(config: Gemma2Config, configs: Mapping[str, QuantConfig | None]) -> dict[str, int]:
+    """Every buffer behind the graph with its bytes, in the file's order."""
+    return {
+        f"{weight}.{part}": rows * size
+        for weight, (rows, columns) in weight_shapes(config).items()
+        for part, size in row_bytes(configs[weight], columns).items()
+    }
+
+
+def weights_bytes(config: Gemma2Config, configs: Mapping[str, QuantConfig | None]) -> int:
+    """What the weights take of the file, with the scales of channels, which are in its graph."""
+    channels = sum(
+        12 * rows  # float32, and an int64 of zeros
+        for weight, (rows, _) in weight_shapes(config).items()
+        if (quant := configs[weight]) is not None and not quant.group_size
+    )
+    return sum(parts(config, configs).values()) + channels
+
+
+def stored_weights(checkpoint: QuantizedCheckpoint) -> dict[str, Stored]:
+    """Every weight, with the scales of channels read."""
+    found = {}
+    for weight, shape in weight_shapes(checkpoint.config).items():
+        config = checkpoint.configs[weight]
+        scale = _row_scale(checkpoint, weight, shape) if config is not None and not config.group_size else None
+        found[weight] = Stored(shape, config, f"{weight}.codes", f"{weight}.scale", scale)
+    return found
+
+
+def _row_scale(checkpoint: QuantizedCheckpoint, weight: str, shape: tuple[int, int]) -> NDArray[np.float32]:
+    slices = [checkpoint.quantized(weight, start, stop).scale.float() for start, stop in row_slices(shape)]
+    scale: NDArray[np.float32] = torch.cat(slices).flatten().numpy()
+    return scale
+
+
+def packed(checkpoint: QuantizedCheckpoint, weight: str) -> Iterator[tuple[str, int, Tensor]]:
+    """The contents of a weight's buffers, rows at a time: (part, first row, (rows, bytes) uint8)."""
+    config, shape = checkpoint.configs[weight], weight_shapes(checkpoint.config)[weight]
+    for start, stop in row_slices(shape):
+        if config is None:
+            yield "codes", start, _bytes(checkpoint.rows(weight, start, stop))
+            continue
+        rows = checkpoint.quantized(weight, start, stop)
+        codes = pack_bytes(rows.codes, 4) ^ SIGNS if config.bits == 4 else _bytes(rows.codes)
+        yield "codes", start, codes
+        if config.group_size:
+            yield "scale", start, _bytes(rows.scale.to(torch.float16))
+
+
+def _bytes(values: Tensor) -> Tensor:
+    return values.contiguous().view(torch.uint8).view(len(values), -1)

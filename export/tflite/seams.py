@@ -1,0 +1,154 @@
+"""The decoder's cache for TFLite: buffers of fixed size whose slots know which position they hold.
+
+A chunk is written by one DYNAMIC_UPDATE_SLICE, which cannot wrap. So a ring of R slots has N - 1 more behind its end: a chunk of
+at most N tokens from position a on goes to the slots a mod R ..., in one piece. Where a position lies depends on the chunk that
+it came with; so each slot's position is written beside it, plus one, 0 meaning nothing, and masks are computed from these. The
+first token's position says what still counts: what a rewind or a reset left behind it is forgotten.
+
+A chunk may be padded: tokens whose `input_pos` does not follow the first one's are written, and marked as nothing. They overwrite
+slots as far as a whole chunk does, so that R >= W + N - 1 (model/kv_cache.py) is enough: S = R + N - 1 slots in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gemma_edge.export.bundle import CacheGeometry, LayerCache
+from gemma_edge.model.config import Gemma2Config
+from gemma_edge.model.gemma2 import Gemma2, soft_cap
+from gemma_edge.model.kv_cache import Rope, rotate
+
+HIDDEN = -1e9  # score of a slot that must not count: finite, so that a row that sees nothing stays a number
+SCORE, PREFILL, DECODE = "score", "prefill", "decode"  # what a signature is for
+KEY, VALUE, HELD = "kv_cache_k_", "kv_cache_v_", "held_"  # inputs and outputs, by layer; HELD by kind of layer
+
+
+@torch.library.custom_op("gemma_edge_tflite::update_slice", mutates_args=())
+def update_slice(operand: Tensor, update: Tensor, start: Tensor) -> Tensor:
+    """TFLite's DYNAMIC_UPDATE_SLICE: the operand with `update` from `start` (rank,) int32 on; that it fits is the caller's."""
+    out = operand.clone()
+    place = tuple(slice(int(at), int(at) + size) for at, size in zip(start, update.shape, strict=True))
+    out[place] = update
+    return out
+
+
+@update_slice.register_fake
+def _(operand: Tensor, update: Tensor, start: Tensor) -> Tensor:
+    return torch.empty_like(operand)
+
+
+UPDATE_SLICE = torch.ops.gemma_edge_tflite.update_slice.default  # as it stands in a traced graph
+
+
+def slots_of(layer: LayerCache, chunk: int) -> int:
+    """S of a layer that is written in chunks of at most `chunk` tokens: its ring, and what a chunk needs behind the end."""
+    return layer.slots + chunk - 1
+
+
+@dataclass(frozen=True)
+class View:
+    """A chunk's place in the caches of one kind of layer."""
+
+    start: Tensor  # (1,) int32, its first slot
+    mask: Tensor  # (1, 1, T, S), added to the scores
+
+
+def view(held: Tensor, input_pos: Tensor, layer: LayerCache) -> tuple[View, Tensor]:
+    """Where a chunk goes and what it sees.
+
+    Args:
+        held: (1, 1, 1, S) int32, the position in each slot plus one; 0: nothing.
+        input_pos: (T,) int32; those that do not follow the first are padding.
+        layer: the caches' geometry.
+
+    Returns:
+        the view, and `held` after the chunk.
+    """
+    tokens = input_pos.shape[0]
+    first = input_pos[:1]  # (1,)
+    positions = first + torch.arange(tokens, dtype=torch.int32)  # (T,)
+    kept = torch.where(held <= first, held, 0)
+    new = torch.where(input_pos == positions, positions + 1, 0).view(1, 1, 1, tokens)
+    start = torch.remainder(first, layer.slots)
+    zeros = torch.zeros(3, dtype=torch.int32)
+    held = update_slice(kept, new, torch.cat([zeros, start]))
+    age = positions.view(1, 1, tokens, 1) - (held - 1)  # (1, 1, T, S)
+    seen = (held > 0) & (age >= 0) & (age < layer.window)
+    return View(start, torch.where(seen, 0.0, HIDDEN)), held
+
+
+class SlotCache:
+    """`KVCache` over the signature's inputs; what must be kept is left in `after`."""
+
+    def __init__(self, config: Gemma2Config, geometry: CacheGeometry, past: Mapping[str, Tensor], input_pos: Tensor):
+        """Compute masks.
+
+        Args:
+            config, geometry: the model's, and its caches'.
+            past: by name: keys and values (1, K, S, D) of every layer, and what each kind of layer's slots hold.
+            input_pos: (T,) int32.
+        """
+        self.config, self.geometry, self.past = config, geometry, past
+        self.after: dict[str, Tensor] = {}
+        self.views: dict[LayerCache, View] = {}
+        for index, layer in enumerate(kinds(geometry)):
+            name = f"{HELD}{index}"
+            self.views[layer], self.after[name] = view(past[name], input_pos, layer)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope, input_pos: Tensor) -> Tensor:
+        """See `KVCache.attend`."""
+        c, tokens = self.config, q.shape[1]
+        heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
+        view = self.views[self.geometry.layers[layer]]
+        q = rotate(q.view(1, tokens, heads, c.head_dim).transpose(1, 2), rope) * c.query_pre_attn_scalar**-0.5
+        k = rotate(k.view(1, tokens, kv_heads, c.head_dim).transpose(1, 2), rope)  # (1, K, T, D)
+        v = v.view(1, tokens, kv_heads, c.head_dim).transpose(1, 2)  # (1, K, T, D)
+        keys, values = self._write(f"{KEY}{layer}", k, view), self._write(f"{VALUE}{layer}", v, view)  # (1, K, S, D)
+        q = q.reshape(1, kv_heads, -1, c.head_dim)  # (1, K, G*T, D)
+        scores = soft_cap(q @ keys.transpose(2, 3), c.attn_logit_softcapping).view(1, heads, tokens, -1)
+        weights = torch.softmax(scores + view.mask, dim=-1).view(1, kv_heads, -1, keys.shape[2])  # (1, K, G*T, S)
+        out = (weights @ values).view(1, heads, tokens, c.head_dim).transpose(1, 2)  # (1, T, H, D)
+        return out.reshape(1, tokens, -1)
+
+    def _write(self, name: str, new: Tensor, view: View) -> Tensor:
+        """Put the chunk (1, K, T, D) into its slots."""
+        zeros = torch.zeros(2, dtype=torch.int32)
+        self.after[name] = update_slice(self.past[name], new, torch.cat([zeros, view.start, zeros[:1]]))
+        return self.after[name]
+
+
+def kinds(geometry: CacheGeometry) -> list[LayerCache]:
+    """The different geometries among the layers, in order of their first."""
+    return list(dict.fromkeys(geometry.layers))
+
+
+def states(geometry: CacheGeometry) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Inputs that come back as outputs: name -> shape and type."""
+    found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for index, layer in enumerate(geometry.layers):
+        shape = (1, geometry.kv_heads, slots_of(layer, geometry.prefill_chunk), geometry.head_dim)
+        found |= {f"{KEY}{index}": (shape, torch.float32), f"{VALUE}{index}": (shape, torch.float32)}
+    return found | {
+        f"{HELD}{index}": ((1, 1, 1, slots_of(layer, geometry.prefill_chunk)), torch.int32)
+        for index, layer in enumerate(kinds(geometry))
+    }
+
+
+class Step(nn.Module):
+    """One signature: a chunk through the decoder."""
+
+    def __init__(self, gemma2: Gemma2, geometry: CacheGeometry, role: str) -> None:
+        super().__init__()
+        self.gemma2, self.geometry, self.role = gemma2, geometry, role
+
+    def forward(self, tokens: Tensor, input_pos: Tensor, past: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The states after the tokens (1, T) int32, and logits (1, T, V) unless this only prefills."""
+        gemma2 = self.gemma2
+        cache = SlotCache(gemma2.config, self.geometry, past, input_pos)
+        x = gemma2.model(tokens, input_pos[:1], cache)
+        logits = {} if self.role == PREFILL else {"logits": gemma2.head(x)}
+        return {**logits, **cache.after}
