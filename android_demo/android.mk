@@ -10,7 +10,14 @@ FIXTURE_PYTHON := $(ANDROID_BUILD)/python
 FIXTURES := $(ANDROID_BUILD)/fixtures
 FIXTURE_BUNDLES := $(BUNDLE) $(ANDROID_BUILD)/bundles/float-cache $(ANDROID_BUILD)/bundles/random
 
+# The library's classes go into the APK as Maven compiled them
+GEMMA := android_demo/gemma/target
+
 .PHONY: android-test
+
+$(GEMMA)/.compiled: android_demo/gemma/pom.xml $(wildcard android_demo/gemma/src/main/kotlin/gemma/edge/*.kt)
+	$(MVN) -f android_demo/gemma/pom.xml compile
+	@touch $@
 
 android-test: $(FIXTURES)/.made
 	$(MVN) -f android_demo/gemma/pom.xml test
@@ -41,3 +48,9 @@ $(ANDROID_BUILD)/bundles/random/manifest.json: $(STAMP) android_demo/scripts/ran
 	$(BIN)/python android_demo/scripts/random_checkpoint.py $(ANDROID_BUILD)/random
 	$(BIN)/gemma-export $(ANDROID_BUILD)/random --target android --bits 4 --method rtn --kv-bits 32 --context 24 --prefill-chunk 5 \
 		--verify none -o $(@D) --force
+
+.PHONY: android
+
+# The APK, with the demo's bundle in it; ORT_AAR=FILE takes ONNX Runtime's official AAR, SHRINK=1 lets R8 shrink it.
+android: $(STAMP) $(BUNDLE)/manifest.json $(GEMMA)/.compiled
+	$(BIN)/python android_demo/scripts/build_apk.py $(BUNDLE) $(if $(ORT_AAR),--ort-aar $(ORT_AAR)) $(if $(SHRINK),--shrink)

@@ -29,12 +29,19 @@ public class Bundle private constructor(
     public val residentBytes: Long,
     public val files: List<BundleFile>,
     private val graph: String,
+    private val backendFiles: Set<String>,
 ) {
     /** The graph that generates. */
     internal val generateGraph: File get() = file(graph)
 
     /** Bytes of all files but the manifest. */
     public val bytes: Long get() = files.sumOf { it.bytes }
+
+    /** Bytes of what the ONNX backend is made of. */
+    internal val backendBytes: Long get() = files.filter { it.name in backendFiles }.sumOf { it.bytes }
+
+    /** Bytes of the weights, which a token reads once. */
+    internal val weightBytes: Long get() = files.filter { it.name in backendFiles }.maxOf { it.bytes }
 
     /** Whether the bundle holds a file of that name. */
     internal fun has(name: String): Boolean = files.any { it.name == name }
@@ -128,6 +135,7 @@ public class Bundle private constructor(
                     BundleFile(name, entry["bytes"].long, entry["sha256"].string)
                 },
                 graph = onnx["generate"].string,
+                backendFiles = onnx.entries.mapNotNull { (_, role) -> role.value as? String }.toSet(),
             )
         }
 
@@ -165,6 +173,7 @@ public class BundleFile internal constructor(public val name: String, public val
  * @property headDim elements of a head.
  * @property int8 whether elements are int8 codes, else float32.
  * @property slots rows allocated, by layer.
+ * @property windows keys that a query may see, by layer.
  */
 public class CacheGeometry internal constructor(
     public val context: Int,
@@ -173,9 +182,15 @@ public class CacheGeometry internal constructor(
     public val headDim: Int,
     public val int8: Boolean,
     public val slots: List<Int>,
+    public val windows: List<Int>,
 ) {
     /** Bytes of all K and V buffers. */
-    public val bytes: Long get() = 2L * kvHeads * headDim * slots.sumOf { it.toLong() } * (if (int8) 1 else 4)
+    public val bytes: Long get() = 2L * kvHeads * headDim * slots.sumOf { it.toLong() } * elementBytes
+
+    /** Bytes of the keys and values that a token sees at a depth of so many tokens. */
+    internal fun bytesSeen(depth: Int): Long = windows.sumOf { minOf(it, depth).toLong() } * 2 * kvHeads * headDim * elementBytes
+
+    private val elementBytes get() = if (int8) 1 else 4
 
     internal companion object {
         private val DTYPES = mapOf("int8" to true, "float32" to false)
@@ -190,6 +205,7 @@ public class CacheGeometry internal constructor(
                 int8 = DTYPES[dtype]
                     ?: throw UnsupportedException("a KV cache of $dtype; this library knows ${DTYPES.keys.joinToString()}"),
                 slots = node["layers"].list.map { it["slots"].int(1..MOST) },
+                windows = node["layers"].list.map { it["window"].int(1..MOST) },
             )
         }
     }

@@ -197,3 +197,42 @@ internal class JsonReader(private val bytes: ByteArray) {
         }
     }
 }
+
+/** JSON of maps, lists, arrays of numbers, strings, numbers, booleans and null; numbers that JSON cannot say become null. */
+internal fun toJson(value: Any?): String = buildString { appendJson(value) }
+
+private fun StringBuilder.appendJson(value: Any?) {
+    when (value) {
+        is Map<*, *> -> appendAll(value.entries, '{', '}') { (key, item) ->
+            appendText(key as String)
+            append(": ")
+            appendJson(item)
+        }
+        is List<*> -> appendAll(value, '[', ']') { appendJson(it) }
+        is String -> appendText(value)
+        is Double -> append(if (value.isFinite()) value.toString() else "null")
+        is Number, is Boolean, null -> append(value.toString())
+        else -> throw IllegalArgumentException("no JSON for ${value::class}")
+    }
+}
+
+private inline fun <T> StringBuilder.appendAll(items: Collection<T>, open: Char, close: Char, each: (T) -> Unit) {
+    append(open)
+    items.forEachIndexed { index, item ->
+        if (index > 0) append(", ")
+        each(item)
+    }
+    append(close)
+}
+
+private fun StringBuilder.appendText(text: String) {
+    append('"')
+    for (character in text) {
+        when {
+            character == '"' || character == '\\' -> append('\\').append(character)
+            character < ' ' -> append("\\u%04x".format(character.code))
+            else -> append(character)
+        }
+    }
+    append('"')
+}

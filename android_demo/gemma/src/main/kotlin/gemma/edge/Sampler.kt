@@ -130,7 +130,7 @@ internal class Sampler(private val params: SamplingParams, private val seen: Mut
 }
 
 /** The index of the largest, the first of equals; the first NaN if there is one. */
-private fun FloatArray.indexOfLargest(): Int {
+internal fun FloatArray.indexOfLargest(): Int {
     var best = 0
     for (i in indices) {
         if (this[i].isNaN()) return i

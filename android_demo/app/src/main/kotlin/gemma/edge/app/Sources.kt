@@ -1,0 +1,32 @@
+package gemma.edge.app
+
+import android.content.Context
+import android.net.Uri
+import androidx.documentfile.provider.DocumentFile
+import java.io.FileNotFoundException
+
+/** A folder in the APK's assets. */
+class AssetSource(private val context: Context, override val name: String) : Source {
+    override fun files(): List<SourceFile> = context.assets.list(name).orEmpty().map { file ->
+        val path = "$name/$file"
+        // compressed in the APK, so nobody knows the size before it is read
+        SourceFile(file, context.assets.open(path).use { it.available().toLong() }) { context.assets.open(path) }
+    }
+}
+
+/** A folder that the user chose in the system's file picker. */
+class TreeSource(private val context: Context, tree: Uri) : Source {
+    private val root = DocumentFile.fromTreeUri(context, tree) ?: throw FileNotFoundException("$tree is no folder")
+    override val name: String = root.name ?: "model"
+
+    override fun files(): List<SourceFile> = below(root, "")
+
+    private fun below(folder: DocumentFile, prefix: String): List<SourceFile> = folder.listFiles().flatMap { file ->
+        val path = prefix + (file.name ?: return@flatMap emptyList())
+        if (file.isDirectory) {
+            below(file, "$path/")
+        } else {
+            listOf(SourceFile(path, file.length()) { context.contentResolver.openInputStream(file.uri) ?: throw FileNotFoundException(path) })
+        }
+    }
+}

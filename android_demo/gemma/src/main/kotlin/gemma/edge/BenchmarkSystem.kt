@@ -1,0 +1,48 @@
+package gemma.edge
+
+import java.io.File
+import java.io.IOException
+
+/**
+ * What a benchmark notes of the system it runs on, from /proc and /sys. The app adds what only Android knows: battery, thermal
+ * status, PSS. Keys and units are those of docs/benchmarking.md.
+ */
+public open class BenchmarkSystem {
+    /** What a reader must know of the machine; nothing that identifies it. `name` is always there. */
+    public open fun device(): Map<String, Any> = buildMap {
+        put("name", processor() ?: System.getProperty("os.arch"))
+        put("system", "${System.getProperty("os.name")} ${System.getProperty("os.arch")}, Java ${System.getProperty("java.version")}")
+        put("cores", Runtime.getRuntime().availableProcessors())
+        field("/proc/meminfo", "MemTotal")?.let { put("ram_bytes", it.kib() * 1024) }
+        text("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")?.let { put("governor", it) }
+    }
+
+    /** What changes while one measures. */
+    public open fun state(): Map<String, Any> = buildMap {
+        val cores = File("/sys/devices/system/cpu").listFiles().orEmpty().map { it.path }
+        cores.mapNotNull { text("$it/cpufreq/scaling_cur_freq")?.toLongOrNull() }.maxOrNull()?.let { put("cpu_mhz", it / 1e3) }
+        text("/proc/loadavg")?.substringBefore(' ')?.toDoubleOrNull()?.let { put("load_average", it) }
+    }
+
+    /** Resident memory of this process in MiB, mapped pages of files included; null where nobody tells. */
+    public fun residentMib(): Double? = field("/proc/self/status", "VmRSS")?.let { it.kib() / 1024.0 }
+
+    /** The most that was ever resident. */
+    public fun peakMib(): Double? = field("/proc/self/status", "VmHWM")?.let { it.kib() / 1024.0 }
+
+    /** Proportional set size in MiB; null where nobody tells. */
+    public open fun pssMib(): Double? = null
+
+    private fun processor(): String? = field("/proc/cpuinfo", "model name") ?: field("/proc/cpuinfo", "Hardware")
+
+    private fun field(path: String, name: String): String? =
+        text(path)?.lineSequence()?.firstOrNull { it.startsWith(name) }?.substringAfter(':')?.trim()
+
+    private fun String.kib(): Long = substringBefore(' ').toLong()
+
+    private fun text(path: String): String? = try {
+        File(path).takeIf { it.canRead() }?.readText()?.trim()
+    } catch (_: IOException) {
+        null // a core that is switched off
+    }
+}
