@@ -5,13 +5,14 @@ STAMP := .venv/.set-up
 BUNDLE := out/tiny-gemma2
 PROMPT := And the LORD said unto
 
-.PHONY: help setup demo test clean
+.PHONY: help setup demo phone test clean
 
 help:
 	@echo 'make setup   make .venv and install everything into it (the other targets do it when needed)'
 	@echo 'make demo    export demo/tiny-gemma2 to $(BUNDLE), verify it, and let it talk'
 	@echo 'make test    ruff, mypy and pytest: what CI runs; ARGS="-k cache" is passed on to pytest'
 	@echo 'make android-test  the Kotlin library against Python; needs JDK 17 and Maven'
+	@echo 'make phone   fetch Android'"'"'s adbd from Debian into out/phone: with it the tests of gemma-bench --device run'
 	@echo 'make clean   remove everything that these made, except .venv'
 
 setup: $(STAMP)
@@ -22,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 		|| { echo 'Python 3.11 or newer is needed; name one: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)'; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@uv --version >/dev/null 2>&1 || test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet -c constraints.txt uv
-	PATH="$(BIN):$$PATH" uv pip install --python $(BIN)/python -e '.[export,onnx,executorch,tflite,hub,eval,dev]' -c constraints.txt
+	PATH="$(BIN):$$PATH" uv pip install --python $(BIN)/python -e '.[export,onnx,executorch,tflite,hub,eval,adb,dev]' -c constraints.txt
 	@touch $@
 
 demo: setup
@@ -34,6 +35,13 @@ demo: setup
 	@echo 'Talk to it:      $(BIN)/gemma-run $(BUNDLE) --prompt "It is a truth universally acknowledged, that"'
 	@echo 'Look inside:     $(BIN)/gemma-export inspect $(BUNDLE)'
 	@echo 'A real model:    $(BIN)/gemma-export FOLDER --target android --bits 4   (FOLDER: Gemma 2 from Hugging Face)'
+
+# For tests of phones; needs apt, but nobody's password: nothing is installed.
+phone: out/phone/.made
+out/phone/.made: $(wildcard tests/phone/make_root.sh tests/phone/system/*)
+	rm -rf out/phone
+	tests/phone/make_root.sh out/phone
+	@touch $@
 
 # A thread of torch's that waits must not spin: beside other work on the machine that costs most of the time.
 test: export OMP_WAIT_POLICY ?= PASSIVE

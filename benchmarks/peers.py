@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import click
+from measure import machine
 
 LLAMA_CPP_PYTHON = "0.3.36"
 GENAI = "0.18.0"
@@ -143,10 +144,17 @@ def install_llama_cpp(root: Path, *, jobs: int) -> LlamaCpp:
             tar.extractall(base, filter="data")
     binaries = python.parent
     generator = ("-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={(binaries / 'ninja').absolute()}")
-    _run([binaries / "cmake", "-S", peer.source, "-B", base / "build", *generator, *CMAKE_OPTIONS])
+    _run([binaries / "cmake", "-S", peer.source, "-B", base / "build", *generator, *CMAKE_OPTIONS, *_without_amx()])
     targets = ("--target", "llama-quantize", "llama-bench")
     _run([binaries / "cmake", "--build", base / "build", "--parallel", str(jobs), *targets])
     return peer
+
+
+def _without_amx() -> list[str]:
+    """This version's AMX kernels crash (llama-bench, Q4_1, in ggml_backend_amx_mul_mat): there AVX-512 VNNI is used."""
+    if "amx_int8" not in machine()["flags"]:
+        return []
+    return [f"-DCMAKE_{language}_FLAGS=-mno-amx-int8 -mno-amx-tile -mno-amx-bf16" for language in ("C", "CXX")]
 
 
 def install_genai(root: Path) -> Genai:

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from gemma_edge.errors import InputError
 from gemma_edge.export.bundle import MANIFEST, Manifest, confined, sha256
 from gemma_edge.runtimes import machine
-from gemma_edge.runtimes.base import RUNTIMES, choose_backend, how_to_install, thread_count
+from gemma_edge.runtimes.base import RUNTIMES, choose_backend, how_to_install
 from gemma_edge.runtimes.bench_process import ChildFailed, watch
 from gemma_edge.runtimes.bench_result import Result, Settings
 
@@ -27,8 +27,13 @@ from gemma_edge.runtimes.bench_result import Result, Settings
 class Contender(Protocol):
     """Something that can be measured."""
 
-    tool: str
-    model: dict[str, Any]  # for the result; name and backend at least
+    @property
+    def tool(self) -> str:
+        """For the result."""
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """For the result; name and backend at least."""
 
     def device(self, settings: Settings) -> dict[str, Any]:
         """Where it runs; for the result."""
@@ -120,33 +125,45 @@ class Local:
 
 
 class BundleContender(Local):
-    """A bundle in one of its backends. A token reads its largest file once: the weights, with a table that is also the head."""
+    """A bundle in one of its backends."""
 
     def __init__(self, path: Path, manifest: Manifest, backend: str) -> None:
         module, _, package, _ = RUNTIMES[backend]
-        files = [confined(path, name) for name in backend_files(manifest, backend)]
-        model = {
-            "name": path.resolve().name,
-            "backend": backend,
-            "bytes": sum(file.stat().st_size for file in files),
-            "manifest_sha256": sha256(path / MANIFEST),
-        }
         job = {"path": str(path), "backend": backend, "module": module, "package": package}
-        super().__init__("gemma-bench", model, job, files)
+        super().__init__(
+            "gemma-bench", backend_facts(path, manifest, backend), job, backend_files(path, manifest, backend)
+        )
         self._manifest = manifest
-        self._weights_bytes = max(file.stat().st_size for file in files)
 
     def measure(self, settings: Settings) -> dict[str, Any]:
         """See Local; with the bytes that a token reads."""
         found = super().measure(settings)
-        depth = settings.prefill + settings.decode // 2
-        found["model"]["read_bytes_per_token"] = self._weights_bytes + kv_bytes(self._manifest, depth)
+        found["model"]["read_bytes_per_token"] = read_bytes_per_token(found["model"], self._manifest, settings)
         return found
 
 
-def backend_files(manifest: Manifest, backend: str) -> list[str]:
+def backend_facts(path: Path, manifest: Manifest, backend: str) -> dict[str, Any]:
+    """The `model` of a result, as far as the bundle itself tells."""
+    sizes = [file.stat().st_size for file in backend_files(path, manifest, backend)]
+    name, digest = path.resolve().name, sha256(path / MANIFEST)
+    return {
+        "name": name,
+        "backend": backend,
+        "bytes": sum(sizes),
+        "weights_bytes": max(sizes),
+        "manifest_sha256": digest,
+    }
+
+
+def read_bytes_per_token(model: dict[str, Any], manifest: Manifest, settings: Settings) -> int:
+    """Half-way, what a token must read at least: the largest file (the weights; the table is the head too), and the cache."""
+    return int(model["weights_bytes"]) + kv_bytes(manifest, settings.prefill + settings.decode // 2)
+
+
+def backend_files(path: Path, manifest: Manifest, backend: str) -> list[Path]:
     """The files of one backend, as far as its entry in the manifest names them."""
-    return [name for name in manifest.backends[backend].values() if isinstance(name, str) and name in manifest.files]
+    names = [name for name in manifest.backends[backend].values() if isinstance(name, str) and name in manifest.files]
+    return [confined(path, name) for name in names]
 
 
 def kv_bytes(manifest: Manifest, depth: int) -> int:
@@ -196,16 +213,15 @@ def bundle_contenders(paths: Sequence[Path], backend: str | None) -> tuple[list[
 
 
 def settings_of(
-    threads: Sequence[int], prefill: Sequence[int], *, decode: int, repeat: int, warmup: int, minutes: float
+    threads: Sequence[int], prefill: Sequence[int], *, decode: int, repeat: int, warmup: int, minutes: float, cores: int
 ) -> list[Settings]:
     """Every combination, threads outermost.
 
     Raises:
-        InputError: a number out of range, or more threads than this machine has.
+        InputError: a number out of range, or more threads than `cores`.
     """
-    most = os.cpu_count() or 1
     bounds = {
-        "-t": (threads, 1, most, f"this machine has {most}"),
+        "-t": (threads, 1, cores, f"more threads than the {cores} cores only wait for each other"),
         "-p": (prefill, 1, 1 << 20, "a prompt has at least one token"),
         "-n": ([decode], 1, 1 << 20, "at least one token must be generated"),
         "-r": ([repeat], 1, 10_000, "at least one repetition must count"),
@@ -217,8 +233,3 @@ def settings_of(
             if not low <= value <= high:
                 raise InputError(f"{option} {value} is not within {low} and {high}: {why}")
     return [Settings(count, tokens, decode, repeat, warmup, minutes) for count in threads for tokens in prefill]
-
-
-def default_threads(paths: Sequence[Path]) -> int:
-    """The target's of the first bundle, at most what this machine has."""
-    return thread_count(None, Manifest.load(paths[0])) if paths else os.cpu_count() or 1

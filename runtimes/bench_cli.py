@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +17,12 @@ from gemma_edge.errors import InputError
 from gemma_edge.files import check_writable, need, write_whole
 
 if TYPE_CHECKING:
-    from gemma_edge.runtimes.bench import Plan
+    from gemma_edge.runtimes.bench import Contender, Plan
     from gemma_edge.runtimes.bench_result import Result
 
 PATH = click.Path(path_type=Path)
 FAILED_EXIT_CODE = 1
+MOST_CORES = 64  # of a phone that was not asked yet
 
 
 def numbers(option: str, text: str) -> list[int]:
@@ -39,6 +43,15 @@ def numbers(option: str, text: str) -> list[int]:
 @click.option("--minutes", type=float, default=0.0, help="Go on repeating for this long: shows throttling.")
 @click.option("--rounds", type=int, default=1, show_default=True, help="Measure everything so often, in turns.")
 @click.option("--backend", help="Only this one. Default: every backend of the bundles that is installed.")
+@click.option(
+    "--peer", "peers", multiple=True, metavar="NAME[:MODEL]", help="llama.cpp:FILE.gguf, genai or genai:FOLDER."
+)
+@click.option("--device", help="adb, or adb:SERIAL: on a phone with our app on it, over adb.")
+@click.option("--all-devices", is_flag=True, help="On every phone that adb sees.")
+@click.option(
+    "--timeout", type=float, default=900.0, show_default=True, help="Seconds a phone may take for one measurement."
+)
+@click.option("--keep", is_flag=True, help="Leave the bundles on the phones for the next time.")
 @click.option("--from", "saved", type=PATH, multiple=True, help="Also show results that --save wrote; repeatable.")
 @click.option(
     "--compare", type=PATH, nargs=2, metavar="A B", help="What changed between two saved files, beyond noise."
@@ -66,7 +79,8 @@ def main(
         raise InputError("--json and --csv both want stdout; give one of them, and --save FILE for the JSON")
     if compare is not None:
         return _compare(*compare, as_json=as_json)
-    if not bundles and not saved:
+    measuring = bool(bundles or choices["peers"] or choices["device"] or choices["all_devices"])
+    if not measuring and not saved:
         raise InputError(
             "nothing to measure: give a bundle, made by gemma-export, or --from FILE to show saved results"
         )
@@ -78,7 +92,7 @@ def main(
     if html is not None:
         need("--html", "matplotlib")
     earlier = bench_result.load(saved)
-    results = [*earlier, *_run(_plan(bundles, **choices))] if bundles else earlier
+    results = [*earlier, *_run(bundles, **choices)] if measuring else earlier
     if save is not None:
         write_whole(save, bench_result.to_json(results))
     if html is not None:
@@ -112,26 +126,82 @@ def _compare(before: Path, after: Path, *, as_json: bool) -> None:
                 bench_report.say(f"{path}: other processes kept {busy:.1f} cores busy: what changed may be theirs")
 
 
-def _plan(
-    bundles: tuple[Path, ...], *, threads: str | None, prefill: str, rounds: int, backend: str | None, **rest: Any
-) -> Plan:
+def note(text: str) -> None:
+    """A line for people beside the results."""
+    click.echo(f"note: {text}", err=True)
+
+
+@contextmanager
+def _plan(bundles: tuple[Path, ...], **choices: Any) -> Iterator[Plan]:
+    """What is to be measured; phones are cleaned when the block ends."""
     from gemma_edge.runtimes import bench
 
+    rounds, on_phone = choices.pop("rounds"), choices["device"] is not None or choices["all_devices"]
     if rounds < 1:
         raise InputError(f"--rounds {rounds} is below 1")
-    prompts = numbers("-p", prefill)
+    prompts, threads = numbers("-p", choices.pop("prefill")), choices.pop("threads")
+    sizes = {name: choices.pop(name) for name in ("decode", "repeat", "warmup", "minutes")}
+    cores = MOST_CORES if on_phone else os.cpu_count() or 1
+    counts = [_default_threads(bundles, cores)] if threads is None else numbers("-t", threads)
+    settings = bench.settings_of(counts, prompts, **sizes, cores=cores)
+    with (_phones if on_phone else _local)(bundles, **choices) as contenders:
+        yield bench.Plan(contenders, settings, rounds)
+
+
+def _default_threads(bundles: tuple[Path, ...], cores: int) -> int:
+    """The first bundle's target's."""
+    from gemma_edge.export.bundle import Manifest
+
+    return min(int(Manifest.load(bundles[0]).target["threads"]), cores) if bundles else cores
+
+
+@contextmanager
+def _local(
+    bundles: tuple[Path, ...], *, peers: tuple[str, ...], backend: str | None, **_phones: Any
+) -> Iterator[list[Contender]]:
+    from gemma_edge.runtimes import bench, bench_peers
+
     contenders, notes = bench.bundle_contenders(bundles, backend)
-    for note in notes:
-        click.echo(f"note: {note}", err=True)
-    counts = [bench.default_threads(bundles)] if threads is None else numbers("-t", threads)
-    return bench.Plan(contenders, bench.settings_of(counts, prompts, **rest), rounds)
+    for text in notes:
+        note(text)
+    yield [*contenders, *bench_peers.contenders(peers, bundles)]
 
 
-def _run(plan: Plan) -> list[Result]:
+@contextmanager
+def _phones(
+    bundles: tuple[Path, ...],
+    *,
+    peers: tuple[str, ...],
+    backend: str | None,
+    device: str | None,
+    all_devices: bool,
+    timeout: float,
+    keep: bool,
+) -> Iterator[Sequence[Contender]]:
+    from gemma_edge.console import progress_bar
+    from gemma_edge.runtimes import adb, phones
+
+    kind, _, serial = (device or "adb").partition(":")
+    if kind != "adb":
+        raise InputError(f"--device {device}: only adb and adb:SERIAL are known; leave it out for this machine")
+    if peers or not bundles:
+        raise InputError("phones measure bundles, and no --peer; give a bundle")
+    if backend not in (None, phones.BACKEND):
+        raise InputError(f"--backend {backend}: the app on the phone runs {phones.BACKEND}; leave it out")
+    if timeout <= 0:
+        raise InputError(f"--timeout {timeout:g} is not above 0")
+    if serial and all_devices:
+        raise InputError(f"--device {device} names one phone, --all-devices all of them; give one of the two")
+    found = adb.choose(adb.find_adb(), serial or None, every=all_devices, note=note)
+    with phones.on_phones(found, bundles, progress_bar, answer_s=timeout, keep=keep) as contenders:
+        yield contenders
+
+
+def _run(bundles: tuple[Path, ...], **choices: Any) -> list[Result]:
     from gemma_edge.console import progress_bar
 
     results = []
-    with progress_bar("measure", len(plan), False) as advance:
+    with _plan(bundles, **choices) as plan, progress_bar("measure", len(plan), False) as advance:
         for result in plan.run():
             results.append(result)
             advance(1)

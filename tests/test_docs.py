@@ -22,7 +22,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 OTHER_PAGES = [ROOT / "CHANGELOG.md", *sorted(ROOT.glob("demo/**/*.md")), *sorted(ROOT.glob("export/**/*.md"))]
 RUN = {"sh": ["sh", "-eu", "-c"], "python": [sys.executable, "-c"]}
 NOT_CODE = {"", "text", "json", "toml"}
-MOST_NOT_RUN = 10
+MOST_NOT_RUN = 11
 FENCE = re.compile(r"^(?P<indent> *)(?P<marks>`{3,}|~{3,}) *(?P<info>.*)$")
 
 
