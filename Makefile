@@ -51,7 +51,7 @@ test: setup
 	$(BIN)/mypy
 	$(BIN)/pytest $(ARGS)
 
-include android_demo/android.mk
+-include android_demo/android.mk
 
 clean:
 	rm -rf out build android_demo/build android_demo/*/target *.egg-info .pytest_cache .mypy_cache .ruff_cache
