@@ -1,28 +1,34 @@
 """What every backend looks like to the code above it: tokens in, logits out, a cache that never grows.
 
-A backend implements `_forward` and `_clear`; chunking, positions and statistics are here. Sampling, text and chat are
-generate.py's, tokenizer.py's and session.py's.
+A backend implements `_forward` and `_clear`; chunking, positions, rewinding and statistics are here. Sampling, text and chat
+are generate.py's, tokenizer.py's and session.py's; files of states are state.py's.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
+import json
 import os
 import time
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemma_edge.errors import InputError
-from gemma_edge.export.bundle import Manifest
+from gemma_edge.export.bundle import CacheGeometry, Manifest
+from gemma_edge.runtimes.state import State
 
 Logits = NDArray[np.float32]
+Buffers = dict[str, NDArray[Any]]  # name -> (..., slots, head_dim), views of the cache itself
+LEAST_KEPT = 1 << 13  # token ids remembered at least, whatever the cache
 
 
 @dataclass
@@ -32,8 +38,11 @@ class Stats:
     load_s: float = 0.0
     prefill_tokens: int = 0
     prefill_s: float = 0.0
-    decode_tokens: int = 0
+    decode_tokens: int = 0  # fed one by one or by `decode_many`, drafts that were taken back included
     decode_s: float = 0.0
+    drafted_tokens: int = 0  # guesses of prompt lookup
+    accepted_tokens: int = 0  # those that were right
+    refed_tokens: int = 0  # again, because a rewind went back further than the cache does
 
     @property
     def prefill_tokens_per_s(self) -> float:
@@ -42,8 +51,9 @@ class Stats:
 
     @property
     def decode_tokens_per_s(self) -> float:
-        """Generated tokens per second; 0 before the first token."""
-        return self.decode_tokens / self.decode_s if self.decode_s else 0.0
+        """Generated tokens per second, without wrong guesses; 0 before the first token."""
+        kept = self.decode_tokens - self.drafted_tokens + self.accepted_tokens
+        return kept / self.decode_s if self.decode_s else 0.0
 
 
 SCORED_BYTES = 1 << 26  # of logits in one call: twice as much is in memory meanwhile
@@ -62,14 +72,40 @@ class Runtime(Protocol):
     stats: Stats
 
     @property
+    def cache(self) -> CacheGeometry:
+        """The cache's geometry."""
+
+    @property
     def position(self) -> int:
         """Tokens fed since the last reset, also those that have slid out of the window."""
+
+    @property
+    def ids(self) -> list[int]:
+        """The last of these tokens: all that the cache can depend on, and `context` more."""
 
     def prefill(self, ids: Sequence[int]) -> Logits:
         """Append `ids` (at least one) at the current position; return the logits (V,) after the last of them."""
 
     def decode(self, token: int) -> Logits:
         """Append one token; return the logits (V,) after it."""
+
+    def decode_many(self, tokens: Sequence[int]) -> Logits:
+        """Append tokens; return the logits (T, V) after each of them."""
+
+    def prepare_decode_many(self) -> None:
+        """Have `decode` and `decode_many` alternate without a graph or program being loaded in between, from now on."""
+
+    def rewind(self, count: int) -> None:
+        """Take back the last `count` tokens: what follows is as if they had never been fed."""
+
+    def align(self, ids: Sequence[int]) -> int:
+        """Rewind to the longest beginning of `ids` that was fed, its last token excepted; return its length."""
+
+    def snapshot(self) -> State:
+        """A copy of the state: tokens and cache."""
+
+    def restore(self, state: State) -> None:
+        """Go on from a state of this bundle and backend."""
 
     def score(self, ids: Sequence[int]) -> Logits:
         """Logits (T, V) at each position of `ids`, from a reset state."""
@@ -82,27 +118,67 @@ class Runtime(Protocol):
 
 
 class BaseRuntime(ABC):
-    """The part of `Runtime` that no backend needs to write again."""
+    """The part of `Runtime` that no backend needs to write again.
+
+    A backend must have `_forward` and `_clear`. It may leave the rest, each of which is right as it stands here:
+    `_holds` for a ring as in model/kv_cache.py, and must be overridden for any other cache; `_buffers`, without which a state is
+    restored by feeding its tokens again; `prepare_decode_many`, where nothing is loaded in between anyway.
+    """
 
     def __init__(self, bundle: Path, manifest: Manifest) -> None:
         self.bundle = bundle
         self.manifest = manifest
         self.stats = Stats()
         self._position = 0
+        self._written = 0  # the highest position ever reached with what is in the cache
+        self._kept = array("i")  # the last ids up to the position
+        self._most_kept = max(LEAST_KEPT, self.reach + self.cache.context)
         self._at_once = manifest.cache.prefill_chunk  # most tokens that `prefill` hands to `_forward`
 
     @abstractmethod
     def _forward(self, ids: NDArray[np.int64], *, every_position: bool) -> Logits:
-        """Run one chunk (T,), 1 <= T <= `_at_once`, at `self._position`; logits (T, V), or (1, V) of the last."""
+        """Run one chunk (T,), 1 <= T <= `_at_once`, at `self.position`; logits (T, V), or (1, V) of the last."""
 
     @abstractmethod
     def _clear(self) -> None:
-        """Bring the cache into its first state."""
+        """Let the cache be written from any position on. What is left in it must be finite, and unseen at position 0."""
+
+    def _holds(self, position: int) -> bool:
+        """Whether the cache, written up to `self._written`, still has every key that a text needs which goes on at `position`.
+
+        This is a ring's answer: position p in slot p mod slots, a slot's position computed from the last one written.
+        """
+        return all(max(0, position - layer.window + 1) >= self._written - layer.slots for layer in self.cache.layers)
+
+    def _buffers(self) -> Buffers:
+        """The cache itself, not a copy: arrays (..., slots, head_dim), of which at most the first `_written` rows are in use.
+
+        {}: it cannot be reached.
+        """
+        return {}
+
+    def prepare_decode_many(self) -> None:  # noqa: B027 (most backends need not do anything)
+        """See `Runtime`."""
+
+    @property
+    def cache(self) -> CacheGeometry:
+        """The cache's geometry."""
+        return self.manifest.cache
+
+    @property
+    def reach(self) -> int:
+        """Tokens back that a cache can depend on: a layer's oldest key saw the window of the layer below, and so on."""
+        return 1 + sum(layer.window - 1 for layer in self.cache.layers)
 
     @property
     def position(self) -> int:
         """Tokens fed since the last reset."""
         return self._position
+
+    @property
+    def ids(self) -> list[int]:
+        """The last tokens fed; all of them, up to a few thousand."""
+        return self._kept.tolist()
 
     def prefill(self, ids: Sequence[int]) -> Logits:
         """Append `ids` chunk by chunk; return the logits (V,) after the last of them."""
@@ -124,6 +200,15 @@ class BaseRuntime(ABC):
         last: Logits = logits[-1]  # (V,)
         return last
 
+    def decode_many(self, tokens: Sequence[int]) -> Logits:
+        """Append tokens; return the logits (T, V) after each of them."""
+        start = time.perf_counter()
+        chunks = self._chunks(tokens, scored_at_once(self.manifest))
+        logits = np.concatenate([self._step(chunk, every_position=True) for chunk in chunks])
+        self.stats.decode_tokens += len(tokens)
+        self.stats.decode_s += time.perf_counter() - start
+        return logits
+
     def score_chunks(self, ids: Sequence[int]) -> Iterator[Logits]:
         """Logits of every position from a reset state, (<= scored_at_once, V) at a time."""
         chunks = self._chunks(ids, scored_at_once(self.manifest))
@@ -138,11 +223,99 @@ class BaseRuntime(ABC):
     def reset(self) -> None:
         """Forget everything; the next token is at position 0."""
         self._clear()
-        self._position = 0
+        self._position = self._written = 0
+        del self._kept[:]
+
+    def rewind(self, count: int) -> None:
+        """Take back the last `count` tokens.
+
+        Free as long as the cache holds every key that is needed from there on; else what remains is fed again.
+
+        Raises:
+            InputError: fewer than none, more than were fed, or more than are remembered.
+        """
+        target = self._position - count
+        if count < 0 or target < 0:
+            raise InputError(f"cannot rewind {count} tokens: {self._position} were fed; give 0 to {self._position}")
+        first = self._position - len(self._kept)
+        if count and not self._holds(target) and 0 < first > target - self.reach:
+            most = self._position - self.reach - first
+            raise InputError(f"cannot rewind {count} tokens: the last {most} are remembered; reset, and feed the text")
+        del self._kept[len(self._kept) - count :]
+        self._position = target
+        if not count or self._holds(target):
+            return
+        ids, self._kept = self._kept, array("i")
+        self._feed_again(ids, target - len(ids))
+
+    def align(self, ids: Sequence[int]) -> int:
+        """Rewind to the longest beginning of `ids` that was fed, its last token excepted; return its length."""
+        first = self._position - len(self._kept)
+        same = first
+        for ours, wanted in zip(self._kept, ids[first:-1], strict=False):
+            if ours != wanted:
+                break
+            same += 1
+        # without the ids before `first` only those count that the cache depends on
+        if first and (len(ids) <= first or same - first < self.reach):
+            same = 0
+        if same:
+            self.rewind(self._position - same)
+        elif self._position:
+            self.reset()
+        return same
+
+    def snapshot(self) -> State:
+        """A copy of the state; as large as what the cache holds."""
+        rows = {name: buffer[..., : self._written, :].copy() for name, buffer in self._buffers().items()}
+        return State(self._identity(), self._position, self._written, np.array(self._kept, np.int32), rows)
+
+    def restore(self, state: State) -> None:
+        """Go on from a state.
+
+        Raises:
+            InputError: it is another bundle's or backend's, or damaged; this runtime is then as it was.
+        """
+        buffers = self._buffers()
+        state.check(self._identity(), {name: buffer[..., : state.written, :] for name, buffer in buffers.items()})
+        tokens = self._chunks(state.ids.tolist(), len(state.ids)) if len(state.ids) else []
+        self.reset()
+        if not buffers and tokens:
+            self._feed_again(array("i", tokens[0].tolist()), state.position - len(state.ids))
+            return
+        for name, buffer in buffers.items():
+            buffer[..., : state.written, :] = state.rows[name]
+        self._kept = array("i", state.ids.tolist())
+        self._position, self._written = state.position, state.written
+
+    def _identity(self) -> str:
+        """What a state depends on, as a hash: this backend, and every byte of the bundle."""
+        files = {name: entry.sha256 for name, entry in self.manifest.files.items()}
+        said = json.dumps([type(self).__name__, self.manifest.config, asdict(self.cache), files], sort_keys=True)
+        return hashlib.sha256(said.encode()).hexdigest()
+
+    def _feed_again(self, ids: Sequence[int], start: int) -> None:
+        """Write the cache anew with ids that begin at position `start`."""
+        self._clear()
+        self._position = self._written = start
+        self.stats.refed_tokens += len(ids)
+        size = self._at_once
+        for at in range(0, len(ids), size):
+            self._step(np.array(ids[at : at + size], np.int64), every_position=False)
 
     def _step(self, chunk: NDArray[np.int64], *, every_position: bool) -> Logits:
-        logits = self._forward(chunk, every_position=every_position)
+        done = False
+        try:
+            logits = self._forward(chunk, every_position=every_position)
+            done = True
+        finally:
+            if not done:  # interrupted: nobody knows what the cache holds
+                self.reset()
         self._position += len(chunk)
+        self._written = max(self._written, self._position)
+        self._kept.extend(chunk.tolist())
+        if len(self._kept) > 2 * self._most_kept:
+            del self._kept[: -self._most_kept]
         return logits
 
     def _chunks(self, ids: Sequence[int], size: int) -> list[NDArray[np.int64]]:

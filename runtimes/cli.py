@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from gemma_edge.runtimes.sampling import SamplingParams
     from gemma_edge.runtimes.session import Session
 
-CHAT_HELP = "/reset starts over, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
+CHAT_HELP = "/undo takes the last turn back, /reset starts over, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,15 @@ class AnswerStats:
 @click.option("--min-p", type=float, default=0.0, show_default=True, help="Keep those above p x the most likely.")
 @click.option("--repetition-penalty", type=float, default=1.0, show_default=True, help="Above 1 avoids repeats.")
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
+@click.option(
+    "--save-prefix", type=click.Path(path_type=Path), metavar="FILE", help="Feed the prompt, save that state, and stop."
+)
+@click.option(
+    "--load-prefix",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Go on from a saved prefix; nothing fed again.",
+)
 @click.option("--threads", type=int, help="Default: the bundle's target's, at most what this machine has.")
 @click.option(
     "--strict", is_flag=True, help="Refuse what exceeds the context, instead of forgetting the oldest tokens."
@@ -80,23 +89,36 @@ class AnswerStats:
 @click.option("--stats", is_flag=True, help="Speed and memory on stderr, after each answer.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object (text, ids, stats) per answer, not streamed.")
 @click.version_option(package_name="gemma-edge")
-def main(bundle: Path, prompt: str | None, chat: bool, threads: int | None, **choices: Any) -> None:
+def main(
+    bundle: Path,
+    prompt: str | None,
+    chat: bool,
+    threads: int | None,
+    save_prefix: Path | None,
+    load_prefix: Path | None,
+    **choices: Any,
+) -> None:
     """Run the BUNDLE made by gemma-export: continue a text, or chat.
 
     --prompt is continued as it stands, also by an instruction-tuned model; --chat puts it in the model's own chat format.
     Only the answer goes to stdout. A bundle without tokenizer takes and prints token ids: --prompt 2,15,7.
     """
     options = _options(choices)
-    if prompt == "-" or (prompt is None and not chat):
+    if prompt == "-" or (prompt is None and (save_prefix or not chat)):
         prompt = _read_stdin(asked=prompt == "-")
     from gemma_edge.runtimes.base import open_runtime
+    from gemma_edge.runtimes.prefix import load, save
 
     runtime = open_runtime(bundle, threads=threads)
-    if chat:
-        _chat(runtime, prompt, options)
+    prefix = load(runtime, load_prefix) if load_prefix else ""
+    if save_prefix:
+        assert prompt is not None
+        save(runtime, prefix + prompt, save_prefix, chat=chat)
+    elif chat:
+        _chat(runtime, prompt, options, prefix)
     else:
         assert prompt is not None
-        _complete(runtime, prompt, options)
+        _complete(runtime, prefix + prompt, options)
 
 
 def _options(choices: dict[str, Any]) -> Options:
@@ -124,17 +146,19 @@ def _complete(runtime: Runtime, prompt: str, options: Options) -> None:
     """Continue a text, or token ids."""
     from gemma_edge.runtimes.generate import generate, note_tokens
     from gemma_edge.runtimes.sampling import Sampler
-    from gemma_edge.runtimes.tokenizer import Tokenizer
+    from gemma_edge.runtimes.tokenizer import Tokenizer, parse_ids
 
     tokenizer = Tokenizer(runtime.bundle, runtime.manifest) if runtime.manifest.tokenizer else None
     if tokenizer is None:
         click.echo("note: this bundle has no tokenizer: prompt and answer are token ids", err=True)
-    ids = tokenizer.encode(prompt) if tokenizer else _parse_ids(prompt)
+    ids = tokenizer.encode(prompt) if tokenizer else parse_ids(prompt)
     stop_ids = tokenizer.stop_ids if tokenizer else frozenset(runtime.manifest.config["eos_token_id"])
+    sampler, known = Sampler(options.params), runtime.align(ids)
+    sampler.observe(ids[:known])
     tokens = generate(
         runtime,
-        ids,
-        Sampler(options.params),
+        ids[known:],
+        sampler,
         max_tokens=options.max_tokens,
         stop_ids=stop_ids,
         strict=options.strict,
@@ -146,19 +170,12 @@ def _complete(runtime: Runtime, prompt: str, options: Options) -> None:
     _show(runtime, tokenizer.stream(noted) if tokenizer else _ids_as_text(noted), lambda: answer_ids, options)
 
 
-def _parse_ids(prompt: str) -> list[int]:
-    try:
-        return [int(part) for part in prompt.replace(",", " ").split()]
-    except ValueError:
-        raise InputError(f"prompt {prompt[:40]!r} is no list of token ids; give ids such as 2,15,7") from None
-
-
 def _ids_as_text(tokens: Iterator[int]) -> Iterator[str]:
     for index, token in enumerate(tokens):
         yield f",{token}" if index else str(token)
 
 
-def _chat(runtime: Runtime, prompt: str | None, options: Options) -> None:
+def _chat(runtime: Runtime, prompt: str | None, options: Options, prefix: str) -> None:
     """One turn, or a conversation until the input ends."""
     from gemma_edge.runtimes.chat import ChatTemplate
     from gemma_edge.runtimes.session import Session
@@ -166,7 +183,7 @@ def _chat(runtime: Runtime, prompt: str | None, options: Options) -> None:
 
     tokenizer = Tokenizer(runtime.bundle, runtime.manifest)
     template = ChatTemplate.from_bundle(runtime.bundle)
-    session = Session(runtime, tokenizer, template, options.params, strict=options.strict)
+    session = Session(runtime, tokenizer, template, options.params, strict=options.strict, prefix=prefix)
     if prompt is not None:
         _turn(session, prompt, options)
         return
@@ -179,6 +196,9 @@ def _chat(runtime: Runtime, prompt: str | None, options: Options) -> None:
         if text == "/reset":
             session.reset()
             click.echo("note: a new conversation", err=True)
+        elif text == "/undo":
+            session.rewind(1)
+            click.echo("note: the last turn is taken back", err=True)
         elif text:
             with _stop_on_interrupt() as stop:
                 _turn(session, text, options, stop)

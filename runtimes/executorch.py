@@ -10,7 +10,6 @@ import contextlib
 import importlib
 import logging
 import os
-from array import array
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 
 from gemma_edge.errors import InputError
 from gemma_edge.export.bundle import Manifest, confined
-from gemma_edge.runtimes.base import BaseRuntime, Logits, refuse_older, thread_count
+from gemma_edge.runtimes.base import BaseRuntime, Buffers, Logits, refuse_older, thread_count
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +32,7 @@ class ExecuTorchRuntime(BaseRuntime):
 
     The program has one method that generates and one that gives logits at every position. Each packs the weights for itself and
     has caches of its own, so only one is loaded at a time: the first `score` closes the other, and the next `prefill` or `decode`
-    the other way round. What was fed since the reset is then fed again, so that nothing is forgotten.
+    the other way round. The caches are carried over, so that nothing is forgotten.
     """
 
     def __init__(self, bundle: Path, manifest: Manifest, *, threads: int | None) -> None:
@@ -58,24 +57,36 @@ class ExecuTorchRuntime(BaseRuntime):
             self._library._unsafe_reset_threadpool(self.threads)
         self._role = ""
         self._method: Any = None
-        self._fed = array("q")  # tokens since the reset
+        self._scores_only = False
         self._open("generate")
 
     def _forward(self, ids: NDArray[np.int64], *, every_position: bool) -> Logits:
         """See BaseRuntime; the logits belong to the caller."""
-        self._open("score" if every_position else "generate")
+        self._open("score" if every_position or self._scores_only else "generate")
         logits = self._run(ids, self.position)
-        self._fed.extend(ids.tolist())
-        return logits
+        return logits if every_position else logits[-1:]
 
     def _clear(self) -> None:
-        """Forget what was fed; at position 0 every slot of the cache that was written before is masked."""
-        self._fed = array("q")
+        """Nothing to do: at position 0 every slot of the cache that was written before is masked."""
+
+    def _buffers(self) -> Buffers:
+        """See BaseRuntime; of the method that is loaded."""
+        found: Buffers = {}
+        for name in (f"{kind}_{index}" for index in range(len(self.cache.layers)) for kind in ("key", "value")):
+            buffer = self._method.get_attribute(name)  # (K, S, 1, D), the program's own memory
+            found[name] = buffer.view(self.cache.kv_heads, -1, self.cache.head_dim).numpy()  # (K, S, D)
+        return found
+
+    def prepare_decode_many(self) -> None:
+        """From now on the method with logits at every position does everything: a prompt costs the head at each of its tokens."""
+        self._scores_only = True
+        self._open("score")
 
     def _open(self, role: str) -> None:
         """Load the method of that role, after closing the other one."""
         if role == self._role:
             return
+        carried = self.snapshot().rows if self._role else {}
         self._method, self._role = None, ""
         log.info("loading %s of %s with %d threads", role, self._path, self.threads)
         try:
@@ -88,9 +99,8 @@ class ExecuTorchRuntime(BaseRuntime):
             ) from None
         self._check_contract(method.method_meta())
         self._method, self._role = method, role
-        chunk = self.manifest.cache.prefill_chunk
-        for start in range(0, len(self._fed), chunk):
-            self._run(np.array(self._fed[start : start + chunk], np.int64), start)
+        for name, rows in carried.items():
+            self._buffers()[name][..., : self._written, :] = rows
 
     def _run(self, ids: NDArray[np.int64], position: int) -> Logits:
         """One chunk through the loaded method."""
@@ -111,6 +121,8 @@ class ExecuTorchRuntime(BaseRuntime):
         wanted = [(1, chunk), (1,)]
         if found != wanted:
             raise InputError(f"{self._path} takes {found}, the manifest says {wanted}; export the bundle again")
+        if not meta.num_attributes():
+            raise InputError(f"{self._path} does not name its caches; export the bundle again")
         (*_, size) = meta.output_tensor_meta(0).sizes()
         if size != vocab_size:
             raise InputError(

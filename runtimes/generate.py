@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 
 from gemma_edge.errors import InputError
 from gemma_edge.runtimes.base import Runtime
 from gemma_edge.runtimes.sampling import Sampler
+
+STOP, LENGTH, CANCELLED = "stop", "length", "cancelled"
+PIECE = 4  # chunks of a prompt between two looks at `cancelled`: a backend may take long texts better whole
+
+
+@dataclass
+class Usage:
+    """What one answer took; complete when its last token has come."""
+
+    prompt_tokens: int = 0  # of the whole prompt
+    cached_tokens: int = 0  # of these, what the cache held already
+    new_tokens: int = 0  # the stop token not counted
+    finish: str = ""  # why it ended: STOP, LENGTH or CANCELLED; empty before
+
+
+def never() -> bool:
+    """No cancelling."""
+    return False
 
 
 def generate(
@@ -17,6 +36,8 @@ def generate(
     max_tokens: int,
     stop_ids: Collection[int],
     strict: bool = False,
+    usage: Usage | None = None,
+    cancelled: Callable[[], bool] = never,
 ) -> Iterator[int]:
     """Append `ids` to what the runtime has seen and yield the tokens that follow.
 
@@ -30,6 +51,8 @@ def generate(
         max_tokens: most tokens to yield.
         stop_ids: tokens that end the text.
         strict: refuse what would not fit in the context, instead of forgetting the oldest tokens.
+        usage: is filled in.
+        cancelled: asked before each PIECE chunks of the prompt and each token; True ends the text there.
 
     Raises:
         InputError: at once, before a token is fed: `max_tokens` below 1, no ids, or more than fits with `strict`.
@@ -38,30 +61,48 @@ def generate(
         raise InputError(f"max_tokens {max_tokens} is below 1")
     if not ids:
         raise InputError("no token to feed: give at least one token id")
-    context = runtime.manifest.cache.context
+    context = runtime.cache.context
     if strict and runtime.position + len(ids) + max_tokens > context:
         before = f"{runtime.position} tokens of conversation, " if runtime.position else ""
         raise InputError(
             f"{before}a prompt of {len(ids)} tokens and {max_tokens} new ones exceed the bundle's context of {context};"
             " shorten the prompt, lower --max-tokens, or drop --strict to let the oldest tokens fall out"
         )
-    return _tokens(runtime, ids, sampler, max_tokens, frozenset(stop_ids))
+    return _tokens(runtime, ids, sampler, max_tokens, frozenset(stop_ids), usage or Usage(), cancelled)
 
 
 def _tokens(
-    runtime: Runtime, ids: Sequence[int], sampler: Sampler, max_tokens: int, stop_ids: frozenset[int]
+    runtime: Runtime,
+    ids: Sequence[int],
+    sampler: Sampler,
+    max_tokens: int,
+    stop_ids: frozenset[int],
+    usage: Usage,
+    cancelled: Callable[[], bool],
 ) -> Iterator[int]:
+    usage.cached_tokens = runtime.position
+    usage.prompt_tokens = runtime.position + len(ids)
+    usage.finish = CANCELLED
     sampler.observe(ids)
-    logits = runtime.prefill(ids)
-    for left in range(max_tokens, 0, -1):
+    size = PIECE * runtime.cache.prefill_chunk
+    for start in range(0, len(ids), size):
+        if cancelled():
+            return
+        logits = runtime.prefill(ids[start : start + size])
+    while not cancelled():
         token = sampler.sample(logits)
         if token in stop_ids:
+            usage.finish = STOP
             return
         sampler.observe([token])
+        usage.new_tokens += 1
+        # told before the token is: a consumer may stop there
+        usage.finish = LENGTH if usage.new_tokens == max_tokens else CANCELLED
         yield token
         # the last one would be computed for nothing
-        if left > 1:
-            logits = runtime.decode(token)
+        if usage.new_tokens == max_tokens:
+            return
+        logits = runtime.decode(token)
 
 
 def note_tokens(tokens: Iterator[int], ids: list[int]) -> Iterator[int]:

@@ -2,6 +2,7 @@
 
 The graphs are export/onnx's; their contract is in docs/bundle-format.md. The window slides inside GroupQueryAttention,
 which reads only rows it has written, so positions never end and a reset leaves the buffers as they are.
+How it slides decides what can be taken back: see `_holds`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # type: i
 
 from gemma_edge.errors import InputError
 from gemma_edge.export.bundle import Manifest, confined
-from gemma_edge.runtimes.base import BaseRuntime, Logits, refuse_older, thread_count
+from gemma_edge.runtimes.base import BaseRuntime, Buffers, Logits, refuse_older, thread_count
 
 log = logging.getLogger(__name__)
 
@@ -71,14 +72,13 @@ class OnnxRuntime(BaseRuntime):
         super().__init__(bundle, manifest)
         refuse_older("onnxruntime", ort.__version__, OLDEST_ONNXRUNTIME)
         self.threads = thread_count(threads, manifest)
-        cache = manifest.cache
-        self._cache = {
-            f"{index}.{kind}": ort.OrtValue.ortvalue_from_numpy(
-                _lazy_zeros((1, cache.kv_heads, layer.slots, cache.head_dim), np.dtype(cache.dtype))
-            )
+        cache = self.cache
+        self._rows = {
+            f"{index}.{kind}": _lazy_zeros((1, cache.kv_heads, layer.slots, cache.head_dim), np.dtype(cache.dtype))
             for index, layer in enumerate(cache.layers)
             for kind in ("key", "value")
         }
+        self._cache = {name: ort.OrtValue.ortvalue_from_numpy(rows) for name, rows in self._rows.items()}
         self._input_pos = np.zeros(1, np.int64)
         self._token = np.zeros((1, 1), np.int64)
         self._logits: Logits = np.zeros((1, 1, int(manifest.config["vocab_size"])), np.float32)
@@ -88,10 +88,14 @@ class OnnxRuntime(BaseRuntime):
             "logits": ort.OrtValue.ortvalue_from_numpy(self._logits),
         }
         self._loaded: _Loaded | None = None
+        self._scores_only = False
         self._open("generate")
 
     def _forward(self, ids: NDArray[np.int64], *, every_position: bool) -> Logits:
         """See BaseRuntime; the logits belong to the caller."""
+        if self._scores_only and not every_position and len(ids) > 1:
+            return self._forward(ids, every_position=True)[-1:].copy()
+        every_position = every_position or self._scores_only
         loaded = self._open("score" if every_position else "generate")
         binding = loaded.binding
         self._input_pos[0] = self.position
@@ -114,6 +118,28 @@ class OnnxRuntime(BaseRuntime):
 
     def _clear(self) -> None:
         """Nothing to do: at position 0 no row of the cache is read before it is written."""
+
+    def _holds(self, position: int) -> bool:
+        """See BaseRuntime. The window is contiguous and moved down in steps, depending only on the highest position written.
+
+        A layer of C slots and window W drops G = C - W + 1 rows at a time: ceil(max(T - C, 0) / G) times after T tokens. With as
+        many drops at both positions every row is where it was; else rows are lost, and others would be read in their place.
+        """
+        for layer in self.cache.layers:
+            step = layer.slots - layer.window + 1
+            drops = {-(-max(0, total - layer.slots) // step) for total in (position, self._written)}
+            if len(drops) > 1:
+                return False
+        return True
+
+    def _buffers(self) -> Buffers:
+        """See BaseRuntime."""
+        return dict(self._rows)
+
+    def prepare_decode_many(self) -> None:
+        """From now on the graph with logits at every position does everything: a prompt costs the head at each of its tokens."""
+        self._scores_only = True
+        self._open("score")
 
     def _open(self, role: str) -> _Loaded:
         """The graph of that role, after closing the other one."""

@@ -32,6 +32,18 @@ def open_tokenizer(path: Path, way_out: str) -> tokenizers.Tokenizer:
     return tokenizer
 
 
+def parse_ids(text: str) -> list[int]:
+    """Token ids written out, as a token-level bundle takes them: 2,15,7.
+
+    Raises:
+        InputError: something else.
+    """
+    try:
+        return [int(part) for part in text.replace(",", " ").split()]
+    except ValueError:
+        raise InputError(f"prompt {text[:40]!r} is no list of token ids; give ids such as 2,15,7") from None
+
+
 class Tokenizer:
     """The bundle's tokenizer."""
 

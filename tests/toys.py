@@ -63,9 +63,13 @@ class ToyRuntime(BaseRuntime):
         self.chunks: list[int] = []  # lengths of all forward calls
         self.resets = 0
 
+    def _holds(self, position: int) -> bool:
+        return True
+
     def _forward(self, ids: NDArray[np.int64], *, every_position: bool) -> Logits:
         rows = []
-        assert self.position == len(self.fed)
+        assert self.position <= len(self.fed)
+        del self.fed[self.position :]  # taken back
         self.chunks.append(len(ids))
         for token in ids.tolist():
             self.fed.append(token)
@@ -108,10 +112,15 @@ def toy_logits(ids: list[int]) -> Logits:
     return logits
 
 
-def toy_graph(role: str) -> onnx.ModelProto:
+def toy_graph(role: str, dtype: str = "float32") -> onnx.ModelProto:
     """The `generate` or `score` graph of the toy, under the bundle's contract."""
     node = helper.make_node
     cache = toy_manifest().cache
+    int8 = dtype == "int8"
+    element = TensorProto.INT8 if int8 else TensorProto.FLOAT
+    quantized: dict[str, Any] = (
+        {"k_quant_type": "PER_TENSOR", "v_quant_type": "PER_TENSOR", "kv_cache_bit_width": 8} if int8 else {}
+    )
     past, present, nodes = [], [], []
     weights = toy_weights()
     nodes += [
@@ -125,21 +134,23 @@ def toy_graph(role: str) -> onnx.ModelProto:
     for layer, geometry in enumerate(cache.layers):
         shape = [1, cache.kv_heads, geometry.slots, cache.head_dim]
         for kind in ("key", "value"):
-            past.append(helper.make_tensor_value_info(f"past_key_values.{layer}.{kind}", TensorProto.FLOAT, shape))
-            present.append(helper.make_tensor_value_info(f"present.{layer}.{kind}", TensorProto.FLOAT, shape))
+            past.append(helper.make_tensor_value_info(f"past_key_values.{layer}.{kind}", element, shape))
+            present.append(helper.make_tensor_value_info(f"present.{layer}.{kind}", element, shape))
         nodes += [node("MatMul", [f"x{layer}", f"{n}{layer}"], [f"_{n}{layer}"]) for n in "qkv"]
         nodes.append(
             node(
                 "GroupQueryAttention",
                 [f"_{n}{layer}" for n in "qkv"]
                 + [f"past_key_values.{layer}.{kind}" for kind in ("key", "value")]
-                + ["last", "total32"],
+                + ["last", "total32"]
+                + ([*[""] * 5, "kv_scale", "kv_scale"] if int8 else []),
                 [f"a{layer}", f"present.{layer}.key", f"present.{layer}.value"],
                 domain="com.microsoft",
                 num_heads=HEADS,
                 kv_num_heads=HEADS,
                 local_window_size=geometry.window,
                 sliding_window_cache=1,
+                **quantized,
             )
         )
         nodes.append(node("Add", [f"x{layer}", f"a{layer}"], [f"x{layer + 1}"]))
@@ -149,6 +160,8 @@ def toy_graph(role: str) -> onnx.ModelProto:
         final = "cut"
     nodes += [node("Transpose", ["table"], ["head"]), node("MatMul", [final, "head"], ["logits"])]
     constants: dict[str, NDArray[Any]] = {"one": np.array([1], np.int32), "minus_one": np.array([-1], np.int64)}
+    if int8:
+        constants["kv_scale"] = np.array([0.03], np.float32)
     tokens = "tokens" if role == "score" else 1
     graph = helper.make_graph(
         nodes,
@@ -166,11 +179,12 @@ def toy_graph(role: str) -> onnx.ModelProto:
     )
 
 
-def write_toy_bundle(folder: Path, *, tokenizer: bool = True, **changes: Any) -> Path:
+def write_toy_bundle(folder: Path, *, tokenizer: bool = True, dtype: str = "float32", **changes: Any) -> Path:
     """A bundle that `gemma-run` takes, without torch and an export; its text is nonsense."""
     folder.mkdir(parents=True)
+    changes = {"cache": replace(toy_manifest().cache, dtype=dtype), **changes}
     for role in ("generate", "score"):
-        (folder / f"{role}.onnx").write_bytes(toy_graph(role).SerializeToString())
+        (folder / f"{role}.onnx").write_bytes(toy_graph(role, dtype).SerializeToString())
     if tokenizer:
         for name in TOKENIZER_FILES:
             shutil.copy(DEMO / name, folder)

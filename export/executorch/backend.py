@@ -73,6 +73,7 @@ def compose(checkpoint: QuantizedCheckpoint, geometry: CacheGeometry) -> Executo
     return edge.to_executorch(
         ExecutorchBackendConfig(
             extract_delegate_segments=True,
+            emit_mutable_buffer_names=True,
             memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
             sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
         )

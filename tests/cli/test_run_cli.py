@@ -291,3 +291,40 @@ def failing(error: Exception, in_group: bool) -> tuple[click.Command, list[str]]
 
     command = Command("fail", callback=body)
     return (Group("group", commands=[command]), ["fail"]) if in_group else (command, [])
+
+
+@pytest.mark.parametrize("mode", [(), ("--chat",)], ids=["completion", "chat"])
+def test_a_saved_prefix_is_not_fed_again_and_changes_nothing(
+    mode: tuple[str, ...], bundle: Path, tmp_path: Path
+) -> None:
+    file, prefix, question = str(tmp_path / "prefix"), "It is a truth universally acknowledged, that ", "a single man"
+    whole = json.loads(run_ok(bundle, *mode, "-p", prefix + question, "-n", "9", "--json").stdout)
+    assert run_ok(bundle, *mode, "-p", prefix, "--save-prefix", file).stdout == ""
+    rest = json.loads(run_ok(bundle, *mode, "-p", question, "-n", "9", "--json", "--load-prefix", file).stdout)
+    assert (rest["text"], rest["ids"]) == (whole["text"], whole["ids"])
+    assert rest["stats"]["prompt_tokens"] < whole["stats"]["prompt_tokens"] - 8
+
+
+def test_a_prefix_of_a_token_bundle_is_ids(token_bundle: Path, tmp_path: Path) -> None:
+    file = str(tmp_path / "prefix")
+    run_ok(token_bundle, "-p", "2,15,7", "--save-prefix", file)
+    rest = run_ok(token_bundle, "-p", "9,11", "-n", "9", "--load-prefix", file).stdout
+    assert rest == run_ok(token_bundle, "-p", "2,15,7,9,11", "-n", "9").stdout
+
+
+def test_a_prefix_that_cannot_be_used_is_one_line(bundle: Path, token_bundle: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prefix"
+    assert f"{file} is no file" in error_of(run(bundle, "-p", "a", "--load-prefix", str(file)))
+    run_ok(token_bundle, "-p", "2,15,7", "--save-prefix", str(file))
+    assert "another bundle" in error_of(run(bundle, "-p", "a", "--load-prefix", str(file)))
+    file.write_bytes(b"nonsense")
+    assert "is damaged" in error_of(run(bundle, "-p", "a", "--load-prefix", str(file)))
+    assert "cannot write" in error_of(run(bundle, "-p", "a", "--save-prefix", str(tmp_path / "no" / "file")))
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_turn_is_taken_back_in_a_chat(bundle: Path) -> None:
+    turns = run_ok(bundle, "--chat", "-n", "9", "--json", stdin="Hello.\nWho?\n/undo\nWho?\n").stdout.splitlines()
+    texts = [json.loads(line)["text"] for line in turns]
+    assert texts[1] == texts[2]
+    assert "cannot take back" in run(bundle, "--chat", stdin="/undo\nHello.\n").stderr

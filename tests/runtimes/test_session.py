@@ -64,7 +64,7 @@ def test_a_turn_feeds_only_its_own_tokens() -> None:
     fed = runtime.fed[before:]
     # the last token of the cut-off answer, this turn, and the answer without its last token
     assert fed == [unfed, *session.tokenizer.encode(turn, bos=False), *session.answer_ids[:-1]]
-    assert runtime.resets == 1
+    assert runtime.resets == 0
 
 
 def test_the_cache_holds_the_text_of_the_rendered_conversation() -> None:
@@ -84,7 +84,7 @@ def test_blanks_around_an_answer_do_not_cost_a_prefill() -> None:
     answer = say(session, "Hello.")
     assert answer.startswith(" \n") and answer.endswith(" \n")
     say(session, "Again.")
-    assert runtime.resets == 1
+    assert runtime.resets == 0
     assert list(session.ids) == runtime.fed
 
 
@@ -93,17 +93,16 @@ def test_an_empty_answer_is_no_reason_to_start_over() -> None:
     assert say(session, "Hello.") == ""
     assert session.answer_ids == ()
     say(session, "Again.")
-    assert runtime.resets == 1
+    assert runtime.resets == 0
     first = session.template.render([{"role": "user", "content": "Hello."}])
     assert session.tokenizer.decode(runtime.fed).startswith(first.removeprefix("<bos>") + "<end_of_turn>\n")
 
 
-def test_an_answer_that_the_template_changes_is_fed_again() -> None:
+def test_an_answer_that_the_template_changes_is_taken_back_and_fed_as_it_is_then() -> None:
     shouting = ChatTemplate("{% for m in messages %}{{ m['content'] | upper }}<end_of_turn>{% endfor %}", {})
     session, runtime = make_session(template=shouting)
     say(session, "Hello.")
     say(session, "Again.")
-    assert runtime.resets == 2
     assert list(session.ids) == runtime.fed
     answer = session.messages[1]["content"].upper()
     assert session.tokenizer.decode(runtime.fed).startswith(f"HELLO.<end_of_turn>{answer}<end_of_turn>AGAIN.")
@@ -115,7 +114,7 @@ def test_a_template_that_trims_nothing_gets_no_blank_twice() -> None:
     session, runtime = make_session(ScriptedRuntime([*blank, 1003, *blank, END_OF_TURN]), template=plain)
     say(session, "Hello.")
     say(session, "Again.")
-    assert runtime.resets == 1
+    assert runtime.resets == 0
     text = session.template.render(session.messages).removesuffix("<end_of_turn>")
     assert session.tokenizer.decode(runtime.fed) == text
 
@@ -126,7 +125,7 @@ def test_an_answer_can_be_stopped_and_the_chat_goes_on() -> None:
     text = "".join(islice(answer, 3))
     say(session, "Go on.")
     assert session.messages[1] == {"role": "assistant", "content": text}
-    assert runtime.resets == 1
+    assert runtime.resets == 0
     assert list(session.ids) == runtime.fed
 
 
@@ -161,7 +160,7 @@ def test_a_conversation_longer_than_the_context_goes_on() -> None:
     for question in QUESTIONS * 3:
         say(session, question)
     assert runtime.position > 10 * runtime.manifest.cache.context
-    assert runtime.resets == 1
+    assert runtime.resets == 0
 
 
 def test_strict_refuses_a_turn_and_leaves_the_conversation_as_it_was() -> None:
@@ -175,7 +174,7 @@ def test_strict_refuses_a_turn_and_leaves_the_conversation_as_it_was() -> None:
     assert (session.messages, session.ids) == (messages, ids)
     say(session, "Short.")
     assert list(session.ids) == runtime.fed
-    assert runtime.resets == 1
+    assert runtime.resets == 0
 
 
 def test_a_turn_lost_to_an_interrupt_is_forgotten_and_the_cache_rebuilt() -> None:
