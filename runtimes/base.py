@@ -98,6 +98,9 @@ class Runtime(Protocol):
     def rewind(self, count: int) -> None:
         """Take back the last `count` tokens: what follows is as if they had never been fed."""
 
+    def spare(self, most: int) -> int:
+        """How many tokens, at most `most`, can be fed after the next one and be taken back for free."""
+
     def align(self, ids: Sequence[int]) -> int:
         """Rewind to the longest beginning of `ids` that was fed, its last token excepted; return its length."""
 
@@ -143,12 +146,12 @@ class BaseRuntime(ABC):
     def _clear(self) -> None:
         """Let the cache be written from any position on. What is left in it must be finite, and unseen at position 0."""
 
-    def _holds(self, position: int) -> bool:
-        """Whether the cache, written up to `self._written`, still has every key that a text needs which goes on at `position`.
+    def _holds(self, position: int, written: int) -> bool:
+        """Whether a cache that was written up to `written` still has every key that a text needs which goes on at `position`.
 
         This is a ring's answer: position p in slot p mod slots, a slot's position computed from the last one written.
         """
-        return all(max(0, position - layer.window + 1) >= self._written - layer.slots for layer in self.cache.layers)
+        return all(max(0, position - layer.window + 1) >= written - layer.slots for layer in self.cache.layers)
 
     def _buffers(self) -> Buffers:
         """The cache itself, not a copy: arrays (..., slots, head_dim), of which at most the first `_written` rows are in use.
@@ -238,15 +241,23 @@ class BaseRuntime(ABC):
         if count < 0 or target < 0:
             raise InputError(f"cannot rewind {count} tokens: {self._position} were fed; give 0 to {self._position}")
         first = self._position - len(self._kept)
-        if count and not self._holds(target) and 0 < first > target - self.reach:
+        if count and not self._holds(target, self._written) and 0 < first > target - self.reach:
             most = self._position - self.reach - first
             raise InputError(f"cannot rewind {count} tokens: the last {most} are remembered; reset, and feed the text")
         del self._kept[len(self._kept) - count :]
         self._position = target
-        if not count or self._holds(target):
+        if not count or self._holds(target, self._written):
             return
         ids, self._kept = self._kept, array("i")
         self._feed_again(ids, target - len(ids))
+
+    def spare(self, most: int) -> int:
+        """See `Runtime`."""
+        start = self._position + 1
+        count = 0
+        while count < most and self._holds(start, max(self._written, start + count + 1)):
+            count += 1
+        return count
 
     def align(self, ids: Sequence[int]) -> int:
         """Rewind to the longest beginning of `ids` that was fed, its last token excepted; return its length."""

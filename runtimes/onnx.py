@@ -119,7 +119,7 @@ class OnnxRuntime(BaseRuntime):
     def _clear(self) -> None:
         """Nothing to do: at position 0 no row of the cache is read before it is written."""
 
-    def _holds(self, position: int) -> bool:
+    def _holds(self, position: int, written: int) -> bool:
         """See BaseRuntime. The window is contiguous and moved down in steps, depending only on the highest position written.
 
         A layer of C slots and window W drops G = C - W + 1 rows at a time: ceil(max(T - C, 0) / G) times after T tokens. With as
@@ -127,7 +127,7 @@ class OnnxRuntime(BaseRuntime):
         """
         for layer in self.cache.layers:
             step = layer.slots - layer.window + 1
-            drops = {-(-max(0, total - layer.slots) // step) for total in (position, self._written)}
+            drops = {-(-max(0, total - layer.slots) // step) for total in (position, written)}
             if len(drops) > 1:
                 return False
         return True

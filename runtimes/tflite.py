@@ -147,6 +147,10 @@ class TFLiteRuntime(BaseRuntime):
         logits: Logits = flat.reshape(signature.tokens, vocab_size)
         return logits
 
+    def _holds(self, position: int, written: int) -> bool:
+        """See BaseRuntime. The padding of the last call was written too, over keys that only a rewind would need."""
+        return position == written or super()._holds(position, written + self.cache.prefill_chunk - 1)
+
     def _clear(self) -> None:
         """Nothing: position 0 makes the model forget."""
 

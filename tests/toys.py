@@ -63,7 +63,7 @@ class ToyRuntime(BaseRuntime):
         self.chunks: list[int] = []  # lengths of all forward calls
         self.resets = 0
 
-    def _holds(self, position: int) -> bool:
+    def _holds(self, position: int, written: int) -> bool:
         return True
 
     def _forward(self, ids: NDArray[np.int64], *, every_position: bool) -> Logits:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEMO, SHAPES, hf_logits, hf_model, relative_error, write_manifest
+from rewinding import worst_error
 
 pytest.importorskip("ai_edge_litert", reason="ai-edge-litert is not installed: pip install 'gemma-edge[tflite]'")
 
@@ -200,3 +201,9 @@ def test_the_pipeline_makes_a_bundle_that_passes_the_gate(tmp_path: Path) -> Non
     done = pipeline.export(options)
     result = done.manifest.verification["tflite"]
     assert result["passed"] and result["past_wrap"]
+
+
+def test_every_rewind_of_the_ring_is_exact(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    _, runtime = make_bundle(checkpoint(), tmp_path, make_recipe(32), context=16, chunk=6)
+    worst, free, again = worst_error(runtime, some_ids(60, 320), range(0, 50, 3), range(1, 20))
+    assert worst < 1e-3 and free > 50 and again > 50  # logits of a range of 60

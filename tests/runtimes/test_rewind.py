@@ -42,7 +42,7 @@ def test_every_rewind_around_every_boundary_is_exact(runtime: OnnxRuntime) -> No
 
 def test_an_eviction_in_between_would_be_noticed(runtime: OnnxRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
     """The walk above sees what a cache gives that is trusted too far: it is wrong, and nothing says so."""
-    monkeypatch.setattr(OnnxRuntime, "_holds", lambda self, position: True)
+    monkeypatch.setattr(OnnxRuntime, "_holds", lambda self, position, written: True)
     worst, _, _ = worst_error(runtime, IDS, range(8, 20), range(1, 12))
     assert worst > 1
 
