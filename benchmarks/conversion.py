@@ -2,7 +2,7 @@
 
 The 2B shape goes through every tool; ours also with half the layers and with a slice of the 9B shape, to show what the peak
 depends on. Inputs are random-weight folders (synthetic.py), made in WORK if absent; bundles and models stay in WORK for
-speed.py. Nothing here says how good the results are: data-free rounding is used everywhere. Peers: peers.py.
+gemma-bench. Nothing here says how good the results are: data-free rounding is used everywhere. Peers: peers.py.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from functools import partial
 from pathlib import Path
 
 import click
-from measure import Foreign, Usage, describe, machine, run_measured, spread, table, versions, warm, write_json
+from measure import Usage, describe, machine, run_measured, spread, table, versions, warm, write_json
 from peers import GENAI, LLAMA_CPP_PYTHON, Genai, LlamaCpp, how_to_install
 from synthetic import shape_of, write_folder
+
+from gemma_edge.runtimes.machine import Foreign
 
 CONTEXT = 2048
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
@@ -34,7 +36,7 @@ class Job:
     output: Path
     run: Callable[[], Usage]
     missing: str = ""
-    keep: bool = True  # speed.py reads the output
+    keep: bool = True  # gemma-bench reads the output
 
 
 def size_bytes(path: Path) -> int:
@@ -152,7 +154,7 @@ def measure_job(job: Job, result: Result) -> None:
     remove(job.output)
     foreign = Foreign()
     usage = job.run()
-    result.foreign_cores = max(result.foreign_cores, foreign.cores())
+    result.foreign_cores = max(result.foreign_cores, foreign.cores() or 0.0)
     if usage.returncode or not job.output.exists():
         result.failure = f"failed with exit status {usage.returncode}: see {job.source.parent / 'logs'}"
         return

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 import threading
 import time
@@ -20,8 +19,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from gemma_edge.runtimes.machine import describe as describe_machine
+from gemma_edge.runtimes.machine import state
+from gemma_edge.runtimes.memory import memory_mib
+
 SAMPLE_S = 0.1
-FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm", "sve")
 
 
 @dataclass(frozen=True)
@@ -43,17 +45,6 @@ class Usage:
             max(self.peak_rss_mib, later.peak_rss_mib),
             max(self.peak_anon_mib, later.peak_anon_mib),
         )
-
-
-def memory_mib(pid: int | str = "self") -> dict[str, float]:
-    """Resident set of a process and its parts, from /proc; empty when the process has gone."""
-    names = {"VmRSS": "rss", "RssAnon": "anon", "RssFile": "file", "VmHWM": "peak"}
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError):
-        return {}
-    pairs = (line.split(":", 1) for line in lines)
-    return {names[key]: int(value.split()[0]) / 1024 for key, value in pairs if key in names}
 
 
 def _tree(pid: int) -> list[int]:
@@ -105,45 +96,9 @@ def run_measured(command: Sequence[str | Path], *, log: Path, env: Mapping[str, 
     )
 
 
-class Foreign:
-    """How many cores other processes kept busy, and the host took away, while something ran here."""
-
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
-        self.busy = self._busy()
-        self.own = self._own()
-
-    @staticmethod
-    def _busy() -> float:
-        user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
-        return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-
-    @staticmethod
-    def _own() -> float:
-        used = os.times()
-        return used.user + used.system + used.children_user + used.children_system
-
-    def cores(self) -> float:
-        """Cores not ours since the start; call it after the children were waited for."""
-        share = (self._busy() - self.busy - (self._own() - self.own)) / (time.perf_counter() - self.start)
-        return max(0.0, share)
-
-
 def machine() -> dict[str, Any]:
-    """What a reader must know of the machine; nothing that identifies it."""
-    info = Path("/proc/cpuinfo").read_text()
-    fields = dict(line.split(":", 1) for line in reversed(info.splitlines()) if ":" in line)
-    fields = {key.strip(): value.strip() for key, value in fields.items()}
-    present = fields.get("flags", fields.get("Features", "")).split()
-    return {
-        "cpu": fields.get("model name", platform.machine()),
-        "flags": [flag for flag in FLAGS if flag in present],
-        "cores": os.cpu_count(),
-        "ram_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
-        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "date": datetime.now(UTC).date().isoformat(),
-        "load_average": round(os.getloadavg()[0], 2),
-    }
+    """What a reader must know of the machine, and when."""
+    return {**describe_machine(), **state(), "date": datetime.now(UTC).date().isoformat()}
 
 
 def versions(*packages: str) -> dict[str, str]:
