@@ -109,12 +109,24 @@ class QuantizedCheckpoint(Weights):
 
     def quantized(self, weight: str, start: int, stop: int) -> QuantizedTensor:
         """Rows of a quantized matrix, its integers as stored."""
-        config, holder = self.configs[weight], self._holder(weight)
+        config = self.configs[weight]
         assert config is not None, f"{weight} is not quantized"
-        packed = holder.rows(f"{weight}.weight_packed", start, stop)
-        scale = holder.rows(f"{weight}.weight_scale", start, stop).reshape(stop - start, -1)
+        packed = self._holder(weight).rows(f"{weight}.weight_packed", start, stop)
+        codes = unpack(packed, config.bits, self._shapes[weight][1])
+        return QuantizedTensor(codes, self.scale(weight, start, stop), config)
+
+    def scale(self, weight: str, start: int, stop: int) -> Tensor:
+        """The scales alone of rows of a quantized matrix: (rows, groups), in the type in which they are stored."""
+        scale = self._holder(weight).rows(f"{weight}.weight_scale", start, stop).reshape(stop - start, -1)
         finite(scale.float(), f"{weight}.weight_scale", self.folder)
-        return QuantizedTensor(unpack(packed, config.bits, self._shapes[weight][1]), scale, config)
+        return scale
+
+    def packed_bytes(self, weight: str, start: int, stop: int) -> Tensor:
+        """The codes alone, as `packing.pack_bytes` would pack them, but without unpacking: (rows, in * bits / 8) uint8."""
+        config = self.configs[weight]
+        assert config is not None, f"{weight} is not quantized"
+        words = self._holder(weight).rows(f"{weight}.weight_packed", start, stop)
+        return words.contiguous().view(torch.uint8)[:, : self._shapes[weight][1] * config.bits // 8]
 
     def scale_dtype(self, weight: str) -> torch.dtype:
         """Type in which a quantized matrix's scales are stored."""

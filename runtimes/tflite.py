@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from gemma_edge.errors import InputError
 from gemma_edge.export.bundle import Manifest, confined
 from gemma_edge.runtimes.base import BaseRuntime, Logits, refuse_older, thread_count
+from gemma_edge.runtimes.weight_cache import kept_weights
 
 log = logging.getLogger(__name__)
 
@@ -67,18 +68,23 @@ class TFLiteRuntime(BaseRuntime):
         entry = manifest.backends["tflite"]
         self._path = confined(bundle, entry["program"])
         log.info("loading %s with %d threads", self._path, self.threads)
-        options = Options(cpu_options=CpuOptions(num_threads=self.threads))
         self._caches: dict[str, TensorBuffer] = {}  # an input and an output of every signature
         self._roles: dict[str, list[Signature]] = {}
         try:
             with silent():
-                self._model = CompiledModel.from_file(str(self._path), environment=environment(), options=options)
+                self._model = self._load(manifest.files[entry["program"]].sha256)
                 for name, (role, tokens) in entry["signatures"].items():
                     self._roles.setdefault(role, []).append(self._signature(name, tokens))
         except RuntimeError as error:
             raise InputError(
                 f"{self._path} is damaged or no model of this bundle: {_one_line(error)}; export the bundle again"
             ) from None
+
+    def _load(self, digest: str) -> CompiledModel:
+        with kept_weights(digest, f"ai-edge-litert {metadata.version('ai-edge-litert')}") as path:
+            cpu = CpuOptions(num_threads=self.threads, xnnpack_weight_cache_path=path)
+            options = Options(cpu_options=cpu)
+            return CompiledModel.from_file(str(self._path), environment=environment(), options=options)
 
     def _signature(self, name: str, tokens: int) -> Signature:
         model = self._model

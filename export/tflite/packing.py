@@ -16,11 +16,10 @@ from torch import Tensor
 from gemma_edge.errors import InputError
 from gemma_edge.model.checkpoint import row_slices, weight_shapes
 from gemma_edge.model.config import Gemma2Config
-from gemma_edge.quantize.packing import pack_bytes
 from gemma_edge.quantize.recipe import QuantConfig
 from gemma_edge.quantize.store import QuantizedCheckpoint
 
-SIGNS = 0x88  # turns two codes stored plus 8 into two's complement
+SIGNS = {4: 0x88, 8: 0x80}  # by bits: turns codes that are stored plus 2^(bits-1) into two's complement, byte by byte
 
 
 @dataclass(frozen=True)
@@ -95,15 +94,10 @@ def stored_weights(checkpoint: QuantizedCheckpoint) -> dict[str, Stored]:
     found = {}
     for weight, shape in weight_shapes(checkpoint.config).items():
         config = checkpoint.configs[weight]
-        scale = _row_scale(checkpoint, weight, shape) if config is not None and not config.group_size else None
+        per_row = config is not None and not config.group_size
+        scale = checkpoint.scale(weight, 0, shape[0]).float().flatten().numpy() if per_row else None
         found[weight] = Stored(shape, config, f"{weight}.codes", f"{weight}.scale", scale)
     return found
-
-
-def _row_scale(checkpoint: QuantizedCheckpoint, weight: str, shape: tuple[int, int]) -> NDArray[np.float32]:
-    slices = [checkpoint.quantized(weight, start, stop).scale.float() for start, stop in row_slices(shape)]
-    scale: NDArray[np.float32] = torch.cat(slices).flatten().numpy()
-    return scale
 
 
 def packed(checkpoint: QuantizedCheckpoint, weight: str) -> Iterator[tuple[str, int, Tensor]]:
@@ -113,11 +107,9 @@ def packed(checkpoint: QuantizedCheckpoint, weight: str) -> Iterator[tuple[str, 
         if config is None:
             yield "codes", start, _bytes(checkpoint.rows(weight, start, stop))
             continue
-        rows = checkpoint.quantized(weight, start, stop)
-        codes = pack_bytes(rows.codes, 4) ^ SIGNS if config.bits == 4 else _bytes(rows.codes)
-        yield "codes", start, codes
+        yield "codes", start, checkpoint.packed_bytes(weight, start, stop) ^ SIGNS[config.bits]
         if config.group_size:
-            yield "scale", start, _bytes(rows.scale.to(torch.float16))
+            yield "scale", start, _bytes(checkpoint.scale(weight, start, stop).to(torch.float16))
 
 
 def _bytes(values: Tensor) -> Tensor:

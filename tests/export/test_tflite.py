@@ -26,6 +26,7 @@ from gemma_edge.model.kv_cache import RingCache
 from gemma_edge.quantize.recipe import QuantConfig, Recipe, make_recipe
 from gemma_edge.quantize.store import QuantizedCheckpoint, open_weights, write_quantized
 from gemma_edge.runtimes.base import Runtime
+from gemma_edge.user_cache import VARIABLE
 
 CHUNK = 16  # prefill signatures of 16 and 2 tokens; a ring of 8 + 15 slots in local layers
 UNEVEN = [7, 3, 1, 7, 2, *[1] * 12, 5, 6, 30, 9]  # 82 tokens, the 30 in several calls; chunks begin at any slot
@@ -192,6 +193,23 @@ def test_a_damaged_model_is_one_line(
     with pytest.raises(InputError, match="damaged"):
         gemma_edge.load(tmp_path)
     assert capfd.readouterr().err == "", "the library's own line stood before ours"
+
+
+def test_the_second_start_reads_packed_weights(
+    integers: tuple[QuantizedCheckpoint, Runtime], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, runtime = integers
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    first = gemma_edge.load(runtime.bundle)
+    (kept,) = (path for path in tmp_path.rglob("*") if path.is_file())
+    before, expected = (kept.stat().st_ino, kept.stat().st_mtime_ns), first.prefill([5, 6, 7])
+    second = gemma_edge.load(runtime.bundle)
+    assert np.array_equal(second.prefill([5, 6, 7]), expected)
+    assert (kept.stat().st_ino, kept.stat().st_mtime_ns) == before and kept.stat().st_size > 10_000
+    kept.write_bytes(b"x" * 100)  # damaged: it is packed again
+    assert np.array_equal(gemma_edge.load(runtime.bundle).prefill([5, 6, 7]), expected)
+    monkeypatch.setenv(VARIABLE, str(kept))  # a file: no cache
+    assert np.array_equal(gemma_edge.load(runtime.bundle).prefill([5, 6, 7]), expected)
 
 
 def test_the_pipeline_makes_a_bundle_that_passes_the_gate(tmp_path: Path) -> None:
