@@ -46,7 +46,6 @@ class LlamaBench:
         samples = seen.samples + behind.samples
         memory = {
             "loaded_mib": next((mib for at_s, mib in seen.samples if at_s >= loaded_at_s), None),
-            "end_mib": behind.samples[-1][1] if behind.samples else None,
             "peak_mib": max((mib for _, mib in samples), default=None),
             "samples": behind.samples,
         }

@@ -7,6 +7,7 @@ real one goes into the right one. The app is played by a thread of the test: see
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -55,6 +56,23 @@ def missing() -> str:
 def needs_phone() -> None:
     if reason := missing():
         pytest.skip(reason)
+
+
+KOTLIN = ROOT / "android_demo" / "gemma"
+MAVEN = Path.home() / ".m2" / "repository"  # before HOME is another one
+JARS = {  # of the library's pom.xml: property of the version -> jar
+    "kotlin.version": "org/jetbrains/kotlin/kotlin-stdlib/{0}/kotlin-stdlib-{0}.jar",
+    "coroutines.version": "org/jetbrains/kotlinx/kotlinx-coroutines-core-jvm/{0}/kotlinx-coroutines-core-jvm-{0}.jar",
+    "onnxruntime.version": "com/microsoft/onnxruntime/onnxruntime/{0}/onnxruntime-{0}.jar",
+}
+
+
+def kotlin_classpath() -> list[Path]:
+    """The library that is in the app, compiled, and what it needs on a JVM; some may not be there."""
+    pom = (KOTLIN / "pom.xml").read_text(encoding="utf-8")
+    versions = {name: re.search(f"<{name}>(.*?)</{name}>", pom) for name in JARS}
+    jars = (MAVEN / JARS[name].format(version[1]) for name, version in versions.items() if version)
+    return [KOTLIN / "target" / "classes", *jars]
 
 
 class Phone:

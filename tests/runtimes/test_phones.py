@@ -6,7 +6,9 @@ After each failure nothing is left on the phone, and the user has one line.
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +17,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from phones import Adb, Phone, app, missing
+from phones import Adb, Phone, app, kotlin_classpath, missing
 from toys import edit_json, write_toy_bundle
 
 from gemma_edge.export.bundle import MANIFEST, FileEntry, Manifest, sha256
@@ -86,19 +88,55 @@ def answer(phone: Phone, extras: dict[str, str], **changes: Any) -> None:
     partial.rename(file)
 
 
-def test_push_run_pull_report_with_real_numbers(phone: Phone, demo: Export, tmp_path: Path) -> None:
-    """What arrives on the phone is a whole bundle: it is opened and measured there, by the Python runtime in the app's place."""
+Play = Callable[[Phone, dict[str, str]], None]
+NUMBERS = ("threads", "prefill", "decode", "repeat", "warmup")
+
+
+def received(phone: Phone, extras: dict[str, str], folder: Path) -> Path:
+    """The bundle that the phone has; in a copy, because onnxruntime wants paths without /proc in them."""
+    return Path(shutil.copytree(phone.files / extras["bundle"].lstrip("/"), folder / "app", dirs_exist_ok=True))
+
+
+def python_runtime(folder: Path) -> Play:
+    """The Python runtime in the app's place."""
 
     def play(phone: Phone, extras: dict[str, str]) -> None:
-        # onnxruntime wants paths without /proc in them
-        bundle = Path(shutil.copytree(phone.files / extras["bundle"].lstrip("/"), tmp_path / "app", dirs_exist_ok=True))
-        numbers = {name: int(extras[name]) for name in ("threads", "prefill", "decode", "repeat", "warmup")}
+        bundle = received(phone, extras, folder)
         contender = BundleContender(bundle, Manifest.load(bundle), "onnx")
-        found = contender.measure(Settings(**numbers))
+        found = contender.measure(Settings(**{name: int(extras[name]) for name in NUMBERS}))
+        lists = ("prefill_s", "ttft_s", "decode_s", "decode_ms", "memory")
+        answer(phone, extras, **{name: found[name] for name in lists})
+
+    return play
+
+
+def kotlin_library(folder: Path) -> Play:
+    """The app's own library, on a JVM."""
+    classpath = kotlin_classpath()
+    if shutil.which("java") is None:
+        pytest.skip("no java on this machine")
+    if absent := [path.name for path in classpath if not path.exists()]:
+        pytest.skip(f"the Kotlin library is not compiled ({', '.join(absent)} missing): make android-test")
+
+    def play(phone: Phone, extras: dict[str, str]) -> None:
+        command = ["java", "-cp", os.pathsep.join(map(str, classpath)), "gemma.edge.Benchmark"]
+        command += [str(received(phone, extras, folder)), str(results_file(phone, extras))]
+        numbers = (extras[name] for name in (*NUMBERS, "minutes"))
+        subprocess.run([*command, *numbers], check=True, capture_output=True)
+
+    return play
+
+
+@pytest.mark.parametrize("in_the_apps_place", [python_runtime, kotlin_library])
+def test_push_run_pull_report_with_real_numbers(
+    in_the_apps_place: Callable[[Path], Play], phone: Phone, demo: Export, tmp_path: Path
+) -> None:
+    """What arrives on the phone is a whole bundle: it is opened and measured there."""
+    real = in_the_apps_place(tmp_path)
+
+    def play(phone: Phone, extras: dict[str, str]) -> None:
         (phone.files / "data/app/thermal").write_text("2")
-        answer(
-            phone, extras, **{name: found[name] for name in ("prefill_s", "ttft_s", "decode_s", "decode_ms", "memory")}
-        )
+        real(phone, extras)
 
     saved = tmp_path / "phone.json"
     with app(phone, play) as played:
@@ -112,21 +150,19 @@ def test_push_run_pull_report_with_real_numbers(phone: Phone, demo: Export, tmp_
     for result in results:
         assert result.tool == "gemma-edge-android" and result.model["name"] == "bundle"
         assert result.model["read_bytes_per_token"] > (demo.bundle / "model.onnx.data").stat().st_size
-        assert (result.device["name"], result.device["soc"], result.device["abi"]) == (
-            "Example Phone 1",
-            "Soc SM1",
-            "arm64-v8a",
-        )
-        assert result.device["read_gb_per_s"] == 20.0  # what only the app knows
-        assert result.state["before"] == {
-            "thermal_headroom": 0.4, "thermal_status": 0 if result is results[0] else 2, "battery_percent": 87,
-            "battery_temperature_c": 30.1, "plugged": True, **{k: v for k, v in result.state["before"].items() if k == "cpu_mhz"},
-        }  # fmt: skip
+        told = [result.device[name] for name in ("name", "soc", "abi")]
+        assert told == ["Example Phone 1", "Soc SM1", "arm64-v8a"]
+        assert [len(row) for row in result.decode_ms] == [5, 5, 5] and min(result.prefill_s) > 0
+        assert result.decode_s == pytest.approx([sum(row) / 1e3 for row in result.decode_ms])
+        assert result.memory["peak_mib"] >= result.memory["end_mib"] > 5
+        known = {"battery_percent": 87, "battery_temperature_c": 30.1, "plugged": True}
+        assert result.state["before"].items() >= known.items()
         assert result.state["after"]["thermal_status"] == 2
-    names = [{**extras, "bundle": "", "result": ""} for extras in played.started]
-    assert names[0] == {"bundle": "", "result": "", "minutes": "0.0", "threads": "1", "prefill": "8", "decode": "5",
-                        "repeat": "3", "warmup": "1"}  # fmt: skip
-    assert played.started[0]["result"] != played.started[1]["result"]
+    assert results[0].state["before"]["thermal_status"] == 0
+    words = [dict(extras) for extras in played.started]
+    assert len({extras.pop("result") for extras in words}) == 2 and len({extras.pop("bundle") for extras in words}) == 1
+    shared = {"minutes": "0.0", "threads": "1", "decode": "5", "repeat": "3", "warmup": "1"}
+    assert words == [{**shared, "prefill": "8"}, {**shared, "prefill": "30"}]
     assert phone.left() == []
 
 
@@ -391,6 +427,8 @@ def test_all_devices_go_into_one_report_and_one_that_fails_does_not_stop_the_res
     found = bench_result.load([saved])
     assert [result.device["name"] for result in found] == ["Example Phone 1", "Example Phone 2", "Example Phone 1"]
     assert [bool(result.failure) for result in found] == [False, False, True]
+    # what only the app knows stays
+    assert found[0].device["read_gb_per_s"] == 20.0 and found[0].state["after"]["thermal_headroom"] == 0.6
     assert phone.left() == second.left() == third.left() == []
 
 
