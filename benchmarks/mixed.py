@@ -139,8 +139,10 @@ def gain(folder: Path, tokens: int, quality: str) -> None:
             quantized, _ = make_checkpoint(options, source, opened.recipe, opened.calibration, out, no_progress, [])
             found = kl(right, logits(source, quantized, ids))
         predicted = f"{opened.choice.predicted_kl:.5f}" if opened.choice else ""
-        print(f"| {opened.recipe.name} | {opened.plan.weights_bytes} | {found:.5f} | {predicted} |", flush=True)
-        return opened.plan.weights_bytes
+        print(
+            f"| {opened.recipe.name} | {opened.plans['onnx'].weights_bytes} | {found:.5f} | {predicted} |", flush=True
+        )
+        return opened.plans["onnx"].weights_bytes
 
     for group_size in GROUPS:
         size = row(replace(base, group_size=group_size))

@@ -18,7 +18,7 @@ from typing import Any
 
 from gemma_edge.errors import InputError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 
 
@@ -54,6 +54,20 @@ class CacheGeometry:
 
 
 @dataclass(frozen=True)
+class BackendEntry:
+    """One backend of a bundle. Backends share the integers and the context; how each keeps its cache is its own."""
+
+    cache: CacheGeometry
+    plan: dict[str, Any]  # bytes and RAM predicted before the export
+    settings: dict[str, Any]  # roles of its files, and what its runtime needs to know
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> BackendEntry:
+        """Inverse of `asdict`."""
+        return cls(**{**data, "cache": CacheGeometry.from_json(data["cache"])})
+
+
+@dataclass(frozen=True)
 class FileEntry:
     """One file of the bundle."""
 
@@ -69,11 +83,9 @@ class Manifest:
     config: dict[str, Any]  # Gemma2Config, HF keys; with bos_token_id and the list eos_token_id
     recipe: dict[str, Any]  # method, bits, group_size, rules, and what each weight got
     target: dict[str, Any]  # name, ram_bytes, threads
-    cache: CacheGeometry
-    backends: dict[str, dict[str, Any]]  # name -> file roles and settings of that backend
+    backends: dict[str, BackendEntry]  # by name, the default first
     files: dict[str, FileEntry]  # path inside the bundle -> size and hash
     tokenizer: bool  # False: a token-level bundle, without tokenizer files
-    plan: dict[str, Any]  # bytes and RAM predicted before the export
     tools: dict[str, str]  # package -> version at export
     verification: dict[str, Any]  # backend -> gate result; {} means nobody verified it
     created: str  # ISO 8601, UTC
@@ -103,7 +115,7 @@ class Manifest:
                 f"{path}: schema_version {version}, this gemma-edge reads {SCHEMA_VERSION}; export the bundle again"
             )
         try:
-            data["cache"] = CacheGeometry.from_json(data["cache"])
+            data["backends"] = {name: BackendEntry.from_json(entry) for name, entry in data["backends"].items()}
             data["files"] = {name: FileEntry(**entry) for name, entry in data["files"].items()}
             manifest = cls(**data)
         except (TypeError, KeyError, AttributeError) as error:

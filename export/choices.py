@@ -17,6 +17,7 @@ BACKENDS = {
     "executorch": "gemma_edge.export.executorch.backend",
     "tflite": "gemma_edge.export.tflite.backend",
 }
+ALL = "all"  # of them, for --backend
 INT8_CACHES = ("onnx",)  # backends that can keep the KV cache in int8
 
 

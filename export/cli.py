@@ -16,7 +16,7 @@ import click
 
 from gemma_edge.command import Command, Group
 from gemma_edge.errors import InputError
-from gemma_edge.export.choices import BACKENDS, DEFAULT_CHUNK, KV_DTYPES, LEVELS, TARGETS
+from gemma_edge.export.choices import ALL, BACKENDS, DEFAULT_CHUNK, KV_DTYPES, LEVELS, TARGETS
 from gemma_edge.model.hub import DEFAULT_MODEL
 from gemma_edge.quantize.recipe import BITS, DEFAULT_QUALITY, METHODS, QUALITIES
 
@@ -87,6 +87,10 @@ def _model_options(command: F) -> F:
             type=int,
             help=f"Of the KV cache: {_list(KV_DTYPES)}. Default: 8 on phones, with calibrated scales and if the gate passes.",
         ),
+        click.option(
+            "--backend",
+            help=f"Runtimes to export for: {_list(BACKENDS)}, several with commas, or {ALL}. Default: the target's.",
+        ),
         click.option("--lora", type=click.Path(path_type=Path), help="PEFT adapter folder to merge."),
         click.option("--ram", "ram_gib", type=float, help="GiB that the app may take. Default: the target's."),
         click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of tables."),
@@ -110,7 +114,6 @@ def main() -> None:
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), help="The bundle's folder. Default: named by model and recipe."
 )
-@click.option("--backend", help=f"Runtime to export for: {_list(BACKENDS)}. Default: the target's.")
 @click.option("--verify", default="quick", show_default=True, help=f"How far the gate looks: {_list(LEVELS)}.")
 @click.option("--keep-failed", is_flag=True, help="Keep a bundle that fails the gate as OUT.failed.")
 @click.option(
@@ -170,9 +173,10 @@ def plan(as_json: bool, save_recipe: Path | None, plot: Path | None, **choices: 
         plot.write_text(layers.svg(opened.recipe.name, configs), encoding="utf-8")
     if as_json:
         choice = {"mixed": opened.choice.to_json()} if opened.choice else {}
-        click.echo(json.dumps({**opened.plan.to_json(), **choice}, indent=1))
+        plans = {backend: plan.to_json() for backend, plan in opened.plans.items()}
+        click.echo(json.dumps({"plans": plans, **choice}, indent=1))
         return
-    report.OUT.print(report.plan_table(opened.plan, opened.source.config.num_parameters))
+    report.OUT.print(report.plan_table(list(opened.plans.values()), opened.source.config.num_parameters))
     if opened.choice or options.recipe:
         report.OUT.print(layers.bits_table(configs))
     if opened.choice:

@@ -32,7 +32,7 @@ def judge(folder: Path) -> dict[str, Any]:
     task = json.loads((folder / TASK).read_text())
     ids, positions = np.array(task["ids"], np.int64), np.array(task["positions"], np.int64)
     runtime = gemma_edge.load(task["bundle"], backend=task["backend"])
-    chunk = runtime.manifest.cache.prefill_chunk
+    chunk = runtime.cache.prefill_chunk
     generated = _generate(runtime, task["ids"][:chunk])
     quality, past, lowering, generation = Comparison(), Comparison(), Comparison(), 0.0
     start = done = 0

@@ -6,6 +6,7 @@ import importlib
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,10 +16,10 @@ from gemma_edge.errors import InputError
 from gemma_edge.export import cache
 from gemma_edge.export import plan as planning
 from gemma_edge.export import verify as gate
-from gemma_edge.export.bundle import MANIFEST, Manifest, list_files, refuse_existing, staged
-from gemma_edge.export.choices import BACKENDS, GIB, LEVELS, TARGETS, Target, bits_of
+from gemma_edge.export.bundle import MANIFEST, BackendEntry, Manifest, list_files, refuse_existing, staged
+from gemma_edge.export.choices import ALL, BACKENDS, GIB, LEVELS, TARGETS, Target, bits_of
 from gemma_edge.export.contents import parts, tool_versions
-from gemma_edge.export.mixed import Mixed
+from gemma_edge.export.mixed import Mixed, parse_size
 from gemma_edge.export.options import ExportOptions, Progress, Stage, no_progress, stage
 from gemma_edge.export.quantizing import (
     calibration_tokens,
@@ -55,9 +56,14 @@ class Opened:
     source: Checkpoint | QuantizedCheckpoint
     recipe: Recipe
     target: Target
-    plan: planning.Plan
+    plans: dict[str, planning.Plan]  # by backend; one context
     calibration: layerwise.Calibration | None  # None: no weight's integers depend on text
     choice: Mixed | None  # what was weighed under a budget
+
+    @property
+    def context(self) -> int:
+        """Of every backend."""
+        return next(iter(self.plans.values())).context
 
 
 def open_model(options: ExportOptions, progress: Progress = no_progress, *, plan_only: bool = False) -> Opened:
@@ -67,51 +73,84 @@ def open_model(options: ExportOptions, progress: Progress = no_progress, *, plan
     Raises:
         InputError: the model, an option or the target cannot be used.
     """
-    for name, value, allowed in (
-        ("--target", options.target, TARGETS),
-        ("--backend", options.backend, BACKENDS),
-        ("--verify", options.verify, LEVELS),
-    ):
-        if value is not None and value not in allowed:
+    for name, value, allowed in (("--target", options.target, TARGETS), ("--verify", options.verify, LEVELS)):
+        if value not in allowed:
             raise InputError(f"{name} {value}; supported: {', '.join(allowed)}")
     target = TARGETS[options.target]
-    target = replace(target, backend=options.backend or target.backend)
-    _check_installed(target.backend)
+    backends = _choose_backends(options.backend or target.backend)
     if options.ram_gib is not None:
         target = replace(target, ram_bytes=int(options.ram_gib * GIB))
     source = open_weights(hub.resolve(options.model), lora=options.lora)
     recipe, choice = choose_recipe(options, source, progress)
     recipe = named_by_content(source, recipe)
     calibrated = source.kv_scales is not None if isinstance(source, QuantizedCheckpoint) else recipe.calibrated
-    kv_dtype = planning.choose_kv_dtype(
-        options.kv_bits, target, calibrated=calibrated, way_out=way_to_kv_scales(options, source, recipe)
-    )
-    plan = _plan(options, source, recipe, target, kv_dtype)
+    way_out = way_to_kv_scales(options, source, recipe)
+    kv_dtypes = {
+        backend: planning.choose_kv_dtype(options.kv_bits, target, backend, calibrated=calibrated, way_out=way_out)
+        for backend in backends
+    }
+    plans = _plan(options, source, recipe, target, kv_dtypes)
+    _check_size(options, plans)
     # a hub id's folder is called by the hash of its commit
     name = Path(options.model).resolve().name if Path(options.model).is_dir() else options.model.rpartition("/")[2]
     seen = None if plan_only else choose_calibration(options, source, recipe)
-    return Opened(name, source, recipe, target, plan, seen, choice)
+    return Opened(name, source, recipe, target, plans, seen, choice)
 
 
-def _check_installed(backend: str) -> None:
-    command = how_to_install(backend)  # the gate runs what was made
-    if command is not None:
-        raise InputError(f"--backend {backend} is not installed: {command}")
+def _choose_backends(asked: str) -> list[str]:
+    """The names in `--backend`, `all` being every one.
+
+    Raises:
+        InputError: an unknown name, or a backend that is not installed: the gate runs what was made.
+    """
+    names = list(BACKENDS) if asked == ALL else list(dict.fromkeys(asked.split(",")))
+    for name in names:
+        if name not in BACKENDS:
+            raise InputError(f"--backend {name}; supported: {', '.join(BACKENDS)}, several with commas, or {ALL}")
+        command = how_to_install(name)
+        if command is not None:
+            raise InputError(f"--backend {name} is not installed: {command}")
+    return names
 
 
 def _plan(
-    options: ExportOptions, source: Checkpoint | QuantizedCheckpoint, recipe: Recipe, target: Target, kv_dtype: str
-) -> planning.Plan:
-    return planning.make_plan(
-        source,
-        recipe,
-        target,
-        context=options.context,
-        prefill_chunk=options.prefill_chunk,
-        kv_dtype=kv_dtype,
-        verify=options.verify,
-        calibration_tokens=calibration_tokens(options, source, recipe),
-    )
+    options: ExportOptions,
+    source: Checkpoint | QuantizedCheckpoint,
+    recipe: Recipe,
+    target: Target,
+    kv_dtypes: Mapping[str, str],
+) -> dict[str, planning.Plan]:
+    """A plan for every backend, all with the context that fits the hungriest one."""
+
+    def plans(context: int | None) -> dict[str, planning.Plan]:
+        return {
+            backend: planning.make_plan(
+                source,
+                recipe,
+                target,
+                backend,
+                context=context,
+                prefill_chunk=options.prefill_chunk,
+                kv_dtype=kv_dtype,
+                verify=options.verify,
+                calibration_tokens=calibration_tokens(options, source, recipe),
+            )
+            for backend, kv_dtype in kv_dtypes.items()
+        }
+
+    fitting = plans(options.context)
+    return plans(min(plan.context for plan in fitting.values()))
+
+
+def _check_size(options: ExportOptions, plans: Mapping[str, planning.Plan]) -> None:
+    """A budget is shared out by what ONNX stores; a backend that stores more must keep it too."""
+    limit = parse_size(options.size) if options.size is not None else None
+    for name, plan in plans.items():
+        if limit is not None and plan.weights_bytes > limit:
+            raise InputError(
+                f"--size {options.size}: the {name} backend needs {plan.weights_bytes} bytes for these weights;"
+                f" pass --size {2 * limit - plan.weights_bytes}, or leave this backend out"
+            )
 
 
 def export(options: ExportOptions, progress: Progress = no_progress, opened: Opened | None = None) -> Export:
@@ -122,12 +161,12 @@ def export(options: ExportOptions, progress: Progress = no_progress, opened: Ope
         RuntimeError: the exported graph is not what it should be.
     """
     opened = opened or open_model(options)
-    source, plan = opened.source, opened.plan
+    source = opened.source
     out = options.out or Path(f"{opened.name}-{opened.recipe.name}-{options.target}")
     _check_checkpoint_place(options.save_checkpoint, out)
     if options.keep_failed:
         refuse_existing(_failed_place(out), options.force)
-    _choose_gate(source, plan.context, options.verify)  # refuses a bad tokenizer before any work
+    _choose_gate(source, opened.context, options.verify)  # refuses a bad tokenizer before any work
     stages: list[Stage] = []
     with staged(out, force=options.force) as work:
         _check_disk(work, opened)  # here, because what a killed export left is gone now
@@ -136,13 +175,17 @@ def export(options: ExportOptions, progress: Progress = no_progress, opened: Ope
             options, source, opened.recipe, opened.calibration, checkpoint, progress, stages
         )
         manifest = _lower_and_verify(options, opened, quantized, learnt, bundle, progress, stages)
-        if _failures(manifest) and options.kv_bits is None and manifest.cache.dtype != "float32":
-            logger.warning(
-                "with its KV cache in %s the bundle differs too much from the original (%s): again with float32",
-                manifest.cache.dtype,
-                "; ".join(_failures(manifest)),
-            )
-            opened = replace(opened, plan=_plan(options, source, opened.recipe, opened.target, "float32"))
+        small = [name for name in _failures(manifest) if opened.plans[name].kv_dtype != "float32"]
+        if small and options.kv_bits is None:
+            for name in small:
+                logger.warning(
+                    "with its KV cache in %s the %s bundle differs too much from the original (%s): again with float32",
+                    opened.plans[name].kv_dtype,
+                    name,
+                    "; ".join(_failures(manifest)[name]),
+                )
+            kv_dtypes = {name: "float32" if name in small else plan.kv_dtype for name, plan in opened.plans.items()}
+            opened = replace(opened, plans=_plan(options, source, opened.recipe, opened.target, kv_dtypes))
             shutil.rmtree(bundle)
             bundle.mkdir()
             manifest = _lower_and_verify(options, opened, quantized, learnt, bundle, progress, stages)
@@ -191,29 +234,30 @@ def _lower_and_verify(
     stages: list[Stage],
 ) -> Manifest:
     """The bundle's files, and what the gate found of them; nobody has looked at that yet."""
-    source, plan, backend = opened.source, opened.plan, opened.target.backend
-    with stage(stages, "lower"), progress(f"export {backend}", plan.weights_bytes, True) as advance:
-        entry = importlib.import_module(BACKENDS[backend]).lower(
-            quantized,
-            planning.geometry(source.config, plan.context, plan.prefill_chunk, plan.kv_dtype),
-            bundle,
-            float_bits=opened.recipe.float_bits,
-            progress=advance,
-        )
+    source, entries = opened.source, {}
+    for backend, plan in opened.plans.items():
+        cache = planning.geometry(source.config, plan.context, plan.prefill_chunk, plan.kv_dtype)
+        with stage(stages, f"lower {backend}"), progress(f"export {backend}", plan.weights_bytes, True) as advance:
+            settings = importlib.import_module(BACKENDS[backend]).lower(
+                quantized, cache, bundle, float_bits=opened.recipe.float_bits, progress=advance
+            )
+        entries[backend] = BackendEntry(cache, plan.to_json(), settings)
+    with stage(stages, "hash"):
         has_tokenizer = _copy_tokenizer(source.folder, bundle)
-        manifest = _manifest(options, opened, quantized, {backend: entry}, has_tokenizer, bundle, learnt)
+        manifest = _manifest(options, opened, quantized, entries, has_tokenizer, bundle, learnt)
         (bundle / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-    chosen = _choose_gate(source, plan.context, options.verify)
+    chosen = _choose_gate(source, opened.context, options.verify)
     if chosen is not None:
         with stage(stages, "verify"):
-            result = _verify(chosen, opened, quantized, manifest, bundle, progress)
-        manifest = replace(manifest, verification={backend: result})
+            found = _verify(chosen, opened, quantized, manifest, bundle, progress)
+        manifest = replace(manifest, verification=found)
         (bundle / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 
 
-def _failures(manifest: Manifest) -> list[str]:
-    return [failure for result in manifest.verification.values() for failure in result["failures"]]
+def _failures(manifest: Manifest) -> dict[str, list[str]]:
+    """What is out of bounds, by backend; none where nothing is."""
+    return {name: result["failures"] for name, result in manifest.verification.items() if result["failures"]}
 
 
 def _verify(
@@ -224,13 +268,15 @@ def _verify(
     bundle: Path,
     progress: Progress,
 ) -> dict[str, Any]:
-    config, geometry = opened.source.config, manifest.cache
+    config = opened.source.config
+    caches = {name: entry.cache for name, entry in manifest.backends.items()}
     bits = [config.bits if config else opened.recipe.float_bits for config in quantized.configs.values()]
-    limits = gate.LIMITS[min(*bits, bits_of(geometry.dtype))]
-    total = gate.steps(config.num_hidden_layers, len(chosen.ids), scored_at_once(manifest))
+    limits = {name: gate.LIMITS[min(*bits, bits_of(cache.dtype))] for name, cache in caches.items()}
+    chunk = scored_at_once(next(iter(caches.values())).prefill_chunk, config.vocab_size)
+    total = gate.steps(config.num_hidden_layers, len(chosen.ids), chunk, len(caches))
     with progress(f"verify ({len(chosen.ids)} tokens)", total, False) as advance:
         return gate.verify(
-            bundle, opened.source, quantized, chosen, limits=limits, backend=opened.target.backend, progress=advance
+            bundle, opened.source, quantized, chosen, context=opened.context, limits=limits, progress=advance
         )
 
 
@@ -238,8 +284,8 @@ def _failed_place(out: Path) -> Path:
     return out.with_name(f"{out.name}.failed")
 
 
-def _gate_failed(options: ExportOptions, out: Path, bundle: Path, failures: list[str]) -> InputError:
-    found = "; ".join(failures)
+def _gate_failed(options: ExportOptions, out: Path, bundle: Path, failures: dict[str, list[str]]) -> InputError:
+    found = "; ".join(f"{name}: {failure}" for name, found in failures.items() for failure in found)
     if not options.keep_failed:
         return InputError(
             f"{out} not made: it differs too much from the original ({found}); --keep-failed keeps it to look at"
@@ -254,7 +300,7 @@ def _gate_failed(options: ExportOptions, out: Path, bundle: Path, failures: list
 def _check_disk(work: Path, opened: Opened) -> None:
     """Refuse what will not fit: the export in its folder, the calibration in its cache, and both where they share a disk."""
     out = next(parent for parent in work.absolute().parents if parent.exists())
-    needs = [(out, opened.plan.export_disk_bytes, "pass -o on another disk")]
+    needs = [(out, planning.disk_bytes(opened.plans.values()), "pass -o on another disk")]
     if opened.calibration is not None and isinstance(opened.source, Checkpoint):
         kept = cache.calibration_folder(layerwise.key_of(opened.source, opened.recipe, opened.calibration))
         need = layerwise.missing_bytes(kept, opened.source.config, opened.recipe, opened.calibration)
@@ -284,7 +330,7 @@ def _manifest(
     options: ExportOptions,
     opened: Opened,
     quantized: QuantizedCheckpoint,
-    backends: dict[str, dict[str, Any]],
+    backends: dict[str, BackendEntry],
     has_tokenizer: bool,
     bundle: Path,
     learnt: dict[str, Any],
@@ -301,11 +347,9 @@ def _manifest(
         config=config.to_json(),
         recipe={**recipe.to_json(), "parts": parts(quantized, recipe.float_bits), "calibration": learnt},
         target={"name": target.name, "ram_bytes": target.ram_bytes, "threads": target.threads},
-        cache=planning.geometry(config, opened.plan.context, opened.plan.prefill_chunk, opened.plan.kv_dtype),
         backends=backends,
         files=list_files(bundle),
         tokenizer=has_tokenizer,
-        plan=opened.plan.to_json(),
         tools=tool_versions(),
         verification={},
         created=datetime.now(UTC).isoformat(timespec="seconds"),

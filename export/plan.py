@@ -7,6 +7,7 @@ that fits a target and refuses what cannot.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -33,6 +34,7 @@ class Plan:
     """Predictions for one export."""
 
     target: str
+    backend: str
     recipe: str
     context: int
     prefill_chunk: int
@@ -73,6 +75,7 @@ def make_plan(
     source: Checkpoint | QuantizedCheckpoint,
     recipe: Recipe,
     target: Target,
+    backend: str,
     *,
     context: int | None = None,
     prefill_chunk: int | None = None,
@@ -95,12 +98,12 @@ def make_plan(
     if context is not None:
         _check_range("--context", context, 1, config.max_position_embeddings)
     configs = final_configs(source, recipe)
-    sizes = _sizes(source, configs, recipe, target.backend, int8_kv=kv_dtype == "int8")
+    sizes = _sizes(source, configs, recipe, backend, int8_kv=kv_dtype == "int8")
     tried = context or min(target.context, config.max_position_embeddings)
-    plan = _predict(source, recipe, target, sizes, geometry(config, tried, chunk, kv_dtype))
+    plan = _predict(source, recipe, target, backend, sizes, geometry(config, tried, chunk, kv_dtype))
     while plan.device_ram_bytes > target.ram_bytes and context is None and tried > SMALLEST_CONTEXT:
         tried //= 2
-        plan = _predict(source, recipe, target, sizes, geometry(config, tried, chunk, kv_dtype))
+        plan = _predict(source, recipe, target, backend, sizes, geometry(config, tried, chunk, kv_dtype))
     if plan.device_ram_bytes > target.ram_bytes:
         raise InputError(_too_large(plan, source, sizes, target))
     return replace(
@@ -134,12 +137,13 @@ def _sizes(
     )
 
 
-def choose_kv_dtype(asked: int | None, target: Target, *, calibrated: bool, way_out: str) -> str:
+def choose_kv_dtype(asked: int | None, target: Target, backend: str, *, calibrated: bool, way_out: str) -> str:
     """The KV cache's elements: what was asked for; else the target's where scales are calibrated; else float32.
 
     Args:
         asked: `--kv-bits`.
         target: decides where nothing is asked for.
+        backend: what will hold the cache.
         calibrated: there will be scales.
         way_out: how to come by scales where there are none.
 
@@ -148,13 +152,19 @@ def choose_kv_dtype(asked: int | None, target: Target, *, calibrated: bool, way_
     """
     if asked is not None and asked not in KV_DTYPES:
         raise InputError(f"--kv-bits {asked}; supported: {', '.join(map(str, KV_DTYPES))}")
-    if asked == 8 and target.backend not in INT8_CACHES:
-        raise InputError(f"--kv-bits 8: the {target.backend} backend keeps its cache in float32; use --kv-bits 32")
+    if asked == 8 and backend not in INT8_CACHES:
+        raise InputError(f"--kv-bits 8: the {backend} backend keeps its cache in float32; use --kv-bits 32")
     if asked == 8 and not calibrated:
         raise InputError(f"--kv-bits 8 needs calibration, which finds the cache's scales: {way_out}")
     if asked is None:
-        asked = target.kv_bits if calibrated and target.backend in INT8_CACHES else 32
+        asked = target.kv_bits if calibrated and backend in INT8_CACHES else 32
     return KV_DTYPES[asked]
+
+
+def disk_bytes(plans: Iterable[Plan]) -> int:
+    """Needed while exporting for several backends at once: each one's weights, and the rest only once."""
+    found = list(plans)
+    return max(plan.export_disk_bytes - plan.weights_bytes for plan in found) + sum(p.weights_bytes for p in found)
 
 
 def _check_range(flag: str, value: int, low: int, high: int) -> None:
@@ -163,11 +173,17 @@ def _check_range(flag: str, value: int, low: int, high: int) -> None:
 
 
 def _predict(
-    source: Checkpoint | QuantizedCheckpoint, recipe: Recipe, target: Target, sizes: Sizes, cache: CacheGeometry
+    source: Checkpoint | QuantizedCheckpoint,
+    recipe: Recipe,
+    target: Target,
+    backend: str,
+    sizes: Sizes,
+    cache: CacheGeometry,
 ) -> Plan:
     config = source.config
     return Plan(
         target=target.name,
+        backend=backend,
         recipe=recipe.name,
         context=cache.context,
         prefill_chunk=cache.prefill_chunk,

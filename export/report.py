@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -16,22 +17,26 @@ if TYPE_CHECKING:  # they import torch, which `inspect` does not need
     from gemma_edge.export.plan import Plan
 
 
-def plan_table(plan: Plan, parameters: int) -> Table:
-    """What `gemma-export plan` shows."""
-    table = Table(title=f"{plan.recipe} for {plan.target}", title_justify="left")
+PLAN_ROWS: dict[str, Callable[[Plan], str]] = {
+    "context": lambda plan: f"{plan.context} tokens",
+    "prefill chunk": lambda plan: f"{plan.prefill_chunk} tokens",
+    "weights file": lambda plan: f"{size(plan.weights_bytes)} ({plan.weights_bytes} bytes)",
+    "KV cache": lambda plan: f"{size(plan.kv_bytes)} ({plan.kv_bytes} bytes), {plan.kv_dtype}, never grows",
+    "RAM on the device": lambda plan: f"about {size(plan.device_ram_bytes)} of {size(plan.device_ram_limit_bytes)}",
+    "RAM for the export": lambda plan: f"about {size(plan.export_ram_bytes)}",
+    "disk for the export": lambda plan: size(plan.export_disk_bytes),
+}
+
+
+def plan_table(plans: Sequence[Plan], parameters: int) -> Table:
+    """What `gemma-export plan` shows: a column for each backend."""
+    title = f"{plans[0].recipe} for {plans[0].target}, {parameters / 1e9:.2f} billion parameters"
+    table = Table(title=title, title_justify="left")
     table.add_column("what")
-    table.add_column("value", justify="right")
-    for what, value in (
-        ("parameters", f"{parameters / 1e9:.2f} billion"),
-        ("context", f"{plan.context} tokens"),
-        ("prefill chunk", f"{plan.prefill_chunk} tokens"),
-        ("weights file", f"{size(plan.weights_bytes)} ({plan.weights_bytes} bytes)"),
-        ("KV cache", f"{size(plan.kv_bytes)} ({plan.kv_bytes} bytes), {plan.kv_dtype}, never grows"),
-        ("RAM on the device", f"about {size(plan.device_ram_bytes)} of {size(plan.device_ram_limit_bytes)}"),
-        ("RAM for the export", f"about {size(plan.export_ram_bytes)}"),
-        ("disk for the export", size(plan.export_disk_bytes)),
-    ):
-        table.add_row(what, value)
+    for plan in plans:
+        table.add_column(plan.backend, justify="right")
+    for what, value in PLAN_ROWS.items():
+        table.add_row(what, *(value(plan) for plan in plans))
     return table
 
 
@@ -116,7 +121,6 @@ def print_export(done: Export) -> None:
 
 def print_inspect(manifest: Manifest) -> None:
     """What `gemma-export inspect` shows."""
-    cache = manifest.cache
     model: dict[str, Any] = manifest.model
     OUT.print(
         f"{model['name']}: {model['parameters'] / 1e9:.3f} billion parameters, made {manifest.created} for"
@@ -124,11 +128,14 @@ def print_inspect(manifest: Manifest) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    OUT.print(
-        f"context {cache.context} tokens, chunks of {cache.prefill_chunk}, KV cache {size(cache.bytes)} ({cache.dtype})",
-        highlight=False,
-        soft_wrap=True,
-    )
+    for name, entry in manifest.backends.items():
+        cache = entry.cache
+        OUT.print(
+            f"{name}: context {cache.context} tokens, chunks of {cache.prefill_chunk},"
+            f" KV cache {size(cache.bytes)} ({cache.dtype})",
+            highlight=False,
+            soft_wrap=True,
+        )
     OUT.print(files_table(manifest))
     OUT.print(parts_table(manifest))
     for line in gate_lines(manifest):

@@ -115,14 +115,15 @@ class CheckpointRuntime(BaseRuntime):
     def __init__(self, weights: Checkpoint | QuantizedCheckpoint) -> None:
         config = weights.config
         context = config.max_position_embeddings
-        super().__init__(weights.folder, _manifest(weights, context))
+        cache = CacheGeometry(context, CHUNK, config.num_key_value_heads, config.head_dim, "float32", ())
+        super().__init__(weights.folder, _manifest(weights), cache)
         self._model = weights.load()
-        self._cache = RingCache(config, context=context, chunk=CHUNK)
+        self._ring = RingCache(config, context=context, chunk=CHUNK)
 
     @torch.no_grad()
     def _forward(self, ids: NDArray[np.int64], *, every_position: bool) -> Logits:
         """Logits (T, V), or (1, V) of the last."""
-        x = self._model.model(torch.from_numpy(ids)[None], torch.tensor([self.position]), self._cache)
+        x = self._model.model(torch.from_numpy(ids)[None], torch.tensor([self.position]), self._ring)
         logits: Logits = self._model.head(x if every_position else x[:, -1:])[0].numpy()
         return logits
 
@@ -130,20 +131,16 @@ class CheckpointRuntime(BaseRuntime):
         """Nothing to do: at position 0 no slot of the ring is read before it is written."""
 
 
-def _manifest(weights: Checkpoint | QuantizedCheckpoint, context: int) -> Manifest:
+def _manifest(weights: Checkpoint | QuantizedCheckpoint) -> Manifest:
     """As much of a manifest as a runtime reads."""
-    config = weights.config
-    cache = CacheGeometry(context, CHUNK, config.num_key_value_heads, config.head_dim, "float32", ())
     return Manifest(
         model={"name": weights.folder.name},
-        config=config.to_json(),
+        config=weights.config.to_json(),
         recipe={},
         target={},
-        cache=cache,
         backends={},
         files={},
         tokenizer=False,
-        plan={},
         tools={},
         verification={},
         created="",

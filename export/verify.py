@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -22,7 +22,6 @@ import torch
 
 from gemma_edge.errors import InputError
 from gemma_edge.export import judge, reference
-from gemma_edge.export.bundle import Manifest
 from gemma_edge.export.choices import LEVELS, LOWERING_TEXT
 from gemma_edge.model.checkpoint import Weights
 from gemma_edge.quantize.store import QuantizedCheckpoint
@@ -95,57 +94,56 @@ def verify(
     quantized: QuantizedCheckpoint,
     gate: Gate,
     *,
-    limits: Limits,
-    backend: str,
+    context: int,
+    limits: Mapping[str, Limits],
     progress: Callable[[int], None] = lambda done: None,
-) -> dict[str, Any]:
-    """Run the gate on a bundle.
+) -> dict[str, dict[str, Any]]:
+    """Run the gate on every backend of a bundle; the references are computed once.
 
     Args:
         bundle: the finished folder.
         original: the float checkpoint.
         quantized: the integers that were lowered.
         gate: from `make_gate`.
-        limits: what the bundle must reach: of its fewest bits.
-        backend: which backend of the bundle.
-        progress: called with 1 per layer of the two references and per chunk of the bundle: see `steps`.
+        context: of the bundle.
+        limits: by backend, what it must reach: of its fewest bits.
+        progress: called with 1 per layer of the two references and per chunk of each backend: see `steps`.
 
     Returns:
-        the backend's entry under `verification` in the manifest; `passed` tells.
+        `verification` of the manifest: by backend, what was found; `passed` tells.
 
     Raises:
         RuntimeError: the bundle could not be run.
     """
-    cache = Manifest.load(bundle).cache
     with TemporaryDirectory(dir=bundle.parent, prefix=".gate-") as name:
         folder = Path(name)
         ids, first = torch.tensor(gate.ids), [p for p in gate.positions if p < LOWERING_TEXT]
-        hidden = reference.hidden_states(original, ids, cache.context, progress)
+        hidden = reference.hidden_states(original, ids, context, progress)
         reference.write_logits(original, hidden[gate.positions], folder / judge.QUALITY)
-        hidden = reference.hidden_states(quantized, ids[:LOWERING_TEXT], cache.context, progress)
+        hidden = reference.hidden_states(quantized, ids[:LOWERING_TEXT], context, progress)
         reference.write_logits(quantized, hidden[first], folder / judge.LOWERING)
         del hidden
         task = {
             "bundle": str(bundle),
-            "backend": backend,
             "ids": gate.ids,
             "positions": gate.positions,
             "lowering": LOWERING_TEXT,
-            "context": cache.context,
+            "context": context,
         }
-        (folder / judge.TASK).write_text(json.dumps(task))
-        found = _judge(folder, progress)
-    result = {
-        "level": gate.level,
-        "text": gate.text,
-        "fed_tokens": len(gate.ids),
-        "past_wrap": len(gate.ids) > cache.context,
-        **found,
-        "limits": asdict(limits),
-    }
-    result["failures"] = failures(result, limits)
-    result["passed"] = not result["failures"]
-    return result
+        results = {}
+        for backend, limit in limits.items():
+            (folder / judge.TASK).write_text(json.dumps({**task, "backend": backend}))
+            result = {
+                "level": gate.level,
+                "text": gate.text,
+                "fed_tokens": len(gate.ids),
+                "past_wrap": len(gate.ids) > context,
+                **_judge(folder, progress),
+                "limits": asdict(limit),
+            }
+            found = failures(result, limit)
+            results[backend] = {**result, "failures": found, "passed": not found}
+    return results
 
 
 def _judge(folder: Path, progress: Callable[[int], None]) -> dict[str, Any]:
@@ -171,9 +169,9 @@ def _judge(folder: Path, progress: Callable[[int], None]) -> dict[str, Any]:
     return found
 
 
-def steps(layers: int, tokens: int, chunk: int) -> int:
+def steps(layers: int, tokens: int, chunk: int, backends: int) -> int:
     """How often `verify` reports progress."""
-    return 2 * layers + -(-tokens // chunk)
+    return 2 * layers + backends * -(-tokens // chunk)
 
 
 def failures(result: dict[str, Any], limits: Limits) -> list[str]:

@@ -59,9 +59,9 @@ class Stats:
 SCORED_BYTES = 1 << 26  # of logits in one call: twice as much is in memory meanwhile
 
 
-def scored_at_once(manifest: Manifest) -> int:
+def scored_at_once(prefill_chunk: int, vocab_size: int) -> int:
     """Positions in one chunk of `score_chunks`: a prefill chunk, or fewer where a large vocabulary makes their logits large."""
-    return max(1, min(manifest.cache.prefill_chunk, SCORED_BYTES // (4 * int(manifest.config["vocab_size"]))))
+    return max(1, min(prefill_chunk, SCORED_BYTES // (4 * vocab_size)))
 
 
 class Runtime(Protocol):
@@ -69,11 +69,8 @@ class Runtime(Protocol):
 
     bundle: Path
     manifest: Manifest
+    cache: CacheGeometry
     stats: Stats
-
-    @property
-    def cache(self) -> CacheGeometry:
-        """The cache's geometry."""
 
     @property
     def position(self) -> int:
@@ -128,15 +125,17 @@ class BaseRuntime(ABC):
     restored by feeding its tokens again; `prepare_decode_many`, where nothing is loaded in between anyway.
     """
 
-    def __init__(self, bundle: Path, manifest: Manifest) -> None:
+    def __init__(self, bundle: Path, manifest: Manifest, cache: CacheGeometry) -> None:
         self.bundle = bundle
         self.manifest = manifest
+        self.cache = cache
+        self.vocab_size = int(manifest.config["vocab_size"])
         self.stats = Stats()
         self._position = 0
         self._written = 0  # the highest position ever reached with what is in the cache
         self._kept = array("i")  # the last ids up to the position
-        self._most_kept = max(LEAST_KEPT, self.reach + self.cache.context)
-        self._at_once = manifest.cache.prefill_chunk  # most tokens that `prefill` hands to `_forward`
+        self._most_kept = max(LEAST_KEPT, self.reach + cache.context)
+        self._at_once = cache.prefill_chunk  # most tokens that `prefill` hands to `_forward`
 
     @abstractmethod
     def _forward(self, ids: NDArray[np.int64], *, every_position: bool) -> Logits:
@@ -162,11 +161,6 @@ class BaseRuntime(ABC):
 
     def prepare_decode_many(self) -> None:  # noqa: B027 (most backends need not do anything)
         """See `Runtime`."""
-
-    @property
-    def cache(self) -> CacheGeometry:
-        """The cache's geometry."""
-        return self.manifest.cache
 
     @property
     def reach(self) -> int:
@@ -206,7 +200,7 @@ class BaseRuntime(ABC):
     def decode_many(self, tokens: Sequence[int]) -> Logits:
         """Append tokens; return the logits (T, V) after each of them."""
         start = time.perf_counter()
-        chunks = self._chunks(tokens, scored_at_once(self.manifest))
+        chunks = self._chunks(tokens, scored_at_once(self.cache.prefill_chunk, self.vocab_size))
         logits = np.concatenate([self._step(chunk, every_position=True) for chunk in chunks])
         self.stats.decode_tokens += len(tokens)
         self.stats.decode_s += time.perf_counter() - start
@@ -214,7 +208,7 @@ class BaseRuntime(ABC):
 
     def score_chunks(self, ids: Sequence[int]) -> Iterator[Logits]:
         """Logits of every position from a reset state, (<= scored_at_once, V) at a time."""
-        chunks = self._chunks(ids, scored_at_once(self.manifest))
+        chunks = self._chunks(ids, scored_at_once(self.cache.prefill_chunk, self.vocab_size))
         self.reset()
         for chunk in chunks:
             yield self._step(chunk, every_position=True)
@@ -332,12 +326,11 @@ class BaseRuntime(ABC):
     def _chunks(self, ids: Sequence[int], size: int) -> list[NDArray[np.int64]]:
         """Split into chunks of at most `size`, after checking the ids."""
         tokens = np.asarray(ids, dtype=np.int64)
-        vocab_size = int(self.manifest.config["vocab_size"])
         if tokens.ndim != 1 or tokens.size == 0:
             raise InputError("no token to feed: give at least one token id")
-        if tokens.min() < 0 or tokens.max() >= vocab_size:
-            bad = tokens[(tokens < 0) | (tokens >= vocab_size)][0]
-            raise InputError(f"token id {bad} is not below the vocabulary size {vocab_size}")
+        if tokens.min() < 0 or tokens.max() >= self.vocab_size:
+            bad = tokens[(tokens < 0) | (tokens >= self.vocab_size)][0]
+            raise InputError(f"token id {bad} is not below the vocabulary size {self.vocab_size}")
         return [tokens[start : start + size] for start in range(0, len(tokens), size)]
 
 

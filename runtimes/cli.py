@@ -163,8 +163,8 @@ def _complete(runtime: Runtime, prompt: str, options: Options) -> None:
         stop_ids=stop_ids,
         strict=options.strict,
     )
-    if len(ids) > runtime.manifest.cache.context:
-        _say_overflow(runtime.manifest.cache.context)
+    if len(ids) > runtime.cache.context:
+        _say_overflow(runtime.cache.context)
     answer_ids: list[int] = []
     noted = note_tokens(tokens, answer_ids)
     _show(runtime, tokenizer.stream(noted) if tokenizer else _ids_as_text(noted), lambda: answer_ids, options)
@@ -250,7 +250,7 @@ def _stop_on_interrupt() -> Iterator[list[bool]]:
 
 
 def _turn(session: Session, text: str, options: Options, stop: Sequence[bool] = ()) -> None:
-    before, context = session.runtime.position, session.runtime.manifest.cache.context
+    before, context = session.runtime.position, session.runtime.cache.context
     answer = _until(stop, session.send(text, max_tokens=options.max_tokens))
     _show(session.runtime, answer, lambda: session.answer_ids, options)
     if before <= context < session.runtime.position:

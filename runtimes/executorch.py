@@ -45,12 +45,12 @@ class ExecuTorchRuntime(BaseRuntime):
         Raises:
             InputError: executorch is too old, or the file is not what the manifest says.
         """
-        super().__init__(bundle, manifest)
+        entry = manifest.backends["executorch"]
+        super().__init__(bundle, manifest, entry.cache)
         refuse_older("executorch", metadata.version("executorch"), OLDEST_EXECUTORCH)
         self.threads = thread_count(threads, manifest)
-        entry = manifest.backends["executorch"]
-        self._path = confined(bundle, entry["program"])
-        self._names: dict[str, str] = entry["methods"]
+        self._path = confined(bundle, entry.settings["program"])
+        self._names: dict[str, str] = entry.settings["methods"]
         with _silent():
             register_operators()
             self._library = importlib.import_module("executorch.extension.pybindings.portable_lib")
@@ -116,17 +116,16 @@ class ExecuTorchRuntime(BaseRuntime):
 
     def _check_contract(self, meta: Any) -> None:
         """Sizes of inputs and output against the manifest."""
-        vocab_size, chunk = int(self.manifest.config["vocab_size"]), self.manifest.cache.prefill_chunk
         found = [tuple(meta.input_tensor_meta(index).sizes()) for index in range(meta.num_inputs())]
-        wanted = [(1, chunk), (1,)]
+        wanted = [(1, self.cache.prefill_chunk), (1,)]
         if found != wanted:
             raise InputError(f"{self._path} takes {found}, the manifest says {wanted}; export the bundle again")
         if not meta.num_attributes():
             raise InputError(f"{self._path} does not name its caches; export the bundle again")
         (*_, size) = meta.output_tensor_meta(0).sizes()
-        if size != vocab_size:
+        if size != self.vocab_size:
             raise InputError(
-                f"{self._path} gives {size} logits, the vocabulary has {vocab_size}; export the bundle again"
+                f"{self._path} gives {size} logits, the vocabulary has {self.vocab_size}; export the bundle again"
             )
 
 

@@ -51,7 +51,7 @@ class RuntimeLM(TemplateLM):  # type: ignore[misc]
     @property
     def max_length(self) -> int:
         """Tokens that the model looks back on."""
-        return self._runtime.manifest.cache.context
+        return self._runtime.cache.context
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids, with BOS in front unless `add_special_tokens` is False."""

@@ -54,7 +54,8 @@ class BundleModel:
         self.path, self._threads = path, threads
         self.manifest = manifest = Manifest.load(path)
         self.backend = choose_backend(path, manifest, backend)
-        self.config, self.context = manifest.config, manifest.cache.context
+        self.config, self._cache = manifest.config, manifest.backends[self.backend].cache
+        self.context = self._cache.context
         self.size = sum(entry.bytes for entry in manifest.files.values())
         parts = manifest.recipe.get("parts", [])
         weights = sum(part["weights"] for part in parts)
@@ -62,7 +63,7 @@ class BundleModel:
 
     def steps(self, windows: Sequence[Window]) -> int:
         """Chunks of all windows."""
-        chunk = scored_at_once(self.manifest)
+        chunk = scored_at_once(self._cache.prefill_chunk, int(self.config["vocab_size"]))
         return sum(-(-(len(window.ids) - 1) // chunk) for window in windows)
 
     def rows(self, windows: Sequence[Window], progress: Callable[[int], None]) -> Iterator[tuple[Window, int, Logits]]:

@@ -69,7 +69,7 @@ class OnnxRuntime(BaseRuntime):
         Raises:
             InputError: onnxruntime is too old, or the files are not what the manifest says.
         """
-        super().__init__(bundle, manifest)
+        super().__init__(bundle, manifest, manifest.backends["onnx"].cache)
         refuse_older("onnxruntime", ort.__version__, OLDEST_ONNXRUNTIME)
         self.threads = thread_count(threads, manifest)
         cache = self.cache
@@ -81,7 +81,7 @@ class OnnxRuntime(BaseRuntime):
         self._cache = {name: ort.OrtValue.ortvalue_from_numpy(rows) for name, rows in self._rows.items()}
         self._input_pos = np.zeros(1, np.int64)
         self._token = np.zeros((1, 1), np.int64)
-        self._logits: Logits = np.zeros((1, 1, int(manifest.config["vocab_size"])), np.float32)
+        self._logits: Logits = np.zeros((1, 1, self.vocab_size), np.float32)
         self._values = {
             "input_pos": ort.OrtValue.ortvalue_from_numpy(self._input_pos),
             "token": ort.OrtValue.ortvalue_from_numpy(self._token),
@@ -147,7 +147,7 @@ class OnnxRuntime(BaseRuntime):
             return self._loaded
         self._loaded = None
         try:
-            path = confined(self.bundle, self.manifest.backends["onnx"][role])
+            path = confined(self.bundle, self.manifest.backends["onnx"].settings[role])
         except KeyError:
             raise InputError(
                 f"{self.bundle}: the onnx backend has no {role!r} graph; export the bundle again"

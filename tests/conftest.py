@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Gemma2ForCausalLM
 from transformers import Gemma2Config as HFConfig
 
 from gemma_edge.export import pipeline
-from gemma_edge.export.bundle import MANIFEST, CacheGeometry, Manifest, list_files
+from gemma_edge.export.bundle import MANIFEST, BackendEntry, CacheGeometry, Manifest, list_files
 from gemma_edge.export.cache import VARIABLE
 from gemma_edge.export.options import ExportOptions
 from gemma_edge.export.pipeline import Export
@@ -73,11 +73,9 @@ def write_manifest(
         config=config.to_json(),
         recipe=recipe.to_json(),
         target={"name": "test", "threads": 2},
-        cache=cache,
-        backends=backends,
+        backends={name: BackendEntry(cache, {}, settings) for name, settings in backends.items()},
         files=list_files(bundle),
         tokenizer=False,
-        plan={},
         tools={},
         verification={},
         created="",

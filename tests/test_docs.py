@@ -9,14 +9,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from conftest import ROOT
 
-from gemma_edge.export.bundle import CacheGeometry, FileEntry, LayerCache, Manifest
+from gemma_edge.export.bundle import BackendEntry, CacheGeometry, FileEntry, LayerCache, Manifest
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 OTHER_PAGES = [ROOT / "CHANGELOG.md", *sorted(ROOT.glob("demo/**/*.md")), *sorted(ROOT.glob("export/**/*.md"))]
@@ -147,7 +147,7 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in slugs, f"{page}: {target}"
 
 
-@pytest.mark.parametrize("part", [Manifest, CacheGeometry, LayerCache, FileEntry])
+@pytest.mark.parametrize("part", [Manifest, BackendEntry, CacheGeometry, LayerCache, FileEntry])
 def test_every_key_of_the_manifest_is_documented(part: type) -> None:
     page = (ROOT / "docs" / "bundle-format.md").read_text(encoding="utf-8")
     assert {field.name for field in fields(part) if f"`{field.name}`" not in page} == set()
@@ -156,8 +156,12 @@ def test_every_key_of_the_manifest_is_documented(part: type) -> None:
 def test_every_key_of_a_real_manifest_is_documented(after_demo: Path) -> None:
     page = (ROOT / "docs" / "bundle-format.md").read_text(encoding="utf-8")
     manifest = Manifest.load(after_demo / "out" / "tiny-gemma2")
-    found = set(manifest.model) | set(manifest.config) | set(manifest.target) | set(manifest.plan)
-    for part in (manifest.recipe, manifest.backends, manifest.verification):
+    found = set(manifest.model) | set(manifest.config) | set(manifest.target)
+    for part in (
+        manifest.recipe,
+        {name: asdict(entry) for name, entry in manifest.backends.items()},
+        manifest.verification,
+    ):
         found |= keys(part)
     assert {key for key in found if f"`{key}`" not in page} == {"onnx"}
 

@@ -14,7 +14,7 @@ from conftest import DEMO
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from gemma_edge.export.bundle import MANIFEST, CacheGeometry, LayerCache, Manifest, list_files
+from gemma_edge.export.bundle import MANIFEST, BackendEntry, CacheGeometry, LayerCache, Manifest, list_files
 from gemma_edge.runtimes.base import BaseRuntime, Logits
 
 VOCAB = 4096  # the demo tokenizer's
@@ -26,6 +26,21 @@ EOS, END_OF_TURN = 1, 5
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
+def toy_backend(settings: dict[str, Any] | None = None, **geometry: Any) -> BackendEntry:
+    """The onnx backend of a toy, with other settings or changes of its cache."""
+    cache = CacheGeometry(
+        context=max(WINDOWS),
+        prefill_chunk=CHUNK,
+        kv_heads=HEADS,
+        head_dim=HEAD_DIM,
+        dtype="float32",
+        layers=tuple(LayerCache(window, window + CHUNK - 1) for window in WINDOWS),
+    )
+    return BackendEntry(
+        replace(cache, **geometry), {}, settings or {"generate": "generate.onnx", "score": "score.onnx"}
+    )
+
+
 def toy_manifest(**changes: Any) -> Manifest:
     """The manifest of a toy, with changes."""
     manifest = Manifest(
@@ -33,18 +48,9 @@ def toy_manifest(**changes: Any) -> Manifest:
         config={"vocab_size": VOCAB, "bos_token_id": 2, "eos_token_id": [EOS]},
         recipe={},
         target={"name": "test", "ram_bytes": 1 << 30, "threads": 2},
-        cache=CacheGeometry(
-            context=max(WINDOWS),
-            prefill_chunk=CHUNK,
-            kv_heads=HEADS,
-            head_dim=HEAD_DIM,
-            dtype="float32",
-            layers=tuple(LayerCache(window, window + CHUNK - 1) for window in WINDOWS),
-        ),
-        backends={"onnx": {"generate": "generate.onnx", "score": "score.onnx"}},
+        backends={"onnx": toy_backend()},
         files={},
         tokenizer=True,
-        plan={},
         tools={},
         verification={},
         created="2026-01-01T00:00:00+00:00",
@@ -56,7 +62,8 @@ class ToyRuntime(BaseRuntime):
     """Logits are random numbers seeded by all tokens fed since the reset, so any token lost or fed twice changes them."""
 
     def __init__(self, manifest: Manifest | None = None, allowed: range = range(7, VOCAB), stop_after: int = 0) -> None:
-        super().__init__(Path("toy"), manifest or toy_manifest())
+        manifest = manifest or toy_manifest()
+        super().__init__(Path("toy"), manifest, manifest.backends["onnx"].cache)
         self.allowed = allowed  # only these can be chosen
         self.stop_after = stop_after  # position from which END_OF_TURN is the most likely at every tenth position
         self.fed: list[int] = []  # since the last reset
@@ -115,7 +122,7 @@ def toy_logits(ids: list[int]) -> Logits:
 def toy_graph(role: str, dtype: str = "float32") -> onnx.ModelProto:
     """The `generate` or `score` graph of the toy, under the bundle's contract."""
     node = helper.make_node
-    cache = toy_manifest().cache
+    cache = toy_backend().cache
     int8 = dtype == "int8"
     element = TensorProto.INT8 if int8 else TensorProto.FLOAT
     quantized: dict[str, Any] = (
@@ -182,7 +189,7 @@ def toy_graph(role: str, dtype: str = "float32") -> onnx.ModelProto:
 def write_toy_bundle(folder: Path, *, tokenizer: bool = True, dtype: str = "float32", **changes: Any) -> Path:
     """A bundle that `gemma-run` takes, without torch and an export; its text is nonsense."""
     folder.mkdir(parents=True)
-    changes = {"cache": replace(toy_manifest().cache, dtype=dtype), **changes}
+    changes = {"cache": replace(toy_backend().cache, dtype=dtype), **changes}
     for role in ("generate", "score"):
         (folder / f"{role}.onnx").write_bytes(toy_graph(role, dtype).SerializeToString())
     if tokenizer:

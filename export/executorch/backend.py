@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
+from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig, to_edge_transform_and_lower
 from executorch.exir.passes import MemoryPlanningPass
 from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
 from executorch.exir.program import ExecutorchProgramManager
@@ -70,6 +70,11 @@ def compose(checkpoint: QuantizedCheckpoint, geometry: CacheGeometry) -> Executo
     edge = to_edge_transform_and_lower(
         programs, partitioner=None, constant_methods=runner_contract(config, geometry), compile_config=COMPILE
     )
+    return finish(edge)
+
+
+def finish(edge: EdgeProgramManager) -> ExecutorchProgramManager:
+    """The program with its memory planned, its inputs left to the caller."""
     return edge.to_executorch(
         ExecutorchBackendConfig(
             extract_delegate_segments=True,

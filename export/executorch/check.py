@@ -9,9 +9,10 @@ from executorch.exir.schema import DelegateCall, ExecutionPlan
 from executorch.exir.schema import Tensor as PlannedTensor
 
 from gemma_edge.export.bundle import CacheGeometry
-from gemma_edge.export.executorch.packing import constants, pieces_of
+from gemma_edge.export.executorch.delegates import Kernel, kernel_of, linears
+from gemma_edge.export.executorch.packing import SCALE, Constant, constants, pieces_of
 from gemma_edge.export.executorch.pte import GATHERS, Pte, calls
-from gemma_edge.model.checkpoint import TABLE
+from gemma_edge.model.checkpoint import TABLE, weight_shapes
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.quantize.recipe import QuantConfig
 
@@ -65,6 +66,7 @@ def check_pte(
             raise RuntimeError(f"{path.name} has no method {name}")
         _check_operators(path, plans[name])
         _check_delegates(path, plans[name], config)
+        _check_kernels(path, pte, plans[name], config, configs)
         _check_caches(path, plans[name], geometry)
     _check_constants(path, pte, config, configs)
 
@@ -87,6 +89,31 @@ def _check_delegates(path: Path, plan: ExecutionPlan, config: Gemma2Config) -> N
             f"{path.name}: {plan.name} has {len(plan.delegates)} delegates of {sorted(backends)}, called {called} times;"
             f" expected {expected} of XNNPACK"
         )
+
+
+def _check_kernels(
+    path: Path, pte: Pte, plan: ExecutionPlan, config: Gemma2Config, configs: Mapping[str, QuantConfig | None]
+) -> None:
+    """Every weight is multiplied once, with its own scales, by the kernel of its kind; all other linears are float: the means
+    of squares, whose constants lie in the delegate.
+    """
+    shapes = weight_shapes(config)
+    wanted = {}
+    for constant, _ in constants(config, configs):
+        if constant.part != SCALE:
+            weight, quant = constant.weight, configs[constant.weight]
+            scale = Constant(weight, SCALE, constant.piece).key if quant else ""
+            wanted[constant.key] = (scale, kernel_of(quant, shapes[weight][1]))
+    blobs = [pte.segment(delegate.processed.index) for delegate in plan.delegates]
+    for linear in linears(blobs):
+        found = (linear.scale_key, linear.kernel)
+        if linear.key in wanted:
+            if wanted.pop(linear.key) != found:
+                raise RuntimeError(f"{path.name}: a linear of {plan.name} is computed by {linear.kernel}")
+        elif linear.kernel != Kernel("fp32", "fp32"):
+            raise RuntimeError(f"{path.name}: {plan.name} has a linear {linear.kernel} of no weight")
+    if wanted:
+        raise RuntimeError(f"{path.name}: {len(wanted)} weights are not multiplied in {plan.name}")
 
 
 def _check_caches(path: Path, plan: ExecutionPlan, geometry: CacheGeometry) -> None:

@@ -34,12 +34,12 @@ def test_make_is_the_default_command_and_json_holds_bundle_stages_and_gate(tmp_p
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     stages = [stage["name"] for stage in found["stages"]]
-    assert found["bundle"] == str(out) and stages == ["calibrate", "quantize", "lower", "verify"]
+    assert found["bundle"] == str(out) and stages == ["calibrate", "quantize", "lower onnx", "hash", "verify"]
     assert found["manifest"]["verification"]["onnx"]["passed"]
     assert "calibrating on 8192 tokens: under a minute; --quality fast needs no text" in result.stderr
     shown = run("inspect", out, "--check-hashes")
     assert shown.exit_code == 0 and "passed the quick gate" in shown.stdout and "mlp.down_proj" in shown.stdout
-    assert json.loads(run("inspect", out, "--json").stdout)["schema_version"] == 1
+    assert json.loads(run("inspect", out, "--json").stdout)["schema_version"] == 2
     refused(run(DEMO, "-o", out), f"{out} exists", "--force")
     assert run(DEMO, "-o", out, "--force", "--verify", "none", "--bits", "8").exit_code == 0
     assert Manifest.load(out).recipe["name"] == "int8-channel"
@@ -50,7 +50,7 @@ def test_make_is_the_default_command_and_json_holds_bundle_stages_and_gate(tmp_p
 def test_plan_predicts_without_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     result = run("plan", DEMO, "--json")
-    plan = json.loads(result.stdout)
+    plan = json.loads(result.stdout)["plans"]["onnx"]
     assert plan["context"] == 512 and plan["weights_bytes"] > 4_500_000 and plan["kv_bytes"] > 0
     table = run("plan", DEMO)
     assert table.exit_code == 0 and str(plan["weights_bytes"]) in table.stdout

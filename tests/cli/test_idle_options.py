@@ -60,7 +60,7 @@ def test_what_is_heeded_or_not_asked_for_is_not_refused(args: str) -> None:
     """The last is a budget: it is what it decides itself, that every linear has 8 bits."""
     result = run("plan", DEMO, "--json", *args.split())
     assert result.exit_code == 0, result.output
-    assert ("--kv-bits" not in args) or json.loads(result.stdout)["kv_dtype"] == "int8"
+    assert ("--kv-bits" not in args) or json.loads(result.stdout)["plans"]["onnx"]["kv_dtype"] == "int8"
 
 
 GIVEN = {
@@ -85,7 +85,11 @@ def test_what_works_on_float_weights_is_refused_for_integers(
 def test_a_folder_of_integers_needs_no_options(integers: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         result = run("plan", integers, "--json")
-    assert result.exit_code == 0 and json.loads(result.stdout)["recipe"] == "int4-g32" and not caplog.records
+    assert (
+        result.exit_code == 0
+        and json.loads(result.stdout)["plans"]["onnx"]["recipe"] == "int4-g32"
+        and not caplog.records
+    )
 
 
 def test_weights_left_float_in_a_quantized_folder_are_rounded_without_data(partly: Path, tmp_path: Path) -> None:

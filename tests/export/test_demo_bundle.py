@@ -47,8 +47,8 @@ def test_manifest_on_disk_is_the_returned_one_and_lists_every_file(demo: Export)
 
 
 def test_weights_file_has_exactly_the_planned_size_and_cache_the_planned_bytes(demo: Export) -> None:
-    assert demo.manifest.files["model.onnx.data"].bytes == demo.manifest.plan["weights_bytes"]
-    assert demo.manifest.cache.bytes == demo.manifest.plan["kv_bytes"]
+    assert demo.manifest.files["model.onnx.data"].bytes == demo.manifest.backends["onnx"].plan["weights_bytes"]
+    assert demo.manifest.backends["onnx"].cache.bytes == demo.manifest.backends["onnx"].plan["kv_bytes"]
 
 
 def test_graphs_beside_the_shared_weights_are_small(demo: Export) -> None:
@@ -178,7 +178,7 @@ def test_scales_of_another_weight_are_refused_after_lowering(demo: Export, copy:
 
 def check_demo(demo: Export, path: Path) -> None:
     quantized = QuantizedCheckpoint.open(demo.bundle.parent / "checkpoint")
-    cache = demo.manifest.cache
+    cache = demo.manifest.backends["onnx"].cache
     blobs = layout(quantized.config, quantized.configs, {}, int8_kv=cache.dtype == "int8")
     check_graph(path, quantized.config, quantized.configs, cache, blobs, windowed=True)
 
@@ -200,7 +200,8 @@ def test_gate_refuses_a_bundle_whose_weights_were_swapped(demo: Export, copy: Pa
             file.seek(blob.offset)
             file.write(part)
     gate = verify.make_gate(copy / "tokenizer.json", 4096, 2, 512, "quick")
-    result = verify.verify(copy, Checkpoint.open(DEMO), quantized, gate, limits=verify.LIMITS[4], backend="onnx")
+    limits = {"onnx": verify.LIMITS[4]}
+    result = verify.verify(copy, Checkpoint.open(DEMO), quantized, gate, context=512, limits=limits)["onnx"]
     assert not result["passed"] and any(failure.startswith("lowering") for failure in result["failures"])
 
 
@@ -219,9 +220,9 @@ def test_gate_finds_the_same_whatever_is_scored_at_once(demo: Export, monkeypatc
         Checkpoint.open(DEMO),
         quantized,
         gate,
-        limits=verify.LIMITS[4],
-        backend="onnx",
-    )
+        context=512,
+        limits={"onnx": verify.LIMITS[4]},
+    )["onnx"]
     once = demo.manifest.verification["onnx"]
     assert found["generation_difference"] == pytest.approx(once["generation_difference"], rel=0.01)
     for part in ("quality", "quality_past_context", "lowering"):
@@ -263,7 +264,7 @@ def test_truncated_missing_and_foreign_files_are_named_when_the_bundle_is_opened
     with pytest.raises(InputError, match="model.onnx.data is missing"):
         gemma_edge.load(copy)
     _edit_manifest(copy, schema_version=99)
-    with pytest.raises(InputError, match="schema_version 99, this gemma-edge reads 1"):
+    with pytest.raises(InputError, match="schema_version 99, this gemma-edge reads 2"):
         gemma_edge.load(copy)
     (copy / MANIFEST).write_text("{")
     with pytest.raises(InputError, match="is damaged"):
@@ -276,12 +277,13 @@ def test_truncated_missing_and_foreign_files_are_named_when_the_bundle_is_opened
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname"])
 def test_paths_of_a_manifest_never_leave_the_bundle(copy: Path, name: str) -> None:
     (copy.parent / "secret").write_text("x")
-    manifest = Manifest.load(copy)
-    files = json.loads(manifest.to_json())["files"]
+    manifest = json.loads(Manifest.load(copy).to_json())
+    files, backend = manifest["files"], manifest["backends"]["onnx"]
     _edit_manifest(copy, files={**files, name: {"bytes": 1, "sha256": "0" * 64}})
     with pytest.raises(InputError, match="lies outside the bundle"):
         gemma_edge.load(copy)
-    _edit_manifest(copy, files=files, backends={"onnx": {**manifest.backends["onnx"], "generate": name}})
+    settings = {**backend["settings"], "generate": name}
+    _edit_manifest(copy, files=files, backends={"onnx": {**backend, "settings": settings}})
     with pytest.raises(InputError, match="lies outside the bundle"):
         gemma_edge.load(copy)
 
@@ -290,7 +292,7 @@ def test_quantized_checkpoint_goes_in_and_gives_the_same_weights_file(demo: Expo
     # the bits asked for are those of a float folder: neither the integers nor the name follow them
     given = demo.bundle.parent / "checkpoint"
     again = pipeline.export(ExportOptions(model=str(given), bits=8, out=tmp_path / "again", verify="none"))
-    assert again.manifest.recipe["name"] == "int4-g128" == again.manifest.plan["recipe"]
+    assert again.manifest.recipe["name"] == "int4-g128" == again.manifest.backends["onnx"].plan["recipe"]
     assert again.manifest.files["model.onnx.data"] == demo.manifest.files["model.onnx.data"]
     assert again.manifest.verification == {}
 
@@ -333,7 +335,7 @@ def test_failed_gate_publishes_nothing_unless_asked(tmp_path: Path, monkeypatch:
 
     monkeypatch.setitem(verify.LIMITS, 4, replace(verify.LIMITS[4], kl=1e-9))
     options = ExportOptions(model=str(DEMO), out=tmp_path / "out", quality="fast")
-    with pytest.raises(InputError, match="differs too much from the original .quality kl: "):
+    with pytest.raises(InputError, match="differs too much from the original .onnx: quality kl: "):
         pipeline.export(options)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(InputError, match="it lies in"):
@@ -350,4 +352,4 @@ def test_failed_gate_publishes_nothing_unless_asked(tmp_path: Path, monkeypatch:
     monkeypatch.setitem(verify.LIMITS, 4, replace(verify.LIMITS[4], kl=1e-9))
     with pytest.raises(InputError, match="it lies in"):
         pipeline.export(replace(options, keep_failed=True, force=True, prefill_chunk=64))
-    assert Manifest.load(tmp_path / "out.failed").cache.prefill_chunk == 64
+    assert Manifest.load(tmp_path / "out.failed").backends["onnx"].cache.prefill_chunk == 64

@@ -15,11 +15,12 @@ pytest.importorskip("executorch", reason="executorch is not installed: pip insta
 
 import gemma_edge
 from gemma_edge.errors import InputError
-from gemma_edge.export.executorch.backend import FILE, lower
+from gemma_edge.export.executorch import check
+from gemma_edge.export.executorch.backend import FILE, METHODS, lower
 from gemma_edge.export.executorch.packing import CODES, SCALE, Constant, refuse_weight
 from gemma_edge.export.executorch.pte import Pte
 from gemma_edge.export.plan import geometry
-from gemma_edge.model.checkpoint import weight_shapes
+from gemma_edge.model.checkpoint import TABLE, weight_shapes
 from gemma_edge.model.kv_cache import RingCache
 from gemma_edge.quantize.packing import pack_bytes
 from gemma_edge.quantize.recipe import QuantConfig, Recipe, make_recipe
@@ -92,6 +93,27 @@ def test_program_holds_the_checkpoints_integers_bit_for_bit(int4: tuple[Quantize
             scale = stored.scale[mine] if four else stored.scale[mine].float()
             assert pte.constant(Constant(weight, CODES, piece).key) == codes.numpy().tobytes()
             assert pte.constant(Constant(weight, SCALE, piece).key) == scale.view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"model.layers.1.mlp.up_proj": QuantConfig(4, 64)}, "computed by"),
+        ({"model.layers.1.mlp.up_proj": None}, "computed by|not multiplied"),
+        ({TABLE: QuantConfig(4, 32)}, "computed by|not multiplied"),
+    ],
+)
+def test_a_linear_of_another_kind_than_its_weight_is_found(
+    int4: tuple[QuantizedCheckpoint, Runtime], changed: dict[str, QuantConfig | None], said: str
+) -> None:
+    quantized, runtime = int4
+    pte = Pte.open(runtime.bundle / FILE)
+    configs = dict(quantized.configs)
+    plans = {plan.name: plan for plan in pte.program.execution_plan}
+    for plan in (plans[name] for name in METHODS.values()):
+        check._check_kernels(pte.path, pte, plan, quantized.config, configs)
+        with pytest.raises(RuntimeError, match=said):
+            check._check_kernels(pte.path, pte, plan, quantized.config, {**configs, **changed})
 
 
 def test_int4_program_runs_five_contexts_and_stays_with_its_integers(int4: tuple[QuantizedCheckpoint, Runtime]) -> None:

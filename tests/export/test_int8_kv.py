@@ -67,7 +67,7 @@ def done(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Export:
 
 def test_phones_get_an_int8_cache_that_passes_the_gate_where_scales_are_there(done: Export) -> None:
     manifest = Manifest.load(done.bundle)
-    assert manifest.cache.dtype == manifest.plan["kv_dtype"] == "int8"
+    assert manifest.backends["onnx"].cache.dtype == manifest.backends["onnx"].plan["kv_dtype"] == "int8"
     result = manifest.verification["onnx"]
     assert result["passed"] and result["past_wrap"] and result["quality"]["kl"] < 0.01
 
@@ -76,11 +76,15 @@ def test_cache_and_weights_file_have_exactly_the_planned_bytes(done: Export) -> 
     manifest = done.manifest
     names = ("generate.onnx", "score.onnx", "genai.onnx")
     assert all(manifest.files[name].bytes < 300_000 for name in names)
-    assert manifest.files["model.onnx.data"].bytes == manifest.plan["weights_bytes"]
+    assert manifest.files["model.onnx.data"].bytes == manifest.backends["onnx"].plan["weights_bytes"]
     session = ort.InferenceSession(done.bundle / "generate.onnx")
     shapes = [node.shape for node in session.get_inputs() if node.name.startswith("past_key_values.")]
     assert {node.type for node in session.get_inputs() if node.name.startswith("past_")} == {"tensor(int8)"}
-    assert sum(int(np.prod(shape)) for shape in shapes) == manifest.cache.bytes == manifest.plan["kv_bytes"]
+    assert (
+        sum(int(np.prod(shape)) for shape in shapes)
+        == manifest.backends["onnx"].cache.bytes
+        == manifest.backends["onnx"].plan["kv_bytes"]
+    )
 
 
 def test_the_saved_checkpoint_keeps_the_scales(done: Export, model: Path) -> None:
@@ -144,7 +148,7 @@ def test_wrong_wiring_of_caches_and_scales_is_refused_after_lowering(
     onnx.save(graph, path)
     quantized = QuantizedCheckpoint.open(model)
     blobs = layout(quantized.config, quantized.configs, {}, int8_kv=True)
-    cache = done.manifest.cache
+    cache = done.manifest.backends["onnx"].cache
     with pytest.raises(RuntimeError, match=message):
         check_graph(path, quantized.config, quantized.configs, cache, blobs, windowed=True)
     floats = replace(cache, dtype="float32")
@@ -157,7 +161,7 @@ def test_runtime_refuses_a_graph_whose_caches_are_of_another_type_than_the_manif
 ) -> None:
     copy = Path(shutil.copytree(done.bundle, tmp_path / "copy"))
     data = json.loads((copy / MANIFEST).read_text())
-    data["cache"]["dtype"] = "float32"
+    data["backends"]["onnx"]["cache"]["dtype"] = "float32"
     (copy / MANIFEST).write_text(json.dumps(data))
     with pytest.raises(InputError, match=r"past_key_values.0.key is tensor\(int8\) .* manifest says tensor\(float\)"):
         gemma_edge.load(copy)
@@ -172,18 +176,21 @@ def test_scales_that_clip_everything_fail_the_gate_and_the_default_goes_back_to_
     with pytest.raises(InputError, match="differs too much from the original"):
         pipeline.export(replace(options, kv_bits=8))
     done = pipeline.export(options)
-    assert "with its KV cache in int8 the bundle differs too much" in caplog.text and "lowering" in caplog.text
+    assert "with its KV cache in int8 the onnx bundle differs too much" in caplog.text and "lowering" in caplog.text
     manifest = Manifest.load(done.bundle)
-    assert manifest.cache.dtype == manifest.plan["kv_dtype"] == "float32" and manifest.verification["onnx"]["passed"]
-    assert manifest.cache.bytes == manifest.plan["kv_bytes"]
-    assert manifest.files["model.onnx.data"].bytes == manifest.plan["weights_bytes"]
-    assert [stage.name for stage in done.stages] == ["quantize", "lower", "verify", "lower", "verify"]
+    assert (
+        manifest.backends["onnx"].cache.dtype == manifest.backends["onnx"].plan["kv_dtype"] == "float32"
+        and manifest.verification["onnx"]["passed"]
+    )
+    assert manifest.backends["onnx"].cache.bytes == manifest.backends["onnx"].plan["kv_bytes"]
+    assert manifest.files["model.onnx.data"].bytes == manifest.backends["onnx"].plan["weights_bytes"]
+    assert [stage.name for stage in done.stages] == ["quantize", *2 * ["lower onnx", "hash", "verify"]]
 
 
 def test_which_cache_is_taken() -> None:
     phone, desktop = TARGETS["android"], TARGETS["desktop"]
     found = {
-        (asked, target.name, calibrated): choose_kv_dtype(asked, target, calibrated=calibrated, way_out="")
+        (asked, target.name, calibrated): choose_kv_dtype(asked, target, "onnx", calibrated=calibrated, way_out="")
         for asked in (None, 8, 32)
         for target in (phone, desktop, TARGETS["raspberry-pi"])
         for calibrated in (False, True)
@@ -207,10 +214,10 @@ def test_plan_of_an_int8_cache_is_a_quarter_and_lets_a_larger_context_fit(model:
     whole, quarter = (geometry(GEMMA2_2B, 8192, 128, dtype).bytes for dtype in ("float32", "int8"))
     assert whole == 4 * quarter == 8192 * (13 * (4096 + 127) + 13 * (8192 + 127))
     source, recipe, desktop = QuantizedCheckpoint.open(model), make_recipe(8), TARGETS["desktop"]
-    int8, floats = (make_plan(source, recipe, desktop, kv_dtype=dtype) for dtype in ("int8", "float32"))
+    int8, floats = (make_plan(source, recipe, desktop, "onnx", kv_dtype=dtype) for dtype in ("int8", "float32"))
     assert floats.kv_bytes == 4 * int8.kv_bytes
     scales = 12 * 4096  # K and V of 6 layers, each 4 x 64 float32 in a page of its own
     assert floats.weights_bytes < int8.weights_bytes <= floats.weights_bytes + scales
     tight = replace(desktop, ram_bytes=int8.device_ram_bytes + 3 * MIB)
-    assert make_plan(source, recipe, tight, kv_dtype="int8").context == 512
-    assert make_plan(source, recipe, tight).context == 256
+    assert make_plan(source, recipe, tight, "onnx", kv_dtype="int8").context == 512
+    assert make_plan(source, recipe, tight, "onnx").context == 256

@@ -44,7 +44,7 @@ def test_the_size_is_kept_and_used_and_a_larger_one_is_never_worse() -> None:
     for size in range(4_700_000, 8_400_000, 400_000):
         found = opened(size=str(size))
         assert found.choice is not None
-        assert 0.99 * size < found.plan.weights_bytes <= size
+        assert 0.99 * size < found.plans["onnx"].weights_bytes <= size
         errors.append(found.choice.predicted_kl)
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.3 * errors[0]
 
@@ -102,8 +102,8 @@ def test_at_the_same_bytes_it_is_better_than_one_configuration_for_all(
     group_size: int, part: float, tmp_path: Path
 ) -> None:
     uniform = opened(group_size=group_size, quality="fast")
-    better = opened(size=str(uniform.plan.weights_bytes), quality="fast")
-    assert better.plan.weights_bytes <= uniform.plan.weights_bytes
+    better = opened(size=str(uniform.plans["onnx"].weights_bytes), quality="fast")
+    assert better.plans["onnx"].weights_bytes <= uniform.plans["onnx"].weights_bytes
     ids = calibration.windows(DEMO, 2, 512, calibration.Source(paths=HELD_OUT, tokens=1024))
     right = torch.stack([hf_logits(hf_model(DEMO), window) for window in ids]).log_softmax(-1)
     one_for_all = held_out_kl(ids, right, uniform.recipe, tmp_path / "uniform")
@@ -118,7 +118,7 @@ def test_a_bundle_is_made_of_it_and_its_manifest_is_a_recipe(tmp_path: Path) -> 
     assert len({(row["bits"], row["group_size"]) for row in done.manifest.recipe["parts"]}) > 2
     again = opened(recipe=done.bundle / "manifest.json")
     assert again.recipe == opened(size="5.1MB", quality="fast").recipe and again.choice is None
-    assert again.plan.weights_bytes == done.manifest.plan["weights_bytes"]
+    assert again.plans["onnx"].weights_bytes == done.manifest.backends["onnx"].plan["weights_bytes"]
     assert Manifest.load(done.bundle).recipe["name"].startswith("mixed-")
 
 
@@ -164,7 +164,9 @@ def test_bad_budget_is_one_line(args: list[str], parts: list[str]) -> None:
 def test_smallest_and_largest_that_are_named_can_be_had() -> None:
     line = run("plan", DEMO, "--size", "1").stderr
     low, high = line.split(" take ")[1].split(" bytes")[0].split(" to ")
-    assert opened(size=low).plan.weights_bytes <= int(low) and opened(size=high).plan.weights_bytes <= int(high)
+    assert opened(size=low).plans["onnx"].weights_bytes <= int(low) and opened(size=high).plans[
+        "onnx"
+    ].weights_bytes <= int(high)
     line = run("plan", DEMO, "--bpw", "1").stderr
     low, high = line.split(" have ")[1].split(" bits")[0].split(" to ")
     most = opened(bpw=float(high)).choice

@@ -62,7 +62,7 @@ def test_tokens_come_as_they_are_computed() -> None:
 
 def test_generation_goes_on_beyond_the_context() -> None:
     runtime = ToyRuntime()
-    context = runtime.manifest.cache.context
+    context = runtime.cache.context
     tokens = run(runtime, PROMPT, max_tokens=5 * context)
     assert len(tokens) == 5 * context
     assert runtime.position == len(PROMPT) + 5 * context - 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import DEMO
-from toys import ToyRuntime, toy_manifest
+from toys import ToyRuntime, toy_backend, toy_manifest
 
 from gemma_edge.errors import InputError
 from gemma_edge.runtimes.tokenizer import Tokenizer
@@ -38,8 +37,7 @@ class ToyLM(RuntimeLM):
 
 
 def toy_lm(context: int = 64) -> ToyLM:
-    manifest = toy_manifest()
-    manifest = replace(manifest, cache=replace(manifest.cache, context=context))
+    manifest = toy_manifest(backends={"onnx": toy_backend(context=context)})
     tokenizer = Tokenizer.of_folder(DEMO, manifest.config)
     return ToyLM(ToyRuntime(manifest), tokenizer)
 

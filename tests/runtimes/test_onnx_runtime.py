@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime  # type: ignore[import-untyped]
 import pytest
-from toys import CHUNK, VOCAB, WINDOWS, toy_graph, toy_logits, toy_manifest, write_toy_bundle
+from toys import CHUNK, VOCAB, WINDOWS, toy_backend, toy_graph, toy_logits, toy_manifest, write_toy_bundle
 
 import gemma_edge
 from gemma_edge.errors import InputError
@@ -182,9 +182,8 @@ def test_a_graph_of_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_a_cache_of_another_size_than_the_graph_is_refused(bundle: Path) -> None:
     """Binding a smaller buffer would let the graph write outside it."""
-    cache = toy_manifest().cache
     layers = tuple(LayerCache(window, window) for window in WINDOWS)
-    manifest = toy_manifest(cache=type(cache)(**{**cache.__dict__, "layers": layers}))
+    manifest = toy_manifest(backends={"onnx": toy_backend(layers=layers)})
     with pytest.raises(InputError, match=r"past_key_values.0.key is .*, the manifest says"):
         OnnxRuntime(bundle, manifest, threads=1)
 
@@ -193,13 +192,15 @@ def test_a_cache_of_another_size_than_the_graph_is_refused(bundle: Path) -> None
     ("name", "message"), [("../generate.onnx", "outside the bundle"), ("gone.onnx", "is missing; export")]
 )
 def test_a_graph_outside_the_bundle_or_missing_is_refused(bundle: Path, name: str, message: str) -> None:
-    manifest = toy_manifest(backends={"onnx": {"generate": name, "score": "score.onnx"}})
+    manifest = toy_manifest(backends={"onnx": toy_backend({"generate": name, "score": "score.onnx"})})
     with pytest.raises(InputError, match=message):
         OnnxRuntime(bundle, manifest, threads=1)
 
 
 def test_a_bundle_without_a_score_graph_still_generates(bundle: Path) -> None:
-    runtime = OnnxRuntime(bundle, toy_manifest(backends={"onnx": {"generate": "generate.onnx"}}), threads=1)
+    runtime = OnnxRuntime(
+        bundle, toy_manifest(backends={"onnx": toy_backend({"generate": "generate.onnx"})}), threads=1
+    )
     runtime.prefill([5])
     with pytest.raises(InputError, match="no 'score' graph"):
         runtime.score([5])

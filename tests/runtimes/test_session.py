@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import DEMO
 from numpy.typing import NDArray
-from toys import END_OF_TURN, VOCAB, ToyRuntime, toy_manifest
+from toys import END_OF_TURN, VOCAB, ToyRuntime, toy_backend, toy_manifest
 
 from gemma_edge.errors import InputError
 from gemma_edge.runtimes.base import Logits
@@ -159,13 +159,12 @@ def test_a_conversation_longer_than_the_context_goes_on() -> None:
     session, runtime = make_session()
     for question in QUESTIONS * 3:
         say(session, question)
-    assert runtime.position > 10 * runtime.manifest.cache.context
+    assert runtime.position > 10 * runtime.cache.context
     assert runtime.resets == 0
 
 
 def test_strict_refuses_a_turn_and_leaves_the_conversation_as_it_was() -> None:
-    cache = toy_manifest().cache
-    roomy = toy_manifest(cache=type(cache)(**{**cache.__dict__, "context": 80}))
+    roomy = toy_manifest(backends={"onnx": toy_backend(context=80)})
     session, runtime = make_session(ToyRuntime(roomy, allowed=WORDS), strict=True)
     say(session, "Hello.")
     messages, ids = session.messages, session.ids
