@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gemma_edge.errors import InputError
-from gemma_edge.export.bundle import MANIFEST, Manifest, confined, sha256
+from gemma_edge.export.bundle import MANIFEST, CacheGeometry, Manifest, confined, sha256
 from gemma_edge.runtimes import machine
 from gemma_edge.runtimes.base import RUNTIMES, choose_backend, how_to_install
 from gemma_edge.runtimes.bench_process import ChildFailed, watch
@@ -133,12 +133,12 @@ class BundleContender(Local):
         super().__init__(
             "gemma-bench", backend_facts(path, manifest, backend), job, backend_files(path, manifest, backend)
         )
-        self._manifest = manifest
+        self._cache = manifest.backends[backend].cache
 
     def measure(self, settings: Settings) -> dict[str, Any]:
         """See Local; with the bytes that a token reads."""
         found = super().measure(settings)
-        found["model"]["read_bytes_per_token"] = read_bytes_per_token(found["model"], self._manifest, settings)
+        found["model"]["read_bytes_per_token"] = read_bytes_per_token(found["model"], self._cache, settings)
         return found
 
 
@@ -155,20 +155,19 @@ def backend_facts(path: Path, manifest: Manifest, backend: str) -> dict[str, Any
     }
 
 
-def read_bytes_per_token(model: dict[str, Any], manifest: Manifest, settings: Settings) -> int:
+def read_bytes_per_token(model: dict[str, Any], cache: CacheGeometry, settings: Settings) -> int:
     """Half-way, what a token must read at least: the largest file (the weights; the table is the head too), and the cache."""
-    return int(model["weights_bytes"]) + kv_bytes(manifest, settings.prefill + settings.decode // 2)
+    return int(model["weights_bytes"]) + kv_bytes(cache, settings.prefill + settings.decode // 2)
 
 
 def backend_files(path: Path, manifest: Manifest, backend: str) -> list[Path]:
     """The files of one backend, as far as its entry in the manifest names them."""
-    names = [name for name in manifest.backends[backend].values() if isinstance(name, str) and name in manifest.files]
+    names = [name for name in manifest.backends[backend].settings.values() if isinstance(name, str) and name in manifest.files]
     return [confined(path, name) for name in names]
 
 
-def kv_bytes(manifest: Manifest, depth: int) -> int:
+def kv_bytes(cache: CacheGeometry, depth: int) -> int:
     """Keys and values that a token sees when `depth` tokens are in the context."""
-    cache = manifest.cache
     kept = sum(min(depth, layer.window) for layer in cache.layers) / sum(layer.slots for layer in cache.layers)
     return round(cache.bytes * kept)
 

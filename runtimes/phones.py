@@ -229,7 +229,7 @@ class PhoneBundle:
             raise AdbError(str(error)) from None
         if found.failure:
             raise AdbError(f"{self._phone.serial}: {found.failure}")
-        needed = read_bytes_per_token(self.model, self._manifest, settings)
+        needed = read_bytes_per_token(self.model, self._manifest.backends[BACKEND].cache, settings)
         model = {**found.model, **self.model, "read_bytes_per_token": needed}
         merged = {when: {**found.state.get(when, {}), **values} for when, values in states.items()}
         fields = {**asdict(found), "model": model, "state": merged, "device": {**found.device, **self._device}}

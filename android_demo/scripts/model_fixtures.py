@@ -33,7 +33,7 @@ BLANKS = "".join(chr(code) for code in range(0x3100) if chr(code).isspace())
 
 def fed(runtime: Runtime) -> tuple[list[int], list[int]]:
     """Tokens, and how many of them in each call: uneven chunks, then single steps, past the end of the context."""
-    cache = runtime.manifest.cache
+    cache = runtime.cache
     calls = [1, 3, cache.prefill_chunk, 1, 2 * cache.prefill_chunk + 3]
     steps = max(40, cache.context - sum(calls) + 40)
     calls += [5, 1, cache.prefill_chunk - 1, 1, *[1] * steps]

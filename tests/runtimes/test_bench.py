@@ -55,14 +55,14 @@ def test_loads_and_memory_of_the_measured_process(measured: list[Result], demo: 
 def test_bytes_per_token_are_the_weights_and_the_part_of_the_cache_that_is_seen(
     measured: list[Result], demo: Export
 ) -> None:
-    manifest = demo.manifest
-    row = 2 * manifest.cache.kv_heads * manifest.cache.head_dim * {"int8": 1, "float32": 4}[manifest.cache.dtype]
+    cache = demo.manifest.backends["onnx"].cache
+    row = 2 * cache.kv_heads * cache.head_dim * {"int8": 1, "float32": 4}[cache.dtype]
     for depth in (10, 200, 5000):
-        rows = sum(min(depth, layer.window) for layer in manifest.cache.layers)
-        assert bench.kv_bytes(manifest, depth) == row * rows
+        rows = sum(min(depth, layer.window) for layer in cache.layers)
+        assert bench.kv_bytes(cache, depth) == row * rows
     weights = (demo.bundle / "model.onnx.data").stat().st_size
     assert [result.model["read_bytes_per_token"] for result in measured] == [
-        weights + bench.kv_bytes(manifest, depth) for depth in (8 + 2, 40 + 2)
+        weights + bench.kv_bytes(cache, depth) for depth in (8 + 2, 40 + 2)
     ]
 
 

@@ -82,7 +82,7 @@ public class Bundle private constructor(
 
     public companion object {
         /** The only version of the manifest that this library reads. */
-        public const val SCHEMA_VERSION: Int = 1
+        public const val SCHEMA_VERSION: Int = 2
         internal const val MANIFEST = "manifest.json"
 
         /**
@@ -129,13 +129,13 @@ public class Bundle private constructor(
                 bosTokenId = config["bos_token_id"].int(0..MOST),
                 eosTokenIds = config["eos_token_id"].list.map { it.int(0..MOST) }.toSet(),
                 threads = manifest["target"]["threads"].int(1..MOST),
-                cache = CacheGeometry.read(if ("cache" in onnx) onnx["cache"] else manifest["cache"]),
-                residentBytes = if ("device_ram_bytes" in manifest["plan"]) manifest["plan"]["device_ram_bytes"].long else 0,
+                cache = CacheGeometry.read(onnx["cache"]),
+                residentBytes = if ("device_ram_bytes" in onnx["plan"]) onnx["plan"]["device_ram_bytes"].long else 0,
                 files = manifest["files"].entries.map { (name, entry) ->
                     BundleFile(name, entry["bytes"].long, entry["sha256"].string)
                 },
-                graph = onnx["generate"].string,
-                backendFiles = onnx.entries.mapNotNull { (_, role) -> role.value as? String }.toSet(),
+                graph = onnx["settings"]["generate"].string,
+                backendFiles = onnx["settings"].entries.mapNotNull { (_, role) -> role.value as? String }.toSet(),
             )
         }
 

@@ -62,7 +62,7 @@ class BundleTest {
 
     @Test
     fun another_schema_is_refused_by_number() {
-        assertRefuses<BundleException>("schema_version 2", "reads 1") { Bundle.open(changed("\"schema_version\": 1", "\"schema_version\": 2")) }
+        assertRefuses<BundleException>("schema_version 3", "reads 2") { Bundle.open(changed("\"schema_version\": 2", "\"schema_version\": 3")) }
     }
 
     @Test
