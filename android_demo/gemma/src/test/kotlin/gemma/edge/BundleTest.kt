@@ -30,7 +30,7 @@ class BundleTest {
         assertEquals(setOf(1, 5), bundle.eosTokenIds)
         assertTrue(bundle.cache.int8)
         assertTrue(bundle.residentBytes > bundle.cache.bytes)
-        val plan = Fixtures.json(File(Fixtures.demoBundle, Bundle.MANIFEST))["plan"]
+        val plan = Fixtures.json(File(Fixtures.demoBundle, Bundle.MANIFEST))["backends"]["onnx"]["plan"]
         assertEquals(plan["kv_bytes"].long, bundle.cache.bytes)
     }
 
