@@ -61,19 +61,19 @@ class TFLiteRuntime(BaseRuntime):
         Raises:
             InputError: LiteRT is too old, or the file is not what the manifest says.
         """
-        super().__init__(bundle, manifest)
+        entry = manifest.backends["tflite"]
+        super().__init__(bundle, manifest, entry.cache)
         refuse_older("ai-edge-litert", metadata.version("ai-edge-litert"), OLDEST_LITERT)
         self.threads = thread_count(threads, manifest)
         self._at_once = 1 << 30  # `_forward` splits by itself
-        entry = manifest.backends["tflite"]
-        self._path = confined(bundle, entry["program"])
+        self._path = confined(bundle, entry.settings["program"])
         log.info("loading %s with %d threads", self._path, self.threads)
         self._caches: dict[str, TensorBuffer] = {}  # an input and an output of every signature
         self._roles: dict[str, list[Signature]] = {}
         try:
             with silent():
-                self._model = self._load(manifest.files[entry["program"]].sha256)
-                for name, (role, tokens) in entry["signatures"].items():
+                self._model = self._load(manifest.files[entry.settings["program"]].sha256)
+                for name, (role, tokens) in entry.settings["signatures"].items():
                     self._roles.setdefault(role, []).append(self._signature(name, tokens))
         except RuntimeError as error:
             raise InputError(
@@ -103,8 +103,8 @@ class TFLiteRuntime(BaseRuntime):
 
     def _check_contract(self, name: str, tokens: int, inputs: dict[str, Any], outputs: dict[str, Any]) -> None:
         """Sizes of inputs and outputs against the manifest."""
-        vocab_size, cache = int(self.manifest.config["vocab_size"]), self.manifest.cache
-        wanted = {"tokens": [1, tokens], "input_pos": [tokens], "logits": [1, tokens, vocab_size]}
+        cache = self.cache
+        wanted = {"tokens": [1, tokens], "input_pos": [tokens], "logits": [1, tokens, self.vocab_size]}
         for index, layer in enumerate(cache.layers):
             shape = [1, cache.kv_heads, layer.slots + cache.prefill_chunk - 1, cache.head_dim]
             wanted |= {f"kv_cache_{kind}_{index}": shape for kind in "kv"}
@@ -148,9 +148,8 @@ class TFLiteRuntime(BaseRuntime):
             raise InputError(f"{self._path} does not run: {_one_line(error)}; export the bundle again") from None
 
     def _logits(self, signature: Signature) -> Logits:
-        vocab_size = int(self.manifest.config["vocab_size"])
-        flat = signature.outputs["logits"].read(signature.tokens * vocab_size, np.float32)
-        logits: Logits = flat.reshape(signature.tokens, vocab_size)
+        flat = signature.outputs["logits"].read(signature.tokens * self.vocab_size, np.float32)
+        logits: Logits = flat.reshape(signature.tokens, self.vocab_size)
         return logits
 
     def _holds(self, position: int, written: int) -> bool:

@@ -151,7 +151,7 @@ def test_plan_knows_the_size(integers: tuple[QuantizedCheckpoint, Runtime]) -> N
 
 def test_a_file_that_holds_something_else_is_found_out(integers: tuple[QuantizedCheckpoint, Runtime]) -> None:
     quantized, runtime = integers
-    path, config, cache = runtime.bundle / FILE, quantized.config, runtime.manifest.cache
+    path, config, cache = runtime.bundle / FILE, quantized.config, runtime.cache
     found = signatures(CHUNK)
     check_tflite(path, config, quantized.configs, cache, found)
     other = QuantConfig(bits=8, group_size=0) if quantized.configs[TABLE] != QuantConfig(8, 0) else None
