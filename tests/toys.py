@@ -189,7 +189,7 @@ def toy_graph(role: str, dtype: str = "float32") -> onnx.ModelProto:
 def write_toy_bundle(folder: Path, *, tokenizer: bool = True, dtype: str = "float32", **changes: Any) -> Path:
     """A bundle that `gemma-run` takes, without torch and an export; its text is nonsense."""
     folder.mkdir(parents=True)
-    changes = {"cache": replace(toy_backend().cache, dtype=dtype), **changes}
+    changes = {"backends": {"onnx": toy_backend(dtype=dtype)}, **changes}
     for role in ("generate", "score"):
         (folder / f"{role}.onnx").write_bytes(toy_graph(role, dtype).SerializeToString())
     if tokenizer:

@@ -12,13 +12,14 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 from phones import Adb, Phone, app, kotlin_classpath, missing
-from toys import edit_json, write_toy_bundle
+from toys import edit_json, toy_backend, write_toy_bundle
 
 from gemma_edge.export.bundle import MANIFEST, FileEntry, Manifest, sha256
 from gemma_edge.export.pipeline import Export
@@ -248,7 +249,8 @@ def test_a_phone_that_cannot_run_it_is_refused_before_anything_is_sent(case: str
 
 
 def test_a_phone_without_enough_memory_is_refused_before_anything_is_sent(phone: Phone, tmp_path: Path) -> None:
-    large = write_toy_bundle(tmp_path / "large", plan={"device_ram_bytes": 1 << 50})
+    entry = replace(toy_backend(), plan={"device_ram_bytes": 1 << 50})
+    large = write_toy_bundle(tmp_path / "large", backends={"onnx": entry})
     refused(
         run(large, "--device", "adb", *FEW),
         "PHONE1: it has",
