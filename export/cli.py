@@ -210,6 +210,19 @@ def inspect(bundle: Path, check_hashes: bool, as_json: bool) -> None:
         report.print_inspect(manifest)
 
 
+@main.command(cls=Command)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="The file. Default: BUNDLE's name with .litertlm.")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
+def litertlm(bundle: Path, out: Path | None, force: bool) -> None:
+    """Write a tflite BUNDLE as one file for LiteRT-LM and the AI Edge Gallery."""
+    from gemma_edge.export.tflite.litertlm import write_litertlm
+
+    out = out or Path(f"{bundle.resolve().name}.litertlm")
+    write_litertlm(bundle, out, force=force)
+    click.echo(f"{out.stat().st_size / 1e6:.1f} MB in {out}", err=True)
+
+
 def _options(choices: dict[str, Any]) -> Any:
     if importlib.util.find_spec("torch") is None:
         raise InputError(

@@ -60,6 +60,7 @@ class ChatTemplate:
             InputError: the template is not valid jinja.
         """
         self._special_tokens = dict(special_tokens)
+        self.bos = self._special_tokens.get("bos_token", "")
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception

@@ -65,9 +65,15 @@ def make_checkpoint(folder: Path, seed: int = 0, **overrides: Any) -> Path:
 
 
 def write_manifest(
-    bundle: Path, config: Gemma2Config, recipe: Recipe, cache: CacheGeometry, backends: dict[str, dict[str, Any]]
+    bundle: Path,
+    config: Gemma2Config,
+    recipe: Recipe,
+    cache: CacheGeometry,
+    backends: dict[str, dict[str, Any]],
+    *,
+    tokenizer: bool = False,
 ) -> None:
-    """The manifest of a bundle that a backend has written its files into: not verified, without a tokenizer."""
+    """The manifest of a bundle that a backend has written its files into: not verified."""
     manifest = Manifest(
         model={"name": "test"},
         config=config.to_json(),
@@ -75,7 +81,7 @@ def write_manifest(
         target={"name": "test", "threads": 2},
         backends={name: BackendEntry(cache, {}, settings) for name, settings in backends.items()},
         files=list_files(bundle),
-        tokenizer=False,
+        tokenizer=tokenizer,
         tools={},
         verification={},
         created="",

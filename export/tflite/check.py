@@ -60,12 +60,21 @@ class TFLite:
             file.seek(buffer.offset)
             return file.read(buffer.size)
 
+    def _signature(self, name: str) -> Any:
+        found = [each for each in self.model.signatureDefs if each.signatureKey.decode() == name]
+        if len(found) != 1:
+            raise RuntimeError(f"{self.path.name} has {len(found)} signatures {name}")
+        return found[0]
+
     def subgraph(self, signature: str) -> Any:
         """The subgraph of a signature."""
-        found = [each for each in self.model.signatureDefs if each.signatureKey.decode() == signature]
-        if len(found) != 1:
-            raise RuntimeError(f"{self.path.name} has {len(found)} signatures {signature}")
-        return self.model.subgraphs[found[0].subgraphIndex]
+        return self.model.subgraphs[self._signature(signature).subgraphIndex]
+
+    def states(self, signature: str) -> list[str]:
+        """Inputs that come back as outputs."""
+        found = self._signature(signature)
+        outputs = {each.name for each in found.outputs}
+        return [each.name.decode() for each in found.inputs if each.name in outputs]
 
     def uses(self, subgraph: Any) -> Iterator[Use]:
         """Every operator that reads a weight, in order."""

@@ -24,7 +24,7 @@ from gemma_edge.model.kv_cache import Rope, rotate
 
 HIDDEN = -1e9  # score of a slot that must not count: finite, so that a row that sees nothing stays a number
 SCORE, PREFILL, DECODE = "score", "prefill", "decode"  # what a signature is for
-KEY, VALUE, HELD = "kv_cache_k_", "kv_cache_v_", "held_"  # inputs and outputs, by layer; HELD by kind of layer
+KEY, VALUE, HELD = "kv_cache_k_", "kv_cache_v_", "kv_cache_held_"  # inputs and outputs, by layer; HELD by kind
 
 
 @torch.library.custom_op("gemma_edge_tflite::update_slice", mutates_args=())
