@@ -7,8 +7,9 @@ quantized tied table (TABLE_FILE; they use the plain one), and the scales of an 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ from gemma_edge.quantize.kv_scales import KVScales, read_kv_scales, write_kv_sca
 from gemma_edge.quantize.packing import pack, unpack
 from gemma_edge.quantize.recipe import GROUP_MULTIPLE, QuantConfig, Recipe, recipe_name
 from gemma_edge.quantize.safetensors_writer import Spec, write_safetensors
+
+logger = logging.getLogger(__name__)
 
 TABLE_FILE = "gemma_edge_table.safetensors"
 
@@ -131,6 +134,21 @@ class QuantizedCheckpoint(Weights):
     def scale_dtype(self, weight: str) -> torch.dtype:
         """Type in which a quantized matrix's scales are stored."""
         return FLOATS[self._holder(weight).header(f"{weight}.weight_scale")[1]]
+
+    def warn_of_rounded_scales(self, weights: Iterable[str], dtype: torch.dtype, backend: str) -> None:
+        """Say so where a backend stores the scales of some weights in a type that has fewer digits than this folder's."""
+        coarser = [w for w in weights if torch.finfo(self.scale_dtype(w)).eps < torch.finfo(dtype).eps]
+        if coarser:
+            logger.warning(
+                "%s stores such scales in %s: those of %d weights of %s are %s and are rounded (by %.2f %% at most);"
+                " --backend onnx keeps them",
+                backend,
+                str(dtype).removeprefix("torch."),
+                len(coarser),
+                self.folder,
+                str(self.scale_dtype(coarser[0])).removeprefix("torch."),
+                50 * torch.finfo(dtype).eps,
+            )
 
     def dtype(self, weight: str) -> torch.dtype:
         """Type in which a float matrix is stored."""

@@ -52,6 +52,8 @@ def lower(
         RuntimeError: the program is not what it should be.
     """
     refuse_unsupported(checkpoint.config, checkpoint.configs, float_bits)
+    four = [weight for weight, config in checkpoint.configs.items() if config and config.bits == 4]
+    checkpoint.warn_of_rounded_scales(four, torch.bfloat16, "executorch")
     with _quiet():
         write_pte(compose(checkpoint, geometry), checkpoint, out / FILE, progress)
     check_pte(out / FILE, checkpoint.config, checkpoint.configs, geometry, list(METHODS.values()))

@@ -48,6 +48,8 @@ def lower(
         RuntimeError: the model is not what it should be.
     """
     packing.refuse_unsupported(checkpoint.config, checkpoint.configs, float_bits)
+    grouped = [weight for weight, config in checkpoint.configs.items() if config and config.group_size]
+    checkpoint.warn_of_rounded_scales(grouped, torch.float16, "tflite")
     model = Model(packing.stored_weights(checkpoint))
     with torch.device("meta"):
         gemma2 = Gemma2(checkpoint.config).eval()

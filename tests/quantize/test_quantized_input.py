@@ -142,6 +142,20 @@ GIVEN = [
 ]
 
 
+def test_scales_with_more_digits_than_a_backend_keeps_are_named(
+    checkpoint: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They were rounded without a word."""
+    folder = llm_compressor_folder(checkpoint("tiny"), tmp_path / "given", QuantConfig(4, 32), torch.float16)
+    given = open_weights(folder)
+    assert isinstance(given, QuantizedCheckpoint)
+    weight = "model.layers.0.mlp.up_proj"
+    given.warn_of_rounded_scales([weight], torch.float16, "tflite")
+    assert not caplog.records
+    given.warn_of_rounded_scales([weight], torch.bfloat16, "executorch")
+    assert "executorch stores such scales in bfloat16: those of 1 weights" in caplog.text and "0.39 %" in caplog.text
+
+
 @pytest.mark.parametrize(("config", "scale_dtype"), GIVEN)
 def test_integers_of_llm_compressor_stay_bit_for_bit(
     config: QuantConfig, scale_dtype: torch.dtype, checkpoint: Callable[..., Path], tmp_path: Path
