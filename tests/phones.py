@@ -137,6 +137,7 @@ class Adb:
         self._real = find_adb()
         self._folder = folder
         self.phones: list[Phone] = []
+        self._servers: list[subprocess.Popen[bytes]] = []
         self.extra = folder / "extra-devices"  # further lines of `adb devices`
         self.extra.write_text("")
         monkeypatch.setenv("PATH", f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}")
@@ -148,6 +149,7 @@ class Adb:
         inside = {
             phone.serial: f"nsenter -t {phone.pid} -U -n --preserve-credentials {self._real}" for phone in self.phones
         }
+        self._serve(phone)
         subprocess.run([*inside[phone.serial].split(), "connect", "127.0.0.1:5555"], check=True, capture_output=True)
         listings = "".join(
             f"{command} devices | grep '^127.0.0.1:5555' | sed 's/^127.0.0.1:5555/{serial}/'\n"
@@ -163,20 +165,34 @@ class Adb:
         (self._folder / "bin" / "adb").write_text(script)
         (self._folder / "bin" / "adb").chmod(0o755)
 
+    def _serve(self, phone: Phone) -> None:
+        """adb's server as a child of ours: one that adb starts by itself would outlive an unplugged phone, and the test."""
+        command = [
+            "nsenter",
+            "-t",
+            str(phone.pid),
+            "-U",
+            "-n",
+            "--preserve-credentials",
+            self._real,
+            "server",
+            "nodaemon",
+        ]
+        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._servers.append(server)
+        until = time.monotonic() + 20
+        while time.monotonic() < until and server.poll() is None:
+            # port 5037, listening, in its own network
+            if re.search(r":13AD [0-9A-F:]+ 0A ", Path(f"/proc/{server.pid}/net/tcp").read_text()):
+                return
+            time.sleep(0.02)
+        raise AssertionError("adb's server did not start")
+
     def stop(self) -> None:
+        for server in self._servers:
+            server.kill()
+            server.wait()
         for phone in self.phones:
-            if phone._unshare.poll() is None:
-                command = [
-                    "nsenter",
-                    "-t",
-                    str(phone.pid),
-                    "-U",
-                    "-n",
-                    "--preserve-credentials",
-                    self._real,
-                    "kill-server",
-                ]
-                subprocess.run(command, capture_output=True)
             phone.stop()
 
 

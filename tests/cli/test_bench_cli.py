@@ -105,7 +105,7 @@ def test_what_a_page_should_not_do_is_noticed(tmp_path: Path) -> None:
         (["{toy}", "--html", "{tmp}"], ["--html", "no file can be written there"]),
         (["{tmp}"], ["is not a bundle"]),
         (["--from", "{tmp}/none.json"], ["cannot read", "none.json"]),
-        (["--from", "{toy}/manifest.json"], ["manifest.json holds no results"]),
+        (["--from", "{toy}/tokenizer.json"], ["tokenizer.json holds no results"]),
     ],
 )
 def test_what_cannot_be_measured_is_refused(args: list[str], parts: list[str], toy: Path, tmp_path: Path) -> None:
@@ -122,7 +122,8 @@ def test_a_backend_that_is_not_installed_is_left_out_with_a_note(toy: Path, tmp_
     """In a process that cannot find it, as on a machine without the extra."""
     other = write_toy_bundle(tmp_path / "both")
     manifest = json.loads((other / "manifest.json").read_text())
-    edit_json(other / "manifest.json", backends={**manifest["backends"], "executorch": {"program": "model.pte"}})
+    executorch = {**manifest["backends"]["onnx"], "settings": {"program": "model.pte"}}
+    edit_json(other / "manifest.json", backends={**manifest["backends"], "executorch": executorch})
     code = (
         "import importlib.util; find = importlib.util.find_spec\n"
         "importlib.util.find_spec = lambda name: None if name == 'executorch' else find(name)\n"
