@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gemma_edge.runtimes.base import Runtime, Stats
     from gemma_edge.runtimes.sampling import SamplingParams
     from gemma_edge.runtimes.session import Session
+    from gemma_edge.runtimes.speculate import Speculation
 
 CHAT_HELP = "/undo takes the last turn back, /reset starts over, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
 
@@ -36,6 +37,7 @@ class Options:
     strict: bool
     stats: bool
     as_json: bool
+    speculate: str | None
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,15 @@ class AnswerStats:
     new_tokens: int
     decode_tokens_per_s: float  # 0 when at most one token was generated
     peak_rss_mib: float
+    drafted_tokens: int  # guesses of --speculate
+    accepted_tokens: int  # those that were right
 
     def __str__(self) -> str:
         return (
             f"load {self.load_s:.2f} s; prompt {self.prompt_tokens} tokens at {self.prefill_tokens_per_s:.1f} tokens/s;"
             f" first token after {self.ttft_ms:.0f} ms; {self.new_tokens} new tokens at {self.decode_tokens_per_s:.1f}"
             f" tokens/s; peak RSS {self.peak_rss_mib:.0f} MiB"
+            + (f"; {self.accepted_tokens} of {self.drafted_tokens} guesses right" if self.drafted_tokens else "")
         )
 
 
@@ -81,6 +86,13 @@ class AnswerStats:
     type=click.Path(path_type=Path),
     metavar="FILE",
     help="Go on from a saved prefix; nothing fed again.",
+)
+@click.option(
+    "--speculate",
+    type=click.Choice(("exact", "close")),
+    is_flag=False,
+    flag_value="exact",
+    help="Guess tokens from the text before and check several at once, if that changes nothing (exact) or anyway (close).",
 )
 @click.option("--threads", type=int, help="Default: the bundle's target's, at most what this machine has.")
 @click.option(
@@ -125,7 +137,7 @@ def _options(choices: dict[str, Any]) -> Options:
     """Checked before the bundle is touched."""
     from gemma_edge.runtimes.sampling import SamplingParams
 
-    rest = {name: choices.pop(name) for name in ("max_tokens", "strict", "stats", "as_json")}
+    rest = {name: choices.pop(name) for name in ("max_tokens", "strict", "stats", "as_json", "speculate")}
     if rest["max_tokens"] < 1:
         raise InputError(f"--max-tokens {rest['max_tokens']} is below 1")
     return Options(params=SamplingParams(**choices), **rest)
@@ -153,6 +165,7 @@ def _complete(runtime: Runtime, prompt: str, options: Options) -> None:
         click.echo("note: this bundle has no tokenizer: prompt and answer are token ids", err=True)
     ids = tokenizer.encode(prompt) if tokenizer else parse_ids(prompt)
     stop_ids = tokenizer.stop_ids if tokenizer else frozenset(runtime.manifest.config["eos_token_id"])
+    speculation = _speculation(runtime, options)
     sampler, known = Sampler(options.params), runtime.align(ids)
     sampler.observe(ids[:known])
     tokens = generate(
@@ -162,12 +175,23 @@ def _complete(runtime: Runtime, prompt: str, options: Options) -> None:
         max_tokens=options.max_tokens,
         stop_ids=stop_ids,
         strict=options.strict,
+        speculation=speculation,
     )
     if len(ids) > runtime.cache.context:
         _say_overflow(runtime.cache.context)
     answer_ids: list[int] = []
     noted = note_tokens(tokens, answer_ids)
     _show(runtime, tokenizer.stream(noted) if tokenizer else _ids_as_text(noted), lambda: answer_ids, options)
+
+
+def _speculation(runtime: Runtime, options: Options) -> Speculation | None:
+    from gemma_edge.runtimes.speculate import Speculation
+
+    return Speculation(runtime, options.speculate, say=_note) if options.speculate else None
+
+
+def _note(text: str) -> None:
+    click.echo(f"note: {text}", err=True)
 
 
 def _ids_as_text(tokens: Iterator[int]) -> Iterator[str]:
@@ -183,7 +207,15 @@ def _chat(runtime: Runtime, prompt: str | None, options: Options, prefix: str) -
 
     tokenizer = Tokenizer(runtime.bundle, runtime.manifest)
     template = ChatTemplate.from_bundle(runtime.bundle)
-    session = Session(runtime, tokenizer, template, options.params, strict=options.strict, prefix=prefix)
+    session = Session(
+        runtime,
+        tokenizer,
+        template,
+        options.params,
+        strict=options.strict,
+        prefix=prefix,
+        speculation=_speculation(runtime, options),
+    )
     if prompt is not None:
         _turn(session, prompt, options)
         return
@@ -294,6 +326,8 @@ def _answer_stats(before: Stats, after: Stats, ttft_s: float, new_tokens: int) -
         new_tokens=new_tokens,
         decode_tokens_per_s=spent.decode_tokens_per_s,
         peak_rss_mib=peak_rss_mib(),
+        drafted_tokens=spent.drafted_tokens,
+        accepted_tokens=spent.accepted_tokens,
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from gemma_edge.errors import InputError
 from gemma_edge.runtimes.base import Runtime
 from gemma_edge.runtimes.sampling import Sampler
+from gemma_edge.runtimes.speculate import Speculation
 
 STOP, LENGTH, CANCELLED = "stop", "length", "cancelled"
 PIECE = 4  # chunks of a prompt between two looks at `cancelled`: a backend may take long texts better whole
@@ -38,6 +39,7 @@ def generate(
     strict: bool = False,
     usage: Usage | None = None,
     cancelled: Callable[[], bool] = never,
+    speculation: Speculation | None = None,
 ) -> Iterator[int]:
     """Append `ids` to what the runtime has seen and yield the tokens that follow.
 
@@ -53,6 +55,7 @@ def generate(
         strict: refuse what would not fit in the context, instead of forgetting the oldest tokens.
         usage: is filled in.
         cancelled: asked before each PIECE chunks of the prompt and each token; True ends the text there.
+        speculation: of this runtime; feeds several tokens at a time where it can.
 
     Raises:
         InputError: at once, before a token is fed: `max_tokens` below 1, no ids, or more than fits with `strict`.
@@ -68,7 +71,7 @@ def generate(
             f"{before}a prompt of {len(ids)} tokens and {max_tokens} new ones exceed the bundle's context of {context};"
             " shorten the prompt, lower --max-tokens, or drop --strict to let the oldest tokens fall out"
         )
-    return _tokens(runtime, ids, sampler, max_tokens, frozenset(stop_ids), usage or Usage(), cancelled)
+    return _tokens(runtime, ids, sampler, max_tokens, frozenset(stop_ids), usage or Usage(), cancelled, speculation)
 
 
 def _tokens(
@@ -79,6 +82,7 @@ def _tokens(
     stop_ids: frozenset[int],
     usage: Usage,
     cancelled: Callable[[], bool],
+    speculation: Speculation | None,
 ) -> Iterator[int]:
     usage.cached_tokens = runtime.position
     usage.prompt_tokens = runtime.position + len(ids)
@@ -89,20 +93,27 @@ def _tokens(
         if cancelled():
             return
         logits = runtime.prefill(ids[start : start + size])
-    while not cancelled():
-        token = sampler.sample(logits)
-        if token in stop_ids:
-            usage.finish = STOP
-            return
-        sampler.observe([token])
-        usage.new_tokens += 1
-        # told before the token is: a consumer may stop there
-        usage.finish = LENGTH if usage.new_tokens == max_tokens else CANCELLED
-        yield token
-        # the last one would be computed for nothing
-        if usage.new_tokens == max_tokens:
-            return
-        logits = runtime.decode(token)
+    if speculation:
+        speculation.begin(runtime.ids)
+    decode = speculation.decode if speculation else runtime.decode
+    try:
+        while not cancelled():
+            token = sampler.sample(logits)
+            if token in stop_ids:
+                usage.finish = STOP
+                return
+            sampler.observe([token])
+            usage.new_tokens += 1
+            # told before the token is: a consumer may stop there
+            usage.finish = LENGTH if usage.new_tokens == max_tokens else CANCELLED
+            yield token
+            # the last one would be computed for nothing
+            if usage.new_tokens == max_tokens:
+                return
+            logits = decode(token)
+    finally:
+        if speculation:
+            speculation.take_back()
 
 
 def note_tokens(tokens: Iterator[int], ids: list[int]) -> Iterator[int]:

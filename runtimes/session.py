@@ -14,6 +14,7 @@ from gemma_edge.runtimes.base import Runtime, open_runtime
 from gemma_edge.runtimes.chat import ChatTemplate
 from gemma_edge.runtimes.generate import Usage, generate, note_tokens
 from gemma_edge.runtimes.sampling import Sampler, SamplingParams
+from gemma_edge.runtimes.speculate import Speculation
 from gemma_edge.runtimes.state import read_state, write_state
 from gemma_edge.runtimes.tokenizer import Tokenizer
 
@@ -44,6 +45,7 @@ class Session:
         *,
         strict: bool = False,
         prefix: str = "",
+        speculation: Speculation | None = None,
     ) -> None:
         """Begin with an empty conversation, whatever the runtime saw before.
 
@@ -53,12 +55,14 @@ class Session:
             params: None is greedy.
             strict: refuse a turn that does not fit in the context, instead of forgetting the oldest tokens.
             prefix: text in front of the first turn: Gemma 2 has no system message.
+            speculation: of this runtime.
         """
         self.runtime = runtime
         self.tokenizer = tokenizer
         self.template = template
         self.strict = strict
         self.prefix = prefix
+        self.speculation = speculation
         self.usage = Usage()  # of the last answer
         self._sampler = Sampler(params or SamplingParams())
         self._said = [_Said()]  # after each turn, the newest last
@@ -117,7 +121,14 @@ class Session:
     def fork(self) -> Session:
         """A second conversation that goes on from here, on the same runtime; both then cost what they do not share."""
         self._answer.close()
-        other = Session(self.runtime, self.tokenizer, self.template, strict=self.strict, prefix=self.prefix)
+        other = Session(
+            self.runtime,
+            self.tokenizer,
+            self.template,
+            strict=self.strict,
+            prefix=self.prefix,
+            speculation=self.speculation,
+        )
         other._sampler = deepcopy(self._sampler)
         other._said = list(self._said)
         return other
@@ -188,6 +199,7 @@ class Session:
             strict=self.strict,
             usage=self.usage,
             cancelled=self._cancelled.is_set,
+            speculation=self.speculation,
         )
         self._answer = self._run(asked, prompt, ids, tokens)
         return self._answer
