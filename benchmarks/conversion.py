@@ -72,7 +72,7 @@ def synthetic(work: Path, shape: str, layers: int | None) -> Path:
 def ours(source: Path, output: Path, group_size: int, log: Path) -> Usage:
     """gemma-export, without calibration and without the verification gate, which no peer has."""
     program = Path(sys.executable).parent / "gemma-export"
-    command = "{} {} -o {} --target android --bits 4 --group-size {} --context {} --verify none --force"
+    command = "{} {} -o {} --target android --bits 4 --group-size {} --quality fast --context {} --verify none --force"
     return run_measured(_words(command, program, source, output, group_size, CONTEXT), log=log)
 
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from gemma_edge.errors import InputError
 from gemma_edge.export.bundle import Manifest, confined
 from gemma_edge.runtimes.base import BaseRuntime, Buffers, Logits, refuse_older, thread_count
+from gemma_edge.runtimes.memory import release_mapped
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +99,7 @@ class ExecuTorchRuntime(BaseRuntime):
                 f"{self._path} is damaged or no program of this bundle: {_one_line(error)}; export the bundle again"
             ) from None
         self._check_contract(method.method_meta())
+        release_mapped(self._path)  # the linears are packed in memory now; of the table a token reads one row
         self._method, self._role = method, role
         for name, rows in carried.items():
             self._buffers()[name][..., : self._written, :] = rows

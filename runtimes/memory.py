@@ -40,3 +40,19 @@ def give_back() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):  # another C library
             ctypes.CDLL(None).malloc_trim(0)
+
+
+MADV_DONTNEED = 4  # Linux': of a mapped file, pages that are read again when they are needed
+
+
+def release_mapped(path: Path) -> None:
+    """Let the system take back what this process has mapped of a file and locked in memory; Linux only, else nothing happens."""
+    if sys.platform != "linux":
+        return
+    library, real = ctypes.CDLL(None), str(path.resolve())
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
+        addresses, access, _, _, _, *name = line.split(maxsplit=5)
+        if name == [real] and "w" not in access:
+            start, end = (int(address, 16) for address in addresses.split("-"))
+            library.munlock(ctypes.c_void_p(start), ctypes.c_size_t(end - start))
+            library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)

@@ -28,3 +28,32 @@ def test_freed_memory_between_blocks_in_use_goes_back_to_the_system() -> None:
         pytest.skip("only glibc can be told to")
     done = subprocess.run([sys.executable, "-c", FRAGMENTED], capture_output=True, text=True, check=True)
     assert float(done.stdout.split()[0]) > 80
+
+
+LOCKED = """
+import ctypes, mmap, sys
+from pathlib import Path
+from gemma_edge.runtimes.memory import release_mapped
+path = Path(sys.argv[1])
+file = path.open("rb")
+mapped = mmap.mmap(file.fileno(), 0, mmap.MAP_SHARED, mmap.PROT_READ)
+whole = sum(mapped[::4096])
+library = ctypes.CDLL(None)
+address = next(line.split("-")[0] for line in open("/proc/self/maps") if str(path) in line)
+library.mlock(ctypes.c_void_p(int(address, 16)), ctypes.c_size_t(1 << 22))  # a part, as much as a user may lock
+def file_mib():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("RssFile")).split()[1]) / 1024
+before = file_mib()
+release_mapped(path)
+print(before - file_mib(), sum(mapped[::4096]) == whole)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mapped memory is released on Linux only")
+def test_a_mapped_files_pages_are_released_and_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "mapped file"
+    path.write_bytes(bytes(range(256)) * (1 << 17))  # 32 MiB
+    command = [sys.executable, "-c", LOCKED, str(path.resolve())]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    released, same = done.stdout.split()
+    assert float(released) > 28 and same == "True"
