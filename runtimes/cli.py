@@ -94,6 +94,9 @@ class AnswerStats:
     flag_value="exact",
     help="Guess tokens from the text before and check several at once, if that changes nothing (exact) or anyway (close).",
 )
+@click.option("--serve", is_flag=True, help="Answer OpenAI's clients over HTTP, and show a page to chat with.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="With --serve: 0.0.0.0 lets the whole network in.")
+@click.option("--port", type=int, default=8080, show_default=True, help="With --serve.")
 @click.option("--threads", type=int, help="Default: the bundle's target's, at most what this machine has.")
 @click.option(
     "--strict", is_flag=True, help="Refuse what exceeds the context, instead of forgetting the oldest tokens."
@@ -108,6 +111,9 @@ def main(
     threads: int | None,
     save_prefix: Path | None,
     load_prefix: Path | None,
+    serve: bool,
+    host: str,
+    port: int,
     **choices: Any,
 ) -> None:
     """Run the BUNDLE made by gemma-export: continue a text, or chat.
@@ -116,6 +122,9 @@ def main(
     Only the answer goes to stdout. A bundle without tokenizer takes and prints token ids: --prompt 2,15,7.
     """
     options = _options(choices)
+    if serve:
+        _serve(bundle, threads, options, host, port)
+        return
     if prompt == "-" or (prompt is None and (save_prefix or not chat)):
         prompt = _read_stdin(asked=prompt == "-")
     from gemma_edge.runtimes.base import open_runtime
@@ -141,6 +150,21 @@ def _options(choices: dict[str, Any]) -> Options:
     if rest["max_tokens"] < 1:
         raise InputError(f"--max-tokens {rest['max_tokens']} is below 1")
     return Options(params=SamplingParams(**choices), **rest)
+
+
+def _serve(bundle: Path, threads: int | None, options: Options, host: str, port: int) -> None:
+    """Until Ctrl-C."""
+    from importlib.util import find_spec
+
+    if missing := [name for name in ("starlette", "uvicorn") if find_spec(name) is None]:
+        raise InputError(f"--serve needs {' and '.join(missing)}: pip install 'gemma-edge[serve]'")
+    if not 0 <= port < 1 << 16:
+        raise InputError(f"--port {port} is not between 0 and 65535")
+    from gemma_edge.runtimes.base import open_runtime
+    from gemma_edge.runtimes.server import Engine, serve
+
+    runtime = open_runtime(bundle, threads=threads)
+    serve(Engine(runtime, options.params, _speculation(runtime, options)), host, port)
 
 
 def _read_stdin(*, asked: bool) -> str:
