@@ -11,7 +11,8 @@ help:
 	@echo 'make setup   make .venv and install everything into it (the other targets do it when needed)'
 	@echo 'make demo    export demo/tiny-gemma2 to $(BUNDLE), verify it, and let it talk'
 	@echo 'make test    ruff, mypy and pytest: what CI runs; ARGS="-k cache" is passed on to pytest'
-	@echo 'make android-test  the Kotlin library against Python; needs JDK 17 and Maven'
+	@echo 'make android-test  the Kotlin library against Python, the app on the JVM; needs JDK 17, Maven and npm'
+	@echo 'make android       a signed APK of the app, without Android SDK and Gradle; needs the same'
 	@echo 'make phone   fetch Android'"'"'s adbd from Debian into out/phone: with it the tests of gemma-bench --device run'
 	@echo 'make clean   remove everything that these made, except .venv'
 

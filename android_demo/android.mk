@@ -1,5 +1,5 @@
 # The Kotlin library and the app, without Android SDK, Gradle or phone. Included by the Makefile at the top.
-# Needs JDK 17 and Maven; everything else comes from Maven Central.
+# Needs JDK 17, Maven and npm; everything else comes from their registries, by the versions of pins.toml.
 ANDROID_BUILD := android_demo/build
 MVN ?= mvn -B -q -Dkotlin.compiler.daemon=false
 # A folder with Gemma's own tokenizer.json, which is not ours to ship: make android-test GEMMA_TOKENIZER=FOLDER
@@ -13,7 +13,7 @@ FIXTURE_BUNDLES := $(BUNDLE) $(ANDROID_BUILD)/bundles/float-cache $(ANDROID_BUIL
 # The library's classes go into the APK as Maven compiled them
 GEMMA := android_demo/gemma/target
 
-.PHONY: android-test
+.PHONY: android-test android-screenshots
 
 $(GEMMA)/.compiled: android_demo/gemma/pom.xml $(wildcard android_demo/gemma/src/main/kotlin/gemma/edge/*.kt)
 	$(MVN) -f android_demo/gemma/pom.xml compile
@@ -21,6 +21,12 @@ $(GEMMA)/.compiled: android_demo/gemma/pom.xml $(wildcard android_demo/gemma/src
 
 android-test: $(FIXTURES)/.made
 	$(MVN) -f android_demo/gemma/pom.xml test
+	@touch $(GEMMA)/.compiled
+	$(BIN)/python android_demo/scripts/test_app.py $(BUNDLE)
+
+# The pictures in docs/android, from the tests of the screens
+android-screenshots: $(FIXTURES)/.made $(GEMMA)/.compiled
+	$(BIN)/python android_demo/scripts/test_app.py $(BUNDLE) --screenshots docs/android
 
 $(FIXTURES)/.made: $(FIXTURE_PYTHON)/.set-up $(FIXTURE_BUNDLES:=/manifest.json) $(wildcard android_demo/scripts/*fixtures.py)
 	PYTHONPATH=src $(FIXTURE_PYTHON)/bin/python android_demo/scripts/fixtures.py $(FIXTURES) demo/tiny-gemma2 $(FIXTURE_BUNDLES) \

@@ -185,12 +185,17 @@ def shrunk(jars: list[Path], linked: Libraries, resources: Path) -> list[Path]:
     return sorted(once("dex-shrunk", [*jars, MIN_SDK], make).glob("*.dex"))
 
 
+def asset_files(bundle: Path) -> dict[str, Path]:
+    """A bundle's files by their names in the APK."""
+    return {f"assets/{bundle.name}/{path.relative_to(bundle).as_posix()}": path for path in sources(bundle)}
+
+
 def package(linked: Libraries, resources: Path, dexes: list[Path], assets: Path, abis: tuple[str, ...]) -> Path:
     """The signed APK."""
     files = {f"classes{number if number > 1 else ''}.dex": path for number, path in enumerate(dexes, 1)}
     for abi in abis:
         files |= {f"lib/{abi}/{path.name}": path for path in sorted((linked.onnxruntime / "jni" / abi).glob("*.so"))}
-    files |= {f"assets/{assets.name}/{path.relative_to(assets).as_posix()}": path for path in sources(assets)}
+    files |= asset_files(assets)
     unsigned = BUILD / "unsigned.apk"
     write_apk(unsigned, resources / "app.ap_", files)
     if not KEYSTORE.exists():

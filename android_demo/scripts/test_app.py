@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
-from build_apk import GEMMA_CLASSES, PACKAGE, compile_app, libraries, link, sources
+from apk_zip import write_apk
+from build_apk import GEMMA_CLASSES, PACKAGE, asset_files, compile_app, libraries, link, sources
 from toolchain import ANDROID, BUILD, class_path, framework, jars_of, kotlinc, maven, once, unpacked
 
 TESTS = ANDROID / "app" / "src" / "test" / "kotlin"
 
 
-def properties(resources: Path, assets: Path) -> str:
+def properties(resource_apk: Path, resources: Path) -> str:
     """What Robolectric asks of a build system."""
     return "\n".join(
         [
-            f"android_resource_apk={resources / 'app.ap_'}",
+            f"android_resource_apk={resource_apk}",
             f"android_merged_manifest={resources / 'AndroidManifest.xml'}",
-            f"android_merged_assets={assets}",
             f"android_custom_package={PACKAGE}",
         ]
     )
@@ -45,15 +44,14 @@ def main() -> None:
     # the Android library's classes stay out: the desktop's are the same and have natives for this machine
     app_jars = jars_of(linked.plain, [aar for aar in linked.aars if aar != linked.onnxruntime])
     jars = [app, GEMMA_CLASSES, resources / "R.jar", *app_jars, *jars_of(test_libraries, test_aars)]
-    assets = BUILD / "assets"
-    shutil.rmtree(assets, ignore_errors=True)
-    shutil.copytree(options.bundle, assets / options.bundle.name)
+    with_assets = BUILD / "test.ap_"
+    write_apk(with_assets, resources / "app.ap_", asset_files(options.bundle))
 
     def compile_tests(folder: Path) -> None:
         kotlinc(sources(TESTS), jars, folder / "classes")
         config = folder / "classes" / "com" / "android" / "tools" / "test_config.properties"
         config.parent.mkdir(parents=True)
-        config.write_text(properties(resources, assets), encoding="utf-8")
+        config.write_text(properties(with_assets, resources), encoding="utf-8")
 
     inputs = [*sources(TESTS), app, *sources(GEMMA_CLASSES), Path(__file__)]
     classes = once("test-classes", inputs, compile_tests) / "classes"

@@ -172,6 +172,7 @@ public class OnnxRuntime private constructor(override val bundle: Bundle, privat
 
     public companion object {
         private const val ANY = -1L // a size that the graph leaves open
+        private const val ENVIRONMENT_STACK = 16L shl 20
 
         /**
          * Load a bundle: seconds, so not on a main thread.
@@ -189,13 +190,20 @@ public class OnnxRuntime private constructor(override val bundle: Bundle, privat
             return OnnxRuntime(bundle, environment(), threads ?: device.threadsFor(bundle))
         }
 
-        private fun environment(): OrtEnvironment = try {
-            OrtEnvironment.getEnvironment().also { it.setTelemetry(false) }
-        } catch (error: LinkageError) {
-            throw UnsupportedException(
-                "ONNX Runtime has no native library for ${System.getProperty("os.arch")} here (${error.message}); " +
-                    "use a device with arm64-v8a or x86_64",
-            )
+        private fun environment(): OrtEnvironment {
+            var made: Result<OrtEnvironment>? = null
+            // looking for devices, it matches regular expressions by recursion: 12,000 frames deep on one machine, too many for 1 MiB
+            val thread = Thread(null, { made = runCatching { OrtEnvironment.getEnvironment() } }, "onnxruntime", ENVIRONMENT_STACK)
+            thread.start()
+            thread.join()
+            val environment = made!!.getOrElse { error ->
+                if (error !is LinkageError) throw error
+                throw UnsupportedException(
+                    "ONNX Runtime has no native library for ${System.getProperty("os.arch")} here (${error.message}); " +
+                        "use a device with arm64-v8a or x86_64",
+                )
+            }
+            return environment.also { it.setTelemetry(false) }
         }
 
         private fun direct(bytes: Int): ByteBuffer = ByteBuffer.allocateDirect(bytes).order(ByteOrder.nativeOrder())

@@ -173,7 +173,7 @@ class BenchmarkActivity : AppCompatActivity() {
         field(R.id.result).text = when {
             state.running -> getString(R.string.running, state.done, state.of)
             numbers != null ->
-                getString(R.string.bench_result, numbers.prefillTokensPerS, numbers.decodeTokensPerS, numbers.ttftMs, state.file?.path)
+                getString(R.string.bench_result, numbers.prefillTokensPerS, numbers.decodeTokensPerS, numbers.ttftMs, state.file?.name)
             else -> state.failure.orEmpty()
         }
     }

@@ -67,7 +67,7 @@ class ChatActivity : AppCompatActivity() {
         findViewById<MaterialButton>(R.id.send).apply {
             setIconResource(if (state.answering) R.drawable.stop else R.drawable.send)
             contentDescription = getString(if (state.answering) R.string.stop else R.string.send)
-            isEnabled = state.answering || (!state.loading && state.model.isNotEmpty())
+            isEnabled = state.answering || state.ready
         }
         adapter.model = state.model
         adapter.submitList(state.messages) {

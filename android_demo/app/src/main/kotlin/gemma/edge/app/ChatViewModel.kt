@@ -23,10 +23,11 @@ import kotlinx.coroutines.withContext
 /** One bubble; [stats] stands under a finished answer. */
 data class ChatMessage(val byUser: Boolean, val text: String, val stats: AnswerStats? = null)
 
-/** What the chat screen shows. [model] is empty where there is none; [failure] is one line for the user. */
+/** What the chat screen shows. [model] is empty where there is none, [ready] says that it can answer; [failure] is one line for the user. */
 data class ChatState(
     val model: String = "",
     val loading: Boolean = true,
+    val ready: Boolean = false,
     val answering: Boolean = false,
     val messages: List<ChatMessage> = emptyList(),
     val failure: String? = null,
@@ -51,7 +52,7 @@ class ChatViewModel(application: Application, private val saved: SavedStateHandl
                     store.installDemo()
                     store.selected()
                 }
-                if (folder == null) mutable.update { it.copy(model = "", loading = false) } else open(folder)
+                if (folder == null) mutable.update { it.copy(model = "", ready = false) } else open(folder)
             }
             mutable.update { it.copy(loading = false) }
         }
@@ -101,7 +102,7 @@ class ChatViewModel(application: Application, private val saved: SavedStateHandl
     }
 
     private suspend fun open(folder: File) {
-        if (session?.bundle?.folder != folder) mutable.update { it.copy(model = folder.name, loading = true) }
+        if (session?.bundle?.folder != folder) mutable.update { it.copy(model = folder.name, loading = true, ready = false) }
         val opened = Engine.open(folder)
         if (opened !== session) {
             opened.restore(mutable.value.messages.mapIndexed { index, message ->
@@ -110,7 +111,7 @@ class ChatViewModel(application: Application, private val saved: SavedStateHandl
             })
             session = opened
         }
-        mutable.update { it.copy(model = folder.name, failure = null) }
+        mutable.update { it.copy(ready = true, failure = null) }
     }
 
     /** Gemma has no system role: what would be there goes before the first message. */

@@ -25,11 +25,14 @@ import gemma.edge.GemmaException
 import java.io.File
 import java.io.IOException
 import kotlinx.coroutines.Dispatchers
+import kotlinx.coroutines.Job
 import kotlinx.coroutines.flow.MutableStateFlow
 import kotlinx.coroutines.flow.StateFlow
 import kotlinx.coroutines.flow.asStateFlow
 import kotlinx.coroutines.flow.update
 import kotlinx.coroutines.launch
+import kotlinx.coroutines.sync.Mutex
+import kotlinx.coroutines.sync.withLock
 import kotlinx.coroutines.withContext
 
 /** A model on the device. */
@@ -47,6 +50,7 @@ data class ModelsState(
 class ModelsViewModel(application: Application) : AndroidViewModel(application) {
     private val store = BundleStore(application)
     private val mutable = MutableStateFlow(ModelsState())
+    private val changing = Mutex()
 
     val state: StateFlow<ModelsState> = mutable.asStateFlow()
 
@@ -57,31 +61,37 @@ class ModelsViewModel(application: Application) : AndroidViewModel(application) 
     fun import(source: Source) {
         if (mutable.value.importing != null) return
         mutable.update { it.copy(importing = source.name, failure = null) }
-        change {
+        val running = change {
             val folder = store.import(source) { step -> if (step != mutable.value.step) mutable.update { it.copy(step = step) } }
             store.select(folder)
         }
+        running.invokeOnCompletion { mutable.update { it.copy(importing = null, step = null) } }
     }
 
-    fun use(folder: File) = change { store.select(folder) }
+    fun use(folder: File) {
+        change { store.select(folder) }
+    }
 
-    fun delete(folder: File) = change { store.delete(folder) }
+    fun delete(folder: File) {
+        change { store.delete(folder) }
+    }
 
-    private fun change(act: () -> Unit) {
-        viewModelScope.launch {
-            val failure = withContext(Dispatchers.IO) {
-                try {
-                    act()
-                    null
-                } catch (error: GemmaException) {
-                    error.message
-                } catch (error: IOException) {
-                    error.message
-                }
-            }
+    /** One change after the other; then the list is read again. */
+    private fun change(act: () -> Unit): Job = viewModelScope.launch {
+        changing.withLock {
+            val failure = withContext(Dispatchers.IO) { reasonIfFails(act) }
             val rows = withContext(Dispatchers.IO) { rows() }
-            mutable.update { ModelsState(rows, failure = failure) }
+            mutable.update { it.copy(rows = rows, failure = failure) }
         }
+    }
+
+    private fun reasonIfFails(act: () -> Unit): String? = try {
+        act()
+        null
+    } catch (error: GemmaException) {
+        error.message
+    } catch (error: IOException) {
+        error.message
     }
 
     private fun rows(): List<ModelRow> = store.list().map { folder ->
