@@ -12,6 +12,7 @@ import androidx.lifecycle.AndroidViewModel
 import androidx.lifecycle.Lifecycle
 import androidx.lifecycle.lifecycleScope
 import androidx.lifecycle.repeatOnLifecycle
+import androidx.lifecycle.ViewModelProvider
 import androidx.lifecycle.viewModelScope
 import com.google.android.material.appbar.MaterialToolbar
 import com.google.android.material.button.MaterialButton
@@ -101,7 +102,7 @@ class BenchmarkViewModel(application: Application) : AndroidViewModel(applicatio
  * extras: then it measures at once.
  */
 class BenchmarkActivity : AppCompatActivity() {
-    val benchmark: BenchmarkViewModel by viewModels()
+    val benchmark: BenchmarkViewModel by viewModels { ViewModelProvider.AndroidViewModelFactory(application) }
 
     override fun onCreate(savedInstanceState: Bundle?) {
         super.onCreate(savedInstanceState)

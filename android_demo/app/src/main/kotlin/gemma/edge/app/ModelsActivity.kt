@@ -13,6 +13,7 @@ import androidx.activity.viewModels
 import androidx.appcompat.app.AppCompatActivity
 import androidx.lifecycle.AndroidViewModel
 import androidx.lifecycle.Lifecycle
+import androidx.lifecycle.ViewModelProvider
 import androidx.lifecycle.lifecycleScope
 import androidx.lifecycle.repeatOnLifecycle
 import androidx.lifecycle.viewModelScope
@@ -101,7 +102,7 @@ class ModelsViewModel(application: Application) : AndroidViewModel(application) 
 
 /** The models screen. */
 class ModelsActivity : AppCompatActivity() {
-    val models: ModelsViewModel by viewModels()
+    val models: ModelsViewModel by viewModels { ViewModelProvider.AndroidViewModelFactory(application) }
     private val adapter = Adapter()
     private val picker = registerForActivityResult(ActivityResultContracts.OpenDocumentTree()) { tree: Uri? ->
         if (tree != null) models.import(TreeSource(this, tree))
