@@ -20,6 +20,7 @@ from gemma_edge.export.bundle import BackendEntry, CacheGeometry, FileEntry, Lay
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 OTHER_PAGES = [ROOT / "CHANGELOG.md", *sorted(ROOT.glob("demo/**/*.md")), *sorted(ROOT.glob("export/**/*.md"))]
+KOTLIN = sorted((ROOT / "android_demo").glob("*/src/**/*.kt"))  # make android-test compiles all of it
 RUN = {"sh": ["sh", "-eu", "-c"], "python": [sys.executable, "-c"]}
 NOT_CODE = {"", "text", "json", "toml"}
 MOST_NOT_RUN = 11
@@ -124,7 +125,18 @@ def test_a_block_that_fails_is_noticed(block: str, tmp_path: Path) -> None:
 def test_no_block_escapes_by_its_language() -> None:
     """`bash`, `console`, `py` and the like would not be run."""
     found = {block.language for page in PAGES for block in blocks(page)}
-    assert found <= RUN.keys() | NOT_CODE
+    assert found <= RUN.keys() | NOT_CODE | {"kotlin"}
+
+
+def test_kotlin_blocks_are_lines_of_files_that_are_compiled() -> None:
+    sources = [path.read_text(encoding="utf-8") for path in KOTLIN]
+    found = [(page, block) for page in PAGES for block in blocks(page) if block.language == "kotlin"]
+    assert found
+    for page, block in found:
+        assert block.no_run is None, f"{page}:{block.line}: a kotlin block is compiled"
+        assert any(f"\n{block.text}\n" in f"\n{source}" for source in sources), (
+            f"{page}:{block.line}: no source holds it"
+        )
 
 
 def test_blocks_that_are_not_run_are_few_and_say_why() -> None:

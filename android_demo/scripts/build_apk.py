@@ -169,6 +169,7 @@ def shrunk(jars: list[Path], linked: Libraries, resources: Path) -> list[Path]:
         rules = [aar / "proguard.txt" for aar in linked.aars] + [
             resources / "aapt.pro",
             ANDROID / "app" / "proguard-rules.pro",
+            ANDROID / "gemma" / "consumer-rules.pro",
         ]
         command: list[object] = [
             "java",

@@ -1,0 +1,27 @@
+// The library as an Android module; the same sources as pom.xml's. Not run in CI, see settings.gradle.kts.
+plugins {
+    alias(libs.plugins.android.library)
+}
+
+android {
+    namespace = "gemma.edge"
+    compileSdk = libs.versions.compile.sdk.get().toInt()
+    defaultConfig {
+        minSdk = libs.versions.min.sdk.get().toInt()
+        consumerProguardFiles("consumer-rules.pro")
+    }
+    compileOptions {
+        sourceCompatibility = JavaVersion.VERSION_17
+        targetCompatibility = JavaVersion.VERSION_17
+    }
+}
+
+kotlin {
+    explicitApi()
+}
+
+dependencies {
+    api(libs.coroutines.core)
+    implementation(libs.onnxruntime.android)
+    testImplementation(libs.junit) // the tests need what `make android-test` writes
+}

@@ -1,0 +1,135 @@
+"""Gradle files for Android Studio, which nothing here can run, against what is built: pom.xml, pins.toml, the scripts."""
+
+from __future__ import annotations
+
+import re
+import sys
+import tomllib
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from conftest import ROOT
+
+ANDROID = ROOT / "android_demo"
+CATALOG = tomllib.loads((ANDROID / "gradle" / "libs.versions.toml").read_text(encoding="utf-8"))
+PINS = tomllib.loads((ANDROID / "pins.toml").read_text(encoding="utf-8"))
+MODULES = ("app", "gemma")
+SCRIPTS = [ANDROID / "build.gradle.kts", *(ANDROID / module / "build.gradle.kts" for module in MODULES)]
+VERSIONS: dict[str, str] = CATALOG["versions"]
+
+
+def build_file(module: str) -> str:
+    return (ANDROID / module / "build.gradle.kts").read_text(encoding="utf-8")
+
+
+def said(text: str, pattern: str) -> list[str]:
+    """What a pattern's group holds, wherever it matches."""
+    return re.findall(pattern, text)
+
+
+def pom_versions() -> dict[str, str]:
+    """group:artifact -> version of the library's dependencies."""
+    space = "{http://maven.apache.org/POM/4.0.0}"
+    root = ElementTree.parse(ANDROID / "gemma" / "pom.xml").getroot()
+    properties = {node.tag.removeprefix(space): node.text or "" for node in root.findall(f"{space}properties/*")}
+    found = {}
+    for node in root.findall(f"{space}dependencies/{space}dependency"):
+        group, artifact, version = (node.findtext(f"{space}{tag}", "") for tag in ("groupId", "artifactId", "version"))
+        found[f"{group}:{artifact}"] = properties.get(version.strip("${}"), version)
+    return found
+
+
+def pinned_versions() -> dict[str, str]:
+    """group:artifact -> version of everything in the APK and in its tests."""
+    lines = [line for part in PINS.values() for kind in ("exact", "resolved") for line in part.get(kind, [])]
+    return {f"{group}:{artifact}": version for group, artifact, version, _ in (line.split(":") for line in lines)}
+
+
+def test_every_library_of_the_catalog_has_the_version_that_is_built_and_tested() -> None:
+    built = pinned_versions() | pom_versions()
+    built |= {
+        # made by npm's compiler of the same version, and the AAR of the desktop jar's version
+        "org.jetbrains.kotlin:kotlin-gradle-plugin": PINS["npm"]["kotlin"].partition("@")[2],
+        "com.microsoft.onnxruntime:onnxruntime-android": built["com.microsoft.onnxruntime:onnxruntime"],
+    }
+    found = {entry["module"]: VERSIONS[entry["version"]["ref"]] for entry in CATALOG["libraries"].values()}
+    assert found == {module: built[module] for module in found}
+
+
+def test_what_is_built_twice_has_one_version() -> None:
+    """Maven compiles the library, the scripts the app: both with the versions of the catalog."""
+    pinned = pinned_versions()
+    different = {module: (version, pinned[module]) for module, version in pom_versions().items() if module in pinned}
+    assert different
+    assert all(ours == theirs for ours, theirs in different.values()), different
+    assert PINS["npm"]["kotlin"] == f"kotlin-compiler@{pom_versions()['org.jetbrains.kotlin:kotlin-stdlib']}"
+
+
+def test_the_android_plugin_is_of_the_release_whose_tools_build_the_apk() -> None:
+    assert VERSIONS["android-gradle-plugin"] == pinned_versions()["com.android.tools.build:apksig"]
+
+
+def test_sdk_versions_are_the_apks() -> None:
+    assert (VERSIONS["min-sdk"], VERSIONS["target-sdk"]) == tuple(
+        str(PINS["versions"][key]) for key in ("min_sdk", "target_sdk")
+    )
+    assert int(VERSIONS["compile-sdk"]) >= int(VERSIONS["target-sdk"])
+
+
+def test_modules_and_names_are_those_of_the_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(ANDROID / "scripts"), *sys.path])
+    import build_apk
+
+    settings = (ANDROID / "settings.gradle.kts").read_text(encoding="utf-8")
+    modules = said(settings, r'":(\w+)"')
+    assert sorted(modules) == sorted(MODULES)
+    app = build_file("app")
+    for key in ("namespace", "applicationId"):
+        assert said(app, rf'{key} = "([\w.]+)"') == [build_apk.PACKAGE]
+    assert said(app, r"versionCode = (\d+)") == [build_apk.VERSION_CODE]
+    assert said(app, r'versionName = "([\d.]+)"') == [build_apk.VERSION_NAME]
+    abis = said(app, r"abiFilters \+= listOf\((.*?)\)")
+    assert said(abis[0], r'"([\w-]+)"') == list(build_apk.ABIS)
+    assert said(app, r'project\(":(\w+)"\)') == ["gemma"]
+    for module, sources in (("app", "app/src/main/kotlin"), ("gemma", "gemma/src/main/kotlin")):
+        (namespace,) = said(build_file(module), r'namespace = "([\w.]+)"')
+        packages = {path.read_text(encoding="utf-8").split()[1] for path in (ANDROID / sources).rglob("*.kt")}
+        assert packages == {namespace}
+
+
+def test_the_manifest_leaves_its_package_to_the_build() -> None:
+    """The Android plugin refuses a package in a source manifest; names in it are whole, so that none is needed."""
+    manifest = ElementTree.parse(ANDROID / "app" / "src" / "main" / "AndroidManifest.xml").getroot()
+    assert "package" not in manifest.attrib
+    name = "{http://schemas.android.com/apk/res/android}name"
+    activities = [node.attrib[name] for node in manifest.iter("activity")]
+    for activity in activities:
+        path = ANDROID / "app" / "src" / "main" / "kotlin" / Path(*activity.split(".")).with_suffix(".kt")
+        assert path.is_file(), activity
+
+
+def test_every_file_that_is_named_is_there() -> None:
+    for module in MODULES:
+        names = said(build_file(module), r'"([\w./-]+\.pro)"')
+        assert names
+        assert all((ANDROID / module / name).is_file() for name in names)
+    (demo,) = said(build_file("app"), r'rootDir\.resolve\("\.\./([\w/-]+)"\)')
+    assert f"BUNDLE := {demo}\n" in (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def test_every_entry_of_the_catalog_is_used_and_every_use_is_an_entry() -> None:
+    used = {name for script in SCRIPTS for name in said(script.read_text(encoding="utf-8"), r"libs\.([a-z.]+)")}
+    accessors = {name.replace("-", ".") for name in CATALOG["libraries"]}
+    accessors |= {f"plugins.{name.replace('-', '.')}" for name in CATALOG["plugins"]}
+    refs = {entry["version"]["ref"] for kind in ("libraries", "plugins") for entry in CATALOG[kind].values()}
+    accessors |= {f"versions.{name.replace('-', '.')}.get" for name in VERSIONS.keys() - refs}
+    assert used == accessors
+    assert refs <= VERSIONS.keys()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_both_builds_shrink_by_the_same_rules(module: str) -> None:
+    scripts = (ANDROID / "scripts" / "build_apk.py").read_text(encoding="utf-8")
+    for name in said(build_file(module), r'"([\w./-]+\.pro)"'):
+        assert f'ANDROID / "{module}" / "{name}"' in scripts
