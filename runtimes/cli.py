@@ -21,9 +21,11 @@ from gemma_edge.errors import InputError
 
 if TYPE_CHECKING:
     from gemma_edge.runtimes.base import Runtime, Stats
+    from gemma_edge.runtimes.constrain import Grammar
     from gemma_edge.runtimes.sampling import SamplingParams
     from gemma_edge.runtimes.session import Session
     from gemma_edge.runtimes.speculate import Speculation
+    from gemma_edge.runtimes.tokenizer import Tokenizer
 
 CHAT_HELP = "/undo takes the last turn back, /reset starts over, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
 
@@ -38,6 +40,7 @@ class Options:
     stats: bool
     as_json: bool
     speculate: str | None
+    json_schema: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,9 @@ class AnswerStats:
     flag_value="exact",
     help="Guess tokens from the text before and check several at once, if that changes nothing (exact) or anyway (close).",
 )
+@click.option(
+    "--json-schema", metavar="SCHEMA", help="Answers are JSON that fits this schema: a file, or the schema itself."
+)
 @click.option("--serve", is_flag=True, help="Answer OpenAI's clients over HTTP, and show a page to chat with.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="With --serve: 0.0.0.0 lets the whole network in.")
 @click.option("--port", type=int, default=8080, show_default=True, help="With --serve.")
@@ -149,7 +155,12 @@ def _options(choices: dict[str, Any]) -> Options:
     rest = {name: choices.pop(name) for name in ("max_tokens", "strict", "stats", "as_json", "speculate")}
     if rest["max_tokens"] < 1:
         raise InputError(f"--max-tokens {rest['max_tokens']} is below 1")
-    return Options(params=SamplingParams(**choices), **rest)
+    schema = choices.pop("json_schema")
+    if schema is not None:
+        from gemma_edge.runtimes.constrain import read_schema
+
+        schema = read_schema(schema)
+    return Options(params=SamplingParams(**choices), json_schema=schema, **rest)
 
 
 def _serve(bundle: Path, threads: int | None, options: Options, host: str, port: int) -> None:
@@ -158,6 +169,8 @@ def _serve(bundle: Path, threads: int | None, options: Options, host: str, port:
 
     if missing := [name for name in ("starlette", "uvicorn") if find_spec(name) is None]:
         raise InputError(f"--serve needs {' and '.join(missing)}: pip install 'gemma-edge[serve]'")
+    if options.json_schema is not None:
+        raise InputError("--json-schema is of one answer; with --serve, requests bring theirs in response_format")
     if not 0 <= port < 1 << 16:
         raise InputError(f"--port {port} is not between 0 and 65535")
     from gemma_edge.runtimes.base import open_runtime
@@ -189,7 +202,7 @@ def _complete(runtime: Runtime, prompt: str, options: Options) -> None:
         click.echo("note: this bundle has no tokenizer: prompt and answer are token ids", err=True)
     ids = tokenizer.encode(prompt) if tokenizer else parse_ids(prompt)
     stop_ids = tokenizer.stop_ids if tokenizer else frozenset(runtime.manifest.config["eos_token_id"])
-    speculation = _speculation(runtime, options)
+    speculation, grammar = _speculation(runtime, options), _grammar(runtime, tokenizer, options)
     sampler, known = Sampler(options.params), runtime.align(ids)
     sampler.observe(ids[:known])
     tokens = generate(
@@ -200,6 +213,7 @@ def _complete(runtime: Runtime, prompt: str, options: Options) -> None:
         stop_ids=stop_ids,
         strict=options.strict,
         speculation=speculation,
+        grammar=grammar,
     )
     if len(ids) > runtime.cache.context:
         _say_overflow(runtime.cache.context)
@@ -212,6 +226,16 @@ def _speculation(runtime: Runtime, options: Options) -> Speculation | None:
     from gemma_edge.runtimes.speculate import Speculation
 
     return Speculation(runtime, options.speculate, say=_note) if options.speculate else None
+
+
+def _grammar(runtime: Runtime, tokenizer: Tokenizer | None, options: Options) -> Grammar | None:
+    from gemma_edge.runtimes.constrain import Grammar, Vocabulary
+
+    if options.json_schema is None:
+        return None
+    if tokenizer is None:
+        raise InputError("--json-schema needs text, and this bundle has no tokenizer")
+    return Grammar(Vocabulary(tokenizer, runtime.manifest.config["vocab_size"]), options.json_schema)
 
 
 def _note(text: str) -> None:
@@ -239,6 +263,7 @@ def _chat(runtime: Runtime, prompt: str | None, options: Options, prefix: str) -
         strict=options.strict,
         prefix=prefix,
         speculation=_speculation(runtime, options),
+        grammar=_grammar(runtime, tokenizer, options),
     )
     if prompt is not None:
         _turn(session, prompt, options)

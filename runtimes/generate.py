@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from gemma_edge.errors import InputError
 from gemma_edge.runtimes.base import Runtime
+from gemma_edge.runtimes.constrain import Constraint, Grammar
 from gemma_edge.runtimes.sampling import Sampler
 from gemma_edge.runtimes.speculate import Speculation
 
@@ -40,6 +41,7 @@ def generate(
     usage: Usage | None = None,
     cancelled: Callable[[], bool] = never,
     speculation: Speculation | None = None,
+    grammar: Grammar | None = None,
 ) -> Iterator[int]:
     """Append `ids` to what the runtime has seen and yield the tokens that follow.
 
@@ -56,9 +58,11 @@ def generate(
         usage: is filled in.
         cancelled: asked before each PIECE chunks of the prompt and each token; True ends the text there.
         speculation: of this runtime; feeds several tokens at a time where it can.
+        grammar: of this bundle's vocabulary, with the same stop tokens; what is generated fits it, and ends with it.
 
     Raises:
-        InputError: at once, before a token is fed: `max_tokens` below 1, no ids, or more than fits with `strict`.
+        InputError: at once, before a token is fed: `max_tokens` below 1 or too few for `grammar`, no ids, or more than fits
+            with `strict`.
     """
     if max_tokens < 1:
         raise InputError(f"max_tokens {max_tokens} is below 1")
@@ -71,7 +75,9 @@ def generate(
             f"{before}a prompt of {len(ids)} tokens and {max_tokens} new ones exceed the bundle's context of {context};"
             " shorten the prompt, lower --max-tokens, or drop --strict to let the oldest tokens fall out"
         )
-    return _tokens(runtime, ids, sampler, max_tokens, frozenset(stop_ids), usage or Usage(), cancelled, speculation)
+    constraint = grammar.begin(max_tokens) if grammar else None
+    asked = (max_tokens, frozenset(stop_ids), usage or Usage(), cancelled)
+    return _tokens(runtime, ids, sampler, *asked, speculation, constraint)
 
 
 def _tokens(
@@ -83,6 +89,7 @@ def _tokens(
     usage: Usage,
     cancelled: Callable[[], bool],
     speculation: Speculation | None,
+    constraint: Constraint | None,
 ) -> Iterator[int]:
     usage.cached_tokens = runtime.position
     usage.prompt_tokens = runtime.position + len(ids)
@@ -98,17 +105,23 @@ def _tokens(
     decode = speculation.decode if speculation else runtime.decode
     try:
         while not cancelled():
-            token = sampler.sample(logits)
+            if constraint:
+                token = constraint.take(sampler.sample(constraint.mask(logits)))
+            else:
+                token = sampler.sample(logits)
+            ended = LENGTH if constraint and constraint.shortened else STOP
             if token in stop_ids:
-                usage.finish = STOP
+                usage.finish = ended
                 return
             sampler.observe([token])
             usage.new_tokens += 1
             # told before the token is: a consumer may stop there
             usage.finish = LENGTH if usage.new_tokens == max_tokens else CANCELLED
+            if constraint and constraint.complete:
+                usage.finish = ended
             yield token
-            # the last one would be computed for nothing
-            if usage.new_tokens == max_tokens:
+            # what follows the last one would be computed for nothing
+            if usage.finish != CANCELLED:
                 return
             logits = decode(token)
     finally:

@@ -8,6 +8,7 @@ from typing import Any
 
 from gemma_edge.errors import InputError
 from gemma_edge.runtimes.chat import ChatTemplate
+from gemma_edge.runtimes.constrain import ANY_OBJECT, check_schema
 from gemma_edge.runtimes.sampling import Sampler, SamplingParams
 from gemma_edge.runtimes.tokenizer import Tokenizer
 
@@ -40,6 +41,7 @@ class Asked:
     stop: tuple[str, ...]  # texts that end the answer, which are not part of it
     stream: bool
     include_usage: bool
+    schema: dict[str, Any] | None  # of the JSON that the answer must be
 
     @classmethod
     def of(
@@ -79,6 +81,7 @@ class Asked:
             tuple(stop),
             _get(body, "stream", bool, False),
             bool(options.get("include_usage")),
+            schema_of(body),
         )
 
     def sampler(self) -> Sampler:
@@ -105,6 +108,26 @@ def _params(body: Mapping[str, Any], params: SamplingParams) -> SamplingParams:
             raise InputError(f"{name} {str(value)[:40]!r} is no number that it can be")
         found[name] = value
     return replace(params, **found)
+
+
+def schema_of(body: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What `response_format` asks for: the JSON schema of the answer, or None for any text.
+
+    Raises:
+        InputError: something else, or a schema that cannot be followed.
+    """
+    asked = _get(body, "response_format", dict, {"type": "text"})
+    kind, schema = asked.get("type"), ANY_OBJECT
+    if kind == "text":
+        return None
+    if kind not in ("json_object", "json_schema"):
+        raise InputError(f"response_format.type {kind!r} is none of text, json_object and json_schema")
+    if kind == "json_schema":
+        schema = _get(_get(asked, "json_schema", dict, {}), "schema", dict, None)
+        if schema is None:
+            raise InputError("response_format.json_schema.schema is missing")
+    check_schema(schema)
+    return schema
 
 
 def messages_of(body: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -28,6 +28,7 @@ from starlette.routing import Route
 from gemma_edge.errors import InputError
 from gemma_edge.runtimes.base import Runtime
 from gemma_edge.runtimes.chat import ChatTemplate
+from gemma_edge.runtimes.constrain import Grammar, Vocabulary
 from gemma_edge.runtimes.generate import STOP, Usage, generate
 from gemma_edge.runtimes.page import PAGE
 from gemma_edge.runtimes.requests import Asked, until_stop
@@ -54,6 +55,7 @@ class Job:
     """One answer on its way."""
 
     asked: Asked
+    grammar: Grammar | None = None
     usage: Usage = field(default_factory=Usage)
     cancelled: threading.Event = field(default_factory=threading.Event)
     pieces: asyncio.Queue[str | Exception | None] = field(default_factory=asyncio.Queue)  # None: the end
@@ -82,10 +84,25 @@ class Engine:
         self.counts = dict.fromkeys(
             ("requests", "refused", "cancelled", "prompt_tokens", "cached_tokens", "new_tokens"), 0
         )
+        self._vocabulary: Vocabulary | None = None  # made when it is needed first
         self._turn = asyncio.Lock()  # first come, first served
         self._working: set[asyncio.Task[None]] = set()
 
-    def start(self, asked: Asked) -> Job:
+    def grammar(self, asked: Asked) -> Grammar | None:
+        """What the answer must fit. Takes a second the first time, some milliseconds then.
+
+        Raises:
+            InputError: the schema cannot be followed, or not within the request's tokens.
+        """
+        if asked.schema is None:
+            return None
+        if self._vocabulary is None:
+            self._vocabulary = Vocabulary(self.tokenizer, int(self.runtime.manifest.config["vocab_size"]))
+        grammar = Grammar(self._vocabulary, asked.schema)
+        grammar.begin(asked.max_tokens)
+        return grammar
+
+    def start(self, asked: Asked, grammar: Grammar | None = None) -> Job:
         """Put an answer into the queue.
 
         Raises:
@@ -93,7 +110,7 @@ class Engine:
         """
         if self.waiting >= MOST_WAITING:
             raise Refused(503, f"{self.waiting} requests are waiting already; try again later")
-        job = Job(asked)
+        job = Job(asked, grammar)
         self.waiting += 1
         task = asyncio.create_task(self._work(job))
         self._working.add(task)  # else nobody holds it
@@ -131,6 +148,7 @@ class Engine:
             usage=job.usage,
             cancelled=lambda: job.cancelled.is_set() or time.monotonic() > end,
             speculation=self.speculation,
+            grammar=job.grammar,
         )
         with contextlib.closing(tokens):  # type: ignore[type-var]
             text = self.tokenizer.stream(tokens)
@@ -194,7 +212,8 @@ class Api:
         asked = Asked.of(
             await _body(request), chat=chat, params=engine.params, tokenizer=engine.tokenizer, template=engine.template
         )
-        job = engine.start(asked)
+        grammar = await run_in_threadpool(engine.grammar, asked) if asked.schema is not None else None
+        job = engine.start(asked, grammar)
         shape = _Shape(engine.name, chat)
         if asked.stream:
             return StreamingResponse(_events(request, job, shape), media_type="text/event-stream")

@@ -12,6 +12,7 @@ from typing import Any
 from gemma_edge.errors import InputError
 from gemma_edge.runtimes.base import Runtime, open_runtime
 from gemma_edge.runtimes.chat import ChatTemplate
+from gemma_edge.runtimes.constrain import Grammar
 from gemma_edge.runtimes.generate import Usage, generate, note_tokens
 from gemma_edge.runtimes.sampling import Sampler, SamplingParams
 from gemma_edge.runtimes.speculate import Speculation
@@ -46,6 +47,7 @@ class Session:
         strict: bool = False,
         prefix: str = "",
         speculation: Speculation | None = None,
+        grammar: Grammar | None = None,
     ) -> None:
         """Begin with an empty conversation, whatever the runtime saw before.
 
@@ -56,6 +58,7 @@ class Session:
             strict: refuse a turn that does not fit in the context, instead of forgetting the oldest tokens.
             prefix: text in front of the first turn: Gemma 2 has no system message.
             speculation: of this runtime.
+            grammar: what every answer must fit, of this bundle's vocabulary.
         """
         self.runtime = runtime
         self.tokenizer = tokenizer
@@ -63,6 +66,7 @@ class Session:
         self.strict = strict
         self.prefix = prefix
         self.speculation = speculation
+        self.grammar = grammar
         self.usage = Usage()  # of the last answer
         self._sampler = Sampler(params or SamplingParams())
         self._said = [_Said()]  # after each turn, the newest last
@@ -128,6 +132,7 @@ class Session:
             strict=self.strict,
             prefix=self.prefix,
             speculation=self.speculation,
+            grammar=self.grammar,
         )
         other._sampler = deepcopy(self._sampler)
         other._said = list(self._said)
@@ -200,6 +205,7 @@ class Session:
             usage=self.usage,
             cancelled=self._cancelled.is_set,
             speculation=self.speculation,
+            grammar=self.grammar,
         )
         self._answer = self._run(asked, prompt, ids, tokens)
         return self._answer

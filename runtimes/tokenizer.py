@@ -92,6 +92,10 @@ class Tokenizer:
         """Text of token ids, without special tokens; bytes that are no UTF-8 become U+FFFD."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
+    def to_json(self) -> str:
+        """The tokenizer.json as it is used here."""
+        return str(self._tokenizer.to_str())
+
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Text of tokens as they come, piece by piece.
 

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2ForCausalLM
 from transformers import Gemma2Config as HFConfig
 
+import gemma_edge
 from gemma_edge.export import pipeline
 from gemma_edge.export.bundle import MANIFEST, BackendEntry, CacheGeometry, Manifest, list_files
 from gemma_edge.export.cache import VARIABLE
@@ -18,6 +19,7 @@ from gemma_edge.export.options import ExportOptions
 from gemma_edge.export.pipeline import Export
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.quantize.recipe import Recipe
+from gemma_edge.runtimes.base import RUNTIMES, Runtime, how_to_install
 
 # The models here are so small that two threads wait for each other longer than they compute: 85 s instead of 3 on a busy machine.
 torch.set_num_threads(1)
@@ -155,3 +157,29 @@ def demo(tmp_path_factory: pytest.TempPathFactory, calibrations: Path) -> Export
     folder = tmp_path_factory.mktemp("demo")
     options = ExportOptions(model=str(DEMO), out=folder / "bundle", save_checkpoint=folder / "checkpoint")
     return pipeline.export(options)
+
+
+@pytest.fixture(scope="session")
+def talking(tmp_path_factory: pytest.TempPathFactory) -> Export:
+    """The demo model, which makes sense now and then, with every backend that is installed; its context is soon full."""
+    options = ExportOptions(
+        model=str(DEMO),
+        out=tmp_path_factory.mktemp("talking") / "bundle",
+        bits=4,
+        group_size=32,
+        method="rtn",
+        context=48,
+        prefill_chunk=7,
+        kv_bits=32,
+        backend=",".join(name for name in RUNTIMES if how_to_install(name) is None),
+        verify="none",
+    )
+    return pipeline.export(options)
+
+
+@pytest.fixture(params=RUNTIMES)
+def talker(request: pytest.FixtureRequest, talking: Export) -> Runtime:
+    """`talking` in each backend."""
+    if command := how_to_install(request.param):
+        pytest.skip(f"{request.param} is not installed: {command}")
+    return gemma_edge.load(talking.bundle, backend=request.param, threads=1)

@@ -23,6 +23,7 @@ HIDDEN = HEADS * HEAD_DIM
 WINDOWS = (6, 10)  # a local layer and a global one; the context is 10
 CHUNK = 4
 EOS, END_OF_TURN = 1, 5
+CYCLE = [100, 200, 300, 400, 500, 600, 700]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -90,6 +91,23 @@ class ToyRuntime(BaseRuntime):
     def _clear(self) -> None:
         self.fed = []
         self.resets += 1
+
+
+class RepeatingRuntime(ToyRuntime):
+    """Goes round a cycle of tokens, most of the time."""
+
+    def __init__(self, strays: float = 0.05, **options: Any) -> None:
+        super().__init__(**options)
+        self.strays = strays
+
+    def _forward(self, ids: NDArray[np.int64], *, every_position: bool) -> Logits:
+        logits = super()._forward(ids, every_position=every_position)
+        start = len(self.fed) - len(logits)
+        for row, at in zip(logits, range(start, len(self.fed)), strict=True):
+            rng = np.random.default_rng(self.fed[: at + 1])
+            if rng.random() > self.strays:
+                row[CYCLE[(CYCLE.index(self.fed[at]) + 1) % len(CYCLE) if self.fed[at] in CYCLE else 0]] += 20
+        return logits
 
 
 def toy_weights() -> dict[str, NDArray[np.float32]]:

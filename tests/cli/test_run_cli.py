@@ -328,3 +328,28 @@ def test_a_turn_is_taken_back_in_a_chat(bundle: Path) -> None:
     texts = [json.loads(line)["text"] for line in turns]
     assert texts[1] == texts[2]
     assert "cannot take back" in run(bundle, "--chat", stdin="/undo\nHello.\n").stderr
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string"}}, "required": ["a", "b"]}
+
+
+@pytest.mark.parametrize("options", [[], ["--chat"], ["--speculate"], ["--temperature", "2", "--seed", "1"]])
+def test_an_answer_by_a_schema(options: list[str], bundle: Path, tmp_path: Path) -> None:
+    pytest.importorskip("llguidance", reason="llguidance is not installed: pip install 'gemma-edge[json]'")
+    path = tmp_path / "schema.json"
+    path.write_text(json.dumps(SCHEMA))
+    asked = ["-p", "It was", "-n", "30", *options, "--json-schema"]
+    answer = run_ok(bundle, *asked, str(path)).stdout
+    assert {"a", "b"} <= json.loads(answer).keys()
+    assert run_ok(bundle, *asked, json.dumps(SCHEMA)).stdout == answer
+
+
+def test_schemas_that_are_refused(bundle: Path, token_bundle: Path, tmp_path: Path) -> None:
+    pytest.importorskip("llguidance", reason="llguidance is not installed: pip install 'gemma-edge[json]'")
+    schema = json.dumps(SCHEMA)
+    assert "No such file" in error_of(run(bundle, "-p", "a", "--json-schema", str(tmp_path / "none.json")))
+    assert "is no JSON" in error_of(run(bundle, "-p", "a", "--json-schema", "{"))
+    assert "allow at least" in error_of(run(bundle, "-p", "a", "-n", "5", "--json-schema", schema))
+    assert "in response_format" in error_of(run(bundle, "--serve", "--json-schema", schema))
+    result = run(token_bundle, "-p", "2,7", "--json-schema", schema)
+    assert result.exit_code == 2 and "this bundle has no tokenizer" in result.stderr.splitlines()[-1]

@@ -19,6 +19,7 @@ from gemma_edge.export.executorch import check
 from gemma_edge.export.executorch.backend import FILE, METHODS, lower
 from gemma_edge.export.executorch.packing import CODES, SCALE, Constant, refuse_weight
 from gemma_edge.export.executorch.pte import Pte
+from gemma_edge.export.pipeline import Export
 from gemma_edge.export.plan import geometry
 from gemma_edge.model.checkpoint import TABLE, weight_shapes
 from gemma_edge.model.kv_cache import RingCache
@@ -28,14 +29,9 @@ from gemma_edge.quantize.store import QuantizedCheckpoint, open_weights, write_q
 from gemma_edge.runtimes.base import Runtime
 from gemma_edge.runtimes.generate import generate
 from gemma_edge.runtimes.sampling import Sampler, SamplingParams
-from gemma_edge.runtimes.speculate import Speculation
 from gemma_edge.runtimes.tokenizer import Tokenizer
 
 CHUNK = 7
-WORDS = """And the LORD God said unto Moses man of truth universally It is a single that in possession good fortune must be want
-wife
-She was not her own Mr Darcy Elizabeth then behold they went into house Israel children king David came to pass when he had done
-my dear sister you will never""".split()[:50]
 UNEVEN = [7, 3, 1, 7, 2, *[1] * 12, 5, 6]  # 43 tokens: the window of local layers is 8, their ring 14 slots
 
 
@@ -180,44 +176,12 @@ def test_a_damaged_program_is_one_line(
     assert capfd.readouterr().err == "", "the library's own line stood before ours"
 
 
-@pytest.fixture(scope="module")
-def talking(tmp_path_factory: pytest.TempPathFactory) -> tuple[Runtime, Tokenizer]:
-    """The demo model, which makes sense now and then."""
-    _, runtime = make_bundle(
-        DEMO, tmp_path_factory.mktemp("talking"), make_recipe(4, group_size=32, method="rtn"), context=48
-    )
-    return runtime, Tokenizer.of_folder(DEMO, open_weights(DEMO).config.to_json())
-
-
-def test_speculation_gives_the_same_text_token_for_token(talking: tuple[Runtime, Tokenizer]) -> None:
-    runtime, tokenizer = talking
-    texts = {speculate: said(runtime, tokenizer, speculate) for speculate in (False, True)}
-    assert texts[True] == texts[False]
-    assert runtime.stats.accepted_tokens > 300, (
-        "XNNPACK's kernels no longer give a row the same bits whatever is beside it"
-    )
-
-
-def said(runtime: Runtime, tokenizer: Tokenizer, speculate: bool) -> list[list[int]]:
-    """Answers to 50 prompts, far past the context of 48."""
-    speculation = Speculation(runtime) if speculate else None
-    found = []
-    for word in WORDS:
-        runtime.reset()
-        ids = tokenizer.encode(word)
-        answer = generate(
-            runtime, ids, Sampler(SamplingParams()), max_tokens=70, stop_ids=tokenizer.stop_ids, speculation=speculation
-        )
-        found.append(list(answer))
-    return found
-
-
-def test_official_runner_gives_the_same_text(talking: tuple[Runtime, Tokenizer]) -> None:
+def test_official_runner_gives_the_same_text(talking: Export) -> None:
     """The program meets the contract of ExecuTorch's own LLM runners, a prompt longer than a chunk among it."""
     from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
 
-    runtime, tokenizer = talking
-    runtime.reset()
+    runtime = gemma_edge.load(talking.bundle, backend="executorch")
+    tokenizer = Tokenizer(runtime.bundle, runtime.manifest)
     prompt = "And the LORD said unto Moses, Speak unto the children of Israel"
     ids = tokenizer.encode(prompt)
     assert len(ids) > CHUNK

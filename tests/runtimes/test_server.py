@@ -111,6 +111,47 @@ def test_a_seed_repeats_a_sampled_answer(client: Any) -> None:
     assert first.choices[0].text == again.choices[0].text != other.choices[0].text
 
 
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_by_a_schema_is_what_the_client_asked_for(stream: bool, client: Any) -> None:
+    pytest.importorskip("llguidance", reason="llguidance is not installed: pip install 'gemma-edge[json]'")
+    asked = {"model": "any", "messages": HELLO, "max_tokens": 40, "temperature": 1.0, "seed": 3}
+    form = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
+    for response_format, keys in ((form, {"name", "age"}), ({"type": "json_object"}, None)):
+        answer = client.chat.completions.create(**asked, response_format=response_format, stream=stream)
+        if stream:
+            text = "".join(event.choices[0].delta.content or "" for event in answer)
+        else:
+            text = answer.choices[0].message.content
+        found = json.loads(text)
+        assert isinstance(found, dict) and keys in (None, set(found))
+    assert client.completions.create(
+        model="any", prompt="It", max_tokens=3, extra_body={"response_format": {"type": "text"}}
+    )
+
+
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [
+        ({"type": "yaml"}, "response_format.type 'yaml' is none of"),
+        ({"type": "json_schema"}, "response_format.json_schema.schema is missing"),
+        ({"type": "json_schema", "json_schema": {"name": "a", "schema": {"not": {}}}}, "cannot be followed"),
+        ({"type": "json_schema", "json_schema": {"name": "a", "schema": PERSON}}, "an answer of 2 tokens is too short"),
+    ],
+)
+def test_a_form_that_cannot_be_followed_is_refused_at_once(form: Any, said: str, client: Any) -> None:
+    pytest.importorskip("llguidance", reason="llguidance is not installed: pip install 'gemma-edge[json]'")
+    with pytest.raises(openai.BadRequestError, match=said):
+        client.chat.completions.create(model="any", messages=HELLO, max_tokens=2, response_format=form, stream=True)
+
+
 def test_the_bundle_is_the_one_model(client: Any, port: int) -> None:
     assert [model.id for model in client.models.list()] == ["toy"]
     assert json.loads(send(port, "/health")[1])["status"] == "ok"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from toys import END_OF_TURN, ToyRuntime, write_toy_bundle
+from toys import END_OF_TURN, RepeatingRuntime, write_toy_bundle
 
 import gemma_edge
 from gemma_edge.runtimes.base import Logits, Runtime
@@ -19,24 +19,6 @@ from gemma_edge.runtimes.speculate import CLOSE, EXACT, Speculation
 
 GREEDY = SamplingParams()
 SAMPLED = SamplingParams(temperature=1, top_k=3, repetition_penalty=1.01, seed=3)
-CYCLE = [100, 200, 300, 400, 500, 600, 700]
-
-
-class RepeatingRuntime(ToyRuntime):
-    """Goes round a cycle of tokens, most of the time."""
-
-    def __init__(self, strays: float = 0.05, **options: Any) -> None:
-        super().__init__(**options)
-        self.strays = strays
-
-    def _forward(self, ids: NDArray[np.int64], *, every_position: bool) -> Logits:
-        logits = super()._forward(ids, every_position=every_position)
-        start = len(self.fed) - len(logits)
-        for row, at in zip(logits, range(start, len(self.fed)), strict=True):
-            rng = np.random.default_rng(self.fed[: at + 1])
-            if rng.random() > self.strays:
-                row[CYCLE[(CYCLE.index(self.fed[at]) + 1) % len(CYCLE) if self.fed[at] in CYCLE else 0]] += 20
-        return logits
 
 
 class InexactRuntime(RepeatingRuntime):
