@@ -56,7 +56,7 @@ class Stats:
         return kept / self.decode_s if self.decode_s else 0.0
 
 
-SCORED_BYTES = 1 << 26  # of logits in one call: twice as much is in memory meanwhile
+SCORED_BYTES = 1 << 25  # of logits in one call: twice as much is in memory meanwhile
 
 
 def scored_at_once(prefill_chunk: int, vocab_size: int) -> int:

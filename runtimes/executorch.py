@@ -20,12 +20,15 @@ from numpy.typing import NDArray
 
 from gemma_edge.errors import InputError
 from gemma_edge.export.bundle import Manifest, confined
-from gemma_edge.runtimes.base import BaseRuntime, Buffers, Logits, refuse_older, thread_count
-from gemma_edge.runtimes.memory import release_mapped
+from gemma_edge.runtimes.base import BaseRuntime, Buffers, Logits, refuse_older, scored_at_once, thread_count
+from gemma_edge.runtimes.memory import Region, mapped, release
 
 log = logging.getLogger(__name__)
 
 OLDEST_EXECUTORCH = (1, 5)
+# Each token reads one row of the table, and the system maps up to a megabyte around it: without end, all of the file.
+RELEASE_AFTER = 128  # tokens
+OPERATORS = ("kernels/quantized/*quantized_ops_aot_lib.*", "extension/llm/custom_ops/*custom_ops_aot_lib.*")
 
 
 class ExecuTorchRuntime(BaseRuntime):
@@ -53,18 +56,23 @@ class ExecuTorchRuntime(BaseRuntime):
         self._path = confined(bundle, entry.settings["program"])
         self._names: dict[str, str] = entry.settings["methods"]
         with _silent():
-            register_operators()
-            self._library = importlib.import_module("executorch.extension.pybindings.portable_lib")
+            self._library = load_library()
             self._library._unsafe_reset_threadpool(self.threads)
         self._role = ""
         self._method: Any = None
         self._scores_only = False
+        self._mapped: list[Region] = []
+        self._unreleased = 0  # tokens whose rows of the table were read since the last release
         self._open("generate")
 
     def _forward(self, ids: NDArray[np.int64], *, every_position: bool) -> Logits:
         """See BaseRuntime; the logits belong to the caller."""
         self._open("score" if every_position or self._scores_only else "generate")
         logits = self._run(ids, self.position)
+        self._unreleased += len(ids)
+        if self._unreleased >= RELEASE_AFTER:
+            release(self._mapped)
+            self._unreleased = 0
         return logits if every_position else logits[-1:]
 
     def _clear(self) -> None:
@@ -82,6 +90,7 @@ class ExecuTorchRuntime(BaseRuntime):
         """From now on the method with logits at every position does everything: a prompt costs the head at each of its tokens."""
         self._scores_only = True
         self._open("score")
+        self._at_once = scored_at_once(self.cache.prefill_chunk, self.vocab_size)
 
     def _open(self, role: str) -> None:
         """Load the method of that role, after closing the other one."""
@@ -98,8 +107,9 @@ class ExecuTorchRuntime(BaseRuntime):
             raise InputError(
                 f"{self._path} is damaged or no program of this bundle: {_one_line(error)}; export the bundle again"
             ) from None
-        self._check_contract(method.method_meta())
-        release_mapped(self._path)  # the linears are packed in memory now; of the table a token reads one row
+        self._check_contract(method.method_meta(), role)
+        self._mapped = mapped(self._path)
+        release(self._mapped)  # the linears are packed in memory now
         self._method, self._role = method, role
         for name, rows in carried.items():
             self._buffers()[name][..., : self._written, :] = rows
@@ -116,10 +126,11 @@ class ExecuTorchRuntime(BaseRuntime):
         found: Logits = logits[0].numpy()
         return found
 
-    def _check_contract(self, meta: Any) -> None:
+    def _check_contract(self, meta: Any, role: str) -> None:
         """Sizes of inputs and output against the manifest."""
+        chunk = self.cache.prefill_chunk
         found = [tuple(meta.input_tensor_meta(index).sizes()) for index in range(meta.num_inputs())]
-        wanted = [(1, self.cache.prefill_chunk), (1,)]
+        wanted = [(1, scored_at_once(chunk, self.vocab_size) if role == "score" else chunk), (1,)]
         if found != wanted:
             raise InputError(f"{self._path} takes {found}, the manifest says {wanted}; export the bundle again")
         if not meta.num_attributes():
@@ -131,10 +142,20 @@ class ExecuTorchRuntime(BaseRuntime):
             )
 
 
-def register_operators() -> None:
-    """Load the operators that ExecuTorch's Python package does not register by itself: of caches and of quantized tables."""
-    for module in ("executorch.extension.llm.custom_ops.custom_ops", "executorch.kernels.quantized"):
-        importlib.import_module(module)
+def load_library() -> Any:
+    """ExecuTorch's own binding, with the operators of caches and of quantized tables, which it does not register by itself.
+
+    Its package's modules for this (`portable_lib`, `custom_ops`) bring the whole exporter along: 230 MB and 3 s.
+    """
+    import torch
+
+    load: Any = torch.ops.load_library
+    library = importlib.import_module("executorch.extension.pybindings._C")
+    (root,) = importlib.import_module("executorch").__path__
+    for pattern in OPERATORS:
+        (found,) = Path(root).glob(pattern)
+        load(found)
+    return library
 
 
 @contextlib.contextmanager

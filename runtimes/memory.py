@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import gc
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 NAMES = {"VmRSS": "rss", "RssAnon": "anon", "RssFile": "file", "VmHWM": "peak"}
@@ -45,14 +46,25 @@ def give_back() -> None:
 MADV_DONTNEED = 4  # Linux': of a mapped file, pages that are read again when they are needed
 
 
-def release_mapped(path: Path) -> None:
-    """Let the system take back what this process has mapped of a file and locked in memory; Linux only, else nothing happens."""
+Region = tuple[int, int]  # address, bytes
+
+
+def mapped(path: Path) -> list[Region]:
+    """Where this process has mapped a file to read it; [] on other systems than Linux."""
     if sys.platform != "linux":
-        return
-    library, real = ctypes.CDLL(None), str(path.resolve())
+        return []
+    real, found = str(path.resolve()), []
     for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
         addresses, access, _, _, _, *name = line.split(maxsplit=5)
         if name == [real] and "w" not in access:
             start, end = (int(address, 16) for address in addresses.split("-"))
-            library.munlock(ctypes.c_void_p(start), ctypes.c_size_t(end - start))
-            library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)
+            found.append((start, end - start))
+    return found
+
+
+def release(regions: Iterable[Region]) -> None:
+    """Let the system take back what was read of mapped files and locked in memory."""
+    library = ctypes.CDLL(None)
+    for start, size in regions:
+        library.munlock(ctypes.c_void_p(start), ctypes.c_size_t(size))
+        library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), MADV_DONTNEED)

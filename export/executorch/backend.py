@@ -26,6 +26,7 @@ from gemma_edge.export.executorch.templates import COMPILE, Lowered, Template, l
 from gemma_edge.model.checkpoint import TABLE
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.quantize.store import QuantizedCheckpoint
+from gemma_edge.runtimes.base import scored_at_once
 
 FILE = "model.pte"
 METHODS = {"generate": "forward", "score": "score"}  # what a method is for -> its name
@@ -65,8 +66,10 @@ def compose(checkpoint: QuantizedCheckpoint, geometry: CacheGeometry) -> Executo
     config, configs = checkpoint.config, checkpoint.configs
     layers, head = _parts(checkpoint, geometry)
     embedding = Embedding(config.hidden_size, configs[TABLE])
+    # memory is planned for the most tokens in one call, and a process takes what the larger method needs
+    at_once = {"generate": geometry.prefill_chunk, "score": scored_at_once(geometry.prefill_chunk, config.vocab_size)}
     programs = {
-        name: _trace(Composed(config, geometry, embedding, layers, head, every_position=role == "score"), geometry)
+        name: _trace(Composed(config, geometry, embedding, layers, head, every_position=role == "score"), at_once[role])
         for role, name in METHODS.items()
     }
     edge = to_edge_transform_and_lower(
@@ -133,9 +136,9 @@ def _parts(
     return layers, [Lowered(piece, "model.", checkpoint.vector, piece=index) for index in range(count)]
 
 
-def _trace(composed: Composed, geometry: CacheGeometry) -> ExportedProgram:
-    tokens = Dim("tokens", min=1, max=geometry.prefill_chunk)
-    inputs = torch.zeros(1, min(3, geometry.prefill_chunk), dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+def _trace(composed: Composed, at_once: int) -> ExportedProgram:
+    tokens = Dim("tokens", min=1, max=at_once)
+    inputs = torch.zeros(1, min(3, at_once), dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     with torch.no_grad():
         return export(composed.eval(), inputs, dynamic_shapes=({1: tokens}, None), strict=False)
 

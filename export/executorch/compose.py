@@ -6,6 +6,7 @@ cache is a ring (model/kv_cache.py): slots and masks are computed from the absol
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +23,9 @@ from gemma_edge.model.config import Gemma2Config
 from gemma_edge.model.gemma2 import inverse_frequencies, rotary_angles
 from gemma_edge.model.kv_cache import visible
 from gemma_edge.quantize.recipe import QuantConfig
-from gemma_edge.runtimes.executorch import register_operators
 
-register_operators()
+for operators in ("executorch.extension.llm.custom_ops.custom_ops", "executorch.kernels.quantized"):
+    importlib.import_module(operators)  # registers them; without it they are unknown to torch.export
 
 USED_STEP = 64  # slots are read in steps of this many: a delegate takes memory anew when a size grows
 

@@ -77,7 +77,7 @@ def whole_model(checkpoint: QuantizedCheckpoint, cache: CacheGeometry) -> Compos
 
 def lowered_whole(model: Composed, cache: CacheGeometry) -> bytes:
     """What the library makes of it without templates."""
-    program = backend._trace(model, cache).run_decompositions(dict(DECOMPOSITIONS))
+    program = backend._trace(model, cache.prefill_chunk).run_decompositions(dict(DECOMPOSITIONS))
     edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], compile_config=COMPILE)
     return bytes(backend.finish(edge).buffer)
 

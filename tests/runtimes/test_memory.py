@@ -33,19 +33,19 @@ def test_freed_memory_between_blocks_in_use_goes_back_to_the_system() -> None:
 LOCKED = """
 import ctypes, mmap, sys
 from pathlib import Path
-from gemma_edge.runtimes.memory import release_mapped
+from gemma_edge.runtimes.memory import mapped, release
 path = Path(sys.argv[1])
 file = path.open("rb")
-mapped = mmap.mmap(file.fileno(), 0, mmap.MAP_SHARED, mmap.PROT_READ)
-whole = sum(mapped[::4096])
+view = mmap.mmap(file.fileno(), 0, mmap.MAP_SHARED, mmap.PROT_READ)
+whole = sum(view[::4096])
 library = ctypes.CDLL(None)
 address = next(line.split("-")[0] for line in open("/proc/self/maps") if str(path) in line)
 library.mlock(ctypes.c_void_p(int(address, 16)), ctypes.c_size_t(1 << 22))  # a part, as much as a user may lock
 def file_mib():
     return int(next(line for line in open("/proc/self/status") if line.startswith("RssFile")).split()[1]) / 1024
 before = file_mib()
-release_mapped(path)
-print(before - file_mib(), sum(mapped[::4096]) == whole)
+release(mapped(path))
+print(before - file_mib(), sum(view[::4096]) == whole)
 """
 
 
