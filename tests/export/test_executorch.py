@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import runpy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO, hf_logits, hf_model, relative_error, write_manifest
+from conftest import DEMO, ROOT, hf_logits, hf_model, relative_error, write_manifest
 from rewinding import worst_error
 
 pytest.importorskip("executorch", reason="executorch is not installed: pip install 'gemma-edge[executorch]'")
@@ -193,3 +195,19 @@ def test_official_runner_gives_the_same_text(talking: Export) -> None:
         prompt, GenerationConfig(max_new_tokens=30, temperature=0.0, echo=False, num_bos=1), pieces.append, print
     )
     assert "".join(pieces) == ours and len(ours) > 30
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_a_process_without_torch_gives_the_same_text(talking: tuple[Runtime, Tokenizer], tmp_path: Path) -> None:
+    """benchmarks/executorch_native.cpp, packing the weights at its start and mapping them as an earlier start packed them."""
+    runtime, tokenizer = talking
+    runtime.reset()
+    ids = tokenizer.encode("And the LORD said unto Moses, Speak unto the children of Israel")
+    greedy = list(
+        generate(runtime, ids, Sampler(SamplingParams()), max_tokens=70, stop_ids=())
+    )  # far past the context of 48
+    native = runpy.run_path(str(ROOT / "benchmarks" / "executorch_native.py"))
+    program, packed = native["build"](tmp_path), tmp_path / "packed"
+    for file in (None, packed, packed):
+        assert native["run"](program, runtime.bundle, ids, 70, file)["greedy"] == greedy
+    assert packed.stat().st_size > 100_000
