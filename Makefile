@@ -5,7 +5,7 @@ STAMP := .venv/.set-up
 BUNDLE := out/tiny-gemma2
 PROMPT := And the LORD said unto
 
-.PHONY: help setup demo phone test clean
+.PHONY: help setup demo phone tflite-runtime test clean
 
 help:
 	@echo 'make setup   make .venv and install everything into it (the other targets do it when needed)'
@@ -14,6 +14,7 @@ help:
 	@echo 'make android-test  the Kotlin library against Python, the app on the JVM; needs JDK 17, Maven and npm'
 	@echo 'make android       a signed APK of the app, without Android SDK and Gradle; needs the same'
 	@echo 'make phone   fetch Android'"'"'s adbd from Debian into out/phone: with it the tests of gemma-bench --device run'
+	@echo 'make tflite-runtime  an environment for tflite-runtime in out/tflite-runtime: with it its tests run; needs Python 3.11'
 	@echo 'make clean   remove everything that these made, except .venv'
 
 setup: $(STAMP)
@@ -42,6 +43,16 @@ phone: out/phone/.made
 out/phone/.made: $(wildcard tests/phone/make_root.sh tests/phone/system/*)
 	rm -rf out/phone
 	tests/phone/make_root.sh out/phone
+	@touch $@
+
+# For tests of --backend tflite-runtime: an environment of its own, because that package wants Python 3.11 and NumPy 1.
+tflite-runtime: out/tflite-runtime/.made
+out/tflite-runtime/.made: pyproject.toml constraints.txt | setup
+	rm -rf out/tflite-runtime
+	$(PYTHON) -m venv out/tflite-runtime
+	grep -v '^numpy=' constraints.txt > out/tflite-runtime/constraints.txt
+	PATH="$(BIN):$$PATH" uv pip install --python out/tflite-runtime/bin/python -e '.[tflite-runtime]' \
+		-c out/tflite-runtime/constraints.txt
 	@touch $@
 
 # A thread of torch's that waits must not spin: beside other work on the machine that costs most of the time.

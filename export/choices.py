@@ -16,9 +16,14 @@ BACKENDS = {
     "onnx": "gemma_edge.export.onnx.backend",
     "executorch": "gemma_edge.export.executorch.backend",
     "tflite": "gemma_edge.export.tflite.backend",
+    "tflite-runtime": "gemma_edge.export.tflite.tflite_runtime",
 }
-ALL = "all"  # of them, for --backend
+ALL = "all"  # for --backend: these
+ALL_BACKENDS = ("onnx", "executorch", "tflite")
+MADE_WITH = {"tflite-runtime": "tflite"}  # backends that are made with another one's package, and run somewhere else
 INT8_CACHES = ("onnx",)  # backends that can keep the KV cache in int8
+# these write a chunk in one piece, for which a ring has as many slots behind its end as a chunk has tokens, less one
+UNWRAPPED_CACHES = ("tflite", "tflite-runtime")
 
 
 @dataclass(frozen=True)

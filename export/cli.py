@@ -16,7 +16,7 @@ import click
 
 from gemma_edge.command import Command, Group
 from gemma_edge.errors import InputError
-from gemma_edge.export.choices import ALL, BACKENDS, DEFAULT_CHUNK, KV_DTYPES, LEVELS, TARGETS
+from gemma_edge.export.choices import ALL, ALL_BACKENDS, BACKENDS, DEFAULT_CHUNK, KV_DTYPES, LEVELS, TARGETS
 from gemma_edge.model.hub import DEFAULT_MODEL
 from gemma_edge.quantize.recipe import BITS, DEFAULT_QUALITY, METHODS, QUALITIES
 
@@ -89,7 +89,8 @@ def _model_options(command: F) -> F:
         ),
         click.option(
             "--backend",
-            help=f"Runtimes to export for: {_list(BACKENDS)}, several with commas, or {ALL}. Default: the target's.",
+            help=f"Runtimes to export for: {_list(BACKENDS)}, several with commas, or {ALL} for"
+            f" {_list(ALL_BACKENDS)}. Default: the target's.",
         ),
         click.option("--lora", type=click.Path(path_type=Path), help="PEFT adapter folder to merge."),
         click.option("--ram", "ram_gib", type=float, help="GiB that the app may take. Default: the target's."),
@@ -115,6 +116,13 @@ def main() -> None:
     "-o", "--out", type=click.Path(path_type=Path), help="The bundle's folder. Default: named by model and recipe."
 )
 @click.option("--verify", default="quick", show_default=True, help=f"How far the gate looks: {_list(LEVELS)}.")
+@click.option(
+    "--runtime-python",
+    type=click.Path(path_type=Path),
+    envvar="GEMMA_EDGE_RUNTIME_PYTHON",
+    show_envvar=True,
+    help="Python with gemma-edge and a runtime that this one lacks (tflite-runtime): the gate runs there.",
+)
 @click.option("--keep-failed", is_flag=True, help="Keep a bundle that fails the gate as OUT.failed.")
 @click.option(
     "--save-checkpoint", type=click.Path(path_type=Path), help="Also keep the quantized Hugging Face folder here."

@@ -40,6 +40,7 @@ class ExportOptions:
     lora: Path | None = None
     ram_gib: float | None = None
     verify: str = "quick"
+    runtime_python: Path | None = None  # runs the gate of backends that this Python does not have
     keep_failed: bool = False
     save_checkpoint: Path | None = None
     force: bool = False

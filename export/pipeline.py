@@ -6,7 +6,8 @@ import importlib
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +18,17 @@ from gemma_edge.export import cache
 from gemma_edge.export import plan as planning
 from gemma_edge.export import verify as gate
 from gemma_edge.export.bundle import MANIFEST, BackendEntry, Manifest, list_files, refuse_existing, staged
-from gemma_edge.export.choices import ALL, BACKENDS, GIB, LEVELS, TARGETS, Target, bits_of
+from gemma_edge.export.choices import (
+    ALL,
+    ALL_BACKENDS,
+    BACKENDS,
+    GIB,
+    LEVELS,
+    MADE_WITH,
+    TARGETS,
+    Target,
+    bits_of,
+)
 from gemma_edge.export.contents import parts, tool_versions
 from gemma_edge.export.mixed import Mixed, parse_size
 from gemma_edge.export.options import ExportOptions, Progress, Stage, no_progress, stage
@@ -80,6 +91,8 @@ def open_model(options: ExportOptions, progress: Progress = no_progress, *, plan
     backends = _choose_backends(options.backend or target.backend)
     if options.ram_gib is not None:
         target = replace(target, ram_bytes=int(options.ram_gib * GIB))
+    if options.verify != "none" and not plan_only:
+        _gate_pythons(backends, options.runtime_python)
     source = open_weights(hub.resolve(options.model), lora=options.lora)
     recipe, choice = choose_recipe(options, source, progress)
     recipe = named_by_content(source, recipe)
@@ -101,16 +114,37 @@ def _choose_backends(asked: str) -> list[str]:
     """The names in `--backend`, `all` being every one.
 
     Raises:
-        InputError: an unknown name, or a backend that is not installed: the gate runs what was made.
+        InputError: an unknown name, or a backend that is not installed.
     """
-    names = list(BACKENDS) if asked == ALL else list(dict.fromkeys(asked.split(",")))
+    names = list(ALL_BACKENDS) if asked == ALL else list(dict.fromkeys(asked.split(",")))
     for name in names:
         if name not in BACKENDS:
             raise InputError(f"--backend {name}; supported: {', '.join(BACKENDS)}, several with commas, or {ALL}")
-        command = how_to_install(name)
+        command = how_to_install(MADE_WITH.get(name, name))
         if command is not None:
             raise InputError(f"--backend {name} is not installed: {command}")
     return names
+
+
+def _gate_pythons(backends: Iterable[str], other: Path | None) -> dict[str, str]:
+    """The Python that runs each backend's gate: this one, or the other where this one lacks the runtime.
+
+    Raises:
+        InputError: neither has it.
+    """
+    pythons = {name: sys.executable for name in backends}
+    for name in (name for name in backends if how_to_install(name)):
+        way_out = (
+            f"{how_to_install(name)}, then --runtime-python with that environment's python;"
+            " or --verify none, and the bundle says NOT VERIFIED"
+        )
+        if other is None:
+            raise InputError(f"--backend {name}: the gate runs what was made, and its runtime is not here: {way_out}")
+        failure = gate.cannot_judge(str(other), name)
+        if failure:
+            raise InputError(f"--runtime-python {other} cannot run {name} bundles ({failure}): {way_out}")
+        pythons[name] = str(other)
+    return pythons
 
 
 def _plan(
@@ -236,7 +270,7 @@ def _lower_and_verify(
     """The bundle's files, and what the gate found of them; nobody has looked at that yet."""
     source, entries = opened.source, {}
     for backend, plan in opened.plans.items():
-        cache = planning.geometry(source.config, plan.context, plan.prefill_chunk, plan.kv_dtype)
+        cache = planning.geometry(source.config, plan.context, plan.prefill_chunk, plan.kv_dtype, backend=backend)
         with stage(stages, f"lower {backend}"), progress(f"export {backend}", plan.weights_bytes, True) as advance:
             settings = importlib.import_module(BACKENDS[backend]).lower(
                 quantized, cache, bundle, float_bits=opened.recipe.float_bits, progress=advance
@@ -248,8 +282,9 @@ def _lower_and_verify(
         (bundle / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     chosen = _choose_gate(source, opened.context, options.verify)
     if chosen is not None:
+        pythons = _gate_pythons(manifest.backends, options.runtime_python)
         with stage(stages, "verify"):
-            found = _verify(chosen, opened, quantized, manifest, bundle, progress)
+            found = _verify(chosen, opened, quantized, manifest, bundle, pythons, progress)
         manifest = replace(manifest, verification=found)
         (bundle / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
@@ -266,6 +301,7 @@ def _verify(
     quantized: QuantizedCheckpoint,
     manifest: Manifest,
     bundle: Path,
+    pythons: Mapping[str, str],
     progress: Progress,
 ) -> dict[str, Any]:
     config = opened.source.config
@@ -276,7 +312,14 @@ def _verify(
     total = gate.steps(config.num_hidden_layers, len(chosen.ids), chunk, len(caches))
     with progress(f"verify ({len(chosen.ids)} tokens)", total, False) as advance:
         return gate.verify(
-            bundle, opened.source, quantized, chosen, context=opened.context, limits=limits, progress=advance
+            bundle,
+            opened.source,
+            quantized,
+            chosen,
+            context=opened.context,
+            limits=limits,
+            pythons=pythons,
+            progress=advance,
         )
 
 

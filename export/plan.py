@@ -13,10 +13,10 @@ from typing import Any
 
 from gemma_edge.errors import InputError
 from gemma_edge.export.bundle import CacheGeometry, LayerCache
-from gemma_edge.export.choices import DEFAULT_CHUNK, GIB, INT8_CACHES, KV_DTYPES, LEVELS, Target
+from gemma_edge.export.choices import DEFAULT_CHUNK, GIB, INT8_CACHES, KV_DTYPES, LEVELS, UNWRAPPED_CACHES, Target
 from gemma_edge.export.executorch import packing as executorch
 from gemma_edge.export.onnx.weights import resident_bytes, weights_bytes
-from gemma_edge.export.tflite import packing as tflite
+from gemma_edge.export.tflite.packing import LITERT, TFLITE_RUNTIME
 from gemma_edge.model.checkpoint import SLICE_BYTES, Checkpoint, linear_shapes
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.model.kv_cache import slots_needed, windows
@@ -25,7 +25,8 @@ from gemma_edge.quantize.store import QuantizedCheckpoint, final_configs
 
 MIB = 1 << 20
 SMALLEST_CONTEXT = 256
-XNNPACK = {"executorch": executorch, "tflite": tflite}  # how a backend packs weights for it
+# how all but onnx pack weights
+PACKINGS: dict[str, Any] = {"executorch": executorch, "tflite": LITERT, "tflite-runtime": TFLITE_RUNTIME}
 CONTEXT_STEP = 64  # of the largest context that fits, in the message of one that does not
 
 
@@ -59,15 +60,24 @@ class Sizes:
     resident: int  # in the runtime's memory
 
 
-def geometry(config: Gemma2Config, context: int, prefill_chunk: int, dtype: str = "float32") -> CacheGeometry:
-    """The cache of a context: local layers keep their window, global layers the context. `dtype` is a value of KV_DTYPES."""
+def geometry(
+    config: Gemma2Config, context: int, prefill_chunk: int, dtype: str = "float32", *, backend: str = "onnx"
+) -> CacheGeometry:
+    """The cache of a context, as a backend allocates it: local layers keep their window, global layers the context.
+
+    Args:
+        dtype: a value of KV_DTYPES.
+    """
+    behind = prefill_chunk - 1 if backend in UNWRAPPED_CACHES else 0
     return CacheGeometry(
         context=context,
         prefill_chunk=prefill_chunk,
         kv_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
         dtype=dtype,
-        layers=tuple(LayerCache(window, slots_needed(window, prefill_chunk)) for window in windows(config, context)),
+        layers=tuple(
+            LayerCache(window, slots_needed(window, prefill_chunk) + behind) for window in windows(config, context)
+        ),
     )
 
 
@@ -100,10 +110,12 @@ def make_plan(
     configs = final_configs(source, recipe)
     sizes = _sizes(source, configs, recipe, backend, int8_kv=kv_dtype == "int8")
     tried = context or min(target.context, config.max_position_embeddings)
-    plan = _predict(source, recipe, target, backend, sizes, geometry(config, tried, chunk, kv_dtype))
+    plan = _predict(source, recipe, target, backend, sizes, geometry(config, tried, chunk, kv_dtype, backend=backend))
     while plan.device_ram_bytes > target.ram_bytes and context is None and tried > SMALLEST_CONTEXT:
         tried //= 2
-        plan = _predict(source, recipe, target, backend, sizes, geometry(config, tried, chunk, kv_dtype))
+        plan = _predict(
+            source, recipe, target, backend, sizes, geometry(config, tried, chunk, kv_dtype, backend=backend)
+        )
     if plan.device_ram_bytes > target.ram_bytes:
         raise InputError(_too_large(plan, source, sizes, target))
     return replace(
@@ -126,11 +138,11 @@ def _sizes(
     Raises:
         InputError: it cannot hold one of them.
     """
-    if backend in XNNPACK:
-        packing = XNNPACK[backend]
+    if backend in PACKINGS:
+        packing = PACKINGS[backend]
         packing.refuse_unsupported(source.config, configs, recipe.float_bits)
         size = packing.weights_bytes(source.config, configs)
-        return Sizes(size, size)  # in memory as XNNPACK packs them, which takes as much
+        return Sizes(size, size)  # in memory as they are, or as XNNPACK packs them, which takes as much
     return Sizes(
         weights_bytes(source, configs, recipe.float_bits, int8_kv=int8_kv),
         resident_bytes(source, configs, recipe.float_bits, int8_kv=int8_kv),
@@ -242,7 +254,7 @@ def _too_large(plan: Plan, source: Checkpoint | QuantizedCheckpoint, sizes: Size
     smaller = range(CONTEXT_STEP, plan.context, CONTEXT_STEP)
 
     def ram(context: int) -> int:
-        cache = geometry(source.config, context, plan.prefill_chunk, plan.kv_dtype)
+        cache = geometry(source.config, context, plan.prefill_chunk, plan.kv_dtype, backend=plan.backend)
         return _device_ram(source.config, sizes, cache)
 
     fitting = bisect_right(smaller, target.ram_bytes, key=ram)  # RAM only grows with the context

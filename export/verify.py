@@ -25,6 +25,7 @@ from gemma_edge.export import judge, reference
 from gemma_edge.export.choices import LEVELS, LOWERING_TEXT
 from gemma_edge.model.checkpoint import Weights
 from gemma_edge.quantize.store import QuantizedCheckpoint
+from gemma_edge.runtimes.base import RUNTIMES
 from gemma_edge.runtimes.memory import give_back
 from gemma_edge.runtimes.tokenizer import open_tokenizer
 
@@ -96,6 +97,7 @@ def verify(
     *,
     context: int,
     limits: Mapping[str, Limits],
+    pythons: Mapping[str, str] | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, dict[str, Any]]:
     """Run the gate on every backend of a bundle; the references are computed once.
@@ -107,6 +109,7 @@ def verify(
         gate: from `make_gate`.
         context: of the bundle.
         limits: by backend, what it must reach: of its fewest bits.
+        pythons: by backend, what runs it, where that is not this Python.
         progress: called with 1 per layer of the two references and per chunk of each backend: see `steps`.
 
     Returns:
@@ -138,7 +141,7 @@ def verify(
                 "text": gate.text,
                 "fed_tokens": len(gate.ids),
                 "past_wrap": len(gate.ids) > context,
-                **_judge(folder, progress),
+                **_judge(folder, progress, (pythons or {}).get(backend, sys.executable)),
                 "limits": asdict(limit),
             }
             found = failures(result, limit)
@@ -146,9 +149,19 @@ def verify(
     return results
 
 
-def _judge(folder: Path, progress: Callable[[int], None]) -> dict[str, Any]:
+def cannot_judge(python: str, backend: str) -> str | None:
+    """Why a Python cannot run the gate of a backend; None where it can."""
+    command = [python, "-c", f"import {judge.__name__}, {RUNTIMES[backend][0]}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        return error.strerror
+    return (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1] if done.returncode else None
+
+
+def _judge(folder: Path, progress: Callable[[int], None], python: str) -> dict[str, Any]:
     """The bundle's half in a fresh process: it shares no memory with torch, as on the device."""
-    command = [sys.executable, "-m", judge.__name__, str(folder)]
+    command = [python, "-m", judge.__name__, str(folder)]
     log = folder / "stderr"
     give_back()
     with (

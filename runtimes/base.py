@@ -339,13 +339,17 @@ RUNTIMES = {
     "onnx": ("gemma_edge.runtimes.onnx", "OnnxRuntime", "onnxruntime", "onnx"),
     "executorch": ("gemma_edge.runtimes.executorch", "ExecuTorchRuntime", "executorch", "executorch"),
     "tflite": ("gemma_edge.runtimes.tflite", "TFLiteRuntime", "ai_edge_litert", "tflite"),
+    "tflite-runtime": ("gemma_edge.runtimes.tflite_runtime", "InterpreterRuntime", "tflite_runtime", "tflite-runtime"),
 }
+APART = {"tflite-runtime": " in an environment of its own, of Python 3.11 and NumPy 1"}
 
 
 def how_to_install(backend: str) -> str | None:
     """The command that installs a backend's package; None where it is installed."""
     _, _, package, extra = RUNTIMES[backend]
-    return None if importlib.util.find_spec(package) else f"pip install 'gemma-edge[{extra}]'"
+    if importlib.util.find_spec(package):
+        return None
+    return f"pip install 'gemma-edge[{extra}]'{APART.get(backend, '')}"
 
 
 def refuse_older(package: str, version: str, oldest: tuple[int, int]) -> None:

@@ -3,28 +3,44 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram, export
 from torch.export.graph_signature import InputKind
 
 from gemma_edge.export.bundle import CacheGeometry
-from gemma_edge.export.tflite import packing
 from gemma_edge.export.tflite.check import check_tflite
 from gemma_edge.export.tflite.file import write_model
 from gemma_edge.export.tflite.graph import Model, Subgraph
 from gemma_edge.export.tflite.operators import Lowering, Weight
+from gemma_edge.export.tflite.packing import LITERT, Packing
 from gemma_edge.export.tflite.seams import DECODE, PREFILL, SCORE, Step, states
 from gemma_edge.model.gemma2 import Gemma2, inverse_frequencies
 from gemma_edge.quantize.store import QuantizedCheckpoint
 
-FILE = "model.tflite"
+RESET = "reset"  # signature of a variant with variables: no text was fed
 MODULE = "gemma2."  # prefix of the decoder's names inside a traced signature
 SCORED = 32  # most positions whose logits come from one call: 32 MB for 256,000 tokens
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What one runtime reads of all that a `.tflite` can say."""
+
+    file: str
+    packing: Packing
+    variables: bool  # caches are variables, made by `reset`, instead of inputs that come back as outputs
+    needs: Mapping[str, str]  # what the manifest says of versions
+
+
+FILE = "model.tflite"
+FOR_LITERT = Variant(FILE, LITERT, variables=False, needs={"min_litert": "2.3"})
 
 
 def lower(
@@ -34,22 +50,25 @@ def lower(
     *,
     float_bits: int = 32,
     progress: Callable[[int], None] = lambda done: None,
+    variant: Variant = FOR_LITERT,
 ) -> dict[str, Any]:
     """Write the model into `out`, and check what it holds.
 
     Args:
         progress: called with the bytes of weights just written.
+        variant: for which runtime.
 
     Returns:
         the backend's entry in the manifest.
 
     Raises:
-        InputError: a weight that XNNPACK cannot compute exactly.
+        InputError: a weight that the runtime cannot compute exactly.
         RuntimeError: the model is not what it should be.
     """
+    packing = variant.packing
     packing.refuse_unsupported(checkpoint.config, checkpoint.configs, float_bits)
     grouped = [weight for weight, config in checkpoint.configs.items() if config and config.group_size]
-    checkpoint.warn_of_rounded_scales(grouped, torch.float16, "tflite")
+    checkpoint.warn_of_rounded_scales(grouped, torch.float16, packing.backend)
     model = Model(packing.stored_weights(checkpoint))
     with torch.device("meta"):
         gemma2 = Gemma2(checkpoint.config).eval()
@@ -58,10 +77,14 @@ def lower(
     found = signatures(geometry.prefill_chunk)
     for name, (role, tokens) in found.items():
         program = trace(gemma2, geometry, role, tokens)
-        add_signature(model, name, program, checkpoint)
-    write_model(model, checkpoint, out / FILE, progress)
-    check_tflite(out / FILE, checkpoint.config, checkpoint.configs, geometry, found)
-    return {"program": FILE, "signatures": {name: list(entry) for name, entry in found.items()}, "min_litert": "2.3"}
+        add_signature(model, name, program, checkpoint, states(geometry) if variant.variables else {})
+    if variant.variables:
+        add_reset(model, states(geometry))
+    path = out / variant.file
+    write_model(model, packing, checkpoint, path, progress)
+    check_tflite(path, packing, checkpoint.config, checkpoint.configs, geometry, found)
+    settings = {"program": variant.file, "signatures": {name: list(entry) for name, entry in found.items()}}
+    return {**settings, **variant.needs}
 
 
 def signatures(chunk: int) -> dict[str, tuple[str, int]]:
@@ -84,8 +107,10 @@ def trace(gemma2: Gemma2, geometry: CacheGeometry, role: str, tokens: int) -> Ex
         return export(Step(gemma2, geometry, role), inputs, strict=False)
 
 
-def add_signature(model: Model, name: str, program: ExportedProgram, checkpoint: QuantizedCheckpoint) -> None:
-    """Lower a traced graph into the model."""
+def add_signature(
+    model: Model, name: str, program: ExportedProgram, checkpoint: QuantizedCheckpoint, variables: Mapping[str, Any]
+) -> None:
+    """Lower a traced graph into the model. `variables`: names of the states that are not inputs and outputs."""
     graph = Subgraph(model, name)
     lowering = Lowering(graph)
     inputs = {}
@@ -97,14 +122,32 @@ def add_signature(model: Model, name: str, program: ExportedProgram, checkpoint:
             if spec.kind == InputKind.USER_INPUT:
                 meta = node.meta["val"]
                 label = node.name.removeprefix("past_")
-                lowering.known[node] = inputs[label] = graph.tensor(tuple(meta.shape), meta.dtype, label)
+                if label in variables:
+                    lowering.known[node] = graph.read(label, tuple(meta.shape), meta.dtype)
+                else:
+                    lowering.known[node] = inputs[label] = graph.tensor(tuple(meta.shape), meta.dtype, label)
             else:
                 lowering.known[node] = _parameter(str(spec.target).removeprefix(MODULE), checkpoint)
         elif node.op == "call_function" and node in needed:
             lowering.run(node)
     (output,) = (node for node in program.graph.nodes if node.op == "output")
     names = _output_names(program)
-    graph.finish(inputs, {label: lowering.value(node) for label, node in zip(names, output.args[0], strict=True)})
+    results = {label: lowering.value(node) for label, node in zip(names, output.args[0], strict=True)}
+    for label in variables:
+        graph.assign(label, results.pop(label))
+    graph.finish(inputs, results)
+
+
+def add_reset(model: Model, variables: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+    """The signature that makes the variables: all zeros."""
+    graph = Subgraph(model, RESET)
+    for label, (shape, dtype) in variables.items():
+        size = graph.constant(np.array(shape, np.int32))
+        zeros = graph.tensor(shape, dtype)
+        zero = graph.constant(np.zeros((), np.float32 if dtype == torch.float32 else np.int32))
+        graph.op("FILL", [size, zero], [zeros])
+        graph.assign(label, zeros)
+    graph.finish({}, {})
 
 
 def _output_names(program: ExportedProgram) -> list[str]:

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from gemma_edge.export.bundle import CacheGeometry
 from gemma_edge.export.tflite.file import ALIGNMENT
 from gemma_edge.export.tflite.graph import CODES
-from gemma_edge.export.tflite.packing import row_bytes
-from gemma_edge.export.tflite.seams import KEY, PREFILL, VALUE, states
+from gemma_edge.export.tflite.packing import Packing
+from gemma_edge.export.tflite.seams import PREFILL, states
 from gemma_edge.model.checkpoint import TABLE, linear_shapes, weight_shapes
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.quantize.recipe import QuantConfig
@@ -31,7 +31,7 @@ class Use:
 
     operator: str
     weight: Any  # TensorT
-    scales: Any  # TensorT of a blockwise weight's scales, else None
+    scales: Any  # TensorT of the scales that do not lie in the weight's own, else None
 
 
 class TFLite:
@@ -78,17 +78,33 @@ class TFLite:
 
     def uses(self, subgraph: Any) -> Iterator[Use]:
         """Every operator that reads a weight, in order."""
+        factors = self._factors(subgraph)
         for step in subgraph.operators:
-            name = OPERATORS[self.model.operatorCodes[step.opcodeIndex].builtinCode]
-            if name in READERS:
-                tensor = subgraph.tensors[step.inputs[1]]
+            name = self.name_of(step)
+            if name in READERS and not _is_scale(tensor := subgraph.tensors[step.inputs[1]]):
                 quantization = tensor.quantization
                 blocks = quantization is not None and quantization.detailsType
-                yield Use(name, tensor, subgraph.tensors[quantization.details.scales] if blocks else None)
+                apart = subgraph.tensors[quantization.details.scales] if blocks else factors.get(step.outputs[0])
+                yield Use(name, tensor, apart)
+
+    def name_of(self, step: Any) -> str:
+        """The name of an operator."""
+        found: str = OPERATORS[self.model.operatorCodes[step.opcodeIndex].builtinCode]
+        return found
+
+    def _factors(self, subgraph: Any) -> dict[int, Any]:
+        """By the index of a tensor, the scales that it is multiplied by, looked up or not."""
+        named = {index: tensor for index, tensor in enumerate(subgraph.tensors) if _is_scale(tensor)}
+        for step in subgraph.operators:
+            if self.name_of(step) == "EMBEDDING_LOOKUP" and step.inputs[1] in named:
+                named[step.outputs[0]] = named[step.inputs[1]]
+        products = [step.inputs for step in subgraph.operators if self.name_of(step) == "MUL"]
+        return {value: named[factor] for value, factor in products if factor in named}
 
 
 def check_tflite(
     path: Path,
+    packing: Packing,
     config: Gemma2Config,
     configs: Mapping[str, QuantConfig | None],
     geometry: CacheGeometry,
@@ -97,6 +113,7 @@ def check_tflite(
     """Compare a finished file with the model.
 
     Args:
+        packing: how its weights should lie in it.
         signatures: name -> what it is for, and its tokens.
 
     Raises:
@@ -105,29 +122,35 @@ def check_tflite(
     found = TFLite(path)
     for name, (role, tokens) in signatures.items():
         subgraph = found.subgraph(name)
-        _check_inputs(path, name, subgraph, geometry, tokens)
+        _check_states(path, name, found, geometry, tokens)
         uses = list(found.uses(subgraph))
         _check_order(path, name, uses, config, role)
         for use in uses:
-            _check_weight(path, found, use, config, configs)
+            _check_weight(path, packing, found, use, config, configs)
     _check_places(path, found)
     largest = max(len(buffer.data) for buffer in found.model.buffers if buffer.data is not None)
     if largest > 4 * max(config.hidden_size, geometry.prefill_chunk):
         raise RuntimeError(f"{path.name}: a constant of {largest} bytes lies in the graph: no norm is that large")
 
 
-def _check_inputs(path: Path, name: str, subgraph: Any, geometry: CacheGeometry, tokens: int) -> None:
-    wanted = {"tokens": (1, tokens), "input_pos": (tokens,)} | {
-        key: shape for key, (shape, _) in states(geometry).items()
-    }
-    tensors = [subgraph.tensors[index] for index in subgraph.inputs]
-    shapes = {tensor.name.decode(): tuple(tensor.shape.tolist()) for tensor in tensors}
-    if shapes != wanted:
-        raise RuntimeError(f"{path.name}: {name} takes {shapes}, expected {wanted}")
-    written = [subgraph.tensors[index] for index in subgraph.outputs]
-    caches = sum(tuple(tensor.shape.tolist()) == wanted[f"{KEY}0"] for tensor in written)
-    if not caches or len(written) < 2 * len(geometry.layers):
-        raise RuntimeError(f"{path.name}: {name} gives {len(written)} tensors, {caches} of them like {KEY}0, {VALUE}0")
+def _check_states(path: Path, name: str, found: TFLite, geometry: CacheGeometry, tokens: int) -> None:
+    """Tokens and positions come in; caches come in and go out, or are variables that are read and assigned."""
+    subgraph = found.subgraph(name)
+    wanted = {key: shape for key, (shape, _) in states(geometry).items()}
+    come = [subgraph.tensors[index] for index in subgraph.inputs]
+    go = [subgraph.tensors[index] for index in subgraph.outputs]
+    for step in subgraph.operators:
+        if found.name_of(step) == "READ_VARIABLE":
+            come.append(subgraph.tensors[step.outputs[0]])
+        if found.name_of(step) == "ASSIGN_VARIABLE":
+            go.append(subgraph.tensors[step.inputs[1]])
+    shapes = {tensor.name.decode(): tuple(tensor.shape.tolist()) for tensor in come}
+    expected = {"tokens": (1, tokens), "input_pos": (tokens,), **wanted}
+    if shapes != expected:
+        raise RuntimeError(f"{path.name}: {name} takes {shapes}, expected {expected}")
+    kept = sorted(shape for tensor in go if (shape := tuple(tensor.shape.tolist())) in wanted.values())
+    if kept != sorted(wanted.values()):
+        raise RuntimeError(f"{path.name}: {name} gives caches of {kept}, expected {sorted(wanted.values())}")
 
 
 def _check_order(path: Path, name: str, uses: Iterable[Use], config: Gemma2Config, role: str) -> None:
@@ -149,21 +172,32 @@ def _check_order(path: Path, name: str, uses: Iterable[Use], config: Gemma2Confi
 
 
 def _check_weight(
-    path: Path, found: TFLite, use: Use, config: Gemma2Config, configs: Mapping[str, QuantConfig | None]
+    path: Path,
+    packing: Packing,
+    found: TFLite,
+    use: Use,
+    config: Gemma2Config,
+    configs: Mapping[str, QuantConfig | None],
 ) -> None:
     """Type, shape, bytes and scales of a weight."""
     name = use.weight.name.decode()
     shape, quant = weight_shapes(config)[name], configs[name]
     kind = schema.TensorType.FLOAT32 if quant is None else CODES[quant.bits]
-    size = shape[0] * row_bytes(quant, shape[1])["codes"]
+    size = shape[0] * packing.row_bytes(quant, shape[1])["codes"]
     buffer = found.model.buffers[use.weight.buffer]
     if (use.weight.type, tuple(use.weight.shape.tolist()), buffer.size) != (kind, shape, size):
         raise RuntimeError(f"{path.name}: {name} is of type {use.weight.type}, {use.weight.shape}, {buffer.size} bytes")
     if quant is None:
         return
     if not quant.group_size:
-        scale = use.weight.quantization.scale
-        zero_points = use.weight.quantization.zeroPoint
+        scale, zero_points = use.weight.quantization.scale, use.weight.quantization.zeroPoint
+        if packing.channels_apart and (use.scales is None or scale.tolist() != [1.0] or zero_points.tolist() != [0]):
+            raise RuntimeError(
+                f"{path.name}: {name} has {len(scale)} scales of its own, not 1, or is not multiplied by its channels'"
+            )
+        if packing.channels_apart:
+            scale = np.frombuffer(found.content(use.scales), np.float32)
+            zero_points = np.zeros(len(scale))
         if len(scale) != shape[0] or not _positive(scale) or zero_points.any() or len(zero_points) != shape[0]:
             raise RuntimeError(f"{path.name}: {name} has {len(scale)} scales, expected {shape[0]} above 0")
         return
@@ -173,6 +207,10 @@ def _check_weight(
         raise RuntimeError(f"{path.name}: {name} has no scales of {groups}")
     if not _positive(np.frombuffer(found.content(use.scales), np.float16)):
         raise RuntimeError(f"{path.name}: {name} has a scale that is not above 0")
+
+
+def _is_scale(tensor: Any) -> bool:
+    return bool(tensor.name.endswith(b".scale"))
 
 
 def _positive(values: NDArray[Any]) -> bool:

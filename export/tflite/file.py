@@ -14,7 +14,7 @@ from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.tools import flatbuffer_utils
 
 from gemma_edge.export.tflite.graph import Model
-from gemma_edge.export.tflite.packing import packed, parts, row_bytes
+from gemma_edge.export.tflite.packing import Packing
 from gemma_edge.model.checkpoint import weight_shapes
 from gemma_edge.quantize.store import QuantizedCheckpoint
 
@@ -24,16 +24,20 @@ IDENTIFIER = b"TFL3"
 
 
 def write_model(
-    model: Model, checkpoint: QuantizedCheckpoint, path: Path, progress: Callable[[int], None] = lambda done: None
+    model: Model,
+    packing: Packing,
+    checkpoint: QuantizedCheckpoint,
+    path: Path,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> None:
     """Write a model with the checkpoint's weights. `progress` is called with the bytes just written."""
-    sizes = parts(checkpoint.config, checkpoint.configs)
+    sizes = packing.parts(checkpoint.config, checkpoint.configs)
     head, offsets, end = _head(model, sizes)
     with path.open("wb") as file:
         file.write(head)
         for weight, (_, columns) in weight_shapes(checkpoint.config).items():
-            widths = row_bytes(checkpoint.configs[weight], columns)
-            for part, start, values in packed(checkpoint, weight):
+            widths = packing.row_bytes(checkpoint.configs[weight], columns)
+            for part, start, values in packing.packed(checkpoint, weight):
                 file.seek(offsets[f"{weight}.{part}"] + start * widths[part])
                 progress(file.write(values.numpy().data))
         file.truncate(end)

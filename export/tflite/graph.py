@@ -26,6 +26,7 @@ CODES = {4: schema.TensorType.INT4, 8: schema.TensorType.INT8}  # by bits
 # the version of an operator says which of its features a model uses
 VERSIONS = {"FULLY_CONNECTED": 5}
 NO_TENSOR = -1
+VARIABLE = "variable"
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,14 @@ class Subgraph:
         self._held[(name,)] = value
         return value
 
+    def channels(self, name: str, shape: tuple[int, ...]) -> Value:
+        """The scales of a matrix's rows, where its own are not enough, float32."""
+        key = name, shape
+        if key not in self._held:
+            scale = self.model.weights[name].scale
+            self._held[key] = self.tensor(shape, torch.float32, scale, self.model.buffer(scale))
+        return self._held[key]
+
     def _quantization(self, stored: Stored) -> Any:
         assert stored.config is not None
         if not stored.config.group_size:
@@ -147,6 +156,24 @@ class Subgraph:
         return schema.QuantizationParametersT(
             detailsType=schema.QuantizationDetails.BlockwiseQuantization, details=blocks
         )
+
+    def _variable(self, name: str) -> Value:
+        """The handle of a variable that all signatures share."""
+        if (VARIABLE, name) not in self._held:
+            handle = self._held[(VARIABLE, name)] = self.tensor((1,), torch.int32, f"{name}.handle")
+            self.tensors[handle.index].type = schema.TensorType.RESOURCE
+            self.op("VAR_HANDLE", [], [handle], table="VarHandleOptions", container="", sharedName=name)
+        return self._held[(VARIABLE, name)]
+
+    def read(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Value:
+        """What a variable holds."""
+        value = self.tensor(shape, dtype, name)
+        self.op("READ_VARIABLE", [self._variable(name)], [value], table="ReadVariableOptions")
+        return value
+
+    def assign(self, name: str, value: Value) -> None:
+        """Let a variable hold a value."""
+        self.op("ASSIGN_VARIABLE", [self._variable(name), value], [], table="AssignVariableOptions")
 
     def op(self, name: str, inputs: Sequence[Value | None], outputs: Sequence[Value], **options: Any) -> None:
         """Append an operator. `options` are the fields of its table, and `table` that table's name where it has one."""

@@ -75,6 +75,11 @@ class Lowering:
         assert isinstance(known, Value)
         return known
 
+    def apart(self, argument: Any) -> str | None:
+        """The name of a matrix whose channels' scales are multiplied after it; None for all others."""
+        known = self.known[argument]
+        return known.name if isinstance(known, Weight) and self.graph.model.weights[known.name].apart else None
+
     def emit(self, name: str, inputs: list[Value | None], shape: Any, dtype: torch.dtype, **options: Any) -> Value:
         """Append an operator with one output."""
         out = self.graph.tensor(tuple(shape), dtype)
@@ -190,15 +195,22 @@ def _linear(to: Lowering, node: Node) -> Value:
     # activations become int8 per token, asymmetric: XNNPACK's kernels have no other
     options = {"keepNumDims": True, "asymmetricQuantizeInputs": True}
     x, weight = to.value(node.args[0]), to.value(node.args[1])
-    return to.like(node, "FULLY_CONNECTED", x, weight, None, table="FullyConnectedOptions", **options)
+    out = to.like(node, "FULLY_CONNECTED", x, weight, None, table="FullyConnectedOptions", **options)
+    name = to.apart(node.args[1])
+    if name is None:
+        return out
+    return to.like(node, "MUL", out, to.graph.channels(name, weight.shape[:1]), table="MulOptions")
 
 
 def _embedding(to: Lowering, node: Node) -> Value:
     table, ids = to.value(node.args[0]), to.value(node.args[1])
-    count = int(np.prod(ids.shape))
-    rows = to.emit(
-        "EMBEDDING_LOOKUP", [to.reshape(ids, (count,)), table], (count, table.shape[1]), node.meta["val"].dtype
-    )
+    dtype, count = node.meta["val"].dtype, int(np.prod(ids.shape))
+    flat, size = to.reshape(ids, (count,)), (count, table.shape[1])
+    rows = to.emit("EMBEDDING_LOOKUP", [flat, table], size, dtype)
+    name = to.apart(node.args[0])
+    if name is not None:
+        scales = to.emit("EMBEDDING_LOOKUP", [flat, to.graph.channels(name, (table.shape[0], 1))], (count, 1), dtype)
+        rows = to.emit("MUL", [rows, scales], size, dtype, table="MulOptions")
     return to.reshape(rows, node.meta["val"].shape)
 
 

@@ -14,12 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gemma_edge.errors import InputError
-from gemma_edge.model.checkpoint import row_slices, weight_shapes
+from gemma_edge.model.checkpoint import TABLE, row_slices, weight_shapes
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.quantize.recipe import QuantConfig
 from gemma_edge.quantize.store import QuantizedCheckpoint
 
 SIGNS = {4: 0x88, 8: 0x80}  # by bits: turns codes that are stored plus 2^(bits-1) into two's complement, byte by byte
+
+
+Configs = Mapping[str, QuantConfig | None]
 
 
 @dataclass(frozen=True)
@@ -29,87 +32,108 @@ class Stored:
     shape: tuple[int, int]
     config: QuantConfig | None  # None: float32
     codes: str  # name of the buffer of integers, or floats
-    scale: str  # name of the buffer of the groups' scales
-    row_scale: NDArray[np.float32] | None  # (rows,) per channel: in the graph itself
+    scale: str  # name of the buffer of scales, those of channels that are in the graph excepted
+    row_scale: NDArray[np.float32] | None  # (rows,) per channel, in the graph itself; (1,) where they are apart
+    apart: bool  # scales of channels are multiplied after it
 
 
-def refuse_unsupported(config: Gemma2Config, configs: Mapping[str, QuantConfig | None], float_bits: int) -> None:
-    """Refuse a model with a weight that XNNPACK would compute wrongly, or not at all.
+@dataclass(frozen=True)
+class Packing:
+    """How weights lie in the file of one backend, and which it can take."""
 
-    Raises:
-        InputError: names the weight and the nearest choice that works.
-    """
-    for weight, (_, columns) in weight_shapes(config).items():
-        refuse_weight(weight, configs[weight], columns, float_bits)
+    backend: str
+    kernels: str  # whose they are
+    channels_apart: bool  # they know one scale per matrix, 1 here: those of its channels are multiplied afterwards
+    bits: tuple[int, ...]  # of integers that they multiply right
 
+    def refuse_unsupported(self, config: Gemma2Config, configs: Configs, float_bits: int) -> None:
+        """Refuse a model with a weight that the kernels would compute wrongly, or not at all.
 
-def refuse_weight(weight: str, config: QuantConfig | None, columns: int, float_bits: int) -> None:
-    """Refuse what XNNPACK would compute wrongly, or not at all.
+        Raises:
+            InputError: names the weight and the nearest choice that works.
+        """
+        for weight, (_, columns) in weight_shapes(config).items():
+            self.refuse_weight(weight, configs[weight], columns, float_bits)
 
-    Raises:
-        InputError: names the weight and the nearest choice that works.
-    """
-    if config is None:
-        if float_bits == 16:
-            raise InputError(f"{weight} in 16 bits: the tflite backend computes floats in 32; use --bits 32")
-        return
-    if config.bits == 8 and config.group_size:
-        raise InputError(
-            f"{weight} has 8 bits in groups of {config.group_size}: XNNPACK has 8-bit kernels with one scale per channel"
-            " only; use --group-size 0 for 8 bits, or --backend onnx"
-        )
-    if config.bits == 4 and columns % 2:
-        raise InputError(f"{weight} has rows of {columns}: 4 bits need an even number; use --bits 8")
+    def refuse_weight(self, weight: str, config: QuantConfig | None, columns: int, float_bits: int) -> None:
+        """Refuse what the kernels would compute wrongly, or not at all.
 
-
-def row_bytes(config: QuantConfig | None, columns: int) -> dict[str, int]:
-    """Bytes of one row of a weight, by part, in buffers behind the graph."""
-    if config is None:
-        return {"codes": 4 * columns}
-    groups = {"scale": 2 * columns // config.group_size} if config.group_size else {}
-    return {"codes": columns * config.bits // 8, **groups}
-
-
-def parts(config: Gemma2Config, configs: Mapping[str, QuantConfig | None]) -> dict[str, int]:
-    """Every buffer behind the graph with its bytes, in the file's order."""
-    return {
-        f"{weight}.{part}": rows * size
-        for weight, (rows, columns) in weight_shapes(config).items()
-        for part, size in row_bytes(configs[weight], columns).items()
-    }
-
-
-def weights_bytes(config: Gemma2Config, configs: Mapping[str, QuantConfig | None]) -> int:
-    """What the weights take of the file, with the scales of channels, which are in its graph."""
-    channels = sum(
-        12 * rows  # float32, and an int64 of zeros
-        for weight, (rows, _) in weight_shapes(config).items()
-        if (quant := configs[weight]) is not None and not quant.group_size
-    )
-    return sum(parts(config, configs).values()) + channels
-
-
-def stored_weights(checkpoint: QuantizedCheckpoint) -> dict[str, Stored]:
-    """Every weight, with the scales of channels read."""
-    found = {}
-    for weight, shape in weight_shapes(checkpoint.config).items():
-        config = checkpoint.configs[weight]
-        per_row = config is not None and not config.group_size
-        scale = checkpoint.scale(weight, 0, shape[0]).float().flatten().numpy() if per_row else None
-        found[weight] = Stored(shape, config, f"{weight}.codes", f"{weight}.scale", scale)
-    return found
-
-
-def packed(checkpoint: QuantizedCheckpoint, weight: str) -> Iterator[tuple[str, int, Tensor]]:
-    """The contents of a weight's buffers, rows at a time: (part, first row, (rows, bytes) uint8)."""
-    config, shape = checkpoint.configs[weight], weight_shapes(checkpoint.config)[weight]
-    for start, stop in row_slices(shape):
+        Raises:
+            InputError: names the weight and the nearest choice that works.
+        """
         if config is None:
-            yield "codes", start, _bytes(checkpoint.rows(weight, start, stop))
-            continue
-        yield "codes", start, checkpoint.packed_bytes(weight, start, stop) ^ SIGNS[config.bits]
+            if float_bits == 16:
+                raise InputError(
+                    f"{weight} in 16 bits: the {self.backend} backend computes floats in 32; use --bits 32"
+                )
+            return
+        if config.bits not in self.bits:
+            way_out = "--table-bits 8" if weight == TABLE else "--bits 8"
+            raise InputError(f"{weight} has {config.bits} bits: {self.kernels} multiplies 8 only; use {way_out}")
+        if config.bits == 8 and config.group_size:
+            raise InputError(
+                f"{weight} has 8 bits in groups of {config.group_size}: {self.kernels} has 8-bit kernels with one scale per"
+                " channel only; use --group-size 0 for 8 bits, or --backend onnx"
+            )
+        if config.bits == 4 and columns % 2:
+            raise InputError(f"{weight} has rows of {columns}: 4 bits need an even number; use --bits 8")
+
+    def row_bytes(self, config: QuantConfig | None, columns: int) -> dict[str, int]:
+        """Bytes of one row of a weight, by part, in buffers behind the graph."""
+        if config is None:
+            return {"codes": 4 * columns}
+        sizes = {"codes": columns * config.bits // 8}
         if config.group_size:
-            yield "scale", start, _bytes(checkpoint.scale(weight, start, stop).to(torch.float16))
+            return {**sizes, "scale": 2 * columns // config.group_size}
+        return {**sizes, "scale": 4} if self.channels_apart else sizes
+
+    def parts(self, config: Gemma2Config, configs: Configs) -> dict[str, int]:
+        """Every buffer behind the graph with its bytes, in the file's order."""
+        return {
+            f"{weight}.{part}": rows * size
+            for weight, (rows, columns) in weight_shapes(config).items()
+            for part, size in self.row_bytes(configs[weight], columns).items()
+        }
+
+    def weights_bytes(self, config: Gemma2Config, configs: Configs) -> int:
+        """What the weights take of the file, with the scales of channels, where these are in its graph."""
+        channels = sum(
+            12 * rows  # float32, and an int64 of zeros
+            for weight, (rows, columns) in weight_shapes(config).items()
+            if configs[weight] is not None and "scale" not in self.row_bytes(configs[weight], columns)
+        )
+        return sum(self.parts(config, configs).values()) + channels
+
+    def stored_weights(self, checkpoint: QuantizedCheckpoint) -> dict[str, Stored]:
+        """Every weight, with the scales of channels read that the graph holds."""
+        found = {}
+        for weight, shape in weight_shapes(checkpoint.config).items():
+            config, scale = checkpoint.configs[weight], None
+            channels = config is not None and not config.group_size
+            if channels and self.channels_apart:
+                scale = np.ones(1, np.float32)
+            elif channels:
+                scale = checkpoint.scale(weight, 0, shape[0]).float().flatten().numpy()
+            apart = channels and self.channels_apart
+            found[weight] = Stored(shape, config, f"{weight}.codes", f"{weight}.scale", scale, apart)
+        return found
+
+    def packed(self, checkpoint: QuantizedCheckpoint, weight: str) -> Iterator[tuple[str, int, Tensor]]:
+        """The contents of a weight's buffers, rows at a time: (part, first row, (rows, bytes) uint8)."""
+        config, shape = checkpoint.configs[weight], weight_shapes(checkpoint.config)[weight]
+        for start, stop in row_slices(shape):
+            if config is None:
+                yield "codes", start, _bytes(checkpoint.rows(weight, start, stop))
+                continue
+            yield "codes", start, checkpoint.packed_bytes(weight, start, stop) ^ SIGNS[config.bits]
+            if "scale" in self.row_bytes(config, shape[1]):
+                dtype = torch.float16 if config.group_size else torch.float32
+                yield "scale", start, _bytes(checkpoint.scale(weight, start, stop).to(dtype))
+
+
+LITERT = Packing("tflite", "XNNPACK", channels_apart=False, bits=(4, 8))
+# its int4 kernel takes -8 for another number: measured, no error, no word
+TFLITE_RUNTIME = Packing("tflite-runtime", "tflite-runtime", channels_apart=True, bits=(8,))
 
 
 def _bytes(values: Tensor) -> Tensor:

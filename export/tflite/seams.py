@@ -44,9 +44,9 @@ def _(operand: Tensor, update: Tensor, start: Tensor) -> Tensor:
 UPDATE_SLICE = torch.ops.gemma_edge_tflite.update_slice.default  # as it stands in a traced graph
 
 
-def slots_of(layer: LayerCache, chunk: int) -> int:
-    """S of a layer that is written in chunks of at most `chunk` tokens: its ring, and what a chunk needs behind the end."""
-    return layer.slots + chunk - 1
+def ring_of(layer: LayerCache, chunk: int) -> int:
+    """R of a layer's S slots: those that a chunk of at most `chunk` tokens may begin in."""
+    return layer.slots - chunk + 1
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,13 @@ class View:
     mask: Tensor  # (1, 1, T, S), added to the scores
 
 
-def view(held: Tensor, input_pos: Tensor, layer: LayerCache) -> tuple[View, Tensor]:
+def view(held: Tensor, input_pos: Tensor, layer: LayerCache, ring: int) -> tuple[View, Tensor]:
     """Where a chunk goes and what it sees.
 
     Args:
         held: (1, 1, 1, S) int32, the position in each slot plus one; 0: nothing.
         input_pos: (T,) int32; those that do not follow the first are padding.
-        layer: the caches' geometry.
+        layer, ring: the caches' geometry, and R of it.
 
     Returns:
         the view, and `held` after the chunk.
@@ -73,7 +73,7 @@ def view(held: Tensor, input_pos: Tensor, layer: LayerCache) -> tuple[View, Tens
     positions = first + torch.arange(tokens, dtype=torch.int32)  # (T,)
     kept = torch.where(held <= first, held, 0)
     new = torch.where(input_pos == positions, positions + 1, 0).view(1, 1, 1, tokens)
-    start = torch.remainder(first, layer.slots)
+    start = torch.remainder(first, ring)
     zeros = torch.zeros(3, dtype=torch.int32)
     held = update_slice(kept, new, torch.cat([zeros, start]))
     age = positions.view(1, 1, tokens, 1) - (held - 1)  # (1, 1, T, S)
@@ -97,7 +97,9 @@ class SlotCache:
         self.views: dict[LayerCache, View] = {}
         for index, layer in enumerate(kinds(geometry)):
             name = f"{HELD}{index}"
-            self.views[layer], self.after[name] = view(past[name], input_pos, layer)
+            self.views[layer], self.after[name] = view(
+                past[name], input_pos, layer, ring_of(layer, geometry.prefill_chunk)
+            )
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope, input_pos: Tensor) -> Tensor:
         """See `KVCache.attend`."""
@@ -130,11 +132,10 @@ def states(geometry: CacheGeometry) -> dict[str, tuple[tuple[int, ...], torch.dt
     """Inputs that come back as outputs: name -> shape and type."""
     found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for index, layer in enumerate(geometry.layers):
-        shape = (1, geometry.kv_heads, slots_of(layer, geometry.prefill_chunk), geometry.head_dim)
+        shape = (1, geometry.kv_heads, layer.slots, geometry.head_dim)
         found |= {f"{KEY}{index}": (shape, torch.float32), f"{VALUE}{index}": (shape, torch.float32)}
     return found | {
-        f"{HELD}{index}": ((1, 1, 1, slots_of(layer, geometry.prefill_chunk)), torch.int32)
-        for index, layer in enumerate(kinds(geometry))
+        f"{HELD}{index}": ((1, 1, 1, layer.slots), torch.int32) for index, layer in enumerate(kinds(geometry))
     }
 
 

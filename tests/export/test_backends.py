@@ -21,7 +21,8 @@ from gemma_edge.export.executorch.packing import CODES, Constant
 from gemma_edge.export.executorch.pte import Pte
 from gemma_edge.export.options import ExportOptions
 from gemma_edge.export.pipeline import Export
-from gemma_edge.model.checkpoint import linear_shapes
+from gemma_edge.export.tflite.check import TFLite
+from gemma_edge.model.checkpoint import TABLE, linear_shapes, weight_shapes
 from gemma_edge.model.config import Gemma2Config
 
 
@@ -64,6 +65,49 @@ def test_integers_of_onnx_and_executorch_are_the_same(every: Export) -> None:
                 for piece in ((0, 1) if halved else (0,))
             ]
             assert np.array_equal(ours, joined([nibbles(piece) for piece in pieces], config.head_dim))
+
+
+def test_integers_and_scales_of_onnx_and_tflite_are_the_same(every: Export) -> None:
+    """Read back from each file by its own format's rules: every weight of every signature."""
+    model = onnx.load(every.bundle / "generate.onnx")
+    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    found, shapes = TFLite(every.bundle / "model.tflite"), weight_shapes(Gemma2Config.from_json(every.manifest.config))
+    for signature in every.manifest.backends["tflite"].settings["signatures"]:
+        seen = set()
+        for use in found.uses(found.subgraph(signature)):
+            name = use.weight.name.decode()
+            seen.add(name)
+            codes, packed = found.content(use.weight), stored[f"{name}.weight_packed"]
+            if name == TABLE:  # 8 bits per channel
+                ours, theirs = np.frombuffer(codes, np.int8), packed.astype(np.int64) - 128
+                scale = use.weight.quantization.scale
+            else:  # 4 bits in groups; the even column in the low half
+                raw = np.frombuffer(codes, np.int8)
+                ours, theirs = np.stack([raw << 4 >> 4, raw >> 4], -1), nibbles(packed.reshape(len(packed), -1)) - 8
+                scale = np.frombuffer(found.content(use.scales), np.float16).astype(np.float32)
+            assert np.array_equal(ours.reshape(shapes[name]), theirs.reshape(shapes[name])), name
+            blocks = stored[f"{name}.weight_scale"].reshape(len(packed), -1)
+            groups = scale.reshape(len(packed), -1)
+            assert np.array_equal(np.repeat(groups, blocks.shape[1] // groups.shape[1], axis=1), blocks), name
+        # of the last layer a prefill needs keys and values only
+        assert len(seen) == len(shapes) - (5 if signature.startswith("prefill") else 0)
+
+
+def test_manifest_and_plan_state_the_bytes_of_keys_and_values_that_a_runtime_allocates(every: Export) -> None:
+    """The rows that a chunk needs behind the end of tflite's ring were left out once."""
+    allocated = {
+        "onnx": sum(rows.nbytes for rows in gemma_edge.load(every.bundle, backend="onnx")._buffers().values()),  # type: ignore[attr-defined]
+        "tflite": 0,
+    }
+    for name, buffer in gemma_edge.load(every.bundle, backend="tflite")._caches.items():  # type: ignore[attr-defined]
+        if "held" not in name:
+            details = buffer.get_tensor_details()
+            allocated["tflite"] += int(np.prod(details["shape"])) * np.dtype(details["dtype"]).itemsize
+    for backend, size in allocated.items():
+        entry = every.manifest.backends[backend]
+        assert size == entry.cache.bytes == entry.plan["kv_bytes"]
+    chunk, of_one_slot = 7, 4 * 2 * 2 * 32 * 4  # 4 layers, K and V, 2 heads of 32, float32
+    assert allocated["tflite"] - allocated["onnx"] == (chunk - 1) * of_one_slot
 
 
 def nibbles(packed: NDArray[np.uint8]) -> NDArray[np.int64]:

@@ -41,7 +41,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source, recipe = open_weights(DEMO), make_recipe(32)
     quantized = write_quantized(source, recipe, out / "checkpoint")
     (out / "bundle").mkdir()
-    cache = geometry(source.config, CONTEXT, CHUNK)
+    cache = geometry(source.config, CONTEXT, CHUNK, backend="tflite")
     entry = lower(quantized, cache, out / "bundle")
     copy_companions(DEMO, out / "bundle")
     write_manifest(out / "bundle", source.config, recipe, cache, {"tflite": entry}, tokenizer=True)

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO, SHAPES, hf_logits, hf_model, relative_error, write_manifest
+from conftest import DEMO, SHAPES, hf_logits, hf_model, relative_error
 from rewinding import worst_error
+from tflite_bundles import CHUNK, UNEVEN, assert_holds_integers, make_bundle, prefilled, reference, some_ids
 
 pytest.importorskip("ai_edge_litert", reason="ai-edge-litert is not installed: pip install 'gemma-edge[tflite]'")
 
@@ -18,53 +19,18 @@ from gemma_edge.errors import InputError
 from gemma_edge.export import pipeline
 from gemma_edge.export.options import ExportOptions
 from gemma_edge.export.plan import geometry
-from gemma_edge.export.tflite.backend import FILE, lower, signatures
-from gemma_edge.export.tflite.check import TFLite, check_tflite
-from gemma_edge.export.tflite.packing import refuse_weight, weights_bytes
+from gemma_edge.export.tflite.backend import FILE, signatures
+from gemma_edge.export.tflite.check import check_tflite
+from gemma_edge.export.tflite.packing import LITERT
 from gemma_edge.model.checkpoint import TABLE, weight_shapes
-from gemma_edge.model.kv_cache import RingCache
 from gemma_edge.quantize.recipe import QuantConfig, Recipe, make_recipe
-from gemma_edge.quantize.store import QuantizedCheckpoint, open_weights, write_quantized
+from gemma_edge.quantize.store import QuantizedCheckpoint, open_weights
 from gemma_edge.runtimes.base import Runtime
 from gemma_edge.user_cache import VARIABLE
 
-CHUNK = 16  # prefill signatures of 16 and 2 tokens; a ring of 8 + 15 slots in local layers
-UNEVEN = [7, 3, 1, 7, 2, *[1] * 12, 5, 6, 30, 9]  # 82 tokens, the 30 in several calls; chunks begin at any slot
 
-
-def make_bundle(
-    folder: Path, out: Path, recipe: Recipe, context: int, chunk: int = CHUNK
-) -> tuple[QuantizedCheckpoint, Runtime]:
-    source = open_weights(folder)
-    quantized = write_quantized(source, recipe, out / "checkpoint")
-    bundle = out / "bundle"
-    bundle.mkdir()
-    cache = geometry(source.config, context, chunk)
-    entry = lower(quantized, cache, bundle, float_bits=recipe.float_bits)
-    write_manifest(bundle, source.config, recipe, cache, {"tflite": entry})
-    return quantized, gemma_edge.load(bundle)
-
-
-def some_ids(count: int, vocab_size: int) -> list[int]:
-    return [int(token) for token in np.random.default_rng(0).integers(3, vocab_size, count)]
-
-
-def prefilled(runtime: Runtime, ids: list[int], chunks: list[int]) -> torch.Tensor:
-    """Logits after each chunk."""
-    ends = np.cumsum(chunks)
-    rows = [runtime.prefill(ids[end - size : end]) for end, size in zip(ends, chunks, strict=True)]
-    return torch.from_numpy(np.stack(rows))
-
-
-def reference(quantized: QuantizedCheckpoint, ids: list[int], context: int) -> torch.Tensor:
-    """Logits (T, V) of the same integers in torch, with float activations."""
-    model, cache = quantized.load(), RingCache(quantized.config, context=context, chunk=CHUNK)
-    with torch.no_grad():
-        rows = [
-            model(torch.tensor([ids[start : start + CHUNK]]), torch.tensor([start]), cache)[0]
-            for start in range(0, len(ids), CHUNK)
-        ]
-    return torch.cat(rows)
+def loaded(folder: Path, out: Path, recipe: Recipe, context: int, chunk: int = CHUNK) -> Runtime:
+    return gemma_edge.load(make_bundle(folder, out, recipe, context, chunk)[1])
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -73,7 +39,7 @@ def test_float_model_equals_transformers_in_uneven_chunks_past_the_window(
 ) -> None:
     """Every weight is random and different, so a weight in another's place shows."""
     folder = checkpoint(shape)
-    _, runtime = make_bundle(folder, tmp_path, make_recipe(32), context=96)
+    runtime = loaded(folder, tmp_path, make_recipe(32), context=96)
     ids = some_ids(sum(UNEVEN), open_weights(folder).config.vocab_size)
     expected = hf_logits(hf_model(folder), torch.tensor(ids))
     # other orders of additions, and exp and tanh by XNNPACK's approximations; the issue allows 1e-4 of the range
@@ -88,7 +54,7 @@ def test_float_model_equals_transformers_in_uneven_chunks_past_the_window(
 @pytest.mark.parametrize("chunk", [1, 5])
 def test_small_chunks_give_the_same(chunk: int, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     folder = checkpoint()
-    _, runtime = make_bundle(folder, tmp_path, make_recipe(32), context=48, chunk=chunk)
+    runtime = loaded(folder, tmp_path, make_recipe(32), context=48, chunk=chunk)
     ids = some_ids(40, open_weights(folder).config.vocab_size)
     expected = hf_logits(hf_model(folder), torch.tensor(ids))
     assert relative_error(prefilled(runtime, ids, [7, 1, 32]), expected[[6, 7, 39]]) < 1e-5
@@ -107,29 +73,16 @@ INTEGERS = {
 def integers(
     request: pytest.FixtureRequest, checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[QuantizedCheckpoint, Runtime]:
-    return make_bundle(checkpoint(), tmp_path_factory.mktemp("integers"), INTEGERS[request.param], context=16)
+    out = tmp_path_factory.mktemp("integers")
+    quantized, bundle = make_bundle(checkpoint(), out, INTEGERS[request.param], context=16)
+    return quantized, gemma_edge.load(bundle)
 
 
 def test_model_holds_the_checkpoints_integers_bit_for_bit(integers: tuple[QuantizedCheckpoint, Runtime]) -> None:
     quantized, runtime = integers
-    found = TFLite(runtime.bundle / FILE)
-    uses = list(found.uses(found.subgraph("decode")))
-    assert [use.operator for use in uses if use.weight.name.decode() == TABLE] == [
-        "EMBEDDING_LOOKUP",
-        "FULLY_CONNECTED",
-    ]
-    for use in uses:
-        name = use.weight.name.decode()
-        stored = quantized.quantized(name, 0, weight_shapes(quantized.config)[name][0])
-        raw = np.frombuffer(found.content(use.weight), np.int8)
-        if stored.config.bits == 4:  # two's complement, the even column in the low nibble
-            raw = np.stack([raw << 4 >> 4, raw >> 4], axis=1)
-        assert np.array_equal(raw.reshape(stored.codes.shape), stored.codes.numpy()), name
-        if use.scales is None:
-            scale = use.weight.quantization.scale
-        else:
-            scale = np.frombuffer(found.content(use.scales), np.float16)
-        assert np.array_equal(scale.reshape(stored.scale.shape), stored.scale.float().numpy()), name
+    seen = assert_holds_integers(runtime.bundle / FILE, quantized, float_scales=False)
+    assert [use for use in seen if use[1] == TABLE] == [("EMBEDDING_LOOKUP", TABLE), ("FULLY_CONNECTED", TABLE)]
+    assert len(seen) == len(weight_shapes(quantized.config)) + 1
 
 
 def test_integers_run_five_contexts_and_stay_with_torch(integers: tuple[QuantizedCheckpoint, Runtime]) -> None:
@@ -146,24 +99,24 @@ def test_integers_run_five_contexts_and_stay_with_torch(integers: tuple[Quantize
 def test_plan_knows_the_size(integers: tuple[QuantizedCheckpoint, Runtime]) -> None:
     quantized, runtime = integers
     size = (runtime.bundle / FILE).stat().st_size
-    assert 0 < size - weights_bytes(quantized.config, quantized.configs) < 300_000  # four small graphs
+    assert 0 < size - LITERT.weights_bytes(quantized.config, quantized.configs) < 300_000  # four small graphs
 
 
 def test_a_file_that_holds_something_else_is_found_out(integers: tuple[QuantizedCheckpoint, Runtime]) -> None:
     quantized, runtime = integers
     path, config, cache = runtime.bundle / FILE, quantized.config, runtime.cache
     found = signatures(CHUNK)
-    check_tflite(path, config, quantized.configs, cache, found)
+    check_tflite(path, LITERT, config, quantized.configs, cache, found)
     other = QuantConfig(bits=8, group_size=0) if quantized.configs[TABLE] != QuantConfig(8, 0) else None
     wrong = {**quantized.configs, TABLE: other}
     with pytest.raises(RuntimeError, match=TABLE):
-        check_tflite(path, config, wrong, cache, found)
+        check_tflite(path, LITERT, config, wrong, cache, found)
     with pytest.raises(RuntimeError, match="prefill_16 takes"):
-        check_tflite(path, config, quantized.configs, geometry(config, 17, CHUNK), found)
+        check_tflite(path, LITERT, config, quantized.configs, geometry(config, 17, CHUNK, backend="tflite"), found)
     with pytest.raises(RuntimeError, match="0 signatures prefill_3"):
-        check_tflite(path, config, quantized.configs, cache, {"prefill_3": ("prefill", 3)})
+        check_tflite(path, LITERT, config, quantized.configs, cache, {"prefill_3": ("prefill", 3)})
     with pytest.raises(RuntimeError, match="decode has .*q_proj.* where .*FULLY_CONNECTED"):
-        check_tflite(path, config, quantized.configs, cache, {"decode": ("prefill", 1)})
+        check_tflite(path, LITERT, config, quantized.configs, cache, {"decode": ("prefill", 1)})
 
 
 @pytest.mark.parametrize(
@@ -178,7 +131,7 @@ def test_what_litert_computes_wrongly_is_refused(
     config: QuantConfig | None, columns: int, float_bits: int, said: str
 ) -> None:
     with pytest.raises(InputError, match=said):
-        refuse_weight("model.layers.0.mlp.up_proj", config, columns, float_bits)
+        LITERT.refuse_weight("model.layers.0.mlp.up_proj", config, columns, float_bits)
 
 
 def test_a_damaged_model_is_one_line(
@@ -222,6 +175,6 @@ def test_the_pipeline_makes_a_bundle_that_passes_the_gate(tmp_path: Path) -> Non
 
 
 def test_every_rewind_of_the_ring_is_exact(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    _, runtime = make_bundle(checkpoint(), tmp_path, make_recipe(32), context=16, chunk=6)
+    runtime = loaded(checkpoint(), tmp_path, make_recipe(32), context=16, chunk=6)
     worst, free, again = worst_error(runtime, some_ids(60, 320), range(0, 50, 3), range(1, 20))
     assert worst < 1e-3 and free > 50 and again > 50  # logits of a range of 60
