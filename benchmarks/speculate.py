@@ -1,6 +1,6 @@
 """What prompt lookup gains where a text repeats itself, and costs where every guess is wrong.
 
-    python benchmarks/speculate.py BUNDLE... [--tokens 200] [--repeats 5]
+    python benchmarks/speculate.py BUNDLE... [--backend NAME] [--tokens 200] [--repeats 5]
 
 Both on the same bundle and prompt, plain and speculating in turns; median decode speed.
 """
@@ -16,7 +16,7 @@ import gemma_edge
 from gemma_edge.runtimes.base import Runtime, Stats
 from gemma_edge.runtimes.generate import generate
 from gemma_edge.runtimes.sampling import Sampler, SamplingParams
-from gemma_edge.runtimes.speculate import CLOSE, EXACT, Speculation
+from gemma_edge.runtimes.speculate import MODES, Speculation
 from gemma_edge.runtimes.tokenizer import Tokenizer
 
 PROMPT = "And the LORD spake unto Moses, saying, Speak unto the children of Israel, and say unto them, "
@@ -53,14 +53,17 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--backend")
+    parser.add_argument("--mode", action="append", choices=MODES)
+    parser.add_argument("--text", action="append", choices=CASES)
     asked = parser.parse_args()
     print("| bundle | text | mode | plain tokens/s | speculating | change | guesses right |")
     print("|---|---|---|---|---|---|---|")
     for bundle in asked.bundles:
-        for mode in (EXACT, CLOSE):
-            runtime = gemma_edge.load(bundle, threads=asked.threads)
+        for mode in asked.mode or MODES:
+            runtime = gemma_edge.load(bundle, backend=asked.backend, threads=asked.threads)
             ids = Tokenizer(bundle, runtime.manifest).encode(PROMPT)
-            for name, params in CASES.items():
+            for name, params in ((name, CASES[name]) for name in asked.text or CASES):
                 kind = Speculation if params.temperature == 0 else Wrong
                 way = kind(runtime, mode)
                 runs: list[list[Stats]] = [[], []]
@@ -69,8 +72,9 @@ def main() -> None:
                         found.append(decoded(runtime, ids, params, asked.tokens, how))
                 plain, fast = (median(run.decode_tokens_per_s for run in found) for found in runs)
                 last = runs[1][-1]
+                engine = type(runtime).__name__
                 print(
-                    f"| {bundle.name} | {name} | {mode} | {plain:.0f} | {fast:.0f} | {fast / plain - 1:+.1%} |"
+                    f"| {bundle.name}, {engine} | {name} | {mode} | {plain:.4g} | {fast:.4g} | {fast / plain - 1:+.1%} |"
                     f" {last.accepted_tokens} of {last.drafted_tokens} |"
                 )
 

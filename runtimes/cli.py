@@ -56,6 +56,7 @@ class AnswerStats:
     peak_rss_mib: float
     drafted_tokens: int  # guesses of --speculate
     accepted_tokens: int  # those that were right
+    guessing_off: bool  # asked for, but the kernels round otherwise for several tokens at once
 
     def __str__(self) -> str:
         return (
@@ -63,6 +64,11 @@ class AnswerStats:
             f" first token after {self.ttft_ms:.0f} ms; {self.new_tokens} new tokens at {self.decode_tokens_per_s:.1f}"
             f" tokens/s; peak RSS {self.peak_rss_mib:.0f} MiB"
             + (f"; {self.accepted_tokens} of {self.drafted_tokens} guesses right" if self.drafted_tokens else "")
+            + (
+                "; no guesses: they would change last bits here, --speculate=close makes them"
+                if self.guessing_off
+                else ""
+            )
         )
 
 
@@ -103,6 +109,9 @@ class AnswerStats:
 @click.option("--serve", is_flag=True, help="Answer OpenAI's clients over HTTP, and show a page to chat with.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="With --serve: 0.0.0.0 lets the whole network in.")
 @click.option("--port", type=int, default=8080, show_default=True, help="With --serve.")
+@click.option(
+    "--backend", help="Of a bundle that has several: onnx, executorch or tflite. Default: the first installed."
+)
 @click.option("--threads", type=int, help="Default: the bundle's target's, at most what this machine has.")
 @click.option(
     "--strict", is_flag=True, help="Refuse what exceeds the context, instead of forgetting the oldest tokens."
@@ -114,6 +123,7 @@ def main(
     bundle: Path,
     prompt: str | None,
     chat: bool,
+    backend: str | None,
     threads: int | None,
     save_prefix: Path | None,
     load_prefix: Path | None,
@@ -129,14 +139,14 @@ def main(
     """
     options = _options(choices)
     if serve:
-        _serve(bundle, threads, options, host, port)
+        _serve(bundle, backend, threads, options, host, port)
         return
     if prompt == "-" or (prompt is None and (save_prefix or not chat)):
         prompt = _read_stdin(asked=prompt == "-")
     from gemma_edge.runtimes.base import open_runtime
     from gemma_edge.runtimes.prefix import load, save
 
-    runtime = open_runtime(bundle, threads=threads)
+    runtime = open_runtime(bundle, backend=backend, threads=threads)
     prefix = load(runtime, load_prefix) if load_prefix else ""
     if save_prefix:
         assert prompt is not None
@@ -163,7 +173,7 @@ def _options(choices: dict[str, Any]) -> Options:
     return Options(params=SamplingParams(**choices), json_schema=schema, **rest)
 
 
-def _serve(bundle: Path, threads: int | None, options: Options, host: str, port: int) -> None:
+def _serve(bundle: Path, backend: str | None, threads: int | None, options: Options, host: str, port: int) -> None:
     """Until Ctrl-C."""
     from importlib.util import find_spec
 
@@ -176,7 +186,7 @@ def _serve(bundle: Path, threads: int | None, options: Options, host: str, port:
     from gemma_edge.runtimes.base import open_runtime
     from gemma_edge.runtimes.server import Engine, serve
 
-    runtime = open_runtime(bundle, threads=threads)
+    runtime = open_runtime(bundle, backend=backend, threads=threads)
     serve(Engine(runtime, options.params, _speculation(runtime, options)), host, port)
 
 
@@ -219,7 +229,8 @@ def _complete(runtime: Runtime, prompt: str, options: Options) -> None:
         _say_overflow(runtime.cache.context)
     answer_ids: list[int] = []
     noted = note_tokens(tokens, answer_ids)
-    _show(runtime, tokenizer.stream(noted) if tokenizer else _ids_as_text(noted), lambda: answer_ids, options)
+    text = tokenizer.stream(noted) if tokenizer else _ids_as_text(noted)
+    _show(runtime, text, lambda: answer_ids, options, speculation)
 
 
 def _speculation(runtime: Runtime, options: Options) -> Speculation | None:
@@ -333,7 +344,7 @@ def _stop_on_interrupt() -> Iterator[list[bool]]:
 def _turn(session: Session, text: str, options: Options, stop: Sequence[bool] = ()) -> None:
     before, context = session.runtime.position, session.runtime.cache.context
     answer = _until(stop, session.send(text, max_tokens=options.max_tokens))
-    _show(session.runtime, answer, lambda: session.answer_ids, options)
+    _show(session.runtime, answer, lambda: session.answer_ids, options, session.speculation)
     if before <= context < session.runtime.position:
         _say_overflow(context)
 
@@ -345,7 +356,13 @@ def _until(stop: Sequence[bool], answer: Iterator[str]) -> Iterator[str]:
             return
 
 
-def _show(runtime: Runtime, pieces: Iterator[str], ids: Callable[[], Sequence[int]], options: Options) -> None:
+def _show(
+    runtime: Runtime,
+    pieces: Iterator[str],
+    ids: Callable[[], Sequence[int]],
+    options: Options,
+    speculation: Speculation | None,
+) -> None:
     """Print an answer as it comes, or as JSON; then its numbers."""
     before, start, ttft_s, text = copy(runtime.stats), time.perf_counter(), 0.0, ""
     for piece in pieces:
@@ -353,7 +370,8 @@ def _show(runtime: Runtime, pieces: Iterator[str], ids: Callable[[], Sequence[in
         text += piece
         if not options.as_json:
             click.echo(piece, nl=False)
-    stats = _answer_stats(before, runtime.stats, ttft_s or time.perf_counter() - start, len(ids()))
+    off = speculation is not None and speculation.refused
+    stats = _answer_stats(before, runtime.stats, ttft_s or time.perf_counter() - start, len(ids()), off)
     if options.as_json:
         click.echo(json.dumps({"text": text, "ids": list(ids()), "stats": asdict(stats)}, ensure_ascii=False))
     elif not text.endswith("\n"):
@@ -362,7 +380,7 @@ def _show(runtime: Runtime, pieces: Iterator[str], ids: Callable[[], Sequence[in
         click.echo(str(stats), err=True)
 
 
-def _answer_stats(before: Stats, after: Stats, ttft_s: float, new_tokens: int) -> AnswerStats:
+def _answer_stats(before: Stats, after: Stats, ttft_s: float, new_tokens: int, guessing_off: bool) -> AnswerStats:
     from gemma_edge.runtimes.base import Stats
     from gemma_edge.runtimes.memory import peak_rss_mib
 
@@ -377,6 +395,7 @@ def _answer_stats(before: Stats, after: Stats, ttft_s: float, new_tokens: int) -
         peak_rss_mib=peak_rss_mib(),
         drafted_tokens=spent.drafted_tokens,
         accepted_tokens=spent.accepted_tokens,
+        guessing_off=guessing_off,
     )
 
 

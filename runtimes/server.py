@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Any
 
 import uvicorn
@@ -135,7 +136,7 @@ class Engine:
 
     def _answer(self, job: Job, tell: Callable[[str], object]) -> None:
         """In a thread of its own: the server answers others meanwhile."""
-        asked, end = job.asked, time.monotonic() + MOST_S
+        asked, end = job.asked, monotonic() + MOST_S
         known = self.runtime.align(asked.ids)
         sampler = asked.sampler()
         sampler.observe(asked.ids[:known])
@@ -146,7 +147,7 @@ class Engine:
             max_tokens=asked.max_tokens,
             stop_ids=self.tokenizer.stop_ids,
             usage=job.usage,
-            cancelled=lambda: job.cancelled.is_set() or time.monotonic() > end,
+            cancelled=lambda: job.cancelled.is_set() or monotonic() > end,
             speculation=self.speculation,
             grammar=job.grammar,
         )

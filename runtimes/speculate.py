@@ -90,7 +90,7 @@ class Speculation:
             self._width, self._wrong = self._right + 1, 0
         elif wrong:
             self._width, self._wrong = max(1, self._width // 2), self._wrong + 1
-            self._pause = min(1 << self._wrong, LONGEST_PAUSE)
+            self._pause = min(4**self._wrong, LONGEST_PAUSE)
 
     def _guess(self) -> list[int]:
         """What followed the last time, no more than can be taken back for free."""

@@ -100,10 +100,15 @@ class Tokenizer:
         """Text of tokens as they come, piece by piece.
 
         A character spelled in several byte tokens comes whole; if the ids end inside one, it is dropped.
-        Otherwise the pieces joined are `decode(ids)`.
+        Otherwise the pieces joined are `decode(ids)`; but bytes that are no UTF-8 make the library take back what stood before
+        them: here that stays, and one U+FFFD stands for them.
         """
         stream = DecodeStream(skip_special_tokens=True)
         for token in ids:
-            piece = stream.step(self._tokenizer, token)
+            try:
+                piece = stream.step(self._tokenizer, token)
+            except Exception:  # noqa: BLE001  (the library raises bare Exception)
+                stream = DecodeStream(skip_special_tokens=True)
+                piece = "\ufffd" + (stream.step(self._tokenizer, token) or "")
             if piece is not None:
                 yield piece

@@ -204,7 +204,7 @@ def test_a_child_that_fails_says_why_in_one_line(code: str, part: str) -> None:
 def test_memory_of_a_child_is_followed_and_much_output_does_not_block() -> None:
     code = (
         "import sys, time; block = bytearray(60_000_000); print('ready', flush=True);"
-        "print('x' * 1_000_000, file=sys.stderr); time.sleep(0.3)"
+        "print('x' * 1_000_000, file=sys.stderr); time.sleep(1)"
     )
     seen = watch(lambda started_s: [sys.executable, "-c", code])
     assert [line for _, line in seen.lines] == ["ready\n"] and len(seen.output) == 1_000_001

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import DEMO
 from toys import END_OF_TURN, EOS, toy_manifest
@@ -78,6 +79,22 @@ def test_bytes_that_are_no_text_do_not_stop_the_stream(tokenizer: Tokenizer) -> 
     text = "".join(tokenizer.stream(ids))
     assert text == tokenizer.decode(ids)
     assert text.replace("\ufffd", "") == "it" * 4
+
+
+def test_a_byte_before_others_that_are_no_text_stays(tokenizer: Tokenizer) -> None:
+    """It was an exception of the library's, which decodes bytes in a row all or none: after the `0` was out, it was gone."""
+    word = tokenizer.encode("it", bos=False)
+    ids = [byte(tokenizer, 0x30), byte(tokenizer, 0xE2), *word, byte(tokenizer, 0x31), *word]
+    assert "".join(tokenizer.stream(ids)) == "0\ufffdit1it"
+
+
+def test_no_tokens_at_all_end_the_stream(tokenizer: Tokenizer) -> None:
+    rng = np.random.default_rng(0)
+    some = [byte(tokenizer, each) for each in (0x30, 0x7F, 0x80, 0xC3, 0xE2, 0xF0, 0xFF)] + tokenizer.encode("it é")
+    for _ in range(200):
+        ids = [int(token) for token in rng.choice(some, 40)]
+        text = "".join(tokenizer.stream(ids))
+        assert text.count("it") == tokenizer.decode(ids).count("it")
 
 
 def test_special_tokens_are_not_printed(tokenizer: Tokenizer) -> None:
