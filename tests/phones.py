@@ -24,6 +24,7 @@ from conftest import ROOT
 from gemma_edge.errors import InputError
 from gemma_edge.runtimes.adb import find_adb
 
+PATIENCE_S = 120  # with what takes a moment: a machine may be busy
 PHONE_ROOT = ROOT / "out" / "phone"
 PROPERTIES = {
     "ro.product.manufacturer": "Example",
@@ -92,7 +93,7 @@ class Phone:
 
     def _child(self) -> int:
         children = Path(f"/proc/{self._unshare.pid}/task/{self._unshare.pid}/children")
-        until = time.monotonic() + 20
+        until = time.monotonic() + PATIENCE_S
         while time.monotonic() < until:
             if text := children.read_text().split():
                 return int(text[0])
@@ -101,7 +102,7 @@ class Phone:
 
     def _wait_until_it_runs(self) -> None:
         """The child becomes adbd after it has made its folders."""
-        until = time.monotonic() + 20
+        until = time.monotonic() + PATIENCE_S
         while time.monotonic() < until:
             if Path(f"/proc/{self.pid}/cmdline").read_text().startswith("/usr/lib/android-sdk"):
                 return
@@ -150,7 +151,11 @@ class Adb:
             phone.serial: f"nsenter -t {phone.pid} -U -n --preserve-credentials {self._real}" for phone in self.phones
         }
         self._serve(phone)
-        subprocess.run([*inside[phone.serial].split(), "connect", "127.0.0.1:5555"], check=True, capture_output=True)
+        ours = inside[phone.serial].split()
+        subprocess.run([*ours, "connect", "127.0.0.1:5555"], check=True, capture_output=True)
+        # for a moment after that it is listed as offline
+        waiting = [*ours, "-s", "127.0.0.1:5555", "wait-for-device"]
+        subprocess.run(waiting, check=True, capture_output=True, timeout=PATIENCE_S)
         listings = "".join(
             f"{command} devices | grep '^127.0.0.1:5555' | sed 's/^127.0.0.1:5555/{serial}/'\n"
             for serial, command in inside.items()
@@ -180,7 +185,7 @@ class Adb:
         ]
         server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self._servers.append(server)
-        until = time.monotonic() + 20
+        until = time.monotonic() + PATIENCE_S
         while time.monotonic() < until and server.poll() is None:
             # port 5037, listening, in its own network
             if re.search(r":13AD [0-9A-F:]+ 0A ", Path(f"/proc/{server.pid}/net/tcp").read_text()):
