@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tflite_runtime.interpreter import Interpreter
+from tflite_runtime.interpreter import Interpreter, OpResolverType
 
 from gemma_edge.errors import InputError
 from gemma_edge.export.bundle import Manifest
@@ -45,7 +45,12 @@ class InterpreterRuntime(SignatureRuntime):
             )
         log.info("loading %s with %d threads", self._path, self.threads)
         with self._loading():
-            self._model = Interpreter(str(self._path), num_threads=self.threads)
+            # XNNPACK has nothing for the matrices, and would have all caches read at once, at the start
+            self._model = Interpreter(
+                str(self._path),
+                num_threads=self.threads,
+                experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
+            )
             found = self._model.get_signature_list()
             for name in [*(signature.name for signature in self._signatures), RESET]:
                 if name not in found:

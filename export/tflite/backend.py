@@ -18,7 +18,7 @@ from gemma_edge.export.bundle import CacheGeometry
 from gemma_edge.export.tflite.check import check_tflite
 from gemma_edge.export.tflite.file import write_model
 from gemma_edge.export.tflite.graph import Model, Subgraph
-from gemma_edge.export.tflite.operators import Lowering, Weight
+from gemma_edge.export.tflite.operators import Lowering, Variable, Weight
 from gemma_edge.export.tflite.packing import LITERT, Packing
 from gemma_edge.export.tflite.seams import DECODE, PREFILL, SCORE, Step, states
 from gemma_edge.model.gemma2 import Gemma2, inverse_frequencies
@@ -116,6 +116,9 @@ def add_signature(
     inputs = {}
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     needed = _needed(program)
+    (output,) = (node for node in program.graph.nodes if node.op == "output")
+    outputs = dict(zip(output.args[0], _output_names(program), strict=True))
+    assert len(outputs) == len(output.args[0]), "every output is computed by a node of its own"
     for node in program.graph.nodes:
         if node.op == "placeholder":
             spec = specs[node.name]
@@ -123,18 +126,16 @@ def add_signature(
                 meta = node.meta["val"]
                 label = node.name.removeprefix("past_")
                 if label in variables:
-                    lowering.known[node] = graph.read(label, tuple(meta.shape), meta.dtype)
+                    lowering.known[node] = Variable(label)
                 else:
                     lowering.known[node] = inputs[label] = graph.tensor(tuple(meta.shape), meta.dtype, label)
             else:
                 lowering.known[node] = _parameter(str(spec.target).removeprefix(MODULE), checkpoint)
         elif node.op == "call_function" and node in needed:
             lowering.run(node)
-    (output,) = (node for node in program.graph.nodes if node.op == "output")
-    names = _output_names(program)
-    results = {label: lowering.value(node) for label, node in zip(names, output.args[0], strict=True)}
-    for label in variables:
-        graph.assign(label, results.pop(label))
+            if (label := outputs.get(node, "")) in variables:
+                graph.assign(label, lowering.value(node))
+    results = {label: lowering.value(node) for node, label in outputs.items() if label not in variables}
     graph.finish(inputs, results)
 
 

@@ -35,7 +35,14 @@ class Turned:
     value: Value
 
 
-Known = Value | Weight | Turned | Tensor | list[Value]
+@dataclass(frozen=True)
+class Variable:
+    """What a variable of the model holds: read where it is first used, so that few are in memory at once."""
+
+    name: str
+
+
+Known = Value | Weight | Turned | Variable | Tensor | list[Value]
 
 
 @dataclass
@@ -72,6 +79,9 @@ class Lowering:
             return self.graph.weight(known.name)
         if isinstance(known, Tensor):
             return self.graph.constant(known.numpy())
+        if isinstance(known, Variable):
+            meta = argument.meta["val"]
+            known = self.known[argument] = self.graph.read(known.name, tuple(meta.shape), meta.dtype)
         assert isinstance(known, Value)
         return known
 
