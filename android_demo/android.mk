@@ -20,8 +20,10 @@ $(GEMMA)/.compiled: android_demo/gemma/pom.xml $(wildcard android_demo/gemma/src
 	@touch $@
 
 android-test: $(FIXTURES)/.made
+	rm -rf $(FIXTURES)/from-kotlin
 	$(MVN) -f android_demo/gemma/pom.xml test
 	@touch $(GEMMA)/.compiled
+	PYTHONPATH=src $(FIXTURE_PYTHON)/bin/python android_demo/scripts/check_states.py $(FIXTURES)
 	$(BIN)/python android_demo/scripts/test_app.py $(BUNDLE)
 
 # The pictures in docs/android, from the tests of the screens

@@ -75,6 +75,9 @@ def test_sdk_versions_are_the_apks() -> None:
         str(PINS["versions"][key]) for key in ("min_sdk", "target_sdk")
     )
     assert int(VERSIONS["compile-sdk"]) >= int(VERSIONS["target-sdk"])
+    # what Maven compares the library's classes with
+    pom = (ANDROID / "gemma" / "pom.xml").read_text(encoding="utf-8")
+    assert f"<artifactId>gummy-bears-api-{VERSIONS['min-sdk']}</artifactId>" in pom
 
 
 def test_modules_and_names_are_those_of_the_scripts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """What the Python runtime computes from a bundle, on the same ONNX Runtime as the JVM's, for the Kotlin runtime to be equal to.
 
-`runtime.f32` is bit for bit what Kotlin must compute; the rest is text.
+`runtime.f32` is bit for bit what Kotlin must compute, `state.f32` what it must from `state.safetensors`; the rest is text.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from gemma_edge.runtimes.chat import ChatTemplate
 from gemma_edge.runtimes.generate import generate
 from gemma_edge.runtimes.sampling import Sampler, SamplingParams
 from gemma_edge.runtimes.session import Session
+from gemma_edge.runtimes.state import write_state
 from gemma_edge.runtimes.tokenizer import Tokenizer
 
 PROMPTS = ["And the LORD said unto", "It is a truth universally acknowledged, that", "Call me Ishmael. \U0001f40b"]
@@ -42,14 +43,29 @@ def fed(runtime: Runtime) -> tuple[list[int], list[int]]:
 
 
 def logits_of(runtime: Runtime, tokens: list[int], calls: list[int]) -> Logits:
-    """(calls, V), after each call."""
-    runtime.reset()
+    """(calls, V), after each call, from where the runtime is."""
     rows, start = [], 0
     for length in calls:
         ids = tokens[start : start + length]
         rows.append(runtime.decode(ids[0]) if length == 1 else runtime.prefill(ids))
         start += length
     return np.stack(rows)
+
+
+def state_calls(calls: list[int]) -> int:
+    """How many calls come before a state is saved: the window has moved by then, and single steps follow."""
+    return len(calls) - 30
+
+
+def write_rewound_state(out: Path, runtime: Runtime, tokens: list[int], calls: list[int]) -> None:
+    """`state.safetensors`, of a runtime that has taken a token back, and `state.f32`, what follows it."""
+    before = state_calls(calls)
+    at = sum(calls[:before])
+    runtime.reset()
+    logits_of(runtime, tokens, calls[: before + 1])
+    runtime.rewind(1)
+    write_state(out / "state.safetensors", runtime.snapshot(), {"kept": "with it"})
+    logits_of(runtime, tokens[at:], calls[before:]).astype("<f4").tofile(out / "state.f32")
 
 
 def greedy(runtime: Runtime, tokenizer: Tokenizer, prompt: str) -> str:
@@ -60,12 +76,13 @@ def greedy(runtime: Runtime, tokenizer: Tokenizer, prompt: str) -> str:
     return "".join(tokenizer.stream(tokens))
 
 
-def conversation(runtime: Runtime, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """Greedy answers in turn, and what the cache holds after each."""
+def conversation(runtime: Runtime, tokenizer: Tokenizer, saved: Path) -> list[dict[str, Any]]:
+    """Greedy answers in turn, and what the cache holds after each; the conversation before the last turn is saved."""
     session = Session(runtime, tokenizer, ChatTemplate.from_bundle(runtime.bundle))
     session.reset()
     rows = []
     for text in TURNS:
+        session.save(saved)
         answer = "".join(session.send(text, max_tokens=20))
         rows.append({"text": text, "answer": answer, "position": runtime.position})
     return rows
@@ -115,12 +132,14 @@ def write_answers(out: Path, bundle: Path) -> None:
     tokenizer = Tokenizer(bundle, runtime.manifest)
     tokens, calls = fed(runtime)
     logits_of(runtime, tokens, calls).astype("<f4").tofile(out / "runtime.f32")
+    write_rewound_state(out, runtime, tokens, calls)
     answers = {
         "bundle": str(bundle.resolve()),
         "tokens": tokens,
         "calls": calls,
+        "state_calls": state_calls(calls),
         "greedy": [{"prompt": prompt, "text": greedy(runtime, tokenizer, prompt)} for prompt in PROMPTS],
-        "conversation": conversation(runtime, tokenizer),
+        "conversation": conversation(runtime, tokenizer, out / "conversation.safetensors"),
         "chats": chats(bundle),
         "filters": filters(),
     }

@@ -80,6 +80,23 @@ public class Bundle private constructor(
         }
     }
 
+    /**
+     * What a saved state of the ONNX backend depends on, as a hash: the model, the cache's geometry and every file's hash. Equal to
+     * what the Python runtime computes, see `BaseRuntime._identity` in runtimes/base.py.
+     */
+    internal fun identity(): String {
+        val manifest = Node(JsonReader.parse(File(folder, MANIFEST).readBytes(), rawNumbers = true), MANIFEST)
+        val hashes = manifest["files"].entries.associate { (name, entry) -> name to entry["sha256"].value }
+        val said = listOf("OnnxRuntime", manifest["config"].value, manifest["backends"]["onnx"]["cache"].value, hashes)
+        return MessageDigest.getInstance("SHA-256").digest(toJson(sorted(said)).toByteArray()).joinToString("") { "%02x".format(it) }
+    }
+
+    private fun sorted(value: Any?): Any? = when (value) {
+        is Map<*, *> -> value.entries.associate { (key, item) -> key as String to sorted(item) }.toSortedMap()
+        is List<*> -> value.map(::sorted)
+        else -> value
+    }
+
     public companion object {
         /** The only version of the manifest that this library reads. */
         public const val SCHEMA_VERSION: Int = 2
@@ -186,6 +203,9 @@ public class CacheGeometry internal constructor(
 ) {
     /** Bytes of all K and V buffers. */
     public val bytes: Long get() = 2L * kvHeads * headDim * slots.sumOf { it.toLong() } * elementBytes
+
+    /** Tokens back that a cache can depend on: a layer's oldest key saw the window of the layer below, and so on. */
+    internal val reach: Int get() = 1 + windows.sumOf { it - 1 }
 
     /** Bytes of the keys and values that a token sees at a depth of so many tokens. */
     internal fun bytesSeen(depth: Int): Long = windows.sumOf { minOf(it, depth).toLong() } * 2 * kvHeads * headDim * elementBytes

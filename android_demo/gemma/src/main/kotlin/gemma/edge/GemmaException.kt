@@ -9,6 +9,9 @@ public class BundleException(message: String, cause: Throwable? = null) : GemmaE
 /** The bundle is intact and needs something that this library cannot do: another backend, tokenizer or chat template. */
 public class UnsupportedException(message: String) : GemmaException(message)
 
+/** A saved state that is damaged, or of another bundle or backend: feed its text again. */
+public class StateException(message: String, cause: Throwable? = null) : GemmaException(message, cause)
+
 /** A prompt, token or setting that cannot be used. */
 public class InputException(message: String) : GemmaException(message)
 

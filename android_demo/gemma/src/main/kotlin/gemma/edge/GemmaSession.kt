@@ -14,6 +14,7 @@ import kotlinx.coroutines.sync.Mutex
 import kotlinx.coroutines.sync.withLock
 import kotlinx.coroutines.withContext
 import java.io.File
+import java.util.concurrent.atomic.AtomicInteger
 
 /**
  * A conversation on one runtime. The cache is kept between turns, so a turn costs only its own tokens.
@@ -35,6 +36,7 @@ public class GemmaSession(
 ) : AutoCloseable {
     private val turn = Mutex()
     private var cached = CachedText.NOTHING
+    private val fed = IntList() // since the cache was empty
     private val seen = HashSet<Int>() // tokens of the context, for the repetition penalty
 
     /** The bundle that talks. */
@@ -62,7 +64,7 @@ public class GemmaSession(
         val template = template ?: throw UnsupportedException("this session has no chat template; use complete, or give it one")
         val asked = messages + Message("user", text)
         val prompt = template.render(asked)
-        generate(newTokens(prompt), params, maxTokens, prompt) { answer -> remember(asked + Message("assistant", answer)) }
+        generate(newTokens(prompt), params, maxTokens, prompt, it) { answer -> remember(asked + Message("assistant", answer)) }
     }
 
     /**
@@ -74,7 +76,7 @@ public class GemmaSession(
         val ids = tokenizer.encode(prompt)
         forget()
         remember(emptyList())
-        generate(ids, params, maxTokens, prompt) {}
+        generate(ids, params, maxTokens, prompt, it) {}
     }
 
     /** Put a conversation in place of the present one, for instance a saved one; it is read again with the next turn. */
@@ -85,16 +87,57 @@ public class GemmaSession(
         }
     }
 
+    /**
+     * Write conversation and cache to one file, for [load] here and `Session.restore` in Python. Waits for an answer that is being given.
+     *
+     * @throws java.io.IOException it cannot be written.
+     */
+    public suspend fun save(file: File): Unit = withContext(dispatcher) {
+        turn.withLock {
+            val known = cached.texts.isNotEmpty() && runtime.position == cached.position
+            val ids = if (known) fed.toArray() + cached.pending else IntArray(0)
+            runtime.save(file, SavedConversation(messages, ids, if (known) cached.texts else emptySet()).toNotes())
+        }
+    }
+
+    /**
+     * Take up a conversation where it was saved, nothing fed again.
+     *
+     * @throws StateException no such file, damaged, of another bundle, or no conversation; the present one is then as before.
+     */
+    public suspend fun load(file: File): Unit = withContext(dispatcher) {
+        turn.withLock {
+            val notes = runtime.load(file)
+            forgetTokens()
+            val said = try {
+                SavedConversation.of(notes)
+            } catch (error: JsonException) {
+                throw StateException("$file holds no conversation (${error.message}); save one with GemmaSession.save", error)
+            }
+            remember(said.messages)
+            val position = runtime.position
+            val last = runtime.ids
+            // else a part of the text was taken back, or is of another conversation: read again with the next turn
+            if (position in last.size..said.ids.size && last contentEquals said.ids.copyOfRange(position - last.size, position)) {
+                fed.addAll(said.ids.copyOf(position))
+                seen.addAll(said.ids.asList())
+                cached = CachedText(said.texts, position, said.ids.copyOfRange(position, said.ids.size))
+            }
+        }
+    }
+
     /** Start a new conversation. */
     public suspend fun reset(): Unit = restore(emptyList())
 
     /** Free the model's memory. Waits for the token that is being computed. */
     override fun close(): Unit = runtime.close()
 
-    private fun answer(maxTokens: Int, run: suspend FlowCollector<String>.() -> Unit): Flow<String> = flow {
+    private fun answer(maxTokens: Int, run: suspend FlowCollector<String>.(Handover) -> Unit): Flow<String> = flow {
         if (maxTokens < 1) throw InputException("maxTokens $maxTokens is below 1")
-        turn.withLock { run() }
-    }.buffer(Channel.RENDEZVOUS).flowOn(dispatcher)
+        val handover = Handover()
+        val pieces = flow { turn.withLock { run(handover) } }.buffer(Channel.RENDEZVOUS).flowOn(dispatcher)
+        pieces.collect { piece -> if (handover.take()) emit(piece) }
+    }
 
     /** The tokens of [prompt] that the cache does not hold yet; empties it where it holds something else. */
     private fun newTokens(prompt: String): IntArray {
@@ -107,7 +150,12 @@ public class GemmaSession(
 
     private fun forget() {
         runtime.reset()
+        forgetTokens()
+    }
+
+    private fun forgetTokens() {
         cached = CachedText.NOTHING
+        fed.clear()
         seen.clear()
     }
 
@@ -125,41 +173,51 @@ public class GemmaSession(
         params: SamplingParams,
         maxTokens: Int,
         prompt: String,
+        handover: Handover,
         done: (answer: String) -> Unit,
     ) {
         val clock = AnswerClock(ids.size)
         val sampler = Sampler(params, seen)
         val stream = tokenizer.stream()
-        val answer = StringBuilder()
         var said = IntArray(0) // but not fed yet
+        var piece = "" // what the last token added
+        var finished = false
         var known = false // what the cache holds: not while the model runs, for that may fail
         cached = CachedText.NOTHING
         ids.forEach(sampler::observe)
         var logits = feed(ids)
+        fed.addAll(ids)
         try {
             for (count in 1..maxTokens) {
                 known = true
                 val token = sampler.sample(logits)
                 if (token in tokenizer.stopIds) break
                 clock.token()
-                val piece = stream.push(token)
-                if (piece.isNotEmpty()) emit(piece)
-                answer.append(piece)
-                sampler.observe(token)
                 said = intArrayOf(token)
+                piece = stream.push(token)
+                if (piece.isNotEmpty()) emit(handover.offer(piece))
+                sampler.observe(token)
                 currentCoroutineContext().ensureActive()
                 if (count == maxTokens) break // the next logits would be computed for nothing
                 known = false
                 logits = runtime.decode(token)
+                fed.add(token)
                 said = IntArray(0)
             }
+            finished = true
         } finally {
             stats = clock.stats()
             if (known) {
+                val unseen = if (finished) 0 else handover.cut()
+                val unseenIsUnfed = unseen == 1 && piece.isNotEmpty() && said.isNotEmpty()
+                if (unseenIsUnfed) said = IntArray(0)
+                said.forEach(sampler::observe)
+                val answer = handover.text.toString()
                 // Gemma's template trims an answer; the blanks around it stay in the cache, where the model wrote them
-                val texts = setOf(prompt + answer, prompt + answer.toString().trimmed())
-                cached = CachedText(texts, runtime.position, said)
-                done(answer.toString())
+                if (unseen == 0 || unseenIsUnfed) {
+                    cached = CachedText(setOf(prompt + answer, prompt + answer.trimmed()), runtime.position, said)
+                }
+                done(answer)
             }
         }
     }
@@ -203,5 +261,36 @@ public class GemmaSession(
 private class CachedText(val texts: Set<String>, val position: Int, val pending: IntArray) {
     companion object {
         val NOTHING = CachedText(emptySet(), 0, IntArray(0))
+    }
+}
+
+/**
+ * An answer on its way to the collector. When it is cancelled its maker cannot know whether the last piece was taken: the handover may
+ * have succeeded and be reported as cancelled all the same. So the collector's side counts.
+ */
+private class Handover {
+    /** What was offered. */
+    val text = StringBuilder()
+    private val ends = ArrayList<Int>() // of the text, after each piece
+    private val taken = AtomicInteger()
+
+    fun offer(piece: String): String {
+        text.append(piece)
+        ends += text.length
+        return piece
+    }
+
+    /** The collector is about to get a piece; false where the answer has ended without it. */
+    fun take(): Boolean = taken.updateAndGet { if (it < 0) it else it + 1 } > 0
+
+    /** The answer is cancelled: it ends behind the last piece that was taken, and no other is. Pieces that were not. */
+    fun cut(): Int {
+        val seen = taken.getAndSet(ENDED)
+        text.setLength(if (seen == 0) 0 else ends[seen - 1])
+        return ends.size - seen
+    }
+
+    private companion object {
+        const val ENDED = -1
     }
 }

@@ -7,7 +7,7 @@ internal class JsonException(message: String) : Exception(message)
  * A pull reader of JSON over UTF-8 bytes, without copies: a tokenizer.json has a million strings, which must not become objects.
  * Strict enough for files that a JSON library wrote. Source: RFC 8259.
  */
-internal class JsonReader(private val bytes: ByteArray) {
+internal class JsonReader(private val bytes: ByteArray, private val rawNumbers: Boolean = false) {
     private var position = 0
 
     /** Where the last string of [string] or [next] lies: in [text], from [start] until [end], unescaped. */
@@ -166,6 +166,7 @@ internal class JsonReader(private val bytes: ByteArray) {
         val first = position
         while (position < bytes.size && bytes[position].toInt().toChar() in NUMBER) position++
         val number = String(bytes, first, position - first, Charsets.ISO_8859_1)
+        if (rawNumbers && number.toDoubleOrNull() != null) return RawNumber(number)
         return number.toLongOrNull() ?: number.toDoubleOrNull() ?: fail("a value")
     }
 
@@ -190,15 +191,20 @@ internal class JsonReader(private val bytes: ByteArray) {
         private const val NUMBER = "+-.0123456789eE"
         private const val DEEPEST = 100
 
-        /** A whole document. */
-        fun parse(bytes: ByteArray): Any? {
-            val reader = JsonReader(bytes)
+        /** A whole document; with [rawNumbers] its numbers are [RawNumber]s. */
+        fun parse(bytes: ByteArray, rawNumbers: Boolean = false): Any? {
+            val reader = JsonReader(bytes, rawNumbers)
             return reader.readValue().also { reader.expectEnd() }
         }
     }
 }
 
-/** JSON of maps, lists, arrays of numbers, strings, numbers, booleans and null; numbers that JSON cannot say become null. */
+/** A number as its writer wrote it. */
+internal class RawNumber(private val text: String) {
+    override fun toString(): String = text
+}
+
+/** JSON of maps, lists, strings, numbers, booleans and null, as Python's `json.dumps` writes it; numbers that JSON cannot say become null. */
 internal fun toJson(value: Any?): String = buildString { appendJson(value) }
 
 private fun StringBuilder.appendJson(value: Any?) {
@@ -211,7 +217,7 @@ private fun StringBuilder.appendJson(value: Any?) {
         is List<*> -> appendAll(value, '[', ']') { appendJson(it) }
         is String -> appendText(value)
         is Double -> append(if (value.isFinite()) value.toString() else "null")
-        is Number, is Boolean, null -> append(value.toString())
+        is Number, is RawNumber, is Boolean, null -> append(value.toString())
         else -> throw IllegalArgumentException("no JSON for ${value::class}")
     }
 }
@@ -228,11 +234,14 @@ private inline fun <T> StringBuilder.appendAll(items: Collection<T>, open: Char,
 private fun StringBuilder.appendText(text: String) {
     append('"')
     for (character in text) {
+        val escape = ESCAPES[character]
         when {
-            character == '"' || character == '\\' -> append('\\').append(character)
-            character < ' ' -> append("\\u%04x".format(character.code))
-            else -> append(character)
+            escape != null -> append('\\').append(escape)
+            character in ' '..'~' -> append(character)
+            else -> append("\\u%04x".format(character.code))
         }
     }
     append('"')
 }
+
+private val ESCAPES = mapOf('"' to '"', '\\' to '\\', '\n' to 'n', '\r' to 'r', '\t' to 't', '\b' to 'b', '\u000c' to 'f')

@@ -15,6 +15,7 @@ import java.nio.ByteBuffer
 internal class NativeTensors(private val environment: OrtEnvironment, private val type: OnnxJavaType) : AutoCloseable {
     private val session: OrtSession = OrtSession.SessionOptions().use { options ->
         options.setIntraOpNumThreads(1)
+        options.setCPUArenaAllocator(false) // an arena takes powers of two, and keeps them
         environment.createSession(identityGraph(ELEMENT.getValue(type)), options)
     }
 

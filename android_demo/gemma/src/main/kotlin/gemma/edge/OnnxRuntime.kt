@@ -25,19 +25,26 @@ public class OnnxRuntime private constructor(override val bundle: Bundle, privat
     private val inputs = HashMap<String, OnnxTensor>()
     private val pinned = HashMap<String, OnnxTensor>()
     private val inputPos: LongBuffer = direct(Long.SIZE_BYTES).asLongBuffer()
-    private val ids: LongBuffer = direct(Long.SIZE_BYTES * bundle.cache.prefillChunk).asLongBuffer()
+    private val idBuffer: LongBuffer = direct(Long.SIZE_BYTES * bundle.cache.prefillChunk).asLongBuffer()
     private val idTensors = HashMap<Int, OnnxTensor>() // by length: one token, a whole chunk, and the last chunk of the moment
     private val logitsBuffer: FloatBuffer = direct(Float.SIZE_BYTES * bundle.vocabSize).asFloatBuffer()
     private val logits = FloatArray(bundle.vocabSize)
+    private val cache: OnnxCache
+    private val kept = IntList(most = maxOf(LEAST_KEPT, bundle.cache.reach + bundle.cache.context))
+    private var written = 0 // the highest position written with what the cache holds; a saved state may have been rewound
     private var closed = false
 
     override var position: Int = 0
         private set
 
+    override val ids: IntArray
+        @Synchronized get() = kept.toArray()
+
     init {
         try {
             session = resources.add(open(bundle.generateGraph, threads))
-            allocateCache()
+            cache = resources.add(OnnxCache(bundle.cache, environment))
+            bindCache()
             inputs["input_pos"] = resources.add(OnnxTensor.createTensor(environment, inputPos, longArrayOf(1)))
             pinned["logits"] = resources.add(
                 OnnxTensor.createTensor(environment, logitsBuffer, longArrayOf(1, 1, bundle.vocabSize.toLong())),
@@ -72,6 +79,52 @@ public class OnnxRuntime private constructor(override val bundle: Bundle, privat
     @Synchronized
     override fun reset() {
         position = 0 // where no row of the cache is read before it is written
+        written = 0
+        kept.clear()
+    }
+
+    @Synchronized
+    override fun save(file: File, notes: String) {
+        check(!closed) { "the runtime was closed" }
+        val last = kept.toArray()
+        val tensors = listOf(StateTensor(StateFile.IDS, "I32", listOf(last.size))) + cache.saved(written)
+        StateFile.write(file, StateHeader(bundle.identity(), position, written, notes), tensors) { tensor ->
+            if (tensor.name == StateFile.IDS) listOf(bytesOf(last)) else cache.rows(tensor)
+        }
+    }
+
+    @Synchronized
+    override fun load(file: File): String {
+        check(!closed) { "the runtime was closed" }
+        StateFile.open(file).use { state ->
+            val header = state.header
+            val identity = bundle.identity()
+            if (header.identity != identity) {
+                throw StateException(
+                    "$file belongs to another bundle or backend (${header.identity.take(16)}...; this one is ${identity.take(16)}...); " +
+                        "feed its text again",
+                )
+            }
+            val last = idsIn(state)
+            val wanted = cache.saved(header.written)
+            val odd = (state.tensors.filter { it.name != StateFile.IDS } - wanted.toSet() + (wanted - state.tensors.toSet())).firstOrNull()
+            if (odd != null) throw StateException("$file is damaged: ${odd.name} is not what this bundle has; save it again")
+            var whole = false
+            try {
+                cache.fill(wanted, state::read)
+                whole = true
+            } catch (error: JsonException) {
+                throw StateException("$file is damaged (${error.message}); save it again", error)
+            } finally {
+                bindCache()
+                if (!whole) reset() // nobody knows what the cache holds
+            }
+            kept.clear()
+            kept.addAll(last)
+            position = header.position
+            written = header.written
+            return header.notes
+        }
     }
 
     /** Waits for a step that another thread is in. */
@@ -91,22 +144,41 @@ public class OnnxRuntime private constructor(override val bundle: Bundle, privat
     }
 
     private fun step(tokens: IntArray, start: Int, end: Int) {
-        for (i in start until end) ids.put(i - start, tokens[i].toLong())
+        for (i in start until end) idBuffer.put(i - start, tokens[i].toLong())
         inputPos.put(0, position.toLong())
         inputs["input_ids"] = idTensor(end - start)
         session.run(inputs, emptySet(), pinned).close() // pinned values stay open
         position += end - start
+        written = maxOf(written, position)
+        for (i in start until end) kept.add(tokens[i])
+    }
+
+    private fun idsIn(state: StateFile): IntArray {
+        val tensor = state.tensors.firstOrNull { it.name == StateFile.IDS && it.dtype == "I32" && it.shape.size == 1 }
+        val ids = tensor?.let { IntArray(it.shape[0]).also { ids -> state.read(tensor).asIntBuffer().get(ids) } }
+        val position = state.header.position
+        if (ids == null || ids.size > position || (position > 0 && ids.isEmpty()) || ids.any { it !in 0 until bundle.vocabSize }) {
+            throw StateException("the state is damaged: its token ids do not lead to position $position; save it again")
+        }
+        return ids
+    }
+
+    private fun bytesOf(ids: IntArray): ByteBuffer {
+        val bytes = ByteBuffer.allocate(Int.SIZE_BYTES * ids.size).order(ByteOrder.LITTLE_ENDIAN)
+        bytes.asIntBuffer().put(ids)
+        return bytes
     }
 
     /** The first [length] ids as a tensor, over the same buffer whatever the length. */
     private fun idTensor(length: Int): OnnxTensor = idTensors.getOrPut(length) {
         val rare = idTensors.keys.filter { it != 1 && it != bundle.cache.prefillChunk }
         rare.forEach { idTensors.remove(it)?.close() }
-        OnnxTensor.createTensor(environment, ids.slice().limit(length) as LongBuffer, longArrayOf(1, length.toLong()))
+        val first = idBuffer.slice().also { it.endAt(length) }
+        OnnxTensor.createTensor(environment, first, longArrayOf(1, length.toLong()))
     }
 
     private fun logits(): FloatArray {
-        logitsBuffer.rewind()
+        logitsBuffer.goTo(0)
         logitsBuffer.get(logits)
         return logits
     }
@@ -121,22 +193,12 @@ public class OnnxRuntime private constructor(override val bundle: Bundle, privat
         environment.createSession(graph.path, options)
     }
 
-    private fun allocateCache() {
-        val cache = bundle.cache
-        NativeTensors(environment, elementType()).use { memory ->
-            cache.slots.forEachIndexed { layer, slots ->
-                val shape = longArrayOf(1, cache.kvHeads.toLong(), slots.toLong(), cache.headDim.toLong())
-                val zeros = direct((shape.reduce(Long::times) * elementType().size).toInt())
-                for (kind in listOf("key", "value")) {
-                    val tensor = resources.add(memory.copyOf(zeros, shape))
-                    inputs["past_key_values.$layer.$kind"] = tensor
-                    pinned["present.$layer.$kind"] = tensor
-                }
-            }
+    private fun bindCache() {
+        for ((name, tensor) in cache.tensors) {
+            inputs["past_key_values.$name"] = tensor
+            pinned["present.$name"] = tensor
         }
     }
-
-    private fun elementType() = if (bundle.cache.int8) OnnxJavaType.INT8 else OnnxJavaType.FLOAT
 
     /** Names, types and shapes of the graph against the manifest: a buffer of another shape would crash the process. */
     private fun checkContract() {
@@ -172,6 +234,7 @@ public class OnnxRuntime private constructor(override val bundle: Bundle, privat
 
     public companion object {
         private const val ANY = -1L // a size that the graph leaves open
+        private const val LEAST_KEPT = 1 shl 13 // token ids remembered at least, as the Python runtime does
         private const val ENVIRONMENT_STACK = 16L shl 20
 
         /**
@@ -205,7 +268,5 @@ public class OnnxRuntime private constructor(override val bundle: Bundle, privat
             }
             return environment.also { it.setTelemetry(false) }
         }
-
-        private fun direct(bytes: Int): ByteBuffer = ByteBuffer.allocateDirect(bytes).order(ByteOrder.nativeOrder())
     }
 }

@@ -243,18 +243,3 @@ private class AddedTokens(tokens: List<AddedToken>) {
 }
 
 private fun AddedToken.withContent(content: ByteArray) = AddedToken(id, content, special, normalized)
-
-/** A growing list of ints without boxes. */
-private class IntList {
-    private var items = IntArray(16)
-    private var size = 0
-
-    fun add(item: Int) {
-        if (size == items.size) items = items.copyOf(2 * size)
-        items[size++] = item
-    }
-
-    fun firstOrMinus1(): Int = if (size > 0) items[0] else -1
-
-    fun toArray(): IntArray = items.copyOf(size)
-}

@@ -34,9 +34,22 @@ internal object Fixtures {
         val chats = answers["chats"].list
         val filters = answers["filters"].list
 
+        /** How many calls come before the state that Python saved. */
+        val stateCalls = answers["state_calls"].int(1..calls.size)
+        val state = File(folder, "state.safetensors")
+        val savedConversation = File(folder, "conversation.safetensors")
+
+        /** Where Python looks for what Kotlin saved. */
+        val fromKotlin = File(root, "from-kotlin/$name").also { it.mkdirs() }
+
         /** Logits after each call, one after the other. */
-        fun logits(): FloatArray {
-            val buffer = ByteBuffer.wrap(File(folder, "runtime.f32").readBytes()).order(ByteOrder.LITTLE_ENDIAN).asFloatBuffer()
+        fun logits(): FloatArray = floats("runtime.f32")
+
+        /** Logits after each call that follows the state. */
+        fun logitsAfterState(): FloatArray = floats("state.f32")
+
+        private fun floats(file: String): FloatArray {
+            val buffer = ByteBuffer.wrap(File(folder, file).readBytes()).order(ByteOrder.LITTLE_ENDIAN).asFloatBuffer()
             return FloatArray(buffer.remaining()).also { buffer.get(it) }
         }
     }
@@ -58,3 +71,15 @@ internal inline fun <reified T : Throwable> assertRefuses(vararg parts: String, 
 
 /** A number of a JSON file, written with or without a point. */
 internal val Node.double: Double get() = (value as Number).toDouble()
+
+/** Feed a model's tokens call by call, as Python did; logits after each of [calls], one after the other. */
+internal fun OnnxRuntime.run(model: Fixtures.Model, calls: IntRange = model.calls.indices): FloatArray {
+    val all = FloatArray(calls.count() * bundle.vocabSize)
+    var start = model.calls.take(calls.first).sum()
+    model.calls.slice(calls).forEachIndexed { row, length ->
+        val logits = if (length == 1) decode(model.tokens[start]) else prefill(model.tokens.copyOfRange(start, start + length))
+        logits.copyInto(all, row * bundle.vocabSize)
+        start += length
+    }
+    return all
+}

@@ -90,8 +90,6 @@ class GemmaSessionTest {
             val fed = runtime.decoded.get()
             // a token says at least a byte; the next character, of at most four byte tokens, waits to be collected
             assertTrue("$fed tokens fed, $said bytes taken", fed <= said + 4)
-            delay(20)
-            assertEquals("nothing more is fed meanwhile", fed, runtime.decoded.get())
         }
         assertEquals(11, runtime.decoded.get())
     }

@@ -14,17 +14,6 @@ class OnnxRuntimeTest {
 
     private fun open(folder: File) = OnnxRuntime.open(Bundle.open(folder), threads = 1)
 
-    private fun OnnxRuntime.run(model: Fixtures.Model): FloatArray {
-        val all = FloatArray(model.calls.size * bundle.vocabSize)
-        var start = 0
-        model.calls.forEachIndexed { row, length ->
-            val logits = if (length == 1) decode(model.tokens[start]) else prefill(model.tokens.copyOfRange(start, start + length))
-            logits.copyInto(all, row * bundle.vocabSize)
-            start += length
-        }
-        return all
-    }
-
     @Test
     fun logits_are_pythons_bit_for_bit_past_the_end_of_the_context() {
         assertEquals("what the fixtures were made with", "1.29.0", OrtEnvironment.getEnvironment().version)

@@ -11,7 +11,7 @@ import org.robolectric.Shadows.shadowOf
 /** The bundle that the app brings along, outside of it. */
 internal val demoBundle = File(System.getProperty("gemma.demo.bundle")!!)
 
-private const val PATIENCE_NS = 20_000_000_000L // nothing here takes a second on a machine that is not busy
+private const val PATIENCE_NS = 120_000_000_000L // nothing here takes a second on a machine that is not busy
 
 /** Let the main thread run until something is so. */
 internal fun waitUntil(what: String, isSo: () -> Boolean) {

@@ -1,0 +1,28 @@
+package gemma.edge
+
+/** A growing list of ints without boxes; with [most] at least so many of the last ones are kept, and at most twice as many. */
+internal class IntList(private val most: Int = Int.MAX_VALUE) {
+    private var items = IntArray(16)
+    private var size = 0
+
+    fun add(item: Int) {
+        if (size == items.size) items = items.copyOf(2 * size)
+        items[size++] = item
+        if (size / 2 >= most) keepLast()
+    }
+
+    fun addAll(more: IntArray) = more.forEach(::add)
+
+    fun clear() {
+        size = 0
+    }
+
+    fun firstOrMinus1(): Int = if (size > 0) items[0] else -1
+
+    fun toArray(): IntArray = items.copyOf(size)
+
+    private fun keepLast() {
+        items.copyInto(items, 0, size - most, size)
+        size = most
+    }
+}

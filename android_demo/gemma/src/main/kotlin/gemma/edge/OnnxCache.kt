@@ -1,0 +1,94 @@
+package gemma.edge
+
+import ai.onnxruntime.OnnxJavaType
+import ai.onnxruntime.OnnxTensor
+import ai.onnxruntime.OrtEnvironment
+import java.nio.Buffer
+import java.nio.ByteBuffer
+import java.nio.ByteOrder
+
+/** The KV cache's tensors, `LAYER.key` and `LAYER.value`, each (1, kvHeads, slots, headDim), in native memory. */
+internal class OnnxCache(private val geometry: CacheGeometry, private val environment: OrtEnvironment) : AutoCloseable {
+    private val type = if (geometry.int8) OnnxJavaType.INT8 else OnnxJavaType.FLOAT
+    private val rowBytes = geometry.headDim * type.size
+    private val slots: Map<String, Int> =
+        geometry.slots.flatMapIndexed { layer, count -> listOf("$layer.key" to count, "$layer.value" to count) }.toMap()
+    private val held = LinkedHashMap<String, OnnxTensor>()
+
+    /** By name; [fill] puts others in their place. */
+    val tensors: Map<String, OnnxTensor> get() = held
+
+    init {
+        try {
+            val zeros = HashMap<Int, ByteBuffer>() // local and global layers: two sizes
+            NativeTensors(environment, type).use { memory ->
+                for ((name, count) in slots) held[name] = memory.copyOf(zeros.getOrPut(count) { direct(bytesOf(count)) }, shape(count))
+            }
+        } catch (error: Throwable) {
+            close()
+            throw error
+        }
+    }
+
+    /** What a saved state holds of each tensor when so many positions were written: (1, kvHeads, rows in use, headDim). */
+    fun saved(written: Int): List<StateTensor> = slots.map { (name, count) ->
+        StateTensor(PREFIX + name, if (geometry.int8) "I8" else "F32", shape(minOf(count, written)).map { it.toInt() })
+    }
+
+    /** The bytes of one of those, head by head. */
+    fun rows(saved: StateTensor): List<ByteBuffer> {
+        val name = saved.name.removePrefix(PREFIX)
+        val all = held.getValue(name).byteBuffer // a copy of the tensor
+        val head = bytesOf(slots.getValue(name)) / geometry.kvHeads
+        return List(geometry.kvHeads) { part(all, it * head, saved.bytes.toInt() / geometry.kvHeads) }
+    }
+
+    /** Put saved rows in the cache; [read] gives the bytes of one. */
+    fun fill(saved: List<StateTensor>, read: (StateTensor) -> ByteBuffer) {
+        // one for each size: a direct buffer's memory comes back only when its owner is collected
+        val whole = HashMap<Int, ByteBuffer>()
+        NativeTensors(environment, type).use { memory ->
+            for (tensor in saved) {
+                val name = tensor.name.removePrefix(PREFIX)
+                val count = slots.getValue(name)
+                val rows = read(tensor)
+                val all = whole.getOrPut(count) { direct(bytesOf(count)) }
+                for (head in 0 until geometry.kvHeads) {
+                    all.goTo(head * (all.capacity() / geometry.kvHeads))
+                    all.put(part(rows, head * (rows.capacity() / geometry.kvHeads), rows.capacity() / geometry.kvHeads))
+                }
+                all.goTo(0)
+                held.put(name, memory.copyOf(all, shape(count)))?.close()
+            }
+        }
+    }
+
+    override fun close(): Unit = held.values.forEach { it.close() }
+
+    private fun bytesOf(count: Int) = rowBytes * count * geometry.kvHeads
+
+    private fun shape(rows: Int) = longArrayOf(1, geometry.kvHeads.toLong(), rows.toLong(), geometry.headDim.toLong())
+
+    private fun part(buffer: ByteBuffer, start: Int, bytes: Int): ByteBuffer {
+        val view = buffer.duplicate()
+        view.goTo(start)
+        view.endAt(start + bytes)
+        return view.slice()
+    }
+
+    private companion object {
+        const val PREFIX = "cache."
+    }
+}
+
+// Called on a Buffer: before Android 9 a ByteBuffer has no `position` and `limit` of its own
+
+internal fun Buffer.goTo(place: Int) {
+    position(place)
+}
+
+internal fun Buffer.endAt(end: Int) {
+    limit(end)
+}
+
+internal fun direct(bytes: Int): ByteBuffer = ByteBuffer.allocateDirect(bytes).order(ByteOrder.nativeOrder())

@@ -1,0 +1,149 @@
+package gemma.edge
+
+import java.io.File
+import java.io.IOException
+import java.io.RandomAccessFile
+import java.nio.ByteBuffer
+import java.nio.ByteOrder
+import java.nio.channels.FileChannel
+import java.nio.file.Files
+import java.nio.file.StandardCopyOption
+
+/** What a state says of itself; see `State` in runtimes/state.py, which has the same fields. */
+internal class StateHeader(val identity: String, val position: Int, val written: Int, val notes: String)
+
+/** One tensor of a state; [dtype] is safetensors' name. */
+internal data class StateTensor(val name: String, val dtype: String, val shape: List<Int>) {
+    val bytes: Long get() = shape.fold(ITEM_BYTES.getValue(dtype)) { product, size -> product * size }
+
+    companion object {
+        val ITEM_BYTES = mapOf("I8" to 1L, "I32" to 4L, "F32" to 4L)
+    }
+}
+
+/**
+ * The state of a runtime in one safetensors file, the format of the Python runtime's runtimes/state.py. Tensors are read and written
+ * one at a time: together they may be larger than an app's heap. Source: safetensors' README, "Format".
+ */
+internal class StateFile private constructor(
+    private val path: File,
+    private val channel: FileChannel,
+    private val dataStart: Long,
+    private val offsets: Map<String, Long>,
+    val header: StateHeader,
+    val tensors: List<StateTensor>,
+) : AutoCloseable {
+    /** The bytes of a tensor of [tensors]. */
+    fun read(tensor: StateTensor): ByteBuffer {
+        val buffer = ByteBuffer.allocate(tensor.bytes.toInt()).order(ByteOrder.LITTLE_ENDIAN)
+        readFully(path, channel, buffer, dataStart + offsets.getValue(tensor.name))
+        return buffer
+    }
+
+    override fun close(): Unit = channel.close()
+
+    companion object {
+        private const val FORMAT = "gemma-edge state 1"
+        private const val METADATA = "__metadata__"
+        private const val LONGEST_HEADER = 100_000_000L // safetensors' own limit
+
+        /** The last token ids that were fed, in every state. */
+        const val IDS = "ids"
+
+        /**
+         * Write a state; the file appears whole or not at all.
+         *
+         * @param data the bytes of a tensor, in pieces.
+         * @throws IOException it cannot be written.
+         */
+        fun write(path: File, header: StateHeader, tensors: List<StateTensor>, data: (StateTensor) -> List<ByteBuffer>) {
+            val numbers = mapOf("identity" to header.identity, "position" to header.position, "written" to header.written)
+            val entries = LinkedHashMap<String, Any>()
+            entries[METADATA] = mapOf("format" to FORMAT, "state" to toJson(numbers), "notes" to header.notes)
+            var offset = 0L
+            for (tensor in tensors) {
+                val end = offset + tensor.bytes
+                entries[tensor.name] = mapOf("dtype" to tensor.dtype, "shape" to tensor.shape, "data_offsets" to listOf(offset, end))
+                offset = end
+            }
+            val text = toJson(entries).toByteArray()
+            val blanks = -text.size and 7 // data is aligned
+            val partial = File(path.absoluteFile.parentFile, ".${path.name}.partial")
+            try {
+                partial.outputStream().channel.use { channel ->
+                    writeFully(channel, long(text.size.toLong() + blanks))
+                    writeFully(channel, ByteBuffer.wrap(text + ByteArray(blanks) { ' '.code.toByte() }))
+                    for (tensor in tensors) for (piece in data(tensor)) writeFully(channel, piece)
+                }
+                Files.move(partial.toPath(), path.toPath(), StandardCopyOption.REPLACE_EXISTING)
+            } finally {
+                partial.delete()
+            }
+        }
+
+        /**
+         * Open what [write], or Python, wrote.
+         *
+         * @throws StateException no such file, or no such format.
+         */
+        fun open(path: File): StateFile {
+            if (!path.isFile) throw StateException("$path is no file; save a state first")
+            val channel = RandomAccessFile(path, "r").channel
+            try {
+                return read(path, channel)
+            } catch (error: Exception) {
+                channel.close()
+                when (error) {
+                    is JsonException, is IOException -> throw StateException("$path is damaged (${error.message}); save it again", error)
+                    else -> throw error
+                }
+            }
+        }
+
+        private fun read(path: File, channel: FileChannel): StateFile {
+            val size = ByteBuffer.allocate(Long.SIZE_BYTES).order(ByteOrder.LITTLE_ENDIAN)
+            readFully(path, channel, size, 0)
+            val length = size.getLong(0)
+            val rest = channel.size() - Long.SIZE_BYTES
+            if (length !in 0..minOf(rest, LONGEST_HEADER)) throw JsonException("a header of $length bytes")
+            val text = ByteBuffer.allocate(length.toInt())
+            readFully(path, channel, text, Long.SIZE_BYTES.toLong())
+            val root = Node(JsonReader.parse(text.array()), path.name)
+            val header = headerOf(path, root)
+            val offsets = HashMap<String, Long>()
+            val tensors = root.entries.filter { it.first != METADATA }.map { (name, entry) ->
+                val dtype = entry["dtype"].string
+                if (dtype !in StateTensor.ITEM_BYTES) throw JsonException("$name is of $dtype")
+                val tensor = StateTensor(name, dtype, entry["shape"].list.map { it.int(0..Int.MAX_VALUE) })
+                val (start, end) = entry["data_offsets"].list.map { it.long }
+                if (end - start != tensor.bytes || end > rest - length || tensor.bytes > Int.MAX_VALUE) throw JsonException("$name lies outside")
+                offsets[name] = start
+                tensor
+            }
+            return StateFile(path, channel, Long.SIZE_BYTES + length, offsets, header, tensors)
+        }
+
+        private fun headerOf(path: File, root: Node): StateHeader {
+            val metadata = if (METADATA in root) root[METADATA] else null
+            if (metadata == null || "format" !in metadata || metadata["format"].value != FORMAT) {
+                throw StateException("$path is no saved state, or of another version; save it again")
+            }
+            val state = Node(JsonReader.parse(metadata["state"].string.toByteArray()), "state")
+            val written = state["written"].int(0..Int.MAX_VALUE)
+            return StateHeader(state["identity"].string, state["position"].int(0..written), written, metadata["notes"].string)
+        }
+
+        private fun long(value: Long) = ByteBuffer.allocate(Long.SIZE_BYTES).order(ByteOrder.LITTLE_ENDIAN).putLong(0, value)
+
+        private fun writeFully(channel: FileChannel, bytes: ByteBuffer) {
+            while (bytes.hasRemaining()) channel.write(bytes)
+        }
+
+        private fun readFully(path: File, channel: FileChannel, buffer: ByteBuffer, start: Long) {
+            while (buffer.hasRemaining()) {
+                if (channel.read(buffer, start + buffer.position()) < 0) throw JsonException("$path ends too early")
+            }
+            buffer.goTo(0)
+        }
+    }
+}

@@ -1,0 +1,157 @@
+package gemma.edge
+
+import java.io.File
+import java.io.IOException
+import kotlinx.coroutines.flow.toList
+import kotlinx.coroutines.runBlocking
+import org.junit.Assert.assertArrayEquals
+import org.junit.Assert.assertEquals
+import org.junit.Assert.assertThrows
+import org.junit.Assert.assertTrue
+import org.junit.Rule
+import org.junit.Test
+import org.junit.rules.TemporaryFolder
+
+/** Saved states, both ways: scripts/check_states.py loads in Python what is saved here. */
+class StateTest {
+    @get:Rule
+    val temporary = TemporaryFolder()
+
+    private val demo = Fixtures.models.first { it.name == "tiny-gemma2" }
+    private val random = Fixtures.models.first { it.name == "random" }
+
+    private fun <T> withRuntime(model: Fixtures.Model, act: (OnnxRuntime) -> T): T =
+        OnnxRuntime.open(Bundle.open(model.bundle), threads = 1).use(act)
+
+    private fun <T> withSession(model: Fixtures.Model, act: suspend (GemmaSession, GemmaRuntime) -> T): T {
+        val bundle = Bundle.open(model.bundle)
+        val runtime = OnnxRuntime.open(bundle, threads = 1)
+        return GemmaSession(runtime, Tokenizer.open(bundle), ChatTemplate.of(bundle)).use { runBlocking { act(it, runtime) } }
+    }
+
+    private suspend fun GemmaSession.say(text: String) = send(text, maxTokens = 20).toList().joinToString("")
+
+    /** A state of the random model after a few tokens. */
+    private fun savedState(): File = File(temporary.root, "state").also { file ->
+        withRuntime(random) { runtime ->
+            runtime.prefill(intArrayOf(2, 3, 5, 7))
+            runtime.save(file)
+        }
+    }
+
+    @Test
+    fun what_python_saved_goes_on_with_pythons_bits() {
+        for (model in Fixtures.models) withRuntime(model) { runtime ->
+            runtime.prefill(intArrayOf(2, 9, 9)) // to be forgotten
+            assertEquals("{\"kept\": \"with it\"}", runtime.load(model.state))
+            assertEquals(model.calls.take(model.stateCalls).sum(), runtime.position)
+            assertArrayEquals(model.name, model.logitsAfterState(), runtime.run(model, model.stateCalls until model.calls.size), 0f)
+        }
+    }
+
+    @Test
+    fun what_kotlin_saved_goes_on_with_the_same_bits() {
+        for (model in Fixtures.models) withRuntime(model) { runtime ->
+            val file = File(model.fromKotlin, "state.safetensors")
+            runtime.run(model, 0 until model.stateCalls)
+            runtime.save(file, "{\"kept\": \"by Kotlin\"}")
+            val rest = model.stateCalls until model.calls.size
+            val unbroken = runtime.run(model, rest)
+            runtime.reset()
+            runtime.load(file)
+            assertArrayEquals(model.name, unbroken, runtime.run(model, rest), 0f)
+            assertTrue(unbroken.contentEquals(model.logits().copyOfRange(rest.first * runtime.bundle.vocabSize, model.logits().size)))
+        }
+    }
+
+    @Test
+    fun a_conversation_that_python_saved_goes_on() {
+        for (model in Fixtures.models) withSession(model) { session, runtime ->
+            session.load(model.savedConversation)
+            val (before, last) = model.conversation.takeLast(2)
+            assertEquals(before["answer"].string, session.messages.last().content)
+            assertEquals(last["answer"].string, session.say(last["text"].string))
+            assertEquals("only what is new was fed", last["position"].long, runtime.position.toLong())
+        }
+    }
+
+    @Test
+    fun a_conversation_that_kotlin_saved_goes_on() {
+        for (model in Fixtures.models) {
+            val file = File(model.fromKotlin, "conversation.safetensors")
+            val last = model.conversation.last()
+            val messages = withSession(model) { session, _ ->
+                for (row in model.conversation.dropLast(1)) session.say(row["text"].string)
+                session.save(file)
+                session.messages
+            }
+            withSession(model) { session, runtime ->
+                session.load(file)
+                assertEquals(messages, session.messages)
+                assertEquals(last["answer"].string, session.say(last["text"].string))
+                assertEquals("only what is new was fed", last["position"].long, runtime.position.toLong())
+            }
+        }
+    }
+
+    @Test
+    fun an_empty_state_is_one_too() = withRuntime(random) { runtime ->
+        val file = File(temporary.root, "empty")
+        runtime.save(file)
+        val first = runtime.prefill(intArrayOf(2, 3)).copyOf()
+        runtime.load(file)
+        assertEquals(0, runtime.position)
+        assertArrayEquals(first, runtime.prefill(intArrayOf(2, 3)), 0f)
+    }
+
+    @Test
+    fun another_bundles_state_is_refused_and_changes_nothing() = withSession(demo) { session, runtime ->
+        session.say("Who are you?")
+        val position = runtime.position
+        assertRefuses<StateException>("another bundle") { runtime.load(random.state) }
+        assertRefuses<StateException>("another bundle") { runBlocking { session.load(random.savedConversation) } }
+        assertEquals(position, runtime.position)
+        assertEquals(2, session.messages.size)
+    }
+
+    @Test
+    fun a_file_that_is_no_state_or_damaged_is_refused_and_changes_nothing() {
+        val state = savedState()
+        withRuntime(random) { runtime ->
+            runtime.prefill(intArrayOf(2, 3))
+            val wrong = mapOf(
+                "is no file" to null,
+                "damaged" to ByteArray(20),
+                "a header of" to ByteArray(8) { 0x7f },
+                "no saved state" to "\u0002\u0000\u0000\u0000\u0000\u0000\u0000\u0000{}".toByteArray(),
+                "lies outside" to state.readBytes().dropLast(1).toByteArray(),
+                "position 3" to changed(state, "\\\"position\\\": 4", "\\\"position\\\": 3"),
+                "cache.0.kee is not" to changed(state, "cache.0.key", "cache.0.kee"),
+                "is of I9" to changed(state, "\"F32\"", "\"I9\" "),
+            )
+            for ((message, bytes) in wrong) {
+                val file = File(temporary.root, "wrong")
+                if (bytes == null) file.delete() else file.writeBytes(bytes)
+                assertRefuses<StateException>(message) { runtime.load(file) }
+                assertEquals(2, runtime.position)
+            }
+        }
+    }
+
+    @Test
+    fun a_state_that_cannot_be_written_leaves_no_half() = withRuntime(random) { runtime ->
+        val folder = File(temporary.root, "folder/in the way").also { it.mkdirs() }
+        runtime.prefill(intArrayOf(2, 3))
+        assertThrows(IOException::class.java) { runtime.save(folder.parentFile) }
+        assertThrows(IOException::class.java) { runtime.save(File(temporary.root, "nowhere/state")) }
+        assertEquals(listOf("folder"), temporary.root.list()!!.toList())
+    }
+
+    /** The file with one text in its header in place of another of the same length. */
+    private fun changed(file: File, old: String, new: String): ByteArray {
+        check(old.length == new.length)
+        val text = String(file.readBytes(), Charsets.ISO_8859_1)
+        check(old in text) { "$old is not in the header" }
+        return text.replaceFirst(old, new).toByteArray(Charsets.ISO_8859_1)
+    }
+}
