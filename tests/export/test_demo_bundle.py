@@ -212,7 +212,7 @@ def test_gate_finds_the_same_whatever_is_scored_at_once(demo: Export, monkeypatc
     from gemma_edge.runtimes import base
 
     monkeypatch.setattr(base, "SCORED_BYTES", 4 * 4096 * 50)
-    monkeypatch.setattr(verify, "_judge", lambda folder, progress: judge.judge(folder))
+    monkeypatch.setattr(verify, "_judge", lambda folder, *rest: judge.judge(folder))
     quantized = QuantizedCheckpoint.open(demo.bundle.parent / "checkpoint")
     gate = verify.make_gate(demo.bundle / "tokenizer.json", 4096, 2, 512, "quick")
     found = verify.verify(
