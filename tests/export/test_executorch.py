@@ -198,10 +198,10 @@ def test_official_runner_gives_the_same_text(talking: Export) -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
-def test_a_process_without_torch_gives_the_same_text(talking: tuple[Runtime, Tokenizer], tmp_path: Path) -> None:
+def test_a_process_without_torch_gives_the_same_text(talking: Export, tmp_path: Path) -> None:
     """benchmarks/executorch_native.cpp, packing the weights at its start and mapping them as an earlier start packed them."""
-    runtime, tokenizer = talking
-    runtime.reset()
+    runtime = gemma_edge.load(talking.bundle, backend="executorch")
+    tokenizer = Tokenizer(talking.bundle, runtime.manifest)
     ids = tokenizer.encode("And the LORD said unto Moses, Speak unto the children of Israel")
     greedy = list(
         generate(runtime, ids, Sampler(SamplingParams()), max_tokens=70, stop_ids=())
