@@ -8,16 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from conftest import write_manifest
+from lowered import lower_bundle
 
-from gemma_edge.export.plan import geometry
 from gemma_edge.export.tflite import backend, tflite_runtime
 from gemma_edge.export.tflite.check import TFLite
 from gemma_edge.model.checkpoint import weight_shapes
 from gemma_edge.model.kv_cache import RingCache
 from gemma_edge.quantize.recipe import Recipe
-from gemma_edge.quantize.store import QuantizedCheckpoint, open_weights, write_quantized
-from gemma_edge.runtimes.base import Runtime
+from gemma_edge.quantize.store import QuantizedCheckpoint
 
 CHUNK = 16  # prefill signatures of 16 and 2 tokens; a ring of 8 + 15 slots in local layers
 UNEVEN = [7, 3, 1, 7, 2, *[1] * 12, 5, 6, 30, 9]  # 82 tokens, the 30 in several calls; chunks begin at any slot
@@ -28,26 +26,7 @@ def make_bundle(
     folder: Path, out: Path, recipe: Recipe, context: int, chunk: int = CHUNK, *, name: str = "tflite"
 ) -> tuple[QuantizedCheckpoint, Path]:
     """Quantize and lower a checkpoint; the bundle lies in `out`."""
-    source = open_weights(folder)
-    quantized = write_quantized(source, recipe, out / "checkpoint")
-    bundle = out / "bundle"
-    bundle.mkdir()
-    cache = geometry(source.config, context, chunk, backend=name)
-    entry = LOWER[name](quantized, cache, bundle, float_bits=recipe.float_bits)
-    write_manifest(bundle, source.config, recipe, cache, {name: entry})
-    return quantized, bundle
-
-
-def some_ids(count: int, vocab_size: int) -> list[int]:
-    """Random tokens, always the same."""
-    return [int(token) for token in np.random.default_rng(0).integers(3, vocab_size, count)]
-
-
-def prefilled(runtime: Runtime, ids: list[int], chunks: list[int]) -> torch.Tensor:
-    """Logits after each chunk."""
-    ends = np.cumsum(chunks)
-    rows = [runtime.prefill(ids[end - size : end]) for end, size in zip(ends, chunks, strict=True)]
-    return torch.from_numpy(np.stack(rows))
+    return lower_bundle(LOWER[name], name, folder, out, recipe, context, chunk)
 
 
 def reference(quantized: QuantizedCheckpoint, ids: list[int], context: int) -> torch.Tensor:

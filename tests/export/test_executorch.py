@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO, ROOT, hf_logits, hf_model, relative_error, write_manifest
+from conftest import DEMO, ROOT, hf_logits, hf_model, relative_error
+from lowered import lower_bundle, prefilled, some_ids
 from rewinding import worst_error
 
 pytest.importorskip("executorch", reason="executorch is not installed: pip install 'gemma-edge[executorch]'")
@@ -22,12 +23,11 @@ from gemma_edge.export.executorch.backend import FILE, METHODS, lower
 from gemma_edge.export.executorch.packing import CODES, SCALE, Constant, refuse_weight
 from gemma_edge.export.executorch.pte import Pte
 from gemma_edge.export.pipeline import Export
-from gemma_edge.export.plan import geometry
 from gemma_edge.model.checkpoint import TABLE, weight_shapes
 from gemma_edge.model.kv_cache import RingCache
 from gemma_edge.quantize.packing import pack_bytes
 from gemma_edge.quantize.recipe import QuantConfig, Recipe, make_recipe
-from gemma_edge.quantize.store import QuantizedCheckpoint, open_weights, write_quantized
+from gemma_edge.quantize.store import QuantizedCheckpoint, open_weights
 from gemma_edge.runtimes.base import Runtime
 from gemma_edge.runtimes.generate import generate
 from gemma_edge.runtimes.sampling import Sampler, SamplingParams
@@ -38,25 +38,8 @@ UNEVEN = [7, 3, 1, 7, 2, *[1] * 12, 5, 6]  # 43 tokens: the window of local laye
 
 
 def make_bundle(folder: Path, out: Path, recipe: Recipe, context: int) -> tuple[QuantizedCheckpoint, Runtime]:
-    source = open_weights(folder)
-    quantized = write_quantized(source, recipe, out / "checkpoint")
-    bundle = out / "bundle"
-    bundle.mkdir()
-    cache = geometry(source.config, context, CHUNK)
-    entry = lower(quantized, cache, bundle, float_bits=recipe.float_bits)
-    write_manifest(bundle, source.config, recipe, cache, {"executorch": entry})
+    quantized, bundle = lower_bundle(lower, "executorch", folder, out, recipe, context, CHUNK)
     return quantized, gemma_edge.load(bundle)
-
-
-def some_ids(count: int, vocab_size: int) -> list[int]:
-    return [int(token) for token in np.random.default_rng(0).integers(3, vocab_size, count)]
-
-
-def prefilled(runtime: Runtime, ids: list[int], chunks: list[int]) -> torch.Tensor:
-    """Logits after each chunk."""
-    ends = np.cumsum(chunks)
-    rows = [runtime.prefill(ids[end - size : end]) for end, size in zip(ends, chunks, strict=True)]
-    return torch.from_numpy(np.stack(rows))
 
 
 def test_float_program_equals_transformers_in_uneven_chunks_past_the_window(

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEMO, SHAPES, hf_logits, hf_model, relative_error
+from lowered import prefilled, some_ids
 from rewinding import worst_error
-from tflite_bundles import CHUNK, UNEVEN, assert_holds_integers, make_bundle, prefilled, reference, some_ids
+from tflite_bundles import CHUNK, UNEVEN, assert_holds_integers, make_bundle, reference
 
 pytest.importorskip("ai_edge_litert", reason="ai-edge-litert is not installed: pip install 'gemma-edge[tflite]'")
 

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 pytest.importorskip("ai_edge_litert", reason="ai-edge-litert is not installed: pip install 'gemma-edge[tflite]'")
 
-from tflite_bundles import UNEVEN, assert_holds_integers, make_bundle, reference, some_ids
+from lowered import some_ids
+from tflite_bundles import UNEVEN, assert_holds_integers, make_bundle, reference
 
 from gemma_edge.errors import InputError
 from gemma_edge.export import pipeline
