@@ -70,6 +70,7 @@ class Opened:
     plans: dict[str, planning.Plan]  # by backend; one context
     calibration: layerwise.Calibration | None  # None: no weight's integers depend on text
     choice: Mixed | None  # what was weighed under a budget
+    pythons: dict[str, str]  # by backend, what runs its gate; {} without one
 
     @property
     def context(self) -> int:
@@ -91,8 +92,8 @@ def open_model(options: ExportOptions, progress: Progress = no_progress, *, plan
     backends = _choose_backends(options.backend or target.backend)
     if options.ram_gib is not None:
         target = replace(target, ram_bytes=int(options.ram_gib * GIB))
-    if options.verify != "none" and not plan_only:
-        _gate_pythons(backends, options.runtime_python)
+    gated = backends if options.verify != "none" and not plan_only else []
+    pythons = _gate_pythons(gated, options.runtime_python)
     source = open_weights(hub.resolve(options.model), lora=options.lora)
     recipe, choice = choose_recipe(options, source, progress)
     recipe = named_by_content(source, recipe)
@@ -107,7 +108,7 @@ def open_model(options: ExportOptions, progress: Progress = no_progress, *, plan
     # a hub id's folder is called by the hash of its commit
     name = Path(options.model).resolve().name if Path(options.model).is_dir() else options.model.rpartition("/")[2]
     seen = None if plan_only else choose_calibration(options, source, recipe)
-    return Opened(name, source, recipe, target, plans, seen, choice)
+    return Opened(name, source, recipe, target, plans, seen, choice, pythons)
 
 
 def _choose_backends(asked: str) -> list[str]:
@@ -282,9 +283,8 @@ def _lower_and_verify(
         (bundle / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     chosen = _choose_gate(source, opened.context, options.verify)
     if chosen is not None:
-        pythons = _gate_pythons(manifest.backends, options.runtime_python)
         with stage(stages, "verify"):
-            found = _verify(chosen, opened, quantized, manifest, bundle, pythons, progress)
+            found = _verify(chosen, opened, quantized, manifest, bundle, progress)
         manifest = replace(manifest, verification=found)
         (bundle / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
@@ -301,7 +301,6 @@ def _verify(
     quantized: QuantizedCheckpoint,
     manifest: Manifest,
     bundle: Path,
-    pythons: Mapping[str, str],
     progress: Progress,
 ) -> dict[str, Any]:
     config = opened.source.config
@@ -318,7 +317,7 @@ def _verify(
             chosen,
             context=opened.context,
             limits=limits,
-            pythons=pythons,
+            pythons=opened.pythons,
             progress=advance,
         )
 

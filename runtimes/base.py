@@ -163,6 +163,11 @@ class BaseRuntime(ABC):
         """See `Runtime`."""
 
     @property
+    def scored_at_once(self) -> int:
+        """Most tokens that `_forward` is given with logits at every position."""
+        return scored_at_once(self.cache.prefill_chunk, self.vocab_size)
+
+    @property
     def reach(self) -> int:
         """Tokens back that a cache can depend on: a layer's oldest key saw the window of the layer below, and so on."""
         return 1 + sum(layer.window - 1 for layer in self.cache.layers)
@@ -200,7 +205,7 @@ class BaseRuntime(ABC):
     def decode_many(self, tokens: Sequence[int]) -> Logits:
         """Append tokens; return the logits (T, V) after each of them."""
         start = time.perf_counter()
-        chunks = self._chunks(tokens, scored_at_once(self.cache.prefill_chunk, self.vocab_size))
+        chunks = self._chunks(tokens, self.scored_at_once)
         logits = np.concatenate([self._step(chunk, every_position=True) for chunk in chunks])
         self.stats.decode_tokens += len(tokens)
         self.stats.decode_s += time.perf_counter() - start
@@ -208,7 +213,7 @@ class BaseRuntime(ABC):
 
     def score_chunks(self, ids: Sequence[int]) -> Iterator[Logits]:
         """Logits of every position from a reset state, (<= scored_at_once, V) at a time."""
-        chunks = self._chunks(ids, scored_at_once(self.cache.prefill_chunk, self.vocab_size))
+        chunks = self._chunks(ids, self.scored_at_once)
         self.reset()
         for chunk in chunks:
             yield self._step(chunk, every_position=True)

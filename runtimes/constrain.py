@@ -224,15 +224,18 @@ class Constraint:
 
     def take(self, token: int) -> int:
         """Append the token that was chosen, or the one that must be in its place so that the text ends in time; return it."""
-        left = self._left - 1
-        plan = None if token in self._vocabulary.stop_ids else self._after(token, left)
-        if token not in self._vocabulary.stop_ids and plan is None:
+        stops, left = self._vocabulary.stop_ids, self._left - 1
+        if token in stops:
+            return token
+        plan = self._after(token, left)
+        if plan is None:
             token, plan = self._way_out(), self._plan[1:]
             self.shortened = True
-        if token not in self._vocabulary.stop_ids:
-            self._matcher.consume_token(token)
-            self._quotes.feed(self._vocabulary.text([token]))
-            self._plan, self._left = plan or [], left
+            if token in stops:
+                return token
+        self._matcher.consume_token(token)
+        self._quotes.feed(self._vocabulary.text([token]))
+        self._plan, self._left = plan, left
         return token
 
     def _way_out(self) -> int:
@@ -276,9 +279,8 @@ class _Closer:
 
     def __init__(self, vocabulary: Vocabulary, schema: dict[str, Any]) -> None:
         self._vocabulary = vocabulary
-        self._samples: list[
-            list[int]
-        ] = []  # a pattern may stand anywhere in a string: what matches it, to be put there
+        # a pattern may stand anywhere in a string: what matches it, to be put there
+        self._samples: list[list[int]] = []
         self._samples = [found for each in _objects(schema) if (found := self._sample(each.get("pattern")))]
 
     def find(self, matcher: LLMatcher, quotes: _Quotes, most: int) -> list[int] | None:

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma_edge.errors import InputError
+from gemma_edge.errors import InputError, one_line
 from gemma_edge.export.bundle import Manifest, confined
-from gemma_edge.runtimes.base import BaseRuntime, Buffers, Logits, refuse_older, scored_at_once, thread_count
+from gemma_edge.runtimes.base import BaseRuntime, Buffers, Logits, refuse_older, thread_count
 from gemma_edge.runtimes.memory import Region, mapped, release
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class ExecuTorchRuntime(BaseRuntime):
         """From now on the method with logits at every position does everything: a prompt costs the head at each of its tokens."""
         self._scores_only = True
         self._open("score")
-        self._at_once = scored_at_once(self.cache.prefill_chunk, self.vocab_size)
+        self._at_once = self.scored_at_once
 
     def _open(self, role: str) -> None:
         """Load the method of that role, after closing the other one."""
@@ -105,7 +105,7 @@ class ExecuTorchRuntime(BaseRuntime):
                 method = program.load_method(self._names[role])
         except (KeyError, RuntimeError) as error:
             raise InputError(
-                f"{self._path} is damaged or no program of this bundle: {_one_line(error)}; export the bundle again"
+                f"{self._path} is damaged or no program of this bundle: {one_line(error)}; export the bundle again"
             ) from None
         self._check_contract(method.method_meta(), role)
         self._mapped = mapped(self._path)
@@ -122,15 +122,14 @@ class ExecuTorchRuntime(BaseRuntime):
         try:
             (logits,) = self._method.call((tokens, torch.tensor([position])))  # (1, T or 1, V)
         except RuntimeError as error:
-            raise InputError(f"{self._path} does not run: {_one_line(error)}; export the bundle again") from None
+            raise InputError(f"{self._path} does not run: {one_line(error)}; export the bundle again") from None
         found: Logits = logits[0].numpy()
         return found
 
     def _check_contract(self, meta: Any, role: str) -> None:
         """Sizes of inputs and output against the manifest."""
-        chunk = self.cache.prefill_chunk
         found = [tuple(meta.input_tensor_meta(index).sizes()) for index in range(meta.num_inputs())]
-        wanted = [(1, scored_at_once(chunk, self.vocab_size) if role == "score" else chunk), (1,)]
+        wanted = [(1, self.scored_at_once if role == "score" else self.cache.prefill_chunk), (1,)]
         if found != wanted:
             raise InputError(f"{self._path} takes {found}, the manifest says {wanted}; export the bundle again")
         if not meta.num_attributes():
@@ -163,7 +162,3 @@ def _silent() -> Iterator[None]:
     """Nothing on stderr: the library tells of processors and thread pools there, through Python's. Exceptions come through."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
         yield
-
-
-def _one_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -7,22 +7,27 @@ clear nothing: tokens from position 0 on make the model forget the rest.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma_edge.errors import InputError
+from gemma_edge.errors import InputError, one_line
 from gemma_edge.export.bundle import Manifest, confined
-from gemma_edge.runtimes.base import BaseRuntime, Logits, thread_count
+from gemma_edge.runtimes.base import BaseRuntime, Logits, refuse_older, thread_count
+
+log = logging.getLogger(__name__)
 
 FIXED_COST = 16  # of a call, in tokens: reading the weights takes as long as computing about that many tokens
+RESET = "reset"  # signature of a model whose caches are variables: makes them
 PADDING = -1  # position of a token that is not there
 
 
@@ -38,13 +43,35 @@ class Signature:
 class SignatureRuntime(BaseRuntime):
     """A backend whose model is fed chunks of a few sizes, padded at their end."""
 
-    def __init__(self, bundle: Path, manifest: Manifest, backend: str, threads: int | None) -> None:
+    def __init__(
+        self,
+        bundle: Path,
+        manifest: Manifest,
+        backend: str,
+        threads: int | None,
+        *,
+        package: str,
+        oldest: tuple[int, int],
+    ) -> None:
+        """What both need before they load the model.
+
+        Args:
+            bundle, manifest: the folder and what it says of itself.
+            backend: its name in the manifest.
+            threads: None takes the target's; more than the machine has are not used.
+            package, oldest: what runs it, and the first version that can.
+
+        Raises:
+            InputError: the package is too old.
+        """
+        refuse_older(package, metadata.version(package), oldest)
         entry = manifest.backends[backend]
         super().__init__(bundle, manifest, entry.cache)
         self.threads = thread_count(threads, manifest)
         self._at_once = 1 << 30  # `_forward` splits by itself
         self._path = confined(bundle, entry.settings["program"])
         self._digest = manifest.files[entry.settings["program"]].sha256
+        log.info("loading %s with %d threads", self._path, self.threads)
         self._signatures = [Signature(name, *found) for name, found in entry.settings["signatures"].items()]
 
     @abstractmethod
@@ -80,7 +107,7 @@ class SignatureRuntime(BaseRuntime):
         try:
             return self._call(signature, tokens, input_pos)
         except RuntimeError as error:
-            raise InputError(f"{self._path} does not run: {_one_line(error)}; export the bundle again") from None
+            raise InputError(f"{self._path} does not run: {one_line(error)}; export the bundle again") from None
 
     def _check(self, signature: Signature, shapes: Mapping[str, Any], wanted: Mapping[str, Sequence[int]]) -> None:
         """Shapes of a signature's inputs and outputs against the manifest's."""
@@ -108,7 +135,7 @@ class SignatureRuntime(BaseRuntime):
             if isinstance(error, InputError):
                 raise
             raise InputError(
-                f"{self._path} is damaged or no model of this bundle: {_one_line(error)}; export the bundle again"
+                f"{self._path} is damaged or no model of this bundle: {one_line(error)}; export the bundle again"
             ) from None
 
     def _holds(self, position: int, written: int) -> bool:
@@ -135,7 +162,3 @@ def silent() -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
-
-
-def _one_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

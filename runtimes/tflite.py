@@ -6,7 +6,6 @@ What is fed to which signature is signatures.py's.
 from __future__ import annotations
 
 import atexit
-import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -22,12 +21,10 @@ from ai_edge_litert.tensor_buffer import TensorBuffer
 from numpy.typing import NDArray
 
 from gemma_edge.export.bundle import Manifest
-from gemma_edge.runtimes.base import Logits, refuse_older
+from gemma_edge.runtimes.base import Logits
 from gemma_edge.runtimes.memory import mapped, release
 from gemma_edge.runtimes.signatures import Signature, SignatureRuntime
 from gemma_edge.runtimes.weight_cache import kept_weights
-
-log = logging.getLogger(__name__)
 
 OLDEST_LITERT = (2, 3)
 Named = Mapping[str, TensorBuffer]
@@ -37,27 +34,20 @@ class TFLiteRuntime(SignatureRuntime):
     """A bundle's TFLite backend."""
 
     def __init__(self, bundle: Path, manifest: Manifest, *, threads: int | None) -> None:
-        """Load the model and make the caches.
-
-        Args:
-            bundle, manifest: the folder and what it says of itself.
-            threads: None takes the target's; more than the machine has are not used.
+        """Load the model and make the caches; arguments as SignatureRuntime's.
 
         Raises:
             InputError: LiteRT is too old, or the file is not what the manifest says.
         """
-        super().__init__(bundle, manifest, "tflite", threads)
-        refuse_older("ai-edge-litert", metadata.version("ai-edge-litert"), OLDEST_LITERT)
-        log.info("loading %s with %d threads", self._path, self.threads)
+        super().__init__(bundle, manifest, "tflite", threads, package="ai-edge-litert", oldest=OLDEST_LITERT)
         self._caches: dict[str, TensorBuffer] = {}  # an input and an output of every signature
         self._io: dict[str, tuple[Named, Named]] = {}
         with self._loading():
             self._model = self._load()
             for signature in self._signatures:
                 self._check_contract(signature)
-            for signature in self._roles(
-                "prefill", "decode"
-            ):  # those of scoring, whose logits are large, when it is used
+            # those of scoring, whose logits are large, when it is used
+            for signature in self._roles("prefill", "decode"):
                 self._buffers_of(signature)
         release(mapped(self._path))  # its graph was read, and its weights if they were packed just now
 

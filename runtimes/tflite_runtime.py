@@ -5,8 +5,6 @@ The caches are variables inside the model (export/tflite/tflite_runtime.py). Wha
 
 from __future__ import annotations
 
-import logging
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -15,35 +13,26 @@ from tflite_runtime.interpreter import Interpreter, OpResolverType
 
 from gemma_edge.errors import InputError
 from gemma_edge.export.bundle import Manifest
-from gemma_edge.runtimes.base import Logits, refuse_older
-from gemma_edge.runtimes.signatures import Signature, SignatureRuntime
-
-log = logging.getLogger(__name__)
+from gemma_edge.runtimes.base import Logits
+from gemma_edge.runtimes.signatures import RESET, Signature, SignatureRuntime
 
 OLDEST = (2, 14)
-RESET = "reset"  # the signature that makes the variables
 
 
 class InterpreterRuntime(SignatureRuntime):
     """A bundle's tflite-runtime backend."""
 
     def __init__(self, bundle: Path, manifest: Manifest, *, threads: int | None) -> None:
-        """Load the model and make the caches.
-
-        Args:
-            bundle, manifest: the folder and what it says of itself.
-            threads: None takes the target's; more than the machine has are not used.
+        """Load the model and make the caches; arguments as SignatureRuntime's.
 
         Raises:
             InputError: tflite-runtime is too old or NumPy too new for it, or the file is not what the manifest says.
         """
-        super().__init__(bundle, manifest, "tflite-runtime", threads)
-        refuse_older("tflite-runtime", metadata.version("tflite-runtime"), OLDEST)
+        super().__init__(bundle, manifest, "tflite-runtime", threads, package="tflite-runtime", oldest=OLDEST)
         if int(np.__version__.partition(".")[0]) >= 2:
             raise InputError(
                 f"tflite-runtime needs a NumPy below 2, here is {np.__version__}; pip install 'gemma-edge[tflite-runtime]'"
             )
-        log.info("loading %s with %d threads", self._path, self.threads)
         with self._loading():
             # XNNPACK has nothing for the matrices, and would have all caches read at once, at the start
             self._model = Interpreter(

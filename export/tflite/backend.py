@@ -23,8 +23,8 @@ from gemma_edge.export.tflite.packing import LITERT, Packing
 from gemma_edge.export.tflite.seams import DECODE, PREFILL, SCORE, Step, states
 from gemma_edge.model.gemma2 import Gemma2, inverse_frequencies
 from gemma_edge.quantize.store import QuantizedCheckpoint
+from gemma_edge.runtimes.signatures import RESET
 
-RESET = "reset"  # signature of a variant with variables: no text was fed
 MODULE = "gemma2."  # prefix of the decoder's names inside a traced signature
 SCORED = 32  # most positions whose logits come from one call: 32 MB for 256,000 tokens
 
