@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from gemma_edge.errors import InputError
 from gemma_edge.export.bundle import Manifest
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -43,7 +44,10 @@ def build(folder: Path) -> Path:
 
 def run(program: Path, bundle: Path, ids: list[int], decode: int, packed: Path | None) -> dict[str, Any]:
     """What it says of a prompt and the greedy tokens after it."""
-    entry = Manifest.load(bundle).backends["executorch"]
+    backends = Manifest.load(bundle).backends
+    if "executorch" not in backends:
+        raise InputError(f"{bundle} holds {', '.join(backends)}, not executorch; export it with --backend executorch")
+    entry = backends["executorch"]
     words = [
         bundle / entry.settings["program"],
         entry.cache.prefill_chunk,
@@ -70,7 +74,11 @@ def main() -> None:
         sys.exit("no g++ on the PATH: install it")
     ids = [2, *(10 + index % 1000 for index in range(asked.prompt - 1))]
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(run(build(Path(folder)), asked.bundle, ids, asked.decode, asked.packed)))
+        try:
+            found = run(build(Path(folder)), asked.bundle, ids, asked.decode, asked.packed)
+        except InputError as error:
+            sys.exit(f"error: {error}")
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
