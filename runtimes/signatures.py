@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import sys
 from abc import abstractmethod
@@ -38,6 +39,19 @@ class Signature:
     name: str
     role: str  # prefill, score or decode
     tokens: int  # in one call
+    reach: int | None = None  # it sees the first slots only: right as long as no text is longer than that
+
+    def to_json(self) -> list[str | int | None]:
+        """What the manifest says of it, under its name."""
+        return [self.role, self.tokens, self.reach]
+
+    def is_right(self, position: int, tokens: int) -> bool:
+        """Whether it sees all of a text that so many tokens, or as many as it takes, continue at a position."""
+        return self.reach is None or position + min(tokens, self.tokens) <= self.reach
+
+    def worth(self, tokens: int) -> tuple[float, float]:
+        """The more, the less time a token takes when so many wait."""
+        return min(tokens, self.tokens) / (self.tokens + FIXED_COST), -math.inf if self.reach is None else -self.reach
 
 
 class SignatureRuntime(BaseRuntime):
@@ -95,7 +109,8 @@ class SignatureRuntime(BaseRuntime):
     def _feed(self, ids: NDArray[np.int64], position: int, signatures: Sequence[Signature]) -> Iterator[Logits | None]:
         """Run tokens through the signatures that take least time; the logits of each call, (t, V), where it has any."""
         while len(ids):
-            best = max(signatures, key=lambda each: min(len(ids), each.tokens) / (each.tokens + FIXED_COST))
+            right = (each for each in signatures if each.is_right(position, len(ids)))
+            best = max(right, key=lambda each: each.worth(len(ids)))
             count = min(len(ids), best.tokens)
             tokens, input_pos = np.zeros((1, best.tokens), np.int32), np.full(best.tokens, PADDING, np.int32)
             tokens[0, :count], input_pos[:count] = ids[:count], np.arange(position, position + count)

@@ -23,9 +23,10 @@ from gemma_edge.export.tflite.packing import LITERT, Packing
 from gemma_edge.export.tflite.seams import DECODE, PREFILL, SCORE, Step, states
 from gemma_edge.model.gemma2 import Gemma2, inverse_frequencies
 from gemma_edge.quantize.store import QuantizedCheckpoint
-from gemma_edge.runtimes.signatures import RESET
+from gemma_edge.runtimes.signatures import RESET, Signature
 
 MODULE = "gemma2."  # prefix of the decoder's names inside a traced signature
+SHORT = 4  # a text is short up to this part of the context
 SCORED = 32  # most positions whose logits come from one call: 32 MB for 256,000 tokens
 
 
@@ -74,37 +75,41 @@ def lower(
         gemma2 = Gemma2(checkpoint.config).eval()
     hollow = {name: _hollow(value) for name, value in gemma2.state_dict().items()}
     gemma2.load_state_dict(hollow, assign=True)
-    found = signatures(geometry.prefill_chunk)
-    for name, (role, tokens) in found.items():
-        program = trace(gemma2, geometry, role, tokens)
-        add_signature(model, name, program, checkpoint, states(geometry) if variant.variables else {})
+    found = signatures(geometry)
+    for signature in found:
+        program = trace(gemma2, geometry, signature)
+        add_signature(model, signature.name, program, checkpoint, states(geometry) if variant.variables else {})
     if variant.variables:
         add_reset(model, states(geometry))
     path = out / variant.file
     write_model(model, packing, checkpoint, path, progress)
     check_tflite(path, packing, checkpoint.config, checkpoint.configs, geometry, found)
-    settings = {"program": variant.file, "signatures": {name: list(entry) for name, entry in found.items()}}
+    settings = {"program": variant.file, "signatures": {each.name: each.to_json() for each in found}}
     return {**settings, **variant.needs}
 
 
-def signatures(chunk: int) -> dict[str, tuple[str, int]]:
-    """The signatures of a model that is fed chunks of at most that many tokens: name -> what it is for, tokens."""
+def signatures(geometry: CacheGeometry) -> list[Signature]:
+    """The signatures of a model. Those for short texts have other names: LiteRT-LM takes any prefill and decode for all."""
+    chunk, short = geometry.prefill_chunk, geometry.context // SHORT
     sizes = dict.fromkeys([chunk, chunk // 8]) if chunk >= 16 else [chunk]
     score = min(chunk, SCORED)
-    return {
-        **{f"{PREFILL}_{size}": (PREFILL, size) for size in sizes},
-        f"{SCORE}_{score}": (SCORE, score),
-        DECODE: (DECODE, 1),
-    }
+    roles = {chunk: PREFILL, 1: DECODE} if short >= chunk else {}
+    return [
+        *(Signature(f"{PREFILL}_{size}", PREFILL, size) for size in sizes),
+        Signature(f"{SCORE}_{score}", SCORE, score),
+        Signature(DECODE, DECODE, 1),
+        *(Signature(f"short_{tokens}", role, tokens, reach=short) for tokens, role in roles.items()),
+    ]
 
 
-def trace(gemma2: Gemma2, geometry: CacheGeometry, role: str, tokens: int) -> ExportedProgram:
+def trace(gemma2: Gemma2, geometry: CacheGeometry, signature: Signature) -> ExportedProgram:
     """One signature's graph, without weights."""
     past = {name: _hollow(torch.empty(shape, dtype=dtype)) for name, (shape, dtype) in states(geometry).items()}
+    tokens = signature.tokens
     inputs = torch.zeros(1, tokens, dtype=torch.int32), torch.zeros(tokens, dtype=torch.int32), past
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return export(Step(gemma2, geometry, role), inputs, strict=False)
+        return export(Step(gemma2, geometry, signature.role, signature.reach), inputs, strict=False)
 
 
 def add_signature(

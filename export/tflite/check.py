@@ -16,10 +16,11 @@ from gemma_edge.export.bundle import CacheGeometry
 from gemma_edge.export.tflite.file import ALIGNMENT
 from gemma_edge.export.tflite.graph import CODES
 from gemma_edge.export.tflite.packing import Packing
-from gemma_edge.export.tflite.seams import PREFILL, states
+from gemma_edge.export.tflite.seams import PREFILL, looked_at, states
 from gemma_edge.model.checkpoint import TABLE, linear_shapes, weight_shapes
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.quantize.recipe import QuantConfig
+from gemma_edge.runtimes.signatures import Signature
 
 READERS = ("FULLY_CONNECTED", "EMBEDDING_LOOKUP")  # operators whose second input is a weight
 OPERATORS = {code: name for name, code in vars(schema.BuiltinOperator).items() if isinstance(code, int)}
@@ -108,23 +109,24 @@ def check_tflite(
     config: Gemma2Config,
     configs: Mapping[str, QuantConfig | None],
     geometry: CacheGeometry,
-    signatures: Mapping[str, tuple[str, int]],
+    signatures: Iterable[Signature],
 ) -> None:
     """Compare a finished file with the model.
 
     Args:
         packing: how its weights should lie in it.
-        signatures: name -> what it is for, and its tokens.
+        signatures: those that it should have.
 
     Raises:
         RuntimeError: names what is not as it should be.
     """
     found = TFLite(path)
-    for name, (role, tokens) in signatures.items():
-        subgraph = found.subgraph(name)
-        _check_states(path, name, found, geometry, tokens)
+    for signature in signatures:
+        subgraph = found.subgraph(signature.name)
+        _check_states(path, found, geometry, signature)
         uses = list(found.uses(subgraph))
-        _check_order(path, name, uses, config, role)
+        _check_order(path, signature.name, uses, config, signature.role)
+        _check_reach(path, found, geometry, signature)
         for use in uses:
             _check_weight(path, packing, found, use, config, configs)
     _check_places(path, found)
@@ -133,8 +135,9 @@ def check_tflite(
         raise RuntimeError(f"{path.name}: a constant of {largest} bytes lies in the graph: no norm is that large")
 
 
-def _check_states(path: Path, name: str, found: TFLite, geometry: CacheGeometry, tokens: int) -> None:
+def _check_states(path: Path, found: TFLite, geometry: CacheGeometry, signature: Signature) -> None:
     """Tokens and positions come in; caches come in and go out, or are variables that are read and assigned."""
+    name, tokens = signature.name, signature.tokens
     subgraph = found.subgraph(name)
     wanted = {key: shape for key, (shape, _) in states(geometry).items()}
     come = [subgraph.tensors[index] for index in subgraph.inputs]
@@ -151,6 +154,17 @@ def _check_states(path: Path, name: str, found: TFLite, geometry: CacheGeometry,
     kept = sorted(shape for tensor in go if (shape := tuple(tensor.shape.tolist())) in wanted.values())
     if kept != sorted(wanted.values()):
         raise RuntimeError(f"{path.name}: {name} gives caches of {kept}, expected {sorted(wanted.values())}")
+
+
+def _check_reach(path: Path, found: TFLite, geometry: CacheGeometry, signature: Signature) -> None:
+    """Each layer multiplies as many of its slots as the signature reaches: by the keys, then by the values."""
+    subgraph = found.subgraph(signature.name)
+    right = [step.inputs[1] for step in subgraph.operators if found.name_of(step) == "BATCH_MATMUL"]
+    slots = [int(subgraph.tensors[index].shape[2]) for index in right]
+    layers = geometry.layers[:-1] if signature.role == PREFILL else geometry.layers  # its last one is not needed
+    wanted = [looked_at(layer, signature.reach) for layer in layers for _ in "kv"]
+    if slots != wanted:
+        raise RuntimeError(f"{path.name}: {signature.name} looks at {slots} slots, expected {wanted}")
 
 
 def _check_order(path: Path, name: str, uses: Iterable[Use], config: Gemma2Config, role: str) -> None:

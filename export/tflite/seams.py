@@ -7,6 +7,9 @@ first token's position says what still counts: what a rewind or a reset left beh
 
 A chunk may be padded: tokens whose `input_pos` does not follow the first one's are written, and marked as nothing. They overwrite
 slots as far as a whole chunk does, so that R >= W + N - 1 (model/kv_cache.py) is enough: S = R + N - 1 slots in all.
+
+As long as a text is short, the slots behind it hold nothing, and reading them takes as long as reading the others. So there are
+signatures that look at the first slots only: right for texts of at most as many tokens.
 """
 
 from __future__ import annotations
@@ -49,21 +52,28 @@ def ring_of(layer: LayerCache, chunk: int) -> int:
     return layer.slots - chunk + 1
 
 
+def looked_at(layer: LayerCache, reach: int | None) -> int:
+    """How many of a layer's slots, from the first on, hold a text of at most `reach` tokens."""
+    return layer.slots if reach is None else min(reach, layer.slots)
+
+
 @dataclass(frozen=True)
 class View:
     """A chunk's place in the caches of one kind of layer."""
 
     start: Tensor  # (1,) int32, its first slot
-    mask: Tensor  # (1, 1, T, S), added to the scores
+    slots: int  # L of its S slots, the first ones, are looked at
+    mask: Tensor  # (1, 1, T, L), added to the scores
 
 
-def view(held: Tensor, input_pos: Tensor, layer: LayerCache, ring: int) -> tuple[View, Tensor]:
+def view(held: Tensor, input_pos: Tensor, layer: LayerCache, ring: int, reach: int | None) -> tuple[View, Tensor]:
     """Where a chunk goes and what it sees.
 
     Args:
         held: (1, 1, 1, S) int32, the position in each slot plus one; 0: nothing.
         input_pos: (T,) int32; those that do not follow the first are padding.
         layer, ring: the caches' geometry, and R of it.
+        reach: no text is longer; None: it may be.
 
     Returns:
         the view, and `held` after the chunk.
@@ -76,21 +86,31 @@ def view(held: Tensor, input_pos: Tensor, layer: LayerCache, ring: int) -> tuple
     start = torch.remainder(first, ring)
     zeros = torch.zeros(3, dtype=torch.int32)
     held = update_slice(kept, new, torch.cat([zeros, start]))
-    age = positions.view(1, 1, tokens, 1) - (held - 1)  # (1, 1, T, S)
-    seen = (held > 0) & (age >= 0) & (age < layer.window)
-    return View(start, torch.where(seen, 0.0, HIDDEN)), held
+    slots = looked_at(layer, reach)
+    first_held = held[..., :slots]
+    age = positions.view(1, 1, tokens, 1) - (first_held - 1)  # (1, 1, T, L)
+    seen = (first_held > 0) & (age >= 0) & (age < layer.window)
+    return View(start, slots, torch.where(seen, 0.0, HIDDEN)), held
 
 
 class SlotCache:
     """`KVCache` over the signature's inputs; what must be kept is left in `after`."""
 
-    def __init__(self, config: Gemma2Config, geometry: CacheGeometry, past: Mapping[str, Tensor], input_pos: Tensor):
+    def __init__(
+        self,
+        config: Gemma2Config,
+        geometry: CacheGeometry,
+        past: Mapping[str, Tensor],
+        input_pos: Tensor,
+        reach: int | None,
+    ) -> None:
         """Compute masks.
 
         Args:
             config, geometry: the model's, and its caches'.
             past: by name: keys and values (1, K, S, D) of every layer, and what each kind of layer's slots hold.
             input_pos: (T,) int32.
+            reach: no text is longer; None: it may be.
         """
         self.config, self.geometry, self.past = config, geometry, past
         self.after: dict[str, Tensor] = {}
@@ -98,7 +118,7 @@ class SlotCache:
         for index, layer in enumerate(kinds(geometry)):
             name = f"{HELD}{index}"
             self.views[layer], self.after[name] = view(
-                past[name], input_pos, layer, ring_of(layer, geometry.prefill_chunk)
+                past[name], input_pos, layer, ring_of(layer, geometry.prefill_chunk), reach
             )
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope, input_pos: Tensor) -> Tensor:
@@ -109,18 +129,18 @@ class SlotCache:
         q = rotate(q.view(1, tokens, heads, c.head_dim).transpose(1, 2), rope) * c.query_pre_attn_scalar**-0.5
         k = rotate(k.view(1, tokens, kv_heads, c.head_dim).transpose(1, 2), rope)  # (1, K, T, D)
         v = v.view(1, tokens, kv_heads, c.head_dim).transpose(1, 2)  # (1, K, T, D)
-        keys, values = self._write(f"{KEY}{layer}", k, view), self._write(f"{VALUE}{layer}", v, view)  # (1, K, S, D)
+        keys, values = self._write(f"{KEY}{layer}", k, view), self._write(f"{VALUE}{layer}", v, view)  # (1, K, L, D)
         q = q.reshape(1, kv_heads, -1, c.head_dim)  # (1, K, G*T, D)
         scores = soft_cap(q @ keys.transpose(2, 3), c.attn_logit_softcapping).view(1, heads, tokens, -1)
-        weights = torch.softmax(scores + view.mask, dim=-1).view(1, kv_heads, -1, keys.shape[2])  # (1, K, G*T, S)
+        weights = torch.softmax(scores + view.mask, dim=-1).view(1, kv_heads, -1, view.slots)  # (1, K, G*T, L)
         out = (weights @ values).view(1, heads, tokens, c.head_dim).transpose(1, 2)  # (1, T, H, D)
         return out.reshape(1, tokens, -1)
 
     def _write(self, name: str, new: Tensor, view: View) -> Tensor:
-        """Put the chunk (1, K, T, D) into its slots."""
+        """Put the chunk (1, K, T, D) into its slots; those that are looked at."""
         zeros = torch.zeros(2, dtype=torch.int32)
         self.after[name] = update_slice(self.past[name], new, torch.cat([zeros, view.start, zeros[:1]]))
-        return self.after[name]
+        return self.after[name][:, :, : view.slots]
 
 
 def kinds(geometry: CacheGeometry) -> list[LayerCache]:
@@ -142,14 +162,14 @@ def states(geometry: CacheGeometry) -> dict[str, tuple[tuple[int, ...], torch.dt
 class Step(nn.Module):
     """One signature: a chunk through the decoder."""
 
-    def __init__(self, gemma2: Gemma2, geometry: CacheGeometry, role: str) -> None:
+    def __init__(self, gemma2: Gemma2, geometry: CacheGeometry, role: str, reach: int | None) -> None:
         super().__init__()
-        self.gemma2, self.geometry, self.role = gemma2, geometry, role
+        self.gemma2, self.geometry, self.role, self.reach = gemma2, geometry, role, reach
 
     def forward(self, tokens: Tensor, input_pos: Tensor, past: dict[str, Tensor]) -> dict[str, Tensor]:
         """The states after the tokens (1, T) int32, and logits (1, T, V) unless this only prefills."""
         gemma2 = self.gemma2
-        cache = SlotCache(gemma2.config, self.geometry, past, input_pos)
+        cache = SlotCache(gemma2.config, self.geometry, past, input_pos, self.reach)
         x = gemma2.model(tokens, input_pos[:1], cache)
         logits = {} if self.role == PREFILL else {"logits": gemma2.head(x)}
         return {**logits, **cache.after}

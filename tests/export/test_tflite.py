@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import DEMO, SHAPES, hf_logits, hf_model, relative_error
 from lowered import prefilled, some_ids
+from numpy.typing import NDArray
 from rewinding import worst_error
 from tflite_bundles import CHUNK, UNEVEN, assert_holds_integers, make_bundle, reference
 
@@ -27,6 +28,8 @@ from gemma_edge.model.checkpoint import TABLE, weight_shapes
 from gemma_edge.quantize.recipe import QuantConfig, Recipe, make_recipe
 from gemma_edge.quantize.store import QuantizedCheckpoint, open_weights
 from gemma_edge.runtimes.base import Runtime
+from gemma_edge.runtimes.signatures import Signature
+from gemma_edge.runtimes.tflite import TFLiteRuntime
 from gemma_edge.user_cache import VARIABLE
 
 
@@ -50,6 +53,34 @@ def test_float_model_equals_transformers_in_uneven_chunks_past_the_window(
     )  # also: what was there before counts no more
     runtime.reset()
     assert relative_error(prefilled(runtime, ids, [82]), expected[-1:]) < 1e-5
+
+
+def test_a_short_text_is_looked_at_alone(
+    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same numbers as by the signatures for any text, and those take over at a quarter of the context."""
+    folder = checkpoint()
+    runtime = loaded(folder, tmp_path, make_recipe(32), context=96)
+    assert isinstance(runtime, TFLiteRuntime)
+    calls: list[tuple[str, int]] = []
+    call = runtime._call
+
+    def noted(
+        signature: Signature, tokens: NDArray[np.int32], input_pos: NDArray[np.int32]
+    ) -> NDArray[np.float32] | None:
+        calls.append((signature.name, int(input_pos[0])))
+        return call(signature, tokens, input_pos)
+
+    monkeypatch.setattr(runtime, "_call", noted)
+    ids = some_ids(45, open_weights(folder).config.vocab_size)
+    sizes = [17, *[1] * 11, 17]
+    alone = prefilled(runtime, ids, sizes)
+    assert calls[:2] == [("short_16", 0), ("short_1", 16)], "a prompt"
+    assert calls[7:10] == [("short_1", 22), ("short_1", 23), ("decode", 24)], "the 24th token is the last one"
+    assert calls[-2:] == [("prefill_16", 28), ("decode", 44)]
+    monkeypatch.setattr(runtime, "_signatures", [each for each in runtime._signatures if each.reach is None])
+    runtime.reset()
+    assert relative_error(alone, prefilled(runtime, ids, sizes)) < 1e-6
 
 
 @pytest.mark.parametrize("chunk", [1, 5])
@@ -106,7 +137,7 @@ def test_plan_knows_the_size(integers: tuple[QuantizedCheckpoint, Runtime]) -> N
 def test_a_file_that_holds_something_else_is_found_out(integers: tuple[QuantizedCheckpoint, Runtime]) -> None:
     quantized, runtime = integers
     path, config, cache = runtime.bundle / FILE, quantized.config, runtime.cache
-    found = signatures(CHUNK)
+    found = signatures(cache)
     check_tflite(path, LITERT, config, quantized.configs, cache, found)
     other = QuantConfig(bits=8, group_size=0) if quantized.configs[TABLE] != QuantConfig(8, 0) else None
     wrong = {**quantized.configs, TABLE: other}
@@ -115,9 +146,11 @@ def test_a_file_that_holds_something_else_is_found_out(integers: tuple[Quantized
     with pytest.raises(RuntimeError, match="prefill_16 takes"):
         check_tflite(path, LITERT, config, quantized.configs, geometry(config, 17, CHUNK, backend="tflite"), found)
     with pytest.raises(RuntimeError, match="0 signatures prefill_3"):
-        check_tflite(path, LITERT, config, quantized.configs, cache, {"prefill_3": ("prefill", 3)})
+        check_tflite(path, LITERT, config, quantized.configs, cache, [Signature("prefill_3", "prefill", 3)])
     with pytest.raises(RuntimeError, match="decode has .*q_proj.* where .*FULLY_CONNECTED"):
-        check_tflite(path, LITERT, config, quantized.configs, cache, {"decode": ("prefill", 1)})
+        check_tflite(path, LITERT, config, quantized.configs, cache, [Signature("decode", "prefill", 1)])
+    with pytest.raises(RuntimeError, match="decode looks at"):
+        check_tflite(path, LITERT, config, quantized.configs, cache, [Signature("decode", "decode", 1, reach=8)])
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,8 @@ def test_model_holds_the_checkpoints_integers_and_scales_bit_for_bit(
 def test_a_file_that_holds_something_else_is_found_out(bundles: dict[str, tuple[QuantizedCheckpoint, Path]]) -> None:
     quantized, bundle = bundles["int8"]
     path, config, configs = bundle / FILE, quantized.config, quantized.configs
-    cache, found = Manifest.load(bundle).backends[NAME].cache, signatures(16)
+    cache = Manifest.load(bundle).backends[NAME].cache
+    found = signatures(cache)
     check_tflite(path, TFLITE_RUNTIME, config, configs, cache, found)
     with pytest.raises(RuntimeError, match="scales"):  # what is silently zero there: a scale per channel in the weight
         check_tflite(path, LITERT, config, configs, cache, found)
