@@ -21,13 +21,11 @@ from numpy.typing import NDArray
 from gemma_edge.errors import InputError, one_line
 from gemma_edge.export.bundle import Manifest, confined
 from gemma_edge.runtimes.base import BaseRuntime, Buffers, Logits, refuse_older, thread_count
-from gemma_edge.runtimes.memory import Region, mapped, release
+from gemma_edge.runtimes.memory import MappedTable
 
 log = logging.getLogger(__name__)
 
 OLDEST_EXECUTORCH = (1, 5)
-# Each token reads one row of the table, and the system maps up to a megabyte around it: without end, all of the file.
-RELEASE_AFTER = 128  # tokens
 OPERATORS = ("kernels/quantized/*quantized_ops_aot_lib.*", "extension/llm/custom_ops/*custom_ops_aot_lib.*")
 
 
@@ -61,18 +59,14 @@ class ExecuTorchRuntime(BaseRuntime):
         self._role = ""
         self._method: Any = None
         self._scores_only = False
-        self._mapped: list[Region] = []
-        self._unreleased = 0  # tokens whose rows of the table were read since the last release
+        self._table: MappedTable
         self._open("generate")
 
     def _forward(self, ids: NDArray[np.int64], *, every_position: bool) -> Logits:
         """See BaseRuntime; the logits belong to the caller."""
         self._open("score" if every_position or self._scores_only else "generate")
         logits = self._run(ids, self.position)
-        self._unreleased += len(ids)
-        if self._unreleased >= RELEASE_AFTER:
-            release(self._mapped)
-            self._unreleased = 0
+        self._table.read(len(ids))
         return logits if every_position else logits[-1:]
 
     def _clear(self) -> None:
@@ -108,8 +102,7 @@ class ExecuTorchRuntime(BaseRuntime):
                 f"{self._path} is damaged or no program of this bundle: {one_line(error)}; export the bundle again"
             ) from None
         self._check_contract(method.method_meta(), role)
-        self._mapped = mapped(self._path)
-        release(self._mapped)  # the linears are packed in memory now
+        self._table = MappedTable(self._path)  # the linears are packed in memory now
         self._method, self._role = method, role
         for name, rows in carried.items():
             self._buffers()[name][..., : self._written, :] = rows

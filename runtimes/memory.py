@@ -68,3 +68,25 @@ def release(regions: Iterable[Region]) -> None:
     for start, size in regions:
         library.munlock(ctypes.c_void_p(start), ctypes.c_size_t(size))
         library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), MADV_DONTNEED)
+
+
+class MappedTable:
+    """A mapped model file of which each token reads one row of the embedding table, and nothing else is needed.
+
+    The system maps up to a megabyte around each row: without end, all of the file. So its pages are let go now and then.
+    """
+
+    RELEASE_AFTER = 128  # tokens
+
+    def __init__(self, path: Path) -> None:
+        """Of what is mapped now, let go what loading has read."""
+        self._regions = mapped(path)
+        release(self._regions)
+        self._read = 0
+
+    def read(self, tokens: int) -> None:
+        """So many tokens' rows were read."""
+        self._read += tokens
+        if self._read >= self.RELEASE_AFTER:
+            release(self._regions)
+            self._read = 0

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from gemma_edge.export.bundle import Manifest
 from gemma_edge.runtimes.base import Logits
-from gemma_edge.runtimes.memory import mapped, release
+from gemma_edge.runtimes.memory import MappedTable
 from gemma_edge.runtimes.signatures import Signature, SignatureRuntime
 from gemma_edge.runtimes.weight_cache import kept_weights
 
@@ -49,7 +49,7 @@ class TFLiteRuntime(SignatureRuntime):
             # those of scoring, whose logits are large, when it is used
             for signature in self._roles("prefill", "decode"):
                 self._buffers_of(signature)
-        release(mapped(self._path))  # its graph was read, and its weights if they were packed just now
+        self._table = MappedTable(self._path)  # its graph was read, and its weights if they were packed just now
 
     def _load(self) -> CompiledModel:
         with kept_weights(self._digest, f"ai-edge-litert {metadata.version('ai-edge-litert')}") as path:
@@ -91,6 +91,7 @@ class TFLiteRuntime(SignatureRuntime):
         inputs["tokens"].write(tokens)
         inputs["input_pos"].write(input_pos)
         self._model.run_by_name(signature.name, inputs, outputs)
+        self._table.read(signature.tokens)
         if "logits" not in outputs:
             return None
         flat = outputs["logits"].read(signature.tokens * self.vocab_size, np.float32)
