@@ -18,6 +18,10 @@ internal class JsonReader(private val bytes: ByteArray, private val rawNumbers: 
     var end = 0
         private set
 
+    /** [TextHash] of that string, made on the way: a second pass over 10 MB would be felt. */
+    var hash = 0L
+        private set
+
     private var scratch = ByteArray(64)
 
     /** Go through an object; [each] must read the value of every key. */
@@ -95,22 +99,29 @@ internal class JsonReader(private val bytes: ByteArray, private val rawNumbers: 
         if (!taken(character)) fail("'$character'")
     }
 
-    /** Read a string into [text], [start] and [end]. */
+    /** Read a string into [text], [start], [end] and [hash]. */
     fun scanString() {
         expect('"')
         val first = position
-        while (position < bytes.size) {
-            val byte = bytes[position]
+        var hashed = TextHash.EMPTY
+        for (at in first until bytes.size) {
+            val byte = bytes[at]
             if (byte == QUOTE) {
-                text = bytes
-                start = first
-                end = position++
-                return
+                position = at + 1
+                return found(bytes, first, at, hashed)
             }
             if (byte == BACKSLASH) return unescape(first)
-            position++
+            hashed = TextHash.next(hashed, byte)
         }
+        position = bytes.size
         fail("the end of a string")
+    }
+
+    private fun found(text: ByteArray, start: Int, end: Int, hash: Long) {
+        this.text = text
+        this.start = start
+        this.end = end
+        this.hash = hash
     }
 
     private fun unescape(first: Int) {
@@ -140,9 +151,7 @@ internal class JsonReader(private val bytes: ByteArray, private val rawNumbers: 
                 else -> fail("an escape")
             }
         }
-        text = scratch
-        start = 0
-        end = length
+        found(scratch, 0, length, TextHash.of(scratch, 0, length))
     }
 
     private fun codePoint(): Int {

@@ -9,7 +9,8 @@ internal class AddedToken(val id: Int, val content: ByteArray, val special: Bool
  */
 internal class TokenizerFile private constructor(bytes: ByteArray) {
     val vocabulary = Vocabulary(expected = bytes.size / 68 + 16) // as in Gemma's own
-    val merges = Merges(vocabulary, expected = bytes.size / 30 + 16)
+    var merges = Merges(vocabulary)
+        private set
     val added = ArrayList<AddedToken>()
 
     /** What replaces a blank, and becomes one again. */
@@ -32,6 +33,8 @@ internal class TokenizerFile private constructor(bytes: ByteArray) {
             }
         }
         reader.expectEnd()
+        vocabulary.index()
+        merges.index()
         check()
     }
 
@@ -49,7 +52,7 @@ internal class TokenizerFile private constructor(bytes: ByteArray) {
 
     private fun readVocabulary(reader: JsonReader) = reader.readRawObject {
         reader.expect(':')
-        vocabulary.add(reader.readInt(), reader.text, reader.start, reader.end)
+        vocabulary.add(reader.readInt(), reader.text, reader.start, reader.end, reader.hash)
     }
 
     /**
@@ -57,27 +60,26 @@ internal class TokenizerFile private constructor(bytes: ByteArray) {
      * half a second less for Gemma's own.
      */
     private fun readMerges(reader: JsonReader) {
-        var rank = 0
+        merges = Merges(vocabulary, expected = vocabulary.size * 9 / 4) // as in Gemma's own
         reader.readArray {
-            val left: Long
-            val right: Long
             if (reader.taken('[')) {
                 reader.scanString()
-                left = TextHash.of(reader.text, reader.start, reader.end)
+                val left = reader.hash
                 reader.expect(',')
                 reader.scanString()
-                right = TextHash.of(reader.text, reader.start, reader.end)
+                merges.add(TextHash.pair(left, reader.hash, reader.end - reader.start))
                 reader.expect(']')
             } else {
                 reader.scanString()
-                var middle = reader.start
-                while (middle < reader.end && reader.text[middle] != SPACE) middle++
-                if (middle == reader.end) throw JsonException("merge $rank has no blank in it")
-                left = TextHash.of(reader.text, reader.start, middle)
-                right = TextHash.of(reader.text, middle + 1, reader.end)
+                if (!hasBlank(reader)) throw JsonException("merge ${merges.count} has no blank in it")
+                merges.add(reader.hash)
             }
-            merges.add(left, right, rank++)
         }
+    }
+
+    private fun hasBlank(reader: JsonReader): Boolean {
+        for (i in reader.start until reader.end) if (reader.text[i] == SPACE) return true
+        return false
     }
 
     private fun addToken(node: Node) {

@@ -1,6 +1,7 @@
 package gemma.edge
 
 import java.io.File
+import java.io.RandomAccessFile
 import org.junit.Assert.assertArrayEquals
 import org.junit.Assert.assertEquals
 import org.junit.Rule
@@ -95,6 +96,51 @@ class TokenizerTest {
             path.writeText(changed)
             assertRefuses<UnsupportedException>(named) { open(temporary.root) }
         }
+    }
+
+    @Test
+    fun merges_written_in_either_way_give_the_same_ids() {
+        val original = File(demo, Tokenizer.FILE).readText()
+        val pair = Regex("""\[\s*"((?:[^"\\]|\\.)*)",\s*"((?:[^"\\]|\\.)*)"\s*]""")
+        val start = original.indexOf("\"merges\"")
+        check(pair.find(original, start) != null) { "the demo's merges are no pairs" }
+        File(temporary.root, Tokenizer.FILE).writeText(
+            original.take(start) + pair.replace(original.drop(start)) { "\"${it.groupValues[1]} ${it.groupValues[2]}\"" },
+        )
+        val tokenizer = open(temporary.root)
+        for (row in rows(demo).filter { it["text"].value != null }) {
+            assertArrayEquals(row["text"].string, Fixtures.ints(row["ids"]), tokenizer.encode(row["text"].string, bos = false))
+        }
+    }
+
+    @Test
+    fun a_merge_of_one_text_is_refused() {
+        val path = temporary.newFile(Tokenizer.FILE)
+        path.writeText("""{"model": {"vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b", "ab"]}}""")
+        assertRefuses<BundleException>("merge 1 has no blank") { open(temporary.root) }
+    }
+
+    @Test
+    fun an_id_of_two_texts_is_refused() {
+        val path = temporary.newFile(Tokenizer.FILE)
+        path.writeText("""{"model": {"vocab": {"a": 0, "b": 0}}}""")
+        assertRefuses<BundleException>("token id 0 is there twice") { open(temporary.root) }
+    }
+
+    @Test
+    fun an_id_between_others_may_have_no_text() {
+        val vocabulary = Vocabulary(expected = 1)
+        val text = "ab".toByteArray()
+        for ((id, end) in listOf(2 to 1, 7 to 2)) vocabulary.add(id, text, 0, end, TextHash.of(text, 0, end))
+        vocabulary.index()
+        assertEquals(listOf(2, 7, -1, -1), listOf("a", "ab", "b", "").map { vocabulary.find(it) })
+        assertEquals(listOf(null, "a", null, "ab", null), listOf(0, 2, 5, 7, 8).map { id -> vocabulary.bytes(id)?.let(::String) })
+    }
+
+    @Test
+    fun a_file_that_no_tokenizer_has_is_not_read() {
+        RandomAccessFile(temporary.newFile(Tokenizer.FILE), "rw").use { it.setLength(1L shl 32) }
+        assertRefuses<BundleException>("4294967296 bytes", "268435456") { open(temporary.root) }
     }
 
     @Test
