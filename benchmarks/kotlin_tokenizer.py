@@ -33,7 +33,7 @@ class Load {
 
 
 def _run(*command: str | Path) -> str:
-    return subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 @click.command(help=__doc__.splitlines()[0] if __doc__ else "")

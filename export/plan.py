@@ -40,7 +40,7 @@ class Plan:
     context: int
     prefill_chunk: int
     kv_dtype: str  # of the cache's elements, a value of KV_DTYPES
-    weights_bytes: int  # of the weights file, exact; what a backend writes beside it takes under 2 MB
+    weights_bytes: int  # of the weights file, exact; what a backend writes beside it takes under 5 MB
     kv_bytes: int  # exact
     device_ram_bytes: int  # resident while generating
     device_ram_limit_bytes: int
@@ -202,7 +202,7 @@ def _predict(
         weights_bytes=sizes.file,
         kv_dtype=cache.dtype,
         kv_bytes=cache.bytes,
-        device_ram_bytes=_device_ram(config, sizes, cache),
+        device_ram_bytes=_device_ram(config, sizes, cache, backend),
         device_ram_limit_bytes=target.ram_bytes,
         export_ram_bytes=_export_ram(config),
         # the checkpoint is no larger than the bundle's file, but for a table that stays there in float beside its integers
@@ -211,6 +211,8 @@ def _predict(
 
 
 RUNTIME_BASE = 68 * MIB  # interpreter, onnxruntime and numpy, without a model
+SIGNATURES = 7  # of a .tflite
+GRAPH_PER_LAYER = 7 * MIB // 10  # of each, with the scales of the layer's weights
 EXPORT_BASE = 750 * MIB  # interpreter, torch, onnx and the exporter
 TRACE_PER_LAYER = 3 * MIB // 2
 CALIBRATION_BASE = 480 * MIB  # interpreter and torch
@@ -218,11 +220,19 @@ MOMENT_COPIES = 5  # of the widest second moment at once: itself, sorted, its fa
 SLICE_COPIES = 12  # float32 temporaries of one slice
 
 
-def _device_ram(config: Gemma2Config, sizes: Sizes, cache: CacheGeometry) -> int:
+def _device_ram(config: Gemma2Config, sizes: Sizes, cache: CacheGeometry, backend: str) -> int:
     """The runtime with weights, a full cache, one chunk's widest activations and the logits."""
     widest = 3 * config.intermediate_size + 4 * config.hidden_size
     activations = 4 * (cache.prefill_chunk * widest + 2 * config.vocab_size)
-    return RUNTIME_BASE + sizes.resident + cache.bytes + activations
+    own = _signatures_ram(config, cache) if backend in UNWRAPPED_CACHES else 0
+    return RUNTIME_BASE + sizes.resident + cache.bytes + activations + own
+
+
+def _signatures_ram(config: Gemma2Config, cache: CacheGeometry) -> int:
+    """What a .tflite's signatures have each for itself: their graphs, and what goes from layer to layer around the caches."""
+    passed = config.hidden_size + (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+    tokens = 2 * (cache.prefill_chunk + cache.prefill_chunk // 8)  # of those that prefill, for short texts and for any
+    return config.num_hidden_layers * (SIGNATURES * GRAPH_PER_LAYER + 4 * tokens * passed)
 
 
 def _export_ram(config: Gemma2Config) -> int:
@@ -255,7 +265,7 @@ def _too_large(plan: Plan, source: Checkpoint | QuantizedCheckpoint, sizes: Size
 
     def ram(context: int) -> int:
         cache = geometry(source.config, context, plan.prefill_chunk, plan.kv_dtype, backend=plan.backend)
-        return _device_ram(source.config, sizes, cache)
+        return _device_ram(source.config, sizes, cache, plan.backend)
 
     fitting = bisect_right(smaller, target.ram_bytes, key=ram)  # RAM only grows with the context
     if fitting:

@@ -66,7 +66,7 @@ class ExecuTorchRuntime(BaseRuntime):
         """See BaseRuntime; the logits belong to the caller."""
         self._open("score" if every_position or self._scores_only else "generate")
         logits = self._run(ids, self.position)
-        self._table.read(len(ids))
+        self._table.count(len(ids))
         return logits if every_position else logits[-1:]
 
     def _clear(self) -> None:

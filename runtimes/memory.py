@@ -63,15 +63,15 @@ def mapped(path: Path) -> list[Region]:
 
 
 def release(regions: Iterable[Region]) -> None:
-    """Let the system take back what was read of mapped files and locked in memory."""
-    library = ctypes.CDLL(None)
+    """Let the system take back what was read of mapped files and locked in memory. The regions must be mapped still."""
     for start, size in regions:
+        library = ctypes.CDLL(None)
         library.munlock(ctypes.c_void_p(start), ctypes.c_size_t(size))
         library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), MADV_DONTNEED)
 
 
 class MappedTable:
-    """A mapped model file of which each token reads one row of the embedding table, and nothing else is needed.
+    """A mapped model file of which each token needs one row of the embedding table, and little else.
 
     The system maps up to a megabyte around each row: without end, all of the file. So its pages are let go now and then.
     """
@@ -79,14 +79,14 @@ class MappedTable:
     RELEASE_AFTER = 128  # tokens
 
     def __init__(self, path: Path) -> None:
-        """Of what is mapped now, let go what loading has read."""
-        self._regions = mapped(path)
-        release(self._regions)
-        self._read = 0
+        """Let go what loading has read."""
+        self._path, self._since = path, 0
+        release(mapped(path))
 
-    def read(self, tokens: int) -> None:
-        """So many tokens' rows were read."""
-        self._read += tokens
-        if self._read >= self.RELEASE_AFTER:
-            release(self._regions)
-            self._read = 0
+    def count(self, tokens: int) -> None:
+        """Rows of so many tokens were read."""
+        self._since += tokens
+        if self._since >= self.RELEASE_AFTER:
+            # looked up anew: another model of the same file may have gone, and its addresses be somebody else's memory
+            release(mapped(self._path))
+            self._since = 0

@@ -39,19 +39,21 @@ class Signature:
     name: str
     role: str  # prefill, score or decode
     tokens: int  # in one call
-    reach: int | None = None  # it sees the first slots only: right as long as no text is longer than that
+    longest: int | None = None  # text that it is right for, as it looks at so many slots; None: any
 
     def to_json(self) -> list[str | int | None]:
         """What the manifest says of it, under its name."""
-        return [self.role, self.tokens, self.reach]
+        return [self.role, self.tokens, self.longest]
 
     def is_right(self, position: int, tokens: int) -> bool:
         """Whether it sees all of a text that so many tokens, or as many as it takes, continue at a position."""
-        return self.reach is None or position + min(tokens, self.tokens) <= self.reach
+        return self.longest is None or position + min(tokens, self.tokens) <= self.longest
 
     def worth(self, tokens: int) -> tuple[float, float]:
         """The more, the less time a token takes when so many wait."""
-        return min(tokens, self.tokens) / (self.tokens + FIXED_COST), -math.inf if self.reach is None else -self.reach
+        return min(tokens, self.tokens) / (
+            self.tokens + FIXED_COST
+        ), -math.inf if self.longest is None else -self.longest
 
 
 class SignatureRuntime(BaseRuntime):

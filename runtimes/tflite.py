@@ -91,7 +91,7 @@ class TFLiteRuntime(SignatureRuntime):
         inputs["tokens"].write(tokens)
         inputs["input_pos"].write(input_pos)
         self._model.run_by_name(signature.name, inputs, outputs)
-        self._table.read(signature.tokens)
+        self._table.count(signature.tokens)
         if "logits" not in outputs:
             return None
         flat = outputs["logits"].read(signature.tokens * self.vocab_size, np.float32)

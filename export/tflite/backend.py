@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from gemma_edge.quantize.store import QuantizedCheckpoint
 from gemma_edge.runtimes.signatures import RESET, Signature
 
 MODULE = "gemma2."  # prefix of the decoder's names inside a traced signature
-SHORT = 4  # a text is short up to this part of the context
+SHORT = 4  # a text is short if the context would hold so many of it
 SCORED = 32  # most positions whose logits come from one call: 32 MB for 256,000 tokens
 
 
@@ -93,12 +93,12 @@ def signatures(geometry: CacheGeometry) -> list[Signature]:
     chunk, short = geometry.prefill_chunk, geometry.context // SHORT
     sizes = dict.fromkeys([chunk, chunk // 8]) if chunk >= 16 else [chunk]
     score = min(chunk, SCORED)
-    roles = {chunk: PREFILL, 1: DECODE} if short >= chunk else {}
+    fed = [*(Signature(f"{PREFILL}_{size}", PREFILL, size) for size in sizes), Signature(DECODE, DECODE, 1)]
+    by_size = {each.tokens: each for each in fed} if short >= chunk else {}  # to decode is also to prefill one token
     return [
-        *(Signature(f"{PREFILL}_{size}", PREFILL, size) for size in sizes),
+        *fed,
         Signature(f"{SCORE}_{score}", SCORE, score),
-        Signature(DECODE, DECODE, 1),
-        *(Signature(f"short_{tokens}", role, tokens, reach=short) for tokens, role in roles.items()),
+        *(replace(each, name=f"short_{size}", longest=short) for size, each in by_size.items()),
     ]
 
 
@@ -109,7 +109,7 @@ def trace(gemma2: Gemma2, geometry: CacheGeometry, signature: Signature) -> Expo
     inputs = torch.zeros(1, tokens, dtype=torch.int32), torch.zeros(tokens, dtype=torch.int32), past
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return export(Step(gemma2, geometry, signature.role, signature.reach), inputs, strict=False)
+        return export(Step(gemma2, geometry, signature.role, longest=signature.longest), inputs, strict=False)
 
 
 def add_signature(

@@ -126,7 +126,7 @@ def check_tflite(
         _check_states(path, found, geometry, signature)
         uses = list(found.uses(subgraph))
         _check_order(path, signature.name, uses, config, signature.role)
-        _check_reach(path, found, geometry, signature)
+        _check_slots(path, found, geometry, signature)
         for use in uses:
             _check_weight(path, packing, found, use, config, configs)
     _check_places(path, found)
@@ -156,13 +156,13 @@ def _check_states(path: Path, found: TFLite, geometry: CacheGeometry, signature:
         raise RuntimeError(f"{path.name}: {name} gives caches of {kept}, expected {sorted(wanted.values())}")
 
 
-def _check_reach(path: Path, found: TFLite, geometry: CacheGeometry, signature: Signature) -> None:
+def _check_slots(path: Path, found: TFLite, geometry: CacheGeometry, signature: Signature) -> None:
     """Each layer multiplies as many of its slots as the signature reaches: by the keys, then by the values."""
     subgraph = found.subgraph(signature.name)
     right = [step.inputs[1] for step in subgraph.operators if found.name_of(step) == "BATCH_MATMUL"]
     slots = [int(subgraph.tensors[index].shape[2]) for index in right]
     layers = geometry.layers[:-1] if signature.role == PREFILL else geometry.layers  # its last one is not needed
-    wanted = [looked_at(layer, signature.reach) for layer in layers for _ in "kv"]
+    wanted = [looked_at(layer, signature.longest) for layer in layers for _ in "kv"]
     if slots != wanted:
         raise RuntimeError(f"{path.name}: {signature.name} looks at {slots} slots, expected {wanted}")
 

@@ -238,7 +238,7 @@ def _update_slice(to: Lowering, node: Node) -> Value:
 
 OPERATORS: Mapping[Any, Lower] = {
     aten.__and__.Tensor: _elementwise("LOGICAL_AND"),
-    aten.alias.default: _reshape,
+    aten.alias.default: _reshape,  # of a slice that takes all
     aten.add.Tensor: _elementwise("ADD", "AddOptions"),
     aten.cat.default: _cat,
     aten.chunk.default: _chunk,

@@ -8,8 +8,9 @@ first token's position says what still counts: what a rewind or a reset left beh
 A chunk may be padded: tokens whose `input_pos` does not follow the first one's are written, and marked as nothing. They overwrite
 slots as far as a whole chunk does, so that R >= W + N - 1 (model/kv_cache.py) is enough: S = R + N - 1 slots in all.
 
-As long as a text is short, the slots behind it hold nothing, and reading them takes as long as reading the others. So there are
-signatures that look at the first slots only: right for texts of at most as many tokens.
+While a text is short, most slots hold nothing of it, and reading them takes as long as reading the others. So there are
+signatures that look at the first L slots only. They are right for texts of at most L tokens: position p of a chunk from a on
+lies in the slot a mod R + p - a, which is at most p, so all that counts lies in front of L.
 """
 
 from __future__ import annotations
@@ -52,9 +53,9 @@ def ring_of(layer: LayerCache, chunk: int) -> int:
     return layer.slots - chunk + 1
 
 
-def looked_at(layer: LayerCache, reach: int | None) -> int:
-    """How many of a layer's slots, from the first on, hold a text of at most `reach` tokens."""
-    return layer.slots if reach is None else min(reach, layer.slots)
+def looked_at(layer: LayerCache, longest: int | None) -> int:
+    """How many of a layer's slots, from the first on, hold a text of at most `longest` tokens."""
+    return layer.slots if longest is None else min(longest, layer.slots)
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,14 @@ class View:
     mask: Tensor  # (1, 1, T, L), added to the scores
 
 
-def view(held: Tensor, input_pos: Tensor, layer: LayerCache, ring: int, reach: int | None) -> tuple[View, Tensor]:
+def view(held: Tensor, input_pos: Tensor, layer: LayerCache, ring: int, *, longest: int | None) -> tuple[View, Tensor]:
     """Where a chunk goes and what it sees.
 
     Args:
         held: (1, 1, 1, S) int32, the position in each slot plus one; 0: nothing.
         input_pos: (T,) int32; those that do not follow the first are padding.
         layer, ring: the caches' geometry, and R of it.
-        reach: no text is longer; None: it may be.
+        longest: no text is longer; None: it may be.
 
     Returns:
         the view, and `held` after the chunk.
@@ -86,7 +87,7 @@ def view(held: Tensor, input_pos: Tensor, layer: LayerCache, ring: int, reach: i
     start = torch.remainder(first, ring)
     zeros = torch.zeros(3, dtype=torch.int32)
     held = update_slice(kept, new, torch.cat([zeros, start]))
-    slots = looked_at(layer, reach)
+    slots = looked_at(layer, longest)
     first_held = held[..., :slots]
     age = positions.view(1, 1, tokens, 1) - (first_held - 1)  # (1, 1, T, L)
     seen = (first_held > 0) & (age >= 0) & (age < layer.window)
@@ -102,7 +103,8 @@ class SlotCache:
         geometry: CacheGeometry,
         past: Mapping[str, Tensor],
         input_pos: Tensor,
-        reach: int | None,
+        *,
+        longest: int | None,
     ) -> None:
         """Compute masks.
 
@@ -110,7 +112,7 @@ class SlotCache:
             config, geometry: the model's, and its caches'.
             past: by name: keys and values (1, K, S, D) of every layer, and what each kind of layer's slots hold.
             input_pos: (T,) int32.
-            reach: no text is longer; None: it may be.
+            longest: no text is longer; None: it may be.
         """
         self.config, self.geometry, self.past = config, geometry, past
         self.after: dict[str, Tensor] = {}
@@ -118,7 +120,7 @@ class SlotCache:
         for index, layer in enumerate(kinds(geometry)):
             name = f"{HELD}{index}"
             self.views[layer], self.after[name] = view(
-                past[name], input_pos, layer, ring_of(layer, geometry.prefill_chunk), reach
+                past[name], input_pos, layer, ring_of(layer, geometry.prefill_chunk), longest=longest
             )
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope, input_pos: Tensor) -> Tensor:
@@ -162,14 +164,14 @@ def states(geometry: CacheGeometry) -> dict[str, tuple[tuple[int, ...], torch.dt
 class Step(nn.Module):
     """One signature: a chunk through the decoder."""
 
-    def __init__(self, gemma2: Gemma2, geometry: CacheGeometry, role: str, reach: int | None) -> None:
+    def __init__(self, gemma2: Gemma2, geometry: CacheGeometry, role: str, *, longest: int | None) -> None:
         super().__init__()
-        self.gemma2, self.geometry, self.role, self.reach = gemma2, geometry, role, reach
+        self.gemma2, self.geometry, self.role, self.longest = gemma2, geometry, role, longest
 
     def forward(self, tokens: Tensor, input_pos: Tensor, past: dict[str, Tensor]) -> dict[str, Tensor]:
         """The states after the tokens (1, T) int32, and logits (1, T, V) unless this only prefills."""
         gemma2 = self.gemma2
-        cache = SlotCache(gemma2.config, self.geometry, past, input_pos, self.reach)
+        cache = SlotCache(gemma2.config, self.geometry, past, input_pos, longest=self.longest)
         x = gemma2.model(tokens, input_pos[:1], cache)
         logits = {} if self.role == PREFILL else {"logits": gemma2.head(x)}
         return {**logits, **cache.after}

@@ -72,7 +72,7 @@ def test_integers_and_scales_of_onnx_and_tflite_are_the_same(every: Export) -> N
     model = onnx.load(every.bundle / "generate.onnx")
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     found, shapes = TFLite(every.bundle / "model.tflite"), weight_shapes(Gemma2Config.from_json(every.manifest.config))
-    for signature in every.manifest.backends["tflite"].settings["signatures"]:
+    for signature, (role, *_) in every.manifest.backends["tflite"].settings["signatures"].items():
         seen = set()
         for use in found.uses(found.subgraph(signature)):
             name = use.weight.name.decode()
@@ -90,7 +90,7 @@ def test_integers_and_scales_of_onnx_and_tflite_are_the_same(every: Export) -> N
             groups = scale.reshape(len(packed), -1)
             assert np.array_equal(np.repeat(groups, blocks.shape[1] // groups.shape[1], axis=1), blocks), name
         # of the last layer a prefill needs keys and values only
-        assert len(seen) == len(shapes) - (5 if signature.startswith("prefill") else 0)
+        assert len(seen) == len(shapes) - (5 if role == "prefill" else 0)
 
 
 def test_manifest_and_plan_state_the_bytes_of_keys_and_values_that_a_runtime_allocates(every: Export) -> None:

@@ -78,9 +78,13 @@ def test_a_short_text_is_looked_at_alone(
     assert calls[:2] == [("short_16", 0), ("short_1", 16)], "a prompt"
     assert calls[7:10] == [("short_1", 22), ("short_1", 23), ("decode", 24)], "the 24th token is the last one"
     assert calls[-2:] == [("prefill_16", 28), ("decode", 44)]
-    monkeypatch.setattr(runtime, "_signatures", [each for each in runtime._signatures if each.reach is None])
+    monkeypatch.setattr(runtime, "_signatures", [each for each in runtime._signatures if each.longest is None])
     runtime.reset()
     assert relative_error(alone, prefilled(runtime, ids, sizes)) < 1e-6
+    config, configs = open_weights(folder).config, dict.fromkeys(weight_shapes(open_weights(folder).config))
+    assert (
+        0 < (runtime.bundle / FILE).stat().st_size - LITERT.weights_bytes(config, configs) < 500_000
+    )  # seven small graphs
 
 
 @pytest.mark.parametrize("chunk", [1, 5])
@@ -150,7 +154,7 @@ def test_a_file_that_holds_something_else_is_found_out(integers: tuple[Quantized
     with pytest.raises(RuntimeError, match="decode has .*q_proj.* where .*FULLY_CONNECTED"):
         check_tflite(path, LITERT, config, quantized.configs, cache, [Signature("decode", "prefill", 1)])
     with pytest.raises(RuntimeError, match="decode looks at"):
-        check_tflite(path, LITERT, config, quantized.configs, cache, [Signature("decode", "decode", 1, reach=8)])
+        check_tflite(path, LITERT, config, quantized.configs, cache, [Signature("decode", "decode", 1, longest=8)])
 
 
 @pytest.mark.parametrize(
@@ -208,7 +212,13 @@ def test_the_pipeline_makes_a_bundle_that_passes_the_gate(tmp_path: Path) -> Non
     assert result["passed"] and result["past_wrap"]
 
 
-def test_every_rewind_of_the_ring_is_exact(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    runtime = loaded(checkpoint(), tmp_path, make_recipe(32), context=16, chunk=6)
+@pytest.mark.parametrize(("context", "short"), [(16, set()), (48, {"short_1", "short_6"})])
+def test_every_rewind_of_the_ring_is_exact(
+    context: int, short: set[str], checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Also back over the end of what counts as a short text."""
+    runtime = loaded(checkpoint(), tmp_path, make_recipe(32), context=context, chunk=6)
+    found = runtime.manifest.backends["tflite"].settings["signatures"]
+    assert {name for name in found if name.startswith("short_")} == short
     worst, free, again = worst_error(runtime, some_ids(60, 320), range(0, 50, 3), range(1, 20))
     assert worst < 1e-3 and free > 50 and again > 50  # logits of a range of 60

@@ -10,7 +10,7 @@ internal class JsonException(message: String) : Exception(message)
 internal class JsonReader(private val bytes: ByteArray, private val rawNumbers: Boolean = false) {
     private var position = 0
 
-    /** Where the last string of [string] or [next] lies: in [text], from [start] until [end], unescaped. */
+    /** Where the last string that was scanned lies: in [text], from [start] until [end], unescaped. */
     var text: ByteArray = bytes
         private set
     var start = 0

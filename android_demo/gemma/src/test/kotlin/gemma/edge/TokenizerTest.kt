@@ -88,6 +88,7 @@ class TokenizerTest {
             listOf("\"type\":\"BPE\"", "\"type\":\"Unigram\"", "type Unigram"),
             listOf("\"type\":\"Fuse\"", "\"type\":\"Strip\"", "decoder"),
             listOf("\"type\":\"Replace\"", "\"type\":\"Lowercase\"", "normalizer"),
+            listOf("\"content\":\"▁\"", "\"content\":\"a b\"", "normalizer"),
         )
         val path = temporary.newFile(Tokenizer.FILE)
         for ((old, new, named) in changes) {
@@ -125,6 +126,21 @@ class TokenizerTest {
         val path = temporary.newFile(Tokenizer.FILE)
         path.writeText("""{"model": {"vocab": {"a": 0, "b": 0}}}""")
         assertRefuses<BundleException>("token id 0 is there twice") { open(temporary.root) }
+    }
+
+    @Test
+    fun of_what_is_there_twice_the_last_is_found() {
+        val vocabulary = Vocabulary(expected = 4)
+        for ((id, word) in listOf("a", "b", "ab", "a").withIndex()) {
+            val text = word.toByteArray()
+            vocabulary.add(id, text, 0, text.size, TextHash.of(text, 0, text.size))
+        }
+        vocabulary.index()
+        assertEquals(3, vocabulary.find("a"))
+        val merges = Merges(vocabulary)
+        for ((left, right) in listOf(0 to 1, 1 to 0, 0 to 1)) merges.add(vocabulary.pair(left, right))
+        merges.index()
+        assertEquals((2L shl 32) or 2L, merges.find(0, 1))
     }
 
     @Test
