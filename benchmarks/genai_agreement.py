@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, median
 
 import click
 
-from gemma_edge.runtimes.bench import measure
+from gemma_edge.command import one_line_errors
+from gemma_edge.runtimes.bench import Contender, measure
 from gemma_edge.runtimes.bench_peers import contenders
 from gemma_edge.runtimes.bench_result import Settings
 
@@ -54,21 +55,12 @@ def its_own(bundle: Path, asked: Settings) -> Speeds:
 
 def in_a_process(bundle: Path, asked: Settings) -> Speeds:
     """The same, in a process that ends."""
-    words = [str(number) for number in (asked.prefill, asked.decode, asked.repeat, asked.threads)]
-    command = [
-        sys.executable,
-        __file__,
-        str(bundle),
-        *(f"-{key}{word}" for key, word in zip("pnrt", words, strict=True)),
-    ]
-    said = subprocess.run([*command, "--once"], capture_output=True, text=True, check=True)
-    prompt, after = json.loads(said.stdout.splitlines()[-1])
-    return prompt, after
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(its_own, bundle, asked).result()
 
 
-def by_gemma_bench(bundle: Path, asked: Settings) -> Speeds:
+def by_gemma_bench(peer: Contender, asked: Settings) -> Speeds:
     """What `gemma-bench --peer genai` would print."""
-    (peer,) = contenders(["genai"], [bundle])
     found = measure(peer, asked)
     if found.failure:
         raise click.ClickException(found.failure)
@@ -82,17 +74,15 @@ def by_gemma_bench(bundle: Path, asked: Settings) -> Speeds:
 @click.option("-r", "repeat", default=3, show_default=True)
 @click.option("-t", "threads", default=2, show_default=True)
 @click.option("--rounds", default=6, show_default=True)
-@click.option("--once", is_flag=True, hidden=True)
-def main(bundle: Path, prefill: int, decode: int, repeat: int, threads: int, rounds: int, once: bool) -> None:
+@one_line_errors()
+def main(bundle: Path, prefill: int, decode: int, repeat: int, threads: int, rounds: int) -> None:
     """Both in turns, then their medians and how far rounds lie apart."""
     asked = Settings(threads, prefill, decode, repeat)
-    if once:
-        click.echo(json.dumps(its_own(bundle, asked)))
-        return
+    (peer,) = contenders(["genai"], [bundle])
     found: dict[str, list[Speeds]] = {"its own": [], "gemma-bench": []}
     for _ in range(rounds):
         found["its own"].append(in_a_process(bundle, asked))
-        found["gemma-bench"].append(by_gemma_bench(bundle, asked))
+        found["gemma-bench"].append(by_gemma_bench(peer, asked))
         click.echo("  ".join(f"{name} {rows[-1][0]:.1f} {rows[-1][1]:.2f}" for name, rows in found.items()), err=True)
     for part, label in enumerate(("prompt", "after it")):
         for name, rows in found.items():

@@ -17,6 +17,7 @@ from gemma_edge.export.choices import DEFAULT_CHUNK, GIB, INT8_CACHES, KV_DTYPES
 from gemma_edge.export.executorch import packing as executorch
 from gemma_edge.export.onnx.weights import resident_bytes, weights_bytes
 from gemma_edge.export.tflite.packing import LITERT, TFLITE_RUNTIME
+from gemma_edge.export.tflite.seams import PREFILL, signatures
 from gemma_edge.model.checkpoint import SLICE_BYTES, Checkpoint, linear_shapes, weight_shapes
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.model.kv_cache import slots_needed, windows
@@ -211,8 +212,9 @@ def _predict(
 
 
 RUNTIME_BASE = 68 * MIB  # interpreter, onnxruntime and numpy, without a model
-SIGNATURES = 7  # of a .tflite
-GRAPH_PER_ROW = 20  # bytes of each, for every row of a weight: scales and zero points, more than once
+GRAPH_PER_ROW = (
+    20  # bytes of each signature of a .tflite, for every row of a weight: scales and zero points, more than once
+)
 EXPORT_BASE = 750 * MIB  # interpreter, torch, onnx and the exporter
 TRACE_PER_LAYER = 3 * MIB // 2
 CALIBRATION_BASE = 480 * MIB  # interpreter and torch
@@ -231,9 +233,10 @@ def _device_ram(config: Gemma2Config, sizes: Sizes, cache: CacheGeometry, backen
 def _signatures_ram(config: Gemma2Config, cache: CacheGeometry) -> int:
     """What a .tflite's signatures have each for itself: their graphs, and what goes from layer to layer around the caches."""
     passed = config.hidden_size + (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
-    tokens = 2 * (cache.prefill_chunk + cache.prefill_chunk // 8)  # of those that prefill, for short texts and for any
+    found = signatures(cache)
+    tokens = sum(each.tokens for each in found if each.role == PREFILL)
     rows = sum(rows for rows, _ in weight_shapes(config).values())
-    return SIGNATURES * GRAPH_PER_ROW * rows + 4 * tokens * passed * config.num_hidden_layers
+    return len(found) * GRAPH_PER_ROW * rows + 4 * tokens * passed * config.num_hidden_layers
 
 
 def _export_ram(config: Gemma2Config) -> int:

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import gc
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 NAMES = {"VmRSS": "rss", "RssAnon": "anon", "RssFile": "file", "VmHWM": "peak"}
@@ -46,28 +45,17 @@ def give_back() -> None:
 MADV_DONTNEED = 4  # Linux': of a mapped file, pages that are read again when they are needed
 
 
-Region = tuple[int, int]  # address, bytes
-
-
-def mapped(path: Path) -> list[Region]:
-    """Where this process has mapped a file to read it; [] on other systems than Linux."""
+def release(path: Path) -> None:
+    """Let the system take back what this process has read of a mapped file and locked in memory; nothing but on Linux."""
     if sys.platform != "linux":
-        return []
-    real, found = str(path.resolve()), []
+        return
+    library, real = ctypes.CDLL(None), str(path.resolve())
     for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
         addresses, access, _, _, _, *name = line.split(maxsplit=5)
         if name == [real] and "w" not in access:
             start, end = (int(address, 16) for address in addresses.split("-"))
-            found.append((start, end - start))
-    return found
-
-
-def release(regions: Iterable[Region]) -> None:
-    """Let the system take back what was read of mapped files and locked in memory. The regions must be mapped still."""
-    for start, size in regions:
-        library = ctypes.CDLL(None)
-        library.munlock(ctypes.c_void_p(start), ctypes.c_size_t(size))
-        library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), MADV_DONTNEED)
+            library.munlock(ctypes.c_void_p(start), ctypes.c_size_t(end - start))
+            library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)
 
 
 class MappedTable:
@@ -81,12 +69,12 @@ class MappedTable:
     def __init__(self, path: Path) -> None:
         """Let go what loading has read."""
         self._path, self._since = path, 0
-        release(mapped(path))
+        release(path)
 
     def count(self, tokens: int) -> None:
         """Rows of so many tokens were read."""
         self._since += tokens
         if self._since >= self.RELEASE_AFTER:
-            # looked up anew: another model of the same file may have gone, and its addresses be somebody else's memory
-            release(mapped(self._path))
+            # addresses are not kept: another model of the same file may have gone, and they be somebody else's memory
+            release(self._path)
             self._since = 0

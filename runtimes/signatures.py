@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import sys
 from abc import abstractmethod
@@ -49,11 +48,9 @@ class Signature:
         """Whether it sees all of a text that so many tokens, or as many as it takes, continue at a position."""
         return self.longest is None or position + min(tokens, self.tokens) <= self.longest
 
-    def worth(self, tokens: int) -> tuple[float, float]:
-        """The more, the less time a token takes when so many wait."""
-        return min(tokens, self.tokens) / (
-            self.tokens + FIXED_COST
-        ), -math.inf if self.longest is None else -self.longest
+    def worth(self, tokens: int) -> tuple[float, bool]:
+        """The more, the less time a token takes when so many wait; of two sizes alike, the one for short texts."""
+        return min(tokens, self.tokens) / (self.tokens + FIXED_COST), self.longest is not None
 
 
 class SignatureRuntime(BaseRuntime):

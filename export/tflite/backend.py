@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,12 @@ from gemma_edge.export.tflite.file import write_model
 from gemma_edge.export.tflite.graph import Model, Subgraph
 from gemma_edge.export.tflite.operators import Lowering, Variable, Weight
 from gemma_edge.export.tflite.packing import LITERT, Packing
-from gemma_edge.export.tflite.seams import DECODE, PREFILL, SCORE, Step, states
+from gemma_edge.export.tflite.seams import Step, signatures, states
 from gemma_edge.model.gemma2 import Gemma2, inverse_frequencies
 from gemma_edge.quantize.store import QuantizedCheckpoint
 from gemma_edge.runtimes.signatures import RESET, Signature
 
 MODULE = "gemma2."  # prefix of the decoder's names inside a traced signature
-SHORT = 4  # a text is short if the context would hold so many of it
-SCORED = 32  # most positions whose logits come from one call: 32 MB for 256,000 tokens
 
 
 @dataclass(frozen=True)
@@ -86,20 +84,6 @@ def lower(
     check_tflite(path, packing, checkpoint.config, checkpoint.configs, geometry, found)
     settings = {"program": variant.file, "signatures": {each.name: each.to_json() for each in found}}
     return {**settings, **variant.needs}
-
-
-def signatures(geometry: CacheGeometry) -> list[Signature]:
-    """The signatures of a model. Those for short texts have other names: LiteRT-LM takes any prefill and decode for all."""
-    chunk, short = geometry.prefill_chunk, geometry.context // SHORT
-    sizes = dict.fromkeys([chunk, chunk // 8]) if chunk >= 16 else [chunk]
-    score = min(chunk, SCORED)
-    fed = [*(Signature(f"{PREFILL}_{size}", PREFILL, size) for size in sizes), Signature(DECODE, DECODE, 1)]
-    by_size = {each.tokens: each for each in fed} if short >= chunk else {}  # to decode is also to prefill one token
-    return [
-        *fed,
-        Signature(f"{SCORE}_{score}", SCORE, score),
-        *(replace(each, name=f"short_{size}", longest=short) for size, each in by_size.items()),
-    ]
 
 
 def trace(gemma2: Gemma2, geometry: CacheGeometry, signature: Signature) -> ExportedProgram:

@@ -125,7 +125,7 @@ def check_tflite(
         subgraph = found.subgraph(signature.name)
         _check_states(path, found, geometry, signature)
         uses = list(found.uses(subgraph))
-        _check_order(path, signature.name, uses, config, signature.role)
+        _check_order(path, uses, config, signature)
         _check_slots(path, found, geometry, signature)
         for use in uses:
             _check_weight(path, packing, found, use, config, configs)
@@ -157,7 +157,7 @@ def _check_states(path: Path, found: TFLite, geometry: CacheGeometry, signature:
 
 
 def _check_slots(path: Path, found: TFLite, geometry: CacheGeometry, signature: Signature) -> None:
-    """Each layer multiplies as many of its slots as the signature reaches: by the keys, then by the values."""
+    """Each layer multiplies as many of its slots as the signature looks at: by the keys, then by the values."""
     subgraph = found.subgraph(signature.name)
     right = [step.inputs[1] for step in subgraph.operators if found.name_of(step) == "BATCH_MATMUL"]
     slots = [int(subgraph.tensors[index].shape[2]) for index in right]
@@ -167,8 +167,9 @@ def _check_slots(path: Path, found: TFLite, geometry: CacheGeometry, signature: 
         raise RuntimeError(f"{path.name}: {signature.name} looks at {slots} slots, expected {wanted}")
 
 
-def _check_order(path: Path, name: str, uses: Iterable[Use], config: Gemma2Config, role: str) -> None:
+def _check_order(path: Path, uses: Iterable[Use], config: Gemma2Config, signature: Signature) -> None:
     """Each weight is read where the decoder reads it, once."""
+    name, role = signature.name, signature.role
     last = config.num_hidden_layers - 1
     order = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     linears = [

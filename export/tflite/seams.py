@@ -16,7 +16,7 @@ lies in the slot a mod R + p - a, which is at most p, so all that counts lies in
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,12 @@ from gemma_edge.export.bundle import CacheGeometry, LayerCache
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.model.gemma2 import Gemma2, soft_cap
 from gemma_edge.model.kv_cache import Rope, rotate
+from gemma_edge.runtimes.signatures import Signature
 
 HIDDEN = -1e9  # score of a slot that must not count: finite, so that a row that sees nothing stays a number
 SCORE, PREFILL, DECODE = "score", "prefill", "decode"  # what a signature is for
+SCORED = 32  # most positions whose logits come from one call: 32 MB for 256,000 tokens
+SHORT = 4  # a text is short if the context would hold so many of it
 KEY, VALUE, HELD = "kv_cache_k_", "kv_cache_v_", "kv_cache_held_"  # inputs and outputs, by layer; HELD by kind
 
 
@@ -159,6 +162,20 @@ def states(geometry: CacheGeometry) -> dict[str, tuple[tuple[int, ...], torch.dt
     return found | {
         f"{HELD}{index}": ((1, 1, 1, layer.slots), torch.int32) for index, layer in enumerate(kinds(geometry))
     }
+
+
+def signatures(geometry: CacheGeometry) -> list[Signature]:
+    """The signatures of a model. Those for short texts have other names: LiteRT-LM takes any prefill and decode for all."""
+    chunk, short = geometry.prefill_chunk, geometry.context // SHORT
+    sizes = dict.fromkeys([chunk, chunk // 8]) if chunk >= 16 else [chunk]
+    score = min(chunk, SCORED)
+    fed = [*(Signature(f"{PREFILL}_{size}", PREFILL, size) for size in sizes), Signature(DECODE, DECODE, 1)]
+    by_size = {each.tokens: each for each in fed} if short >= chunk else {}  # to decode is also to prefill one token
+    return [
+        *fed,
+        Signature(f"{SCORE}_{score}", SCORE, score),
+        *(replace(each, name=f"short_{size}", longest=short) for size, each in by_size.items()),
+    ]
 
 
 class Step(nn.Module):

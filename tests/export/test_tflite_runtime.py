@@ -26,9 +26,9 @@ from gemma_edge.export.bundle import Manifest
 from gemma_edge.export.cli import main
 from gemma_edge.export.options import ExportOptions
 from gemma_edge.export.plan import geometry
-from gemma_edge.export.tflite.backend import signatures
 from gemma_edge.export.tflite.check import check_tflite
 from gemma_edge.export.tflite.packing import LITERT, TFLITE_RUNTIME
+from gemma_edge.export.tflite.seams import signatures
 from gemma_edge.export.tflite.tflite_runtime import FILE
 from gemma_edge.model.checkpoint import TABLE, weight_shapes
 from gemma_edge.quantize.recipe import QuantConfig, make_recipe

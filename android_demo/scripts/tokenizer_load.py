@@ -1,20 +1,20 @@
 """How long the Kotlin library takes to load a tokenizer: the first time in a fresh JVM, and again in the same one.
 
-    make android && python benchmarks/kotlin_tokenizer.py TOKENIZER.JSON [--jvms 10]
+    make android && python android_demo/scripts/tokenizer_load.py TOKENIZER.JSON [--jvms 10]
 
 Needs JDK and Maven, and the library compiled, which `make android` and `make android-test` do.
 """
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
 import click
+from toolchain import ANDROID, MAVEN, class_path, run
 
-GEMMA = Path(__file__).parents[1] / "android_demo/gemma"
+GEMMA = ANDROID / "gemma"
 AGAIN = 20
 LOAD = """
 import java.io.File;
@@ -32,10 +32,6 @@ class Load {
 """
 
 
-def _run(*command: str | Path) -> str:
-    return subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, text=True, check=True).stdout
-
-
 @click.command(help=__doc__.splitlines()[0] if __doc__ else "")
 @click.argument("tokenizer", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--jvms", default=10, show_default=True)
@@ -47,21 +43,13 @@ def main(tokenizer: Path, jvms: int) -> None:
         folder = Path(name)
         paths = folder / "paths"
         goal = "org.apache.maven.plugins:maven-dependency-plugin:3.8.1:build-classpath"
-        _run(
-            "mvn",
-            "-B",
-            "-q",
-            "-f",
-            GEMMA / "pom.xml",
-            goal,
-            f"-Dmdep.outputFile={paths}",
-            "-Dmdep.includeScope=runtime",
-        )
-        classes = f"{folder}:{GEMMA / 'target/classes'}:{paths.read_text().strip()}"
+        run([*MAVEN, "-f", GEMMA / "pom.xml", goal, f"-Dmdep.outputFile={paths}", "-Dmdep.includeScope=runtime"])
+        classes = class_path([folder, GEMMA / "target/classes", Path(paths.read_text().strip())])
         (folder / "Load.java").write_text(LOAD)
-        _run("javac", "-cp", classes, "-d", folder, folder / "Load.java")
-        fresh = [float(_run("java", "-cp", classes, "Load", tokenizer, "1")) for _ in range(jvms)]
-        again = [float(line) for line in _run("java", "-cp", classes, "Load", tokenizer, str(AGAIN + 1)).split()][1:]
+        run(["javac", "-cp", classes, "-d", folder, folder / "Load.java"])
+        load = ["java", "-cp", classes, "Load", tokenizer]
+        fresh = [float(run([*load, 1])) for _ in range(jvms)]
+        again = [float(line) for line in run([*load, AGAIN + 1]).split()][1:]
     for label, times in ((f"first time, {jvms} fresh JVMs", fresh), (f"again, {AGAIN} times in one", again)):
         click.echo(f"{label}: median {median(times):.0f} ms ({min(times):.0f} to {max(times):.0f})")
 
