@@ -40,9 +40,9 @@ demo: setup
 
 # For tests of phones; needs apt, but nobody's password: nothing is installed.
 phone: out/phone/.made
-out/phone/.made: $(wildcard tests/phone/make_root.sh tests/phone/system/*)
+out/phone/.made: $(wildcard tests/support/phone/make_root.sh tests/support/phone/system/*)
 	rm -rf out/phone
-	tests/phone/make_root.sh out/phone
+	tests/support/phone/make_root.sh out/phone
 	@touch $@
 
 # For tests of --backend tflite-runtime: an environment of its own, because that package wants Python 3.11 and NumPy 1.
@@ -63,8 +63,8 @@ test: setup
 	$(BIN)/mypy
 	$(BIN)/pytest $(ARGS)
 
--include android_demo/android.mk
+-include tools/android.mk
 
 clean:
 	rm -rf out build android_demo/build android_demo/*/target *.egg-info .pytest_cache .mypy_cache .ruff_cache
-	find model quantize export runtimes src tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	find model quantize export runtimes evaluate bench src tests tools -name __pycache__ -prune -exec rm -rf {} +

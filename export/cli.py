@@ -14,9 +14,11 @@ from typing import Any
 
 import click
 
+from gemma_edge.bundle.backends import ALL, ALL_BACKENDS, BACKENDS, KV_DTYPES
 from gemma_edge.command import Command, Group
 from gemma_edge.errors import InputError
-from gemma_edge.export.choices import ALL, ALL_BACKENDS, BACKENDS, DEFAULT_CHUNK, KV_DTYPES, LEVELS, TARGETS
+from gemma_edge.export.gate.limits import LEVELS
+from gemma_edge.export.targets import DEFAULT_CHUNK, TARGETS
 from gemma_edge.model.hub import DEFAULT_MODEL
 from gemma_edge.quantize.recipe import BITS, DEFAULT_QUALITY, METHODS, QUALITIES
 
@@ -144,7 +146,8 @@ def make(as_json: bool, **choices: Any) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a killed export cleans up too
     options = _options(choices)
-    from gemma_edge.export import pipeline, report
+    from gemma_edge.export import api as pipeline
+    from gemma_edge.export import report
 
     _show_warnings()
     opened = pipeline.open_model(options, report.progress_bar)
@@ -167,8 +170,10 @@ def plan(as_json: bool, save_recipe: Path | None, plot: Path | None, **choices: 
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in make
     options = _options(choices)
-    from gemma_edge.export import layers, pipeline, report
-    from gemma_edge.quantize.store import final_configs
+    from gemma_edge.export import api as pipeline
+    from gemma_edge.export import report
+    from gemma_edge.quantize.checkpoint.store import final_configs
+    from gemma_edge.quantize.mixed import table as layers
 
     for path in filter(None, (save_recipe, plot)):
         if not path.absolute().parent.is_dir():
@@ -202,7 +207,7 @@ def plan(as_json: bool, save_recipe: Path | None, plot: Path | None, **choices: 
 @click.option("--json", "as_json", is_flag=True, help="The manifest as JSON on stdout.")
 def inspect(bundle: Path, check_hashes: bool, as_json: bool) -> None:
     """Show what a BUNDLE holds and what the gate found."""
-    from gemma_edge.export import bundle as bundles
+    from gemma_edge.bundle import manifest as bundles
     from gemma_edge.export import report
 
     manifest = bundles.Manifest.load(bundle)
@@ -236,8 +241,8 @@ def _options(choices: dict[str, Any]) -> Any:
         raise InputError(
             "exporting needs PyTorch, which this installation leaves out: pip install 'gemma-edge[export]'"
         )
-    from gemma_edge.export.calibration import Source
     from gemma_edge.export.options import ExportOptions
+    from gemma_edge.quantize.calibration.text import Source
 
     text = Source(
         paths=choices.pop("calibration_text", ()),
@@ -258,7 +263,7 @@ def _show_warnings() -> None:
 def _say_how_long_calibration_takes(opened: Any) -> None:
     if opened.calibration is None:
         return
-    from gemma_edge.quantize.layerwise import estimate_s
+    from gemma_edge.quantize.calibration.layerwise import estimate_s
 
     minutes = estimate_s(opened.source.config, opened.recipe, opened.calibration) / 60
     click.echo(

@@ -7,7 +7,7 @@ from typing import Any
 
 import gemma_edge
 from gemma_edge.model.checkpoint import weight_shapes
-from gemma_edge.quantize.store import QuantizedCheckpoint
+from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
 
 TOOLS = (
     "torch",

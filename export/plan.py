@@ -11,18 +11,20 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from gemma_edge.bundle.backends import INT8_CACHES, KV_DTYPES, UNWRAPPED_CACHES
+from gemma_edge.bundle.geometry import CacheGeometry, LayerCache
 from gemma_edge.errors import InputError
-from gemma_edge.export.bundle import CacheGeometry, LayerCache
-from gemma_edge.export.choices import DEFAULT_CHUNK, GIB, INT8_CACHES, KV_DTYPES, LEVELS, UNWRAPPED_CACHES, Target
 from gemma_edge.export.executorch import packing as executorch
+from gemma_edge.export.gate.limits import LEVELS
 from gemma_edge.export.onnx.weights import resident_bytes, weights_bytes
+from gemma_edge.export.targets import DEFAULT_CHUNK, GIB, Target
 from gemma_edge.export.tflite.packing import LITERT, TFLITE_RUNTIME
 from gemma_edge.export.tflite.seams import PREFILL, signatures
 from gemma_edge.model.checkpoint import SLICE_BYTES, Checkpoint, linear_shapes, weight_shapes
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.model.kv_cache import slots_needed, windows
+from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint, final_configs
 from gemma_edge.quantize.recipe import QuantConfig, Recipe
-from gemma_edge.quantize.store import QuantizedCheckpoint, final_configs
 
 MIB = 1 << 20
 SMALLEST_CONTEXT = 256

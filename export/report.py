@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from gemma_edge.console import ERR, OUT, progress_bar, size
-from gemma_edge.export.bundle import Manifest
+from gemma_edge.bundle.manifest import Manifest
+from gemma_edge.report.console import ERR, OUT, progress_bar, size
 
 __all__ = ["ERR", "OUT", "progress_bar", "size"]
 
 if TYPE_CHECKING:  # they import torch, which `inspect` does not need
-    from gemma_edge.export.pipeline import Export
+    from gemma_edge.export.api import Export
     from gemma_edge.export.plan import Plan
 
 

@@ -20,12 +20,12 @@ from gemma_edge.command import Command
 from gemma_edge.errors import InputError
 
 if TYPE_CHECKING:
-    from gemma_edge.runtimes.base import Runtime, Stats
-    from gemma_edge.runtimes.constrain import Grammar
-    from gemma_edge.runtimes.sampling import SamplingParams
-    from gemma_edge.runtimes.session import Session
-    from gemma_edge.runtimes.speculate import Speculation
-    from gemma_edge.runtimes.tokenizer import Tokenizer
+    from gemma_edge.runtimes.engines.base import Runtime, Stats
+    from gemma_edge.runtimes.generation.constrain import Grammar
+    from gemma_edge.runtimes.generation.sampling import SamplingParams
+    from gemma_edge.runtimes.generation.session import Session
+    from gemma_edge.runtimes.generation.speculate import Speculation
+    from gemma_edge.text.tokenizer import Tokenizer
 
 CHAT_HELP = "/undo takes the last turn back, /reset starts over, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
 
@@ -143,8 +143,8 @@ def main(
         return
     if prompt == "-" or (prompt is None and (save_prefix or not chat)):
         prompt = _read_stdin(asked=prompt == "-")
-    from gemma_edge.runtimes.base import open_runtime
-    from gemma_edge.runtimes.prefix import load, save
+    from gemma_edge.runtimes.engines.load import open_runtime
+    from gemma_edge.runtimes.generation.prefix import load, save
 
     runtime = open_runtime(bundle, backend=backend, threads=threads)
     prefix = load(runtime, load_prefix) if load_prefix else ""
@@ -160,14 +160,14 @@ def main(
 
 def _options(choices: dict[str, Any]) -> Options:
     """Checked before the bundle is touched."""
-    from gemma_edge.runtimes.sampling import SamplingParams
+    from gemma_edge.runtimes.generation.sampling import SamplingParams
 
     rest = {name: choices.pop(name) for name in ("max_tokens", "strict", "stats", "as_json", "speculate")}
     if rest["max_tokens"] < 1:
         raise InputError(f"--max-tokens {rest['max_tokens']} is below 1")
     schema = choices.pop("json_schema")
     if schema is not None:
-        from gemma_edge.runtimes.constrain import read_schema
+        from gemma_edge.runtimes.generation.constrain import read_schema
 
         schema = read_schema(schema)
     return Options(params=SamplingParams(**choices), json_schema=schema, **rest)
@@ -183,8 +183,8 @@ def _serve(bundle: Path, backend: str | None, threads: int | None, options: Opti
         raise InputError("--json-schema is of one answer; with --serve, requests bring theirs in response_format")
     if not 0 <= port < 1 << 16:
         raise InputError(f"--port {port} is not between 0 and 65535")
-    from gemma_edge.runtimes.base import open_runtime
-    from gemma_edge.runtimes.server import Engine, serve
+    from gemma_edge.runtimes.engines.load import open_runtime
+    from gemma_edge.runtimes.serve.server import Engine, serve
 
     runtime = open_runtime(bundle, backend=backend, threads=threads)
     serve(Engine(runtime, options.params, _speculation(runtime, options)), host, port)
@@ -203,9 +203,9 @@ def _read_stdin(*, asked: bool) -> str:
 
 def _complete(runtime: Runtime, prompt: str, options: Options) -> None:
     """Continue a text, or token ids."""
-    from gemma_edge.runtimes.generate import generate, note_tokens
-    from gemma_edge.runtimes.sampling import Sampler
-    from gemma_edge.runtimes.tokenizer import Tokenizer, parse_ids
+    from gemma_edge.runtimes.generation.generate import generate, note_tokens
+    from gemma_edge.runtimes.generation.sampling import Sampler
+    from gemma_edge.text.tokenizer import Tokenizer, parse_ids
 
     tokenizer = Tokenizer(runtime.bundle, runtime.manifest) if runtime.manifest.tokenizer else None
     if tokenizer is None:
@@ -234,13 +234,13 @@ def _complete(runtime: Runtime, prompt: str, options: Options) -> None:
 
 
 def _speculation(runtime: Runtime, options: Options) -> Speculation | None:
-    from gemma_edge.runtimes.speculate import Speculation
+    from gemma_edge.runtimes.generation.speculate import Speculation
 
     return Speculation(runtime, options.speculate, say=_note) if options.speculate else None
 
 
 def _grammar(runtime: Runtime, tokenizer: Tokenizer | None, options: Options) -> Grammar | None:
-    from gemma_edge.runtimes.constrain import Grammar, Vocabulary
+    from gemma_edge.runtimes.generation.constrain import Grammar, Vocabulary
 
     if options.json_schema is None:
         return None
@@ -260,9 +260,9 @@ def _ids_as_text(tokens: Iterator[int]) -> Iterator[str]:
 
 def _chat(runtime: Runtime, prompt: str | None, options: Options, prefix: str) -> None:
     """One turn, or a conversation until the input ends."""
-    from gemma_edge.runtimes.chat import ChatTemplate
-    from gemma_edge.runtimes.session import Session
-    from gemma_edge.runtimes.tokenizer import Tokenizer
+    from gemma_edge.runtimes.generation.session import Session
+    from gemma_edge.text.chat import ChatTemplate
+    from gemma_edge.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(runtime.bundle, runtime.manifest)
     template = ChatTemplate.from_bundle(runtime.bundle)
@@ -381,8 +381,8 @@ def _show(
 
 
 def _answer_stats(before: Stats, after: Stats, ttft_s: float, new_tokens: int, guessing_off: bool) -> AnswerStats:
-    from gemma_edge.runtimes.base import Stats
-    from gemma_edge.runtimes.memory import peak_rss_mib
+    from gemma_edge.memory import peak_rss_mib
+    from gemma_edge.runtimes.engines.base import Stats
 
     spent = Stats(**{name: value - getattr(before, name) for name, value in asdict(after).items()})
     return AnswerStats(

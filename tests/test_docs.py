@@ -14,12 +14,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import ROOT
+from support.checkpoints import ROOT
 
-from gemma_edge.export.bundle import BackendEntry, CacheGeometry, FileEntry, LayerCache, Manifest
+from gemma_edge.bundle.geometry import CacheGeometry, LayerCache
+from gemma_edge.bundle.manifest import BackendEntry, FileEntry, Manifest
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-OTHER_PAGES = [ROOT / "CHANGELOG.md", *sorted(ROOT.glob("demo/**/*.md")), *sorted(ROOT.glob("export/**/*.md"))]
+OTHER_PAGES = [
+    ROOT / "CHANGELOG.md",
+    *sorted(ROOT.glob("demo/**/*.md")),
+    *sorted(ROOT.glob("src/gemma_edge/text/**/*.md")),
+]
 KOTLIN = sorted((ROOT / "android_demo").glob("*/src/**/*.kt"))  # make android-test compiles all of it
 RUN = {"sh": ["sh", "-eu", "-c"], "python": [sys.executable, "-c"]}
 NOT_CODE = {"", "text", "json", "toml"}

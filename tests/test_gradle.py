@@ -9,11 +9,11 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from conftest import ROOT
+from support.checkpoints import ROOT
 
 ANDROID = ROOT / "android_demo"
 CATALOG = tomllib.loads((ANDROID / "gradle" / "libs.versions.toml").read_text(encoding="utf-8"))
-PINS = tomllib.loads((ANDROID / "pins.toml").read_text(encoding="utf-8"))
+PINS = tomllib.loads((ROOT / "tools" / "apk" / "pins.toml").read_text(encoding="utf-8"))
 MODULES = ("app", "gemma")
 SCRIPTS = [ANDROID / "build.gradle.kts", *(ANDROID / module / "build.gradle.kts" for module in MODULES)]
 VERSIONS: dict[str, str] = CATALOG["versions"]
@@ -81,7 +81,7 @@ def test_sdk_versions_are_the_apks() -> None:
 
 
 def test_modules_and_names_are_those_of_the_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", [str(ANDROID / "scripts"), *sys.path])
+    monkeypatch.setattr(sys, "path", [str(ROOT / "tools" / "apk"), *sys.path])
     import build_apk
 
     settings = (ANDROID / "settings.gradle.kts").read_text(encoding="utf-8")
@@ -133,6 +133,6 @@ def test_every_entry_of_the_catalog_is_used_and_every_use_is_an_entry() -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_both_builds_shrink_by_the_same_rules(module: str) -> None:
-    scripts = (ANDROID / "scripts" / "build_apk.py").read_text(encoding="utf-8")
+    scripts = (ROOT / "tools" / "apk" / "build_apk.py").read_text(encoding="utf-8")
     for name in said(build_file(module), r'"([\w./-]+\.pro)"'):
         assert f'ANDROID / "{module}" / "{name}"' in scripts

@@ -16,17 +16,17 @@ from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEv
 from executorch.exir.program import ExecutorchProgramManager
 from torch.export import Dim, ExportedProgram, export
 
-from gemma_edge.export.bundle import CacheGeometry
+from gemma_edge.bundle.geometry import CacheGeometry
 from gemma_edge.export.executorch.check import check_pte
 from gemma_edge.export.executorch.compose import Composed, Embedding
 from gemma_edge.export.executorch.packing import Weight, pieces_of, random_weight, refuse_unsupported
 from gemma_edge.export.executorch.pte import write_pte
 from gemma_edge.export.executorch.seams import AttendHalf, Limits, ProjectHalf, block_half, head_piece, linears_of
 from gemma_edge.export.executorch.templates import COMPILE, Lowered, Template, lower_half
+from gemma_edge.logits import scored_at_once
 from gemma_edge.model.checkpoint import TABLE
 from gemma_edge.model.config import Gemma2Config
-from gemma_edge.quantize.store import QuantizedCheckpoint
-from gemma_edge.runtimes.base import scored_at_once
+from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
 
 FILE = "model.pte"
 METHODS = {"generate": "forward", "score": "score"}  # what a method is for -> its name

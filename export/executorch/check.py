@@ -8,7 +8,7 @@ from pathlib import Path
 from executorch.exir.schema import DelegateCall, ExecutionPlan
 from executorch.exir.schema import Tensor as PlannedTensor
 
-from gemma_edge.export.bundle import CacheGeometry
+from gemma_edge.bundle.geometry import CacheGeometry
 from gemma_edge.export.executorch.delegates import Kernel, kernel_of, linears
 from gemma_edge.export.executorch.packing import SCALE, Constant, constants, pieces_of
 from gemma_edge.export.executorch.pte import GATHERS, Pte, calls

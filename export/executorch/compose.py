@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gemma_edge.export.bundle import CacheGeometry, LayerCache
+from gemma_edge.bundle.geometry import CacheGeometry, LayerCache
 from gemma_edge.export.executorch.packing import CODES, SCALE, row_bytes
 from gemma_edge.export.executorch.seams import HIDDEN
 from gemma_edge.export.executorch.templates import Lowered

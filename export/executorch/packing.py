@@ -16,10 +16,10 @@ from torch import Tensor
 from gemma_edge.errors import InputError
 from gemma_edge.model.checkpoint import TABLE, row_slices, weight_shapes
 from gemma_edge.model.config import Gemma2Config
+from gemma_edge.quantize.checkpoint.packing import pack_bytes
+from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
 from gemma_edge.quantize.integers import QuantizedTensor
-from gemma_edge.quantize.packing import pack_bytes
 from gemma_edge.quantize.recipe import QuantConfig
-from gemma_edge.quantize.store import QuantizedCheckpoint
 
 HALVED = ("q_proj", "k_proj")  # linears whose output is rotated: their rows come as two halves of every head
 LARGEST_PIECE = 1 << 28  # weights that are lowered at once: a quarter of the 2B table's has 147 M

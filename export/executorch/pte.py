@@ -41,7 +41,7 @@ from gemma_edge.export.executorch.packing import (
     slices,
 )
 from gemma_edge.model.checkpoint import TABLE
-from gemma_edge.quantize.store import QuantizedCheckpoint
+from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
 
 ALIGNMENT = 128  # of a segment, and so of every constant
 GATHERS = ("quantized_decomposed::embedding_byte", "quantized_decomposed::embedding_4bit", "aten::embedding")

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gemma_edge.export.bundle import CacheGeometry
+from gemma_edge.bundle.geometry import CacheGeometry
 from gemma_edge.export.onnx import graph
 from gemma_edge.export.onnx.check import check_graph
 from gemma_edge.export.onnx.seams import make_layers
 from gemma_edge.export.onnx.weights import blobs_of, float_dtypes, write_weights
 from gemma_edge.model.config import Gemma2Config
-from gemma_edge.quantize.store import QuantizedCheckpoint
+from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
 
 WEIGHTS = "model.onnx.data"
 FILES = {"generate": "generate.onnx", "score": "score.onnx", "genai": "genai.onnx", "weights": WEIGHTS}

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from gemma_edge.export.bundle import CacheGeometry
+from gemma_edge.bundle.geometry import CacheGeometry
 from gemma_edge.export.onnx.seams import INT8_CACHE, SCALE_INPUTS
 from gemma_edge.export.onnx.weights import HEAD_PACKED, Blob
 from gemma_edge.model.checkpoint import TABLE, weight_shapes
 from gemma_edge.model.config import Gemma2Config
-from gemma_edge.quantize.kv_scales import KINDS, scale_name
+from gemma_edge.quantize.checkpoint.kv_scales import KINDS, scale_name
 from gemma_edge.quantize.recipe import QuantConfig
 
 NORMS_PER_LAYER = 4

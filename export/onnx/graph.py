@@ -15,13 +15,13 @@ from onnx_ir.passes import common
 from onnxscript import optimizer
 from torch import Tensor, nn
 
-from gemma_edge.export.bundle import CacheGeometry
+from gemma_edge.bundle.geometry import CacheGeometry
 from gemma_edge.export.onnx.seams import GroupQueryAttention
 from gemma_edge.export.onnx.weights import HEAD_PACKED, Blob
 from gemma_edge.model.checkpoint import TABLE
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.model.gemma2 import Gemma2, Layers
-from gemma_edge.quantize.kv_scales import KINDS, scale_name
+from gemma_edge.quantize.checkpoint.kv_scales import KINDS, scale_name
 
 OPSET = 23
 MODULE = "gemma2"  # name of the decoder inside the traced module

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.onnx import ops
 
-from gemma_edge.export.bundle import CacheGeometry
+from gemma_edge.bundle.geometry import CacheGeometry
 from gemma_edge.export.onnx.weights import block_size
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.model.gemma2 import Layers, TiedTable

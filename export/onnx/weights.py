@@ -17,10 +17,10 @@ from torch import Tensor
 from gemma_edge.errors import InputError
 from gemma_edge.model.checkpoint import TABLE, Checkpoint, norm_names, row_slices, weight_shapes
 from gemma_edge.model.config import Gemma2Config
-from gemma_edge.quantize.kv_scales import KINDS, scale_name
-from gemma_edge.quantize.packing import pack_bytes
+from gemma_edge.quantize.checkpoint.kv_scales import KINDS, scale_name
+from gemma_edge.quantize.checkpoint.packing import pack_bytes
+from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint, narrow
 from gemma_edge.quantize.recipe import QuantConfig
-from gemma_edge.quantize.store import QuantizedCheckpoint, narrow
 
 ALIGNMENT = 4096  # a page, so that every tensor can be mapped
 BLOCK_SIZES = (256, 128, 64, 32, 16)  # that the kernels know

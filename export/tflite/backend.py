@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.export import ExportedProgram, export
 from torch.export.graph_signature import InputKind
 
-from gemma_edge.export.bundle import CacheGeometry
+from gemma_edge.bundle.geometry import CacheGeometry
+from gemma_edge.bundle.signature import RESET, Signature
 from gemma_edge.export.tflite.check import check_tflite
 from gemma_edge.export.tflite.file import write_model
 from gemma_edge.export.tflite.graph import Model, Subgraph
@@ -22,8 +23,7 @@ from gemma_edge.export.tflite.operators import Lowering, Variable, Weight
 from gemma_edge.export.tflite.packing import LITERT, Packing
 from gemma_edge.export.tflite.seams import Step, signatures, states
 from gemma_edge.model.gemma2 import Gemma2, inverse_frequencies
-from gemma_edge.quantize.store import QuantizedCheckpoint
-from gemma_edge.runtimes.signatures import RESET, Signature
+from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
 
 MODULE = "gemma2."  # prefix of the decoder's names inside a traced signature
 

@@ -12,7 +12,8 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 from numpy.typing import NDArray
 
-from gemma_edge.export.bundle import CacheGeometry
+from gemma_edge.bundle.geometry import CacheGeometry
+from gemma_edge.bundle.signature import Signature
 from gemma_edge.export.tflite.file import ALIGNMENT
 from gemma_edge.export.tflite.graph import CODES
 from gemma_edge.export.tflite.packing import Packing
@@ -20,7 +21,6 @@ from gemma_edge.export.tflite.seams import PREFILL, looked_at, states
 from gemma_edge.model.checkpoint import TABLE, linear_shapes, weight_shapes
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.quantize.recipe import QuantConfig
-from gemma_edge.runtimes.signatures import Signature
 
 READERS = ("FULLY_CONNECTED", "EMBEDDING_LOOKUP")  # operators whose second input is a weight
 OPERATORS = {code: name for name, code in vars(schema.BuiltinOperator).items() if isinstance(code, int)}

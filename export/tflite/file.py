@@ -16,7 +16,7 @@ from ai_edge_litert.tools import flatbuffer_utils
 from gemma_edge.export.tflite.graph import Model
 from gemma_edge.export.tflite.packing import Packing
 from gemma_edge.model.checkpoint import weight_shapes
-from gemma_edge.quantize.store import QuantizedCheckpoint
+from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
 
 ALIGNMENT = 64  # of a weight's bytes in the file
 DESCRIPTION = "gemma-edge"

@@ -13,10 +13,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from gemma_edge.bundle.manifest import Manifest, confined
 from gemma_edge.errors import InputError
-from gemma_edge.export.bundle import Manifest, confined
-from gemma_edge.runtimes.chat import ChatTemplate
-from gemma_edge.runtimes.tokenizer import TOKENIZER_FILE, Tokenizer
+from gemma_edge.text.chat import ChatTemplate
+from gemma_edge.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
 ENDLESS = 1 << 20  # tokens of a conversation: the engine wants some number
 PACKAGE = "litert_lm_builder"

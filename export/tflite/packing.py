@@ -16,8 +16,8 @@ from torch import Tensor
 from gemma_edge.errors import InputError
 from gemma_edge.model.checkpoint import TABLE, row_slices, weight_shapes
 from gemma_edge.model.config import Gemma2Config
+from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
 from gemma_edge.quantize.recipe import QuantConfig
-from gemma_edge.quantize.store import QuantizedCheckpoint
 
 SIGNS = {4: 0x88, 8: 0x80}  # by bits: turns codes that are stored plus 2^(bits-1) into two's complement, byte by byte
 

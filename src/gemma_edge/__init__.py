@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from gemma_edge.runtimes.base import Runtime
+    from gemma_edge.runtimes.engines.base import Runtime
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
@@ -27,6 +27,6 @@ def load(bundle: str | Path, *, backend: str | None = None, threads: int | None 
     Raises:
         InputError: the folder is no bundle, is damaged, or needs a package that is not installed.
     """
-    from gemma_edge.runtimes.base import open_runtime
+    from gemma_edge.runtimes.engines.load import open_runtime
 
     return open_runtime(bundle, backend=backend, threads=threads)

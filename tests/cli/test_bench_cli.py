@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from browser import look_at, needs_browser
 from click.testing import CliRunner, Result
-from toys import edit_json, write_toy_bundle
+from support.browser import look_at, needs_browser
+from support.toys import edit_json, write_toy_bundle
 
-from gemma_edge.runtimes.bench_cli import main
+from gemma_edge.bench.cli import main
 
 FEW = ("-p", "3", "-n", "2", "-r", "2", "-t", "1")
 
@@ -127,7 +127,7 @@ def test_a_backend_that_is_not_installed_is_left_out_with_a_note(toy: Path, tmp_
     code = (
         "import importlib.util; find = importlib.util.find_spec\n"
         "importlib.util.find_spec = lambda name: None if name == 'executorch' else find(name)\n"
-        "from gemma_edge.runtimes.bench_cli import main; main()"
+        "from gemma_edge.bench.cli import main; main()"
     )
     done = subprocess.run([sys.executable, "-c", code, other, *FEW, "--json"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -138,7 +138,7 @@ def test_a_backend_that_is_not_installed_is_left_out_with_a_note(toy: Path, tmp_
 def test_help_and_saved_results_load_no_runtime(saved: Path) -> None:
     for args in (["--help"], ["--from", str(saved)]):
         code = (
-            "import sys\nfrom gemma_edge.runtimes.bench_cli import main\n"
+            "import sys\nfrom gemma_edge.bench.cli import main\n"
             f"main({args!r}, standalone_mode=False)\n"
             "heavy = {'torch', 'onnx', 'onnxruntime', 'transformers', 'matplotlib'} & set(sys.modules)\n"
             "sys.exit(f'imported: {heavy}' if heavy else 0)"

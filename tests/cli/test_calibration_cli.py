@@ -11,17 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from commands import COMMAND, refused, run
-from conftest import DEMO
 from safetensors.torch import load_file, save_file
+from support.checkpoints import DEMO
+from support.commands import COMMAND, refused, run
 
-from gemma_edge.export import cache
-from gemma_edge.export.bundle import Manifest
-from gemma_edge.export.calibration import Source
+from gemma_edge.bundle.manifest import Manifest
+from gemma_edge.export.api import open_model
 from gemma_edge.export.options import ExportOptions
-from gemma_edge.export.pipeline import open_model
 from gemma_edge.model.checkpoint import Checkpoint
-from gemma_edge.quantize.layerwise import key_of, only_here
+from gemma_edge.quantize.calibration import cache
+from gemma_edge.quantize.calibration.layerwise import key_of, only_here
+from gemma_edge.quantize.calibration.text import Source
 
 LAYERS = 6
 QUICK = ("--calibration-tokens", "256", "--verify", "none")

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from conftest import DEMO, hf_logits, hf_model
-from toys import write_toy_bundle
+from support.checkpoints import DEMO, hf_logits, hf_model
+from support.toys import write_toy_bundle
 from transformers import AutoTokenizer
 
-from gemma_edge.export.pipeline import Export
-from gemma_edge.runtimes.eval_cli import main
+from gemma_edge.evaluate.cli import main
+from gemma_edge.export.api import Export
 
-COMMAND = [sys.executable, "-c", "from gemma_edge.runtimes.eval_cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from gemma_edge.evaluate.cli import main; main()"]
 
 
 def run(*args: str | Path) -> Result:
@@ -221,7 +221,7 @@ def test_a_missing_package_is_named_with_its_extra(
 
 
 def test_an_unknown_task_is_refused(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    adapter = pytest.importorskip("gemma_edge.runtimes.lm_eval_adapter", reason="needs the package lm-eval")
+    adapter = pytest.importorskip("gemma_edge.evaluate.lm_eval_adapter", reason="needs the package lm-eval")
     index = adapter.TaskManager
 
     def own_tasks_only(include_path: Path | None = None, include_defaults: bool = True) -> Any:
@@ -235,7 +235,7 @@ def test_an_unknown_task_is_refused(toy: Path, tmp_path: Path, monkeypatch: pyte
 def test_help_and_a_bundle_load_neither_torch_nor_lm_eval_nor_matplotlib(toy: Path) -> None:
     for args in (["--help"], [str(toy), "--max-tokens", "8"]):
         code = (
-            "import sys\nfrom gemma_edge.runtimes.eval_cli import main\n"
+            "import sys\nfrom gemma_edge.evaluate.cli import main\n"
             f"main({args!r}, standalone_mode=False)\n"
             "heavy = {'torch', 'onnx', 'transformers', 'lm_eval', 'matplotlib'} & set(sys.modules)\n"
             "sys.exit(f'imported: {heavy}' if heavy else 0)"

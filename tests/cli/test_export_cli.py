@@ -12,11 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import COMMAND, refused, run
-from conftest import DEMO
+from support.checkpoints import DEMO
+from support.commands import COMMAND, refused, run
 
-from gemma_edge.export.bundle import MANIFEST, Manifest
-from gemma_edge.export.choices import BACKENDS, LEVELS, TARGETS
+from gemma_edge.bundle.backends import BACKENDS
+from gemma_edge.bundle.manifest import MANIFEST, Manifest
+from gemma_edge.export.gate.limits import LEVELS
+from gemma_edge.export.targets import TARGETS
 from gemma_edge.quantize.recipe import BITS, METHODS
 
 FAST = ("--quality", "fast")  # where calibration is not what is tested: test_calibration_cli.py does that

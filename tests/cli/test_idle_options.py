@@ -7,13 +7,13 @@ import logging
 from pathlib import Path
 
 import pytest
-from commands import refused, run
-from conftest import DEMO
+from support.checkpoints import DEMO
+from support.commands import refused, run
 
-from gemma_edge.export.bundle import Manifest
+from gemma_edge.bundle.manifest import Manifest
 from gemma_edge.model.checkpoint import Checkpoint
+from gemma_edge.quantize.checkpoint.store import write_quantized
 from gemma_edge.quantize.recipe import ANY, INT8_ROW, TABLE_PATTERN, QuantConfig, QuantRule, Recipe, make_recipe
-from gemma_edge.quantize.store import write_quantized
 
 V_FLOAT = Recipe(
     "v float",

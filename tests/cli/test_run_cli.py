@@ -14,15 +14,15 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner, Result
-from toys import write_toy_bundle
+from support.toys import write_toy_bundle
 
 import gemma_edge
 from gemma_edge.command import Command, Group
 from gemma_edge.errors import InputError
-from gemma_edge.runtimes.chat import ChatTemplate
 from gemma_edge.runtimes.cli import main
-from gemma_edge.runtimes.session import Session
-from gemma_edge.runtimes.tokenizer import Tokenizer
+from gemma_edge.runtimes.generation.session import Session
+from gemma_edge.text.chat import ChatTemplate
+from gemma_edge.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -371,7 +371,7 @@ def test_schemas_that_are_refused(bundle: Path, token_bundle: Path, tmp_path: Pa
 
 def test_stats_tell_why_nothing_is_guessed(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under ONNX Runtime with int8 activations; the toy's float kernels may do either."""
-    from gemma_edge.runtimes.speculate import Speculation
+    from gemma_edge.runtimes.generation.speculate import Speculation
 
     def refuse(self: Speculation, token: int) -> Any:
         self.refused = self._checked = True

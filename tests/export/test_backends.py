@@ -16,11 +16,11 @@ pytest.importorskip("ai_edge_litert", reason="LiteRT is not installed: pip insta
 
 import gemma_edge
 from gemma_edge.errors import InputError
-from gemma_edge.export import pipeline
+from gemma_edge.export import api as pipeline
+from gemma_edge.export.api import Export
 from gemma_edge.export.executorch.packing import CODES, Constant
 from gemma_edge.export.executorch.pte import Pte
 from gemma_edge.export.options import ExportOptions
-from gemma_edge.export.pipeline import Export
 from gemma_edge.export.tflite.check import TFLite
 from gemma_edge.model.checkpoint import TABLE, linear_shapes, weight_shapes
 from gemma_edge.model.config import Gemma2Config

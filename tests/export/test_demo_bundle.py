@@ -11,17 +11,17 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from conftest import DEMO
+from support.checkpoints import DEMO
 
 import gemma_edge
+from gemma_edge.bundle.manifest import MANIFEST, Manifest, check_hashes
 from gemma_edge.errors import InputError
-from gemma_edge.export import pipeline
-from gemma_edge.export.bundle import MANIFEST, Manifest, check_hashes
+from gemma_edge.export import api as pipeline
+from gemma_edge.export.api import Export
 from gemma_edge.export.onnx.check import check_graph
 from gemma_edge.export.onnx.weights import layout
 from gemma_edge.export.options import ExportOptions
-from gemma_edge.export.pipeline import Export
-from gemma_edge.quantize.store import QuantizedCheckpoint
+from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ def check_demo(demo: Export, path: Path) -> None:
 
 def test_gate_refuses_a_bundle_whose_weights_were_swapped(demo: Export, copy: Path) -> None:
     """What no look at the graph finds: one layer's bytes in another's place."""
-    from gemma_edge.export import verify
+    from gemma_edge.export.gate import limits, verify
     from gemma_edge.model.checkpoint import Checkpoint
 
     quantized = QuantizedCheckpoint.open(demo.bundle.parent / "checkpoint")
@@ -200,16 +200,16 @@ def test_gate_refuses_a_bundle_whose_weights_were_swapped(demo: Export, copy: Pa
             file.seek(blob.offset)
             file.write(part)
     gate = verify.make_gate(copy / "tokenizer.json", 4096, 2, 512, "quick")
-    limits = {"onnx": verify.LIMITS[4]}
-    result = verify.verify(copy, Checkpoint.open(DEMO), quantized, gate, context=512, limits=limits)["onnx"]
+    allowed = {"onnx": limits.LIMITS[4]}
+    result = verify.verify(copy, Checkpoint.open(DEMO), quantized, gate, context=512, limits=allowed)["onnx"]
     assert not result["passed"] and any(failure.startswith("lowering") for failure in result["failures"])
 
 
 def test_gate_finds_the_same_whatever_is_scored_at_once(demo: Export, monkeypatch: pytest.MonkeyPatch) -> None:
     """50 positions at once: no multiple of the chunk, of the rows that are compared together, or of the lowering text."""
-    from gemma_edge.export import judge, verify
+    from gemma_edge.export.gate import judge, limits, verify
     from gemma_edge.model.checkpoint import Checkpoint
-    from gemma_edge.runtimes import base
+    from gemma_edge.runtimes.engines import base
 
     monkeypatch.setattr(base, "SCORED_BYTES", 4 * 4096 * 50)
     monkeypatch.setattr(verify, "_judge", lambda folder, *rest: judge.judge(folder))
@@ -221,7 +221,7 @@ def test_gate_finds_the_same_whatever_is_scored_at_once(demo: Export, monkeypatc
         quantized,
         gate,
         context=512,
-        limits={"onnx": verify.LIMITS[4]},
+        limits={"onnx": limits.LIMITS[4]},
     )["onnx"]
     once = demo.manifest.verification["onnx"]
     assert found["generation_difference"] == pytest.approx(once["generation_difference"], rel=0.01)
@@ -232,12 +232,12 @@ def test_gate_finds_the_same_whatever_is_scored_at_once(demo: Export, monkeypatc
 
 def test_a_wrap_that_goes_wrong_cannot_hide_among_the_positions_before_it(demo: Export) -> None:
     """63 bad positions among 575 leave the mean within the limits; past the context they are judged on their own."""
-    from gemma_edge.export import verify
+    from gemma_edge.export.gate import limits
 
     result = dict(demo.manifest.verification["onnx"])
-    assert verify.failures(result, verify.LIMITS[4]) == [] and result["quality_past_context"]["tokens"] == 63
+    assert limits.failures(result, limits.LIMITS[4]) == [] and result["quality_past_context"]["tokens"] == 63
     result["quality_past_context"] = {**result["quality_past_context"], "kl": 4.0, "top1": 0.0}
-    found = verify.failures(result, verify.LIMITS[4])
+    found = limits.failures(result, limits.LIMITS[4])
     assert [failure.split(":")[0] for failure in found] == ["quality_past_context kl", "quality_past_context 1 - top1"]
 
 
@@ -331,9 +331,9 @@ def test_bundle_and_checkpoint_get_the_same_files_beside_the_weights(tmp_path: P
 
 
 def test_failed_gate_publishes_nothing_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gemma_edge.export import verify
+    from gemma_edge.export.gate import limits
 
-    monkeypatch.setitem(verify.LIMITS, 4, replace(verify.LIMITS[4], kl=1e-9))
+    monkeypatch.setitem(limits.LIMITS, 4, replace(limits.LIMITS[4], kl=1e-9))
     options = ExportOptions(model=str(DEMO), out=tmp_path / "out", quality="fast")
     with pytest.raises(InputError, match="differs too much from the original .onnx: quality kl: "):
         pipeline.export(options)
@@ -349,7 +349,7 @@ def test_failed_gate_publishes_nothing_unless_asked(tmp_path: Path, monkeypatch:
         pipeline.export(replace(options, keep_failed=True))
     monkeypatch.undo()
     assert Manifest.load(tmp_path / "out.failed") == first
-    monkeypatch.setitem(verify.LIMITS, 4, replace(verify.LIMITS[4], kl=1e-9))
+    monkeypatch.setitem(limits.LIMITS, 4, replace(limits.LIMITS[4], kl=1e-9))
     with pytest.raises(InputError, match="it lies in"):
         pipeline.export(replace(options, keep_failed=True, force=True, prefill_chunk=64))
     assert Manifest.load(tmp_path / "out.failed").backends["onnx"].cache.prefill_chunk == 64

@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DEMO
+from support.checkpoints import DEMO
 
+from gemma_edge.bundle.manifest import Manifest
 from gemma_edge.errors import InputError
-from gemma_edge.export import pipeline
+from gemma_edge.export import api as pipeline
 from gemma_edge.export import plan as planning
-from gemma_edge.export import verify as gate
-from gemma_edge.export.bundle import Manifest
-from gemma_edge.export.choices import GIB, LEVELS, TARGETS, Target
+from gemma_edge.export.api import open_model
+from gemma_edge.export.gate import verify as gate
+from gemma_edge.export.gate.limits import LEVELS
 from gemma_edge.export.options import ExportOptions
-from gemma_edge.export.pipeline import open_model
 from gemma_edge.export.plan import MIB, make_plan
+from gemma_edge.export.targets import GIB, TARGETS, Target
 from gemma_edge.model.checkpoint import Checkpoint
 from gemma_edge.quantize.recipe import make_recipe
 

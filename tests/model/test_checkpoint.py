@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import hf_model, make_checkpoint
 from safetensors.torch import load_file, save_file
+from support.checkpoints import hf_model, make_checkpoint
 from torch import Tensor
 from torch.testing import assert_close
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SHAPES, hf_logits, hf_model, make_checkpoint, relative_error
+from support.checkpoints import SHAPES, hf_logits, hf_model, make_checkpoint, relative_error
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import Gemma2ForCausalLM

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import hf_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from support.checkpoints import hf_model
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import Gemma2ForCausalLM

@@ -82,7 +82,7 @@ public class Bundle private constructor(
 
     /**
      * What a saved state of the ONNX backend depends on, as a hash: the model, the cache's geometry and every file's hash. Equal to
-     * what the Python runtime computes, see `BaseRuntime._identity` in runtimes/base.py.
+     * what the Python runtime computes, see `BaseRuntime._identity` in runtimes/engines/base.py.
      */
     internal fun identity(): String {
         val manifest = Node(JsonReader.parse(File(folder, MANIFEST).readBytes(), rawNumbers = true), MANIFEST)

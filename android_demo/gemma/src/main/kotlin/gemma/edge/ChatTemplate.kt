@@ -29,7 +29,7 @@ public fun interface ChatTemplate {
         private val SAME_AS_GEMMA2 = setOf(
             "ecd6ae513fe103f0eb62e8ab5bfa8d0fe45c1074fa398b089c93a7e70c15cfd6", // google/gemma-2-2b-it, -9b-it, -27b-it
             "cd6c106411f99be366e6fb668a90454316370b3ceab71ccb6a684b710f908241", // demo/tiny-gemma2
-            "ef70863d4ec4624704d4ca7290673981e52301865f710334ea26e0fd333d5516", // benchmarks/synthetic_tokenizer.py
+            "ef70863d4ec4624704d4ca7290673981e52301865f710334ea26e0fd333d5516", // tools/benchmarks/synthetic_tokenizer.py
         )
 
         /**

@@ -187,7 +187,7 @@ public class OnnxRuntime private constructor(override val bundle: Bundle, privat
         options.setIntraOpNumThreads(threads)
         options.setInterOpNumThreads(1)
         options.setSessionLogLevel(OrtLoggingLevel.ORT_LOGGING_LEVEL_ERROR)
-        // activations go back to the system after each step: less resident, no difference in speed (runtimes/onnx.py)
+        // activations go back to the system after each step: less resident, no difference in speed (runtimes/engines/onnx.py)
         options.setCPUArenaAllocator(false)
         options.setMemoryPatternOptimization(false)
         environment.createSession(graph.path, options)

@@ -1,7 +1,7 @@
 package gemma.edge
 
 /**
- * A conversation as it is kept beside a runtime's state; `Session.save` in runtimes/session.py writes the same notes.
+ * A conversation as it is kept beside a runtime's state; `Session.save` in runtimes/generation/session.py writes the same notes.
  *
  * @property ids of it as the model read and wrote them; the last one may not be fed yet. None where they are not known.
  * @property texts of these ids, in the ways a template may write them.

@@ -9,7 +9,7 @@ import java.nio.channels.FileChannel
 import java.nio.file.Files
 import java.nio.file.StandardCopyOption
 
-/** What a state says of itself; see `State` in runtimes/state.py, which has the same fields. */
+/** What a state says of itself; see `State` in runtimes/engines/state.py, which has the same fields. */
 internal class StateHeader(val identity: String, val position: Int, val written: Int, val notes: String)
 
 /** One tensor of a state; [dtype] is safetensors' name. */
@@ -22,7 +22,7 @@ internal data class StateTensor(val name: String, val dtype: String, val shape: 
 }
 
 /**
- * The state of a runtime in one safetensors file, the format of the Python runtime's runtimes/state.py. Tensors are read and written
+ * The state of a runtime in one safetensors file, the format of the Python runtime's runtimes/engines/state.py. Tensors are read and written
  * one at a time: together they may be larger than an app's heap. Source: safetensors' README, "Format".
  */
 internal class StateFile private constructor(

@@ -1,0 +1,164 @@
+"""A Hugging Face folder as something to evaluate: float, or the integers of our layout. The arithmetic is reference.py's.
+
+Windows go through it layer by layer, one block of weights in memory at a time. Only tasks that generate load the whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gemma_edge.bundle.geometry import CacheGeometry
+from gemma_edge.bundle.manifest import Manifest
+from gemma_edge.evaluate.model import Model
+from gemma_edge.logits import Logits
+from gemma_edge.model import layerwise as reference
+from gemma_edge.model.checkpoint import Checkpoint, weight_shapes
+from gemma_edge.model.kv_cache import RingCache
+from gemma_edge.progress import Progress
+from gemma_edge.quantize.calibration.layerwise import stream_error
+from gemma_edge.quantize.checkpoint.store import TABLE_FILE, QuantizedCheckpoint, open_weights
+from gemma_edge.runtimes.engines.base import BaseRuntime, Runtime
+from gemma_edge.text.tokenizer import TOKENIZER_FILE, Tokenizer
+from gemma_edge.text.windows import Window
+
+GROUP_TOKENS = 8192  # tokens whose hidden states are in memory at once: 75 MB for 2B
+CHUNK = 128  # tokens in one call when a model runs as a whole
+
+
+class CheckpointModel:
+    """The folder's weights, and what they predict: a `Model` as in evaluate/bundle_model.py."""
+
+    kind, backend = "folder", "torch"
+
+    def __init__(self, path: Path) -> None:
+        """Check the folder; reads headers only.
+
+        Raises:
+            InputError: no Gemma 2 folder that can be read.
+        """
+        quantized_table = (path / TABLE_FILE).is_file()
+        self.path = path
+        self.weights = QuantizedCheckpoint.open(path) if quantized_table else open_weights(path)
+        self.config = self.weights.config.to_json()
+        self.context = self.weights.config.max_position_embeddings
+        shapes = weight_shapes(self.weights.config)
+        self.size = sum(self._bytes(name, shape) for name, shape in shapes.items())
+        self.bits_per_weight: float | None = 8 * self.size / sum(rows * columns for rows, columns in shapes.values())
+
+    def _bytes(self, name: str, shape: tuple[int, int]) -> int:
+        rows, columns = shape
+        weights = self.weights
+        config = None if isinstance(weights, Checkpoint) else weights.configs[name]
+        if config is None or isinstance(weights, Checkpoint):
+            return rows * columns * weights.dtype(name).itemsize
+        groups = columns // config.group_size if config.group_size else 1
+        return rows * columns * config.bits // 8 + rows * groups * weights.scale_dtype(name).itemsize
+
+    def steps(self, windows: Sequence[Window]) -> int:
+        """How often `rows` reports progress."""
+        layers = self.weights.config.num_hidden_layers
+        pieces = sum(-(-window.scored // reference.HEAD_POSITIONS) for window in windows)
+        return layers * sum(1 for _ in _groups(windows)) + pieces
+
+    def rows(self, windows: Sequence[Window], progress: Callable[[int], None]) -> Iterator[tuple[Window, int, Logits]]:
+        """Logits of every scored position: (window, position of the first row, (t, V)), in order."""
+        for group in _groups(windows):
+            sequences = [torch.tensor(window.ids[:-1]) for window in group]
+            states = reference.final_states(self.weights, sequences, self.context, progress)
+            for window, x in zip(group, states, strict=True):
+                for start in range(window.first, len(x), reference.HEAD_POSITIONS):
+                    rows = x[start : start + reference.HEAD_POSITIONS]
+                    yield window, start, reference.logits(self.weights, rows).numpy()
+                    progress(1)
+
+    @torch.no_grad()
+    def layer_errors(self, original: Model | None, ids: Sequence[int], progress: Progress) -> list[float]:
+        """How far the residual stream is from the original's after each block.
+
+        Args:
+            original: the model it was made from; only a folder has blocks to compare with.
+            ids: (T,) tokens fed to both.
+            progress: shows how far it is.
+
+        Returns:
+            per layer, as `stream_error` has it.
+        """
+        shape = ("num_hidden_layers", "hidden_size")
+        if not isinstance(original, CheckpointModel) or any(original.config[k] != self.config[k] for k in shape):
+            return []
+        sequence = [torch.tensor(ids)]
+        ours = reference.blocks(self.weights, sequence, self.context)
+        theirs = reference.blocks(original.weights, sequence, original.context)
+        errors = []
+        with progress(f"layers of {self.path}", self.weights.config.num_hidden_layers, False) as advance:
+            for (x,), (y,) in zip(ours, theirs, strict=True):
+                errors.append(stream_error(x, y))
+                advance(1)
+        return errors
+
+    def runtime(self) -> Runtime:
+        """The whole model in float32 memory, to generate with."""
+        return CheckpointRuntime(self.weights)
+
+    def tokenizer(self) -> Tokenizer | None:
+        """The folder's tokenizer.json, if it has one."""
+        if not (self.path / TOKENIZER_FILE).is_file():
+            return None
+        return Tokenizer.of_folder(self.path, self.config)
+
+
+class CheckpointRuntime(BaseRuntime):
+    """A folder behind the interface of the bundles: 4 bytes of memory per parameter."""
+
+    def __init__(self, weights: Checkpoint | QuantizedCheckpoint) -> None:
+        config = weights.config
+        context = config.max_position_embeddings
+        cache = CacheGeometry(context, CHUNK, config.num_key_value_heads, config.head_dim, "float32", ())
+        super().__init__(weights.folder, _manifest(weights), cache)
+        self._model = weights.load()
+        self._ring = RingCache(config, context=context, chunk=CHUNK)
+
+    @torch.no_grad()
+    def _forward(self, ids: NDArray[np.int64], *, every_position: bool) -> Logits:
+        """Logits (T, V), or (1, V) of the last."""
+        x = self._model.model(torch.from_numpy(ids)[None], torch.tensor([self.position]), self._ring)
+        logits: Logits = self._model.head(x if every_position else x[:, -1:])[0].numpy()
+        return logits
+
+    def _clear(self) -> None:
+        """Nothing to do: at position 0 no slot of the ring is read before it is written."""
+
+
+def _manifest(weights: Checkpoint | QuantizedCheckpoint) -> Manifest:
+    """As much of a manifest as a runtime reads."""
+    return Manifest(
+        model={"name": weights.folder.name},
+        config=weights.config.to_json(),
+        recipe={},
+        target={},
+        backends={},
+        files={},
+        tokenizer=False,
+        tools={},
+        verification={},
+        created="",
+    )
+
+
+def _groups(windows: Sequence[Window]) -> Iterator[list[Window]]:
+    """Consecutive windows of together at most GROUP_TOKENS, or one that is longer."""
+    group: list[Window] = []
+    tokens = 0
+    for window in windows:
+        if group and tokens + len(window.ids) > GROUP_TOKENS:
+            yield group
+            group, tokens = [], 0
+        group.append(window)
+        tokens += len(window.ids)
+    if group:
+        yield group

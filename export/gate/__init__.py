@@ -1,0 +1,1 @@
+"""The gate: a finished bundle is compared with the original, and published only within the limits."""

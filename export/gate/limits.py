@@ -1,0 +1,83 @@
+"""How far the gate looks, and what a bundle must reach to be published. No torch here, so that --help can list it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a bundle must reach to be published."""
+
+    kl: float  # nats per token, original || bundle
+    top1: float  # part of positions with the same most likely token
+    ppl_change: float  # relative
+    lowering: float  # max |logit difference| to the same integers, as part of the logits' range
+
+
+# By the fewest bits of any weight, or of the KV cache. In int8 the cache adds a tenth to `lowering` where activations are int8
+# (demo model: 0.0061 to 0.0066 at 4 bits, 0.0102 to 0.0110 at 8), and to float weights more than their limits allow. The 4-bit
+# figures leave room for data-free rounding of small models; what calibrated bundles really reach is in docs/benchmarks.md.
+LIMITS = {
+    4: Limits(kl=0.5, top1=0.6, ppl_change=0.5, lowering=0.05),
+    8: Limits(kl=0.03, top1=0.9, ppl_change=0.05, lowering=0.05),
+    16: Limits(kl=1e-4, top1=0.99, ppl_change=0.005, lowering=1e-3),
+    32: Limits(kl=1e-5, top1=0.995, ppl_change=0.001, lowering=1e-3),
+}
+
+
+def failures(result: dict[str, Any], limits: Limits) -> list[str]:
+    """What is out of bounds, each as `figure: value > limit`."""
+    lowering = result["lowering"]
+    span = lowering["logit_range"] or 1e-9
+    checks: dict[str, tuple[float, float]] = {}
+    # past the context on its own: a window that wraps wrongly must not hide among the positions before it
+    for part in ("quality", "quality_past_context"):
+        quality = result[part]
+        if quality is not None:
+            checks |= {
+                f"{part} kl": (quality["kl"], limits.kl),
+                f"{part} 1 - top1": (1.0 - quality["top1"], 1.0 - limits.top1),
+                f"{part} ppl_change": (quality["ppl_change"], limits.ppl_change),
+            }
+    checks |= {
+        "lowering": (lowering["max_abs_logit_difference"] / span, limits.lowering),
+        "generation_difference": (result["generation_difference"] / span, limits.lowering),
+    }
+    # written so that NaN fails
+    return [f"{name}: {value:.4g} > {limit:.4g}" for name, (value, limit) in checks.items() if not value <= limit]
+
+
+PAST_WRAP = 64  # tokens fed beyond the point where the first key has left every window
+LOWERING_TEXT = 128  # positions compared with the same integers
+NO_LIMIT = 1 << 62
+
+
+@dataclass(frozen=True)
+class Level:
+    """How far the gate looks."""
+
+    least_tokens: int  # fed, however short the context
+    most_tokens: int
+    text: int  # positions compared from the start; then those past the end of the context
+
+    def tokens(self, context: int) -> int:
+        """How many tokens are fed."""
+        return min(max(context + PAST_WRAP, self.least_tokens), self.most_tokens)
+
+    def positions(self, context: int) -> list[int]:
+        """Which positions are compared with the original; the last token has no successor to judge by."""
+        return [p for p in range(self.tokens(context) - 1) if p < self.text or p >= context]
+
+    def saved_logits(self, context: int) -> int:
+        """How many positions' logits are on disk meanwhile: of the original, and of the same integers in torch."""
+        positions = self.positions(context)
+        return len(positions) + sum(p < LOWERING_TEXT for p in positions)
+
+
+LEVELS: dict[str, Level | None] = {
+    "quick": Level(least_tokens=0, most_tokens=2304, text=512),
+    "full": Level(least_tokens=1024, most_tokens=NO_LIMIT, text=NO_LIMIT),
+    "none": None,
+}

@@ -1,0 +1,163 @@
+"""The calibration pass: block by block, on the activations of real text, each block fed by the quantized blocks before it.
+
+One block's float weights and its second moments are in memory at a time, whatever the model's size. How a matrix is rounded is
+gptq.py's, which scales are moved is awq.py's. The pass knows no architecture: a `Topology` says which linears read the same input
+and where scales can fold, so that benchmarks run it on other models too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gemma_edge.errors import InputError
+from gemma_edge.model.config import Gemma2Config
+from gemma_edge.quantize.calibration.awq import Fold, apply_fold, expand, find_scale
+from gemma_edge.quantize.calibration.gptq import Inputs, hscale, quantize_outputs
+from gemma_edge.quantize.integers import QuantizedTensor, quantize, round_to
+from gemma_edge.quantize.recipe import DATA_FREE, QuantConfig
+
+Run = Callable[[nn.Module, Tensor], Tensor]  # a block on one window (1, T, hidden) -> same
+
+
+@dataclass(frozen=True)
+class Topology:
+    """What the pass needs to know of a block."""
+
+    sites: tuple[tuple[str, ...], ...]  # linears that read the same input
+    folds: tuple[Fold, ...]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one linear becomes."""
+
+    config: QuantConfig | None  # None leaves it float
+    method: str
+
+
+def decoder_topology(
+    attention_norm: str, mlp_norm: str, *, plus_one: bool, heads_per_kv: int, head_dim: int
+) -> Topology:
+    """A decoder block with Hugging Face's names for its linears; its two pre-norms have the names given."""
+    attention = tuple(f"self_attn.{name}_proj" for name in "qkv")
+    mlp = ("mlp.gate_proj", "mlp.up_proj")
+    return Topology(
+        sites=(attention, ("self_attn.o_proj",), mlp, ("mlp.down_proj",)),
+        # those of linears first: rows of v and up that are far larger than the others would decide the norms' scales alone
+        folds=(
+            Fold("self_attn.v_proj", ("self_attn.o_proj",), repeat=heads_per_kv, head_dim=head_dim),
+            Fold("mlp.up_proj", ("mlp.down_proj",)),
+            Fold(attention_norm, attention, plus_one=plus_one),
+            Fold(mlp_norm, mlp, plus_one=plus_one),
+        ),
+    )
+
+
+def gemma2_topology(config: Gemma2Config) -> Topology:
+    """Gemma 2's block: names are those of model/gemma2.py."""
+    return decoder_topology(
+        "input_layernorm",
+        "pre_feedforward_layernorm",
+        plus_one=True,
+        heads_per_kv=config.num_attention_heads // config.num_key_value_heads,
+        head_dim=config.head_dim,
+    )
+
+
+@torch.no_grad()
+def second_moments(block: nn.Module, x: Tensor, run: Run, topology: Topology) -> dict[str, Tensor]:
+    """X^T X / n of the inputs of every site, by the site's first linear: (in, in) float32.
+
+    Args:
+        x: (N, T, hidden), N windows.
+    """
+    moments: dict[str, Tensor] = {}
+
+    def observe(name: str, seen: Tensor) -> None:
+        rows = seen.flatten(0, -2)  # (tokens, in)
+        if name not in moments:
+            moments[name] = torch.zeros(rows.shape[1], rows.shape[1])
+        moments[name].addmm_(rows.T, rows, alpha=1.0 / (x.shape[0] * x.shape[1]))
+
+    hooks = [
+        block.get_submodule(site[0]).register_forward_pre_hook(
+            lambda _module, args, name=site[0]: observe(name, args[0])
+        )
+        for site in topology.sites
+    ]
+    try:
+        for window in x:
+            run(block, window[None])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, moment in moments.items():
+        if not moment.diagonal().isfinite().all():
+            raise InputError(f"the activations that {name} reads are NaN or infinite on the calibration text")
+    return moments
+
+
+@torch.no_grad()
+def quantize_block(
+    block: nn.Module, moments: dict[str, Tensor], topology: Topology, choices: Mapping[str, Choice], *, rounds: int = 0
+) -> dict[str, QuantizedTensor]:
+    """Find the integers of a block and put their values in place of its weights.
+
+    Args:
+        block: float weights; afterwards it computes what the integers compute, its norms moved by the folds.
+        moments: from `second_moments`; emptied on the way, for their memory.
+        choices: by linear.
+        rounds: of `quantize_outputs`.
+
+    Returns:
+        by linear, those that are quantized.
+    """
+    for fold in topology.folds:
+        _fold(block, fold, moments, topology, choices)
+    found = {}
+    for site in topology.sites:
+        moment = moments.pop(site[0])
+        inputs: Inputs | None = None
+        for name in site:
+            choice = choices[name]
+            if choice.config is None:
+                continue
+            weight = block.get_parameter(f"{name}.weight").data
+            if choice.method in DATA_FREE:
+                found[name] = quantize(weight, choice.config, choice.method)
+            else:
+                inputs = inputs or Inputs.from_hessian(moment)
+                found[name] = WITH_INPUTS[choice.method](weight, inputs, choice.config, rounds)
+            weight.copy_(found[name].dequantize())
+    return found
+
+
+def _fold(
+    block: nn.Module, fold: Fold, moments: dict[str, Tensor], topology: Topology, choices: Mapping[str, Choice]
+) -> None:
+    """Find and apply one scale, if all its consumers ask for one; their second moment follows."""
+    configs = [choices[name].config for name in fold.consumers if choices[name].method.startswith("awq")]
+    wanted = [config for config in configs if config is not None]
+    if len(wanted) < len(fold.consumers):
+        return
+    (site,) = [site[0] for site in topology.sites if site[0] in fold.consumers]
+    scale = find_scale(block, fold, moments[site], wanted)
+    apply_fold(block, fold, scale)
+    columns = expand(scale, fold)
+    moments[site] /= columns * columns[:, None]
+    # rows of a producer may be read as a site of their own by nobody else: its outputs go to the consumers alone
+
+
+def _hscale(weight: Tensor, inputs: Inputs, config: QuantConfig, rounds: int) -> QuantizedTensor:
+    return round_to(weight, hscale(weight, inputs, config), config)
+
+
+def _gptq(weight: Tensor, inputs: Inputs, config: QuantConfig, rounds: int) -> QuantizedTensor:
+    return quantize_outputs(weight, inputs, config, rounds=rounds)
+
+
+WITH_INPUTS = {"hscale": _hscale, "awq": _hscale, "gptq": _gptq, "awq+gptq": _gptq}

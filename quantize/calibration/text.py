@@ -1,0 +1,176 @@
+"""Calibration text: a file, a folder, JSON lines or the set shipped here, tokenized and cut into windows that begin with BOS.
+
+What a pass makes of the windows is quantize/calibration/layerwise.py's.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from gemma_edge.errors import InputError
+from gemma_edge.text.chat import ChatTemplate
+from gemma_edge.text.tokenizer import TOKENIZER_FILE, WAY_OUT, open_tokenizer
+
+logger = logging.getLogger(__name__)
+
+SHIPPED = ("calibration_austen.txt", "calibration_kjv.txt", "calibration_melville.txt", "calibration_presidents.txt")
+SUFFIXES = (".txt", ".md", ".jsonl")
+WINDOW = 512  # tokens; a shorter context takes its own length
+LEAST_TOKENS = 256  # second moments of fewer say nothing
+MOST_CHARACTERS = 32  # read of a file, per token asked for: a long one is not read, and kept in memory, to its end
+RARE = (
+    0.25  # part of the tokens that are single bytes or unknown, from which on the text is hardly the model's language
+)
+CHAT_CHARACTERS = 400  # of plain text that make one turn
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the text comes from and how much is taken."""
+
+    paths: tuple[Path, ...] = ()  # none: what is shipped
+    tokens: int = 0  # 0: what the quality asks for
+    chat: bool = False  # plain text in the form of a conversation, for models that were tuned for one
+    seed: int = 0
+
+
+def windows(folder: Path, bos: int, max_length: int, source: Source) -> Tensor:
+    """Cut windows from the text, as many from each file as from any other; of a long file the beginning is looked at.
+
+    Args:
+        folder: of the model, for its tokenizer and chat template.
+        bos: token that begins each window; a Gemma is not itself without it.
+        max_length: the model's.
+
+    Returns:
+        (N, T) int64; fewer tokens than asked for where the text is short.
+
+    Raises:
+        InputError: no tokenizer, a file that cannot be read, or too little text.
+    """
+    if not (folder / TOKENIZER_FILE).is_file():
+        raise InputError(f"{folder} has no {TOKENIZER_FILE}, so no text to calibrate on: pass --method mse, or rtn")
+    tokenizer = open_tokenizer(folder / TOKENIZER_FILE, WAY_OUT)
+    texts = list(_texts(source, ChatTemplate.from_bundle(folder)))
+    # chat templates write a BOS too, where none is when the model is used
+    ids = [[i for i in tokenizer.encode(text, add_special_tokens=False).ids if i != bos] for text in texts]
+    total = sum(map(len, ids))
+    if total < LEAST_TOKENS:
+        raise InputError(
+            f"the calibration text has {total} tokens; at least {LEAST_TOKENS} are needed: give more --calibration text"
+        )
+    _warn_of_other_language(tokenizer, ids)
+    length = min(WINDOW, max_length, total, max(LEAST_TOKENS, source.tokens))
+    found = _cut(ids, bos, length, max(1, source.tokens // length), source.seed)
+    if found.numel() < source.tokens // 2:
+        logger.warning(
+            "only %d of %d tokens of calibration text: more text would serve better", found.numel(), source.tokens
+        )
+    return found
+
+
+def _cut(ids: Sequence[Sequence[int]], bos: int, length: int, count: int, seed: int) -> Tensor:
+    """`count` windows, drawn without overlap: the files take turns; those too short for a window are joined."""
+    short = [token for file in ids if len(file) < length - 1 for token in file]
+    files = [file for file in (*ids, short) if len(file) >= length - 1]
+    generator = torch.Generator().manual_seed(seed)
+    stretches = []
+    for file in files:
+        starts = torch.randperm(len(file) // (length - 1), generator=generator) * (length - 1)
+        stretches.append([[bos, *file[start : start + length - 1]] for start in starts.tolist()])
+    drawn: list[list[int]] = []
+    for turn in range(max(map(len, stretches))):
+        drawn += [stretch[turn] for stretch in stretches if turn < len(stretch)]
+    return torch.tensor(drawn[:count])
+
+
+def _texts(source: Source, template: ChatTemplate) -> Iterator[str]:
+    plain: list[str] = []
+    most = MOST_CHARACTERS * source.tokens
+    if not source.paths:
+        plain = [(resources.files("gemma_edge.text") / "data" / name).read_text(encoding="utf-8") for name in SHIPPED]
+    for path in source.paths:
+        for file in _files(path):
+            if file.suffix == ".jsonl":
+                yield "\n".join(_line(line, file, number, template) for number, line in _lines(file, most))
+            else:
+                with _opened(file) as opened:
+                    plain.append(opened.read(most))
+    for text in plain:
+        yield _as_chat(text, template) if source.chat else text
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    found = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES) if path.is_dir() else []
+    if not found:
+        what = f"holds no {', '.join(SUFFIXES)} file" if path.is_dir() else "does not exist"
+        raise InputError(f"--calibration {path} {what}; give a text file, a folder or JSON lines")
+    return found
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[TextIO]:
+    try:
+        with file.open(encoding="utf-8-sig") as opened:
+            yield opened
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--calibration {file} cannot be read as UTF-8 text ({error})") from None
+
+
+def _lines(file: Path, most: int) -> Iterator[tuple[int, str]]:
+    """Lines that are not blank, with their numbers, until `most` characters are read."""
+    with _opened(file) as opened:
+        for number, line in enumerate(opened, 1):
+            if line.strip():
+                yield number, line
+            most -= len(line)
+            if most <= 0:
+                return
+
+
+def _line(line: str, file: Path, number: int, template: ChatTemplate) -> str:
+    """One JSON line: {"text": ...}, or {"messages": [{"role", "content"}, ...]} in the model's chat format."""
+    try:
+        data: dict[str, Any] = json.loads(line)
+        if "messages" in data:
+            return template.render(data["messages"], add_generation_prompt=False)
+        if not isinstance(data["text"], str):
+            raise TypeError(f"its text is a {type(data['text']).__name__}")
+        return data["text"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f'{file}:{number} is no {{"text": ...}} or {{"messages": [...]}} ({error})') from None
+
+
+def _as_chat(text: str, template: ChatTemplate) -> str:
+    """Plain text as turns of a conversation, one pair after the other."""
+    turns = [text[start : start + CHAT_CHARACTERS] for start in range(0, len(text), CHAT_CHARACTERS)]
+    return "".join(
+        template.render(
+            [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}], add_generation_prompt=False
+        )
+        for asked, answer in zip(turns[::2], turns[1::2], strict=False)
+    )
+
+
+def _warn_of_other_language(tokenizer: Tokenizer, ids: Sequence[Sequence[int]]) -> None:
+    vocabulary = tokenizer.get_vocab()
+    rare = {index for token, index in vocabulary.items() if token == "<unk>" or token.startswith("<0x")}
+    count, total = sum(token in rare for file in ids for token in file), sum(map(len, ids))
+    if count > RARE * total:
+        logger.warning(
+            "%.0f %% of the calibration text is spelled in single bytes: is it in a language of this model?",
+            100 * count / total,
+        )

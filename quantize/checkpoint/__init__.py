@@ -1,0 +1,1 @@
+"""The quantized checkpoint: a Hugging Face folder that is read and written slice by slice."""

@@ -1,0 +1,1 @@
+"""Scales and norms trained on the original's logits."""

@@ -1,0 +1,1 @@
+"""Mixed precision: which weight gets how many bits under a budget."""

@@ -1,0 +1,206 @@
+"""From a budget to a recipe: what the user allows, in bytes or bits per weight, and what each weight gets of it.
+
+The measurement is quantize/mixed/sensitivity.py's and is kept between exports; the choice is quantize/mixed/budget.py's.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gemma_edge.errors import InputError
+from gemma_edge.export.onnx.weights import matrix_bytes, weights_bytes
+from gemma_edge.model.checkpoint import TABLE, Checkpoint, weight_shapes
+from gemma_edge.model.config import read_json
+from gemma_edge.progress import Progress
+from gemma_edge.quantize.calibration import cache
+from gemma_edge.quantize.calibration import text as calibration
+from gemma_edge.quantize.calibration.layerwise import only_here
+from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
+from gemma_edge.quantize.mixed import sensitivity
+from gemma_edge.quantize.mixed.budget import Option, as_recipe, solve
+from gemma_edge.quantize.recipe import DATA_FREE, FLOAT_BITS, QuantConfig, Recipe
+from gemma_edge.text.tokenizer import TOKENIZER_FILE
+
+TOKENS = 8192  # of calibration text that is measured on
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+MEASUREMENT = "sensitivity.json"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the user allows, one of the two."""
+
+    size: str | None = None  # of the weights file, such as "1.4GB"
+    bpw: float | None = None  # bits per weight of all matrices, the table among them; scales count 16 bits each
+
+    def __str__(self) -> str:
+        return f"--size {self.size}" if self.size is not None else f"--bpw {self.bpw:g}"
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """What every weight gets."""
+
+    recipe: Recipe
+    chosen: dict[str, Option]  # by weight
+    bits_per_weight: float
+
+    @property
+    def predicted_kl(self) -> float:
+        """Nats per token, all weights together, were the integers those of the measurement."""
+        return sum(option.error for option in self.chosen.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        weights = {
+            weight: {"bits": option.config.bits, "group_size": option.config.group_size, "predicted_kl": option.error}
+            for weight, option in self.chosen.items()
+        }
+        return {
+            "recipe": self.recipe.name,
+            "bits_per_weight": self.bits_per_weight,
+            "predicted_kl": self.predicted_kl,
+            "weights": weights,
+        }
+
+
+def parse_size(text: str) -> int:
+    """Bytes: "1.4GB", "900 MB", "1.3GiB", "1400000000".
+
+    Raises:
+        InputError: anything else.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip(), re.IGNORECASE)
+    if not found or found[2].upper() not in UNITS:
+        raise InputError(f"--size {text}: a number of bytes with a unit, such as 1.4GB, 900MB or 1.3GiB")
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+def choose(
+    source: Checkpoint | QuantizedCheckpoint,
+    budget: Budget,
+    methods: sensitivity.Methods,
+    text: calibration.Source,
+    progress: Progress,
+) -> Mixed:
+    """The recipe with the least predicted error that keeps the budget.
+
+    Args:
+        methods: how the integers of linears are found.
+        text: to measure on, unless this model was measured on it before.
+
+    Raises:
+        InputError: the budget cannot be kept, or nothing can be measured.
+    """
+    if isinstance(source, QuantizedCheckpoint):
+        raise InputError(f"{source.folder} is quantized already; {budget} needs the original float folder")
+    if budget.bpw is not None and not math.isfinite(budget.bpw):
+        raise InputError(f"{budget}; give a number of bits per weight")
+    costs, limit = _costs(source, budget)
+    _check(source, budget, costs, limit)
+    errors = _errors(source, budget, methods, text, progress)
+    options = {
+        weight: [Option(config, cost, errors[weight][config]) for config, cost in some.items()]
+        for weight, some in costs.items()
+    }
+    chosen = solve(options, limit)
+    shapes = weight_shapes(source.config)
+    weights = sum(rows * columns for rows, columns in shapes.values())
+    bits = 8 * sum(option.config.stored_bytes(*shapes[weight]) for weight, option in chosen.items()) / weights
+    rules = {weight: (option.config, methods(option.config)) for weight, option in chosen.items() if weight != TABLE}
+    table = chosen[TABLE].config
+    rules = {TABLE: (table, sensitivity.TABLE_METHODS[table]), **rules}
+    return Mixed(as_recipe(f"mixed-{bits:.2f}bpw", rules), chosen, bits)
+
+
+def _costs(source: Checkpoint, budget: Budget) -> tuple[dict[str, dict[QuantConfig, int]], int]:
+    """Bytes of every candidate of every matrix, and how many they may take together."""
+    shapes = weight_shapes(source.config)
+    choices = {weight: sensitivity.candidates(weight, columns) for weight, (_, columns) in shapes.items()}
+    if budget.bpw is not None:
+        weights = sum(rows * columns for rows, columns in shapes.values())
+        stored = {w: {config: config.stored_bytes(*shapes[w]) for config in some} for w, some in choices.items()}
+        return stored, int(budget.bpw * weights / 8)
+    assert budget.size is not None
+    costs: dict[str, dict[QuantConfig, int]] = {weight: {} for weight in shapes}
+    for i in range(max(map(len, choices.values()))):
+        configs = {weight: some[min(i, len(some) - 1)] for weight, some in choices.items()}
+        for weight, count in matrix_bytes(source.config, configs).items():
+            costs[weight][configs[weight]] = count
+    rest = weights_bytes(source, configs, FLOAT_BITS, int8_kv=True) - sum(
+        costs[weight][configs[weight]] for weight in shapes
+    )
+    return costs, parse_size(budget.size) - rest
+
+
+def _check(source: Checkpoint, budget: Budget, costs: Mapping[str, Mapping[QuantConfig, int]], limit: int) -> None:
+    """Refuse a budget outside what the candidates allow, before anything is measured."""
+    least, most = (sum(pick(some.values()) for some in costs.values()) for pick in (min, max))
+    if least <= limit <= most:
+        return
+    if budget.bpw is not None:
+        weights = sum(rows * columns for rows, columns in weight_shapes(source.config).values())
+        # rounded inwards, so that both can be asked for
+        low, high = math.ceil(800 * least / weights) / 100, math.floor(800 * most / weights) / 100
+        raise InputError(f"{budget}; mixed recipes of this model have {low:.2f} to {high:.2f} bits per weight")
+    assert budget.size is not None
+    rest = parse_size(budget.size) - limit
+    raise InputError(
+        f"{budget}; weights files of mixed recipes of this model take {least + rest} to {most + rest} bytes"
+    )
+
+
+def _errors(
+    source: Checkpoint,
+    budget: Budget,
+    methods: sensitivity.Methods,
+    text: calibration.Source,
+    progress: Progress,
+) -> sensitivity.Errors:
+    """What each candidate costs the output: measured once per model, text and method."""
+    if not (source.folder / TOKENIZER_FILE).is_file():
+        raise InputError(f"{source.folder} has no tokenizer, so no text to measure on for {budget}; use --group-size")
+    config = source.config
+    windows = calibration.windows(
+        source.folder, config.bos_token_id, config.max_position_embeddings, replace(text, tokens=TOKENS)
+    )
+    folder = cache.calibration_folder(sensitivity.key_of(source, windows, methods))
+    path = folder / MEASUREMENT
+    if not path.is_file():
+        total = sensitivity.steps(config.num_hidden_layers)
+        inputs = folder / "inputs"
+        with only_here(folder), progress("measure sensitivity, layers there and back", total, False) as advance:
+            inputs.mkdir(exist_ok=True)
+            try:
+                sensitivity.save(sensitivity.measure(source, windows, methods, inputs, advance), path)
+            finally:
+                shutil.rmtree(inputs, ignore_errors=True)
+    return sensitivity.load(path)
+
+
+def read_recipe(path: Path, source: Checkpoint | QuantizedCheckpoint) -> Recipe:
+    """A recipe that was saved, or that of a bundle's manifest.
+
+    Raises:
+        InputError: no recipe, or not one for this model.
+    """
+    if isinstance(source, QuantizedCheckpoint):
+        raise InputError(f"{source.folder} is quantized already; --recipe needs the original float folder")
+    data = read_json(path, "`plan --save-recipe` writes a recipe")
+    recipe = Recipe.from_json(data.get("recipe", data), f"--recipe {path}")
+    if recipe.float_bits not in (16, FLOAT_BITS):
+        raise InputError(f"--recipe {path}: float_bits {recipe.float_bits}; supported: 16, {FLOAT_BITS}")
+    for weight, (_, columns) in weight_shapes(source.config).items():
+        if not any(re.fullmatch(rule.pattern, weight) for rule in recipe.rules):
+            raise InputError(f"--recipe {path}: no rule matches {weight}; is it of another model?")
+        recipe.config_for(weight, columns)
+    table = recipe.rule_for(TABLE)
+    if table.config is not None and table.method not in DATA_FREE:
+        raise InputError(f"--recipe {path}: the tied table by {table.method}; supported: {', '.join(DATA_FREE)}")
+    return recipe

@@ -1,0 +1,1 @@
+"""One engine per backend behind the same `Runtime`."""

@@ -1,0 +1,329 @@
+"""What every backend looks like to the code above it: tokens in, logits out, a cache that never grows.
+
+A backend implements `_forward` and `_clear`; chunking, positions, rewinding and statistics are here. Sampling, text and chat
+are generate.py's, tokenizer.py's and session.py's; files of states are state.py's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma_edge.bundle.geometry import CacheGeometry
+from gemma_edge.bundle.manifest import Manifest
+from gemma_edge.errors import InputError
+from gemma_edge.logits import Logits, scored_at_once
+from gemma_edge.runtimes.engines.state import State
+
+Buffers = dict[str, NDArray[Any]]  # name -> (..., slots, head_dim), views of the cache itself
+LEAST_KEPT = 1 << 13  # token ids remembered at least, whatever the cache
+
+
+@dataclass
+class Stats:
+    """What a runtime has done since it was opened."""
+
+    load_s: float = 0.0
+    prefill_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_tokens: int = 0  # fed one by one or by `decode_many`, drafts that were taken back included
+    decode_s: float = 0.0
+    drafted_tokens: int = 0  # guesses of prompt lookup
+    accepted_tokens: int = 0  # those that were right
+    refed_tokens: int = 0  # again, because a rewind went back further than the cache does
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Prompt tokens per second; 0 before the first prompt."""
+        return self.prefill_tokens / self.prefill_s if self.prefill_s else 0.0
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """Generated tokens per second, without wrong guesses; 0 before the first token."""
+        kept = self.decode_tokens - self.drafted_tokens + self.accepted_tokens
+        return kept / self.decode_s if self.decode_s else 0.0
+
+
+class Runtime(Protocol):
+    """A loaded bundle with one KV cache."""
+
+    bundle: Path
+    manifest: Manifest
+    cache: CacheGeometry
+    stats: Stats
+
+    @property
+    def position(self) -> int:
+        """Tokens fed since the last reset, also those that have slid out of the window."""
+
+    @property
+    def ids(self) -> list[int]:
+        """The last of these tokens: all that the cache can depend on, and `context` more."""
+
+    def prefill(self, ids: Sequence[int]) -> Logits:
+        """Append `ids` (at least one) at the current position; return the logits (V,) after the last of them."""
+
+    def decode(self, token: int) -> Logits:
+        """Append one token; return the logits (V,) after it."""
+
+    def decode_many(self, tokens: Sequence[int]) -> Logits:
+        """Append tokens; return the logits (T, V) after each of them."""
+
+    def prepare_decode_many(self) -> None:
+        """Have `decode` and `decode_many` alternate without a graph or program being loaded in between, from now on."""
+
+    def rewind(self, count: int) -> None:
+        """Take back the last `count` tokens: what follows is as if they had never been fed."""
+
+    def spare(self, most: int) -> int:
+        """How many tokens, at most `most`, can be fed after the next one and be taken back for free."""
+
+    def align(self, ids: Sequence[int]) -> int:
+        """Rewind to the longest beginning of `ids` that was fed, its last token excepted; return its length."""
+
+    def snapshot(self) -> State:
+        """A copy of the state: tokens and cache."""
+
+    def restore(self, state: State) -> None:
+        """Go on from a state of this bundle and backend."""
+
+    def score(self, ids: Sequence[int]) -> Logits:
+        """Logits (T, V) at each position of `ids`, from a reset state."""
+
+    def score_chunks(self, ids: Sequence[int]) -> Iterator[Logits]:
+        """The rows of `score`, some at a time: (<= scored_at_once, V) each."""
+
+    def reset(self) -> None:
+        """Forget everything; the next token is at position 0."""
+
+
+class BaseRuntime(ABC):
+    """The part of `Runtime` that no backend needs to write again.
+
+    A backend must have `_forward` and `_clear`. It may leave the rest, each of which is right as it stands here:
+    `_holds` for a ring as in model/kv_cache.py, and must be overridden for any other cache; `_buffers`, without which a state is
+    restored by feeding its tokens again; `prepare_decode_many`, where nothing is loaded in between anyway.
+    """
+
+    def __init__(self, bundle: Path, manifest: Manifest, cache: CacheGeometry) -> None:
+        self.bundle = bundle
+        self.manifest = manifest
+        self.cache = cache
+        self.vocab_size = int(manifest.config["vocab_size"])
+        self.stats = Stats()
+        self._position = 0
+        self._written = 0  # the highest position ever reached with what is in the cache
+        self._kept = array("i")  # the last ids up to the position
+        self._most_kept = max(LEAST_KEPT, self.reach + cache.context)
+        self._at_once = cache.prefill_chunk  # most tokens that `prefill` hands to `_forward`
+
+    @abstractmethod
+    def _forward(self, ids: NDArray[np.int64], *, every_position: bool) -> Logits:
+        """Run one chunk (T,), 1 <= T <= `_at_once`, at `self.position`; logits (T, V), or (1, V) of the last."""
+
+    @abstractmethod
+    def _clear(self) -> None:
+        """Let the cache be written from any position on. What is left in it must be finite, and unseen at position 0."""
+
+    def _holds(self, position: int, written: int) -> bool:
+        """Whether a cache that was written up to `written` still has every key that a text needs which goes on at `position`.
+
+        This is a ring's answer: position p in slot p mod slots, a slot's position computed from the last one written.
+        """
+        return all(max(0, position - layer.window + 1) >= written - layer.slots for layer in self.cache.layers)
+
+    def _buffers(self) -> Buffers:
+        """The cache itself, not a copy: arrays (..., slots, head_dim), of which at most the first `_written` rows are in use.
+
+        {}: it cannot be reached.
+        """
+        return {}
+
+    def prepare_decode_many(self) -> None:  # noqa: B027 (most backends need not do anything)
+        """See `Runtime`."""
+
+    @property
+    def scored_at_once(self) -> int:
+        """Most tokens that `_forward` is given with logits at every position."""
+        return scored_at_once(self.cache.prefill_chunk, self.vocab_size)
+
+    @property
+    def reach(self) -> int:
+        """Tokens back that a cache can depend on: a layer's oldest key saw the window of the layer below, and so on."""
+        return 1 + sum(layer.window - 1 for layer in self.cache.layers)
+
+    @property
+    def position(self) -> int:
+        """Tokens fed since the last reset."""
+        return self._position
+
+    @property
+    def ids(self) -> list[int]:
+        """The last tokens fed; all of them, up to a few thousand."""
+        return self._kept.tolist()
+
+    def prefill(self, ids: Sequence[int]) -> Logits:
+        """Append `ids` chunk by chunk; return the logits (V,) after the last of them."""
+        start = time.perf_counter()
+        logits = np.empty((0, 0), np.float32)
+        for chunk in self._chunks(ids, self._at_once):
+            logits = self._step(chunk, every_position=False)
+        self.stats.prefill_tokens += len(ids)
+        self.stats.prefill_s += time.perf_counter() - start
+        last: Logits = logits[-1]  # (V,)
+        return last
+
+    def decode(self, token: int) -> Logits:
+        """Append one token; return the logits (V,) after it."""
+        start = time.perf_counter()
+        logits = self._step(self._chunks([token], 1)[0], every_position=False)
+        self.stats.decode_tokens += 1
+        self.stats.decode_s += time.perf_counter() - start
+        last: Logits = logits[-1]  # (V,)
+        return last
+
+    def decode_many(self, tokens: Sequence[int]) -> Logits:
+        """Append tokens; return the logits (T, V) after each of them."""
+        start = time.perf_counter()
+        chunks = self._chunks(tokens, self.scored_at_once)
+        logits = np.concatenate([self._step(chunk, every_position=True) for chunk in chunks])
+        self.stats.decode_tokens += len(tokens)
+        self.stats.decode_s += time.perf_counter() - start
+        return logits
+
+    def score_chunks(self, ids: Sequence[int]) -> Iterator[Logits]:
+        """Logits of every position from a reset state, (<= scored_at_once, V) at a time."""
+        chunks = self._chunks(ids, self.scored_at_once)
+        self.reset()
+        for chunk in chunks:
+            yield self._step(chunk, every_position=True)
+
+    def score(self, ids: Sequence[int]) -> Logits:
+        """Logits (T, V) at every position of `ids`, from a reset state."""
+        return np.concatenate(list(self.score_chunks(ids)))
+
+    def reset(self) -> None:
+        """Forget everything; the next token is at position 0."""
+        self._clear()
+        self._position = self._written = 0
+        del self._kept[:]
+
+    def rewind(self, count: int) -> None:
+        """Take back the last `count` tokens.
+
+        Free as long as the cache holds every key that is needed from there on; else what remains is fed again.
+
+        Raises:
+            InputError: fewer than none, more than were fed, or more than are remembered.
+        """
+        target = self._position - count
+        if count < 0 or target < 0:
+            raise InputError(f"cannot rewind {count} tokens: {self._position} were fed; give 0 to {self._position}")
+        first = self._position - len(self._kept)
+        if count and not self._holds(target, self._written) and 0 < first > target - self.reach:
+            most = self._position - self.reach - first
+            raise InputError(f"cannot rewind {count} tokens: the last {most} are remembered; reset, and feed the text")
+        del self._kept[len(self._kept) - count :]
+        self._position = target
+        if not count or self._holds(target, self._written):
+            return
+        ids, self._kept = self._kept, array("i")
+        self._feed_again(ids, target - len(ids))
+
+    def spare(self, most: int) -> int:
+        """See `Runtime`."""
+        start = self._position + 1
+        count = 0
+        while count < most and self._holds(start, max(self._written, start + count + 1)):
+            count += 1
+        return count
+
+    def align(self, ids: Sequence[int]) -> int:
+        """Rewind to the longest beginning of `ids` that was fed, its last token excepted; return its length."""
+        first = self._position - len(self._kept)
+        same = first
+        for ours, wanted in zip(self._kept, ids[first:-1], strict=False):
+            if ours != wanted:
+                break
+            same += 1
+        # without the ids before `first` only those count that the cache depends on
+        if first and (len(ids) <= first or same - first < self.reach):
+            same = 0
+        if same:
+            self.rewind(self._position - same)
+        elif self._position:
+            self.reset()
+        return same
+
+    def snapshot(self) -> State:
+        """A copy of the state; as large as what the cache holds."""
+        rows = {name: buffer[..., : self._written, :].copy() for name, buffer in self._buffers().items()}
+        return State(self._identity(), self._position, self._written, np.array(self._kept, np.int32), rows)
+
+    def restore(self, state: State) -> None:
+        """Go on from a state.
+
+        Raises:
+            InputError: it is another bundle's or backend's, or damaged; this runtime is then as it was.
+        """
+        buffers = self._buffers()
+        state.check(self._identity(), {name: buffer[..., : state.written, :] for name, buffer in buffers.items()})
+        tokens = self._chunks(state.ids.tolist(), len(state.ids)) if len(state.ids) else []
+        self.reset()
+        if not buffers and tokens:
+            self._feed_again(array("i", tokens[0].tolist()), state.position - len(state.ids))
+            return
+        for name, buffer in buffers.items():
+            buffer[..., : state.written, :] = state.rows[name]
+        self._kept = array("i", state.ids.tolist())
+        self._position, self._written = state.position, state.written
+
+    def _identity(self) -> str:
+        """What a state depends on, as a hash: this backend, and every byte of the bundle."""
+        files = {name: entry.sha256 for name, entry in self.manifest.files.items()}
+        said = json.dumps([type(self).__name__, self.manifest.config, asdict(self.cache), files], sort_keys=True)
+        return hashlib.sha256(said.encode()).hexdigest()
+
+    def _feed_again(self, ids: Sequence[int], start: int) -> None:
+        """Write the cache anew with ids that begin at position `start`."""
+        self._clear()
+        self._position = self._written = start
+        self.stats.refed_tokens += len(ids)
+        size = self._at_once
+        for at in range(0, len(ids), size):
+            self._step(np.array(ids[at : at + size], np.int64), every_position=False)
+
+    def _step(self, chunk: NDArray[np.int64], *, every_position: bool) -> Logits:
+        done = False
+        try:
+            logits = self._forward(chunk, every_position=every_position)
+            done = True
+        finally:
+            if not done:  # interrupted: nobody knows what the cache holds
+                self.reset()
+        self._position += len(chunk)
+        self._written = max(self._written, self._position)
+        self._kept.extend(chunk.tolist())
+        if len(self._kept) > 2 * self._most_kept:
+            del self._kept[: -self._most_kept]
+        return logits
+
+    def _chunks(self, ids: Sequence[int], size: int) -> list[NDArray[np.int64]]:
+        """Split into chunks of at most `size`, after checking the ids."""
+        tokens = np.asarray(ids, dtype=np.int64)
+        if tokens.ndim != 1 or tokens.size == 0:
+            raise InputError("no token to feed: give at least one token id")
+        if tokens.min() < 0 or tokens.max() >= self.vocab_size:
+            bad = tokens[(tokens < 0) | (tokens >= self.vocab_size)][0]
+            raise InputError(f"token id {bad} is not below the vocabulary size {self.vocab_size}")
+        return [tokens[start : start + size] for start in range(0, len(tokens), size)]

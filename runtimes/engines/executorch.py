@@ -1,0 +1,159 @@
+"""ExecuTorch on the CPU: the KV cache is a buffer of the program, written in place.
+
+The program is export/executorch's; docs/executorch.md holds its contract. Its ring has no end, and what was not written since a
+reset is masked, so a reset leaves the cache as it is. ExecuTorch's Python package comes with torch; a phone has neither.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma_edge.bundle.manifest import Manifest, confined
+from gemma_edge.errors import InputError, one_line
+from gemma_edge.logits import Logits
+from gemma_edge.memory import MappedTable
+from gemma_edge.runtimes.engines.base import BaseRuntime, Buffers
+from gemma_edge.runtimes.engines.load import refuse_older, thread_count
+
+log = logging.getLogger(__name__)
+
+OLDEST_EXECUTORCH = (1, 5)
+OPERATORS = ("kernels/quantized/*quantized_ops_aot_lib.*", "extension/llm/custom_ops/*custom_ops_aot_lib.*")
+
+
+class ExecuTorchRuntime(BaseRuntime):
+    """A bundle's ExecuTorch backend.
+
+    The program has one method that generates and one that gives logits at every position. Each packs the weights for itself and
+    has caches of its own, so only one is loaded at a time: the first `score` closes the other, and the next `prefill` or `decode`
+    the other way round. The caches are carried over, so that nothing is forgotten.
+    """
+
+    def __init__(self, bundle: Path, manifest: Manifest, *, threads: int | None) -> None:
+        """Load the method that generates.
+
+        Args:
+            bundle, manifest: the folder and what it says of itself.
+            threads: None takes the target's; more than the machine has are not used. They are one pool per process.
+
+        Raises:
+            InputError: executorch is too old, or the file is not what the manifest says.
+        """
+        entry = manifest.backends["executorch"]
+        super().__init__(bundle, manifest, entry.cache)
+        refuse_older("executorch", metadata.version("executorch"), OLDEST_EXECUTORCH)
+        self.threads = thread_count(threads, manifest)
+        self._path = confined(bundle, entry.settings["program"])
+        self._names: dict[str, str] = entry.settings["methods"]
+        with _silent():
+            self._library = load_library()
+            self._library._unsafe_reset_threadpool(self.threads)
+        self._role = ""
+        self._method: Any = None
+        self._scores_only = False
+        self._table: MappedTable
+        self._open("generate")
+
+    def _forward(self, ids: NDArray[np.int64], *, every_position: bool) -> Logits:
+        """See BaseRuntime; the logits belong to the caller."""
+        self._open("score" if every_position or self._scores_only else "generate")
+        logits = self._run(ids, self.position)
+        self._table.count(len(ids))
+        return logits if every_position else logits[-1:]
+
+    def _clear(self) -> None:
+        """Nothing to do: at position 0 every slot of the cache that was written before is masked."""
+
+    def _buffers(self) -> Buffers:
+        """See BaseRuntime; of the method that is loaded."""
+        found: Buffers = {}
+        for name in (f"{kind}_{index}" for index in range(len(self.cache.layers)) for kind in ("key", "value")):
+            buffer = self._method.get_attribute(name)  # (K, S, 1, D), the program's own memory
+            found[name] = buffer.view(self.cache.kv_heads, -1, self.cache.head_dim).numpy()  # (K, S, D)
+        return found
+
+    def prepare_decode_many(self) -> None:
+        """From now on the method with logits at every position does everything: a prompt costs the head at each of its tokens."""
+        self._scores_only = True
+        self._open("score")
+        self._at_once = self.scored_at_once
+
+    def _open(self, role: str) -> None:
+        """Load the method of that role, after closing the other one."""
+        if role == self._role:
+            return
+        carried = self.snapshot().rows if self._role else {}
+        self._method, self._role = None, ""
+        log.info("loading %s of %s with %d threads", role, self._path, self.threads)
+        try:
+            with _silent():
+                program = self._library._load_program(str(self._path))
+                method = program.load_method(self._names[role])
+        except (KeyError, RuntimeError) as error:
+            raise InputError(
+                f"{self._path} is damaged or no program of this bundle: {one_line(error)}; export the bundle again"
+            ) from None
+        self._check_contract(method.method_meta(), role)
+        self._table = MappedTable(self._path)  # the linears are packed in memory now
+        self._method, self._role = method, role
+        for name, rows in carried.items():
+            self._buffers()[name][..., : self._written, :] = rows
+
+    def _run(self, ids: NDArray[np.int64], position: int) -> Logits:
+        """One chunk through the loaded method."""
+        import torch
+
+        tokens = torch.from_numpy(np.ascontiguousarray(ids[None]))  # (1, T)
+        try:
+            (logits,) = self._method.call((tokens, torch.tensor([position])))  # (1, T or 1, V)
+        except RuntimeError as error:
+            raise InputError(f"{self._path} does not run: {one_line(error)}; export the bundle again") from None
+        found: Logits = logits[0].numpy()
+        return found
+
+    def _check_contract(self, meta: Any, role: str) -> None:
+        """Sizes of inputs and output against the manifest."""
+        found = [tuple(meta.input_tensor_meta(index).sizes()) for index in range(meta.num_inputs())]
+        wanted = [(1, self.scored_at_once if role == "score" else self.cache.prefill_chunk), (1,)]
+        if found != wanted:
+            raise InputError(f"{self._path} takes {found}, the manifest says {wanted}; export the bundle again")
+        if not meta.num_attributes():
+            raise InputError(f"{self._path} does not name its caches; export the bundle again")
+        (*_, size) = meta.output_tensor_meta(0).sizes()
+        if size != self.vocab_size:
+            raise InputError(
+                f"{self._path} gives {size} logits, the vocabulary has {self.vocab_size}; export the bundle again"
+            )
+
+
+def load_library() -> Any:
+    """ExecuTorch's own binding, with the operators of caches and of quantized tables, which it does not register by itself.
+
+    Its package's modules for this (`portable_lib`, `custom_ops`) bring the whole exporter along: 230 MB and 3 s.
+    """
+    import torch
+
+    load: Any = torch.ops.load_library
+    library = importlib.import_module("executorch.extension.pybindings._C")
+    (root,) = importlib.import_module("executorch").__path__
+    for pattern in OPERATORS:
+        (found,) = Path(root).glob(pattern)
+        load(found)
+    return library
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Nothing on stderr: the library tells of processors and thread pools there, through Python's. Exceptions come through."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        yield

@@ -1,0 +1,114 @@
+"""LiteRT on the CPU: `.tflite` signatures over one set of KV caches, each one buffer that is input and output at once.
+
+What is fed to which signature is signatures.py's.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+from ai_edge_litert.compiled_model import CompiledModel
+from ai_edge_litert.environment import Environment
+from ai_edge_litert.options import CpuOptions, Options
+from ai_edge_litert.tensor_buffer import TensorBuffer
+from numpy.typing import NDArray
+
+from gemma_edge.bundle.manifest import Manifest
+from gemma_edge.bundle.signature import Signature
+from gemma_edge.logits import Logits
+from gemma_edge.memory import MappedTable
+from gemma_edge.runtimes.engines.signatures import SignatureRuntime
+from gemma_edge.runtimes.engines.weight_cache import kept_weights
+
+OLDEST_LITERT = (2, 3)
+Named = Mapping[str, TensorBuffer]
+
+
+class TFLiteRuntime(SignatureRuntime):
+    """A bundle's TFLite backend."""
+
+    def __init__(self, bundle: Path, manifest: Manifest, *, threads: int | None) -> None:
+        """Load the model and make the caches; arguments as SignatureRuntime's.
+
+        Raises:
+            InputError: LiteRT is too old, or the file is not what the manifest says.
+        """
+        super().__init__(bundle, manifest, "tflite", threads, package="ai-edge-litert", oldest=OLDEST_LITERT)
+        self._caches: dict[str, TensorBuffer] = {}  # an input and an output of every signature
+        self._io: dict[str, tuple[Named, Named]] = {}
+        with self._loading():
+            self._model = self._load()
+            for signature in self._signatures:
+                self._check_contract(signature)
+            # those of scoring, whose logits are large, when it is used
+            for signature in self._roles("prefill", "decode"):
+                self._buffers_of(signature)
+        self._table = MappedTable(self._path)  # its graph was read, and its weights if they were packed just now
+
+    def _load(self) -> CompiledModel:
+        with kept_weights(self._digest, f"ai-edge-litert {metadata.version('ai-edge-litert')}") as path:
+            cpu = CpuOptions(num_threads=self.threads, xnnpack_weight_cache_path=path)
+            options = Options(cpu_options=cpu)
+            return CompiledModel.from_file(str(self._path), environment=environment(), options=options)
+
+    def _check_contract(self, signature: Signature) -> None:
+        model, name, cache = self._model, signature.name, self.cache
+        inputs, outputs = model.get_input_tensor_details(name), model.get_output_tensor_details(name)
+        caches = {
+            f"kv_cache_{kind}_{index}": [1, cache.kv_heads, layer.slots, cache.head_dim]
+            for index, layer in enumerate(cache.layers)
+            for kind in "kv"
+        }
+        self._check(signature, {key: detail["shape"] for key, detail in {**inputs, **outputs}.items()}, caches)
+
+    def _buffers_of(self, signature: Signature) -> tuple[Named, Named]:
+        """A signature's inputs and outputs."""
+        if signature.name not in self._io:
+            self._io[signature.name] = self._make_buffers(signature.name)
+        return self._io[signature.name]
+
+    def _make_buffers(self, name: str) -> tuple[Named, Named]:
+        model = self._model
+        inputs, outputs = model.get_input_tensor_details(name), model.get_output_tensor_details(name)
+        for key, detail in inputs.items():
+            if key in outputs and key not in self._caches:
+                self._caches[key] = model.create_input_buffer_by_name(name, key)
+                self._caches[key].write(np.zeros(detail["shape"], detail["dtype"]))
+        return (
+            {key: self._caches.get(key) or model.create_input_buffer_by_name(name, key) for key in inputs},
+            {key: self._caches.get(key) or model.create_output_buffer_by_name(name, key) for key in outputs},
+        )
+
+    def _call(self, signature: Signature, tokens: NDArray[np.int32], input_pos: NDArray[np.int32]) -> Logits | None:
+        """See SignatureRuntime."""
+        inputs, outputs = self._buffers_of(signature)
+        inputs["tokens"].write(tokens)
+        inputs["input_pos"].write(input_pos)
+        self._model.run_by_name(signature.name, inputs, outputs)
+        self._table.count(signature.tokens)
+        if "logits" not in outputs:
+            return None
+        flat = outputs["logits"].read(signature.tokens * self.vocab_size, np.float32)
+        logits: Logits = flat.reshape(signature.tokens, self.vocab_size)
+        return logits
+
+
+@lru_cache(1)
+def environment() -> Environment:
+    """LiteRT's environment, one for the process."""
+    atexit.register(_end_silently)
+    return Environment.create()
+
+
+def _end_silently() -> None:
+    """LiteRT's own end comes after Python's, and writes lines to stderr."""
+    sys.stderr.flush()
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)

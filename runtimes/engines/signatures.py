@@ -1,0 +1,156 @@
+"""What the two runtimes of `.tflite` models share: text through signatures of fixed sizes. Calling one is the subclass's.
+
+The model is export/tflite's; docs/tflite.md holds its contract. Each slot of a cache knows its position, so a reset needs to
+clear nothing: tokens from position 0 on make the model forget the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma_edge.bundle.manifest import Manifest, confined
+from gemma_edge.bundle.signature import Signature
+from gemma_edge.errors import InputError, one_line
+from gemma_edge.logits import Logits
+from gemma_edge.runtimes.engines.base import BaseRuntime
+from gemma_edge.runtimes.engines.load import refuse_older, thread_count
+
+log = logging.getLogger(__name__)
+
+PADDING = -1  # position of a token that is not there
+
+
+class SignatureRuntime(BaseRuntime):
+    """A backend whose model is fed chunks of a few sizes, padded at their end."""
+
+    def __init__(
+        self,
+        bundle: Path,
+        manifest: Manifest,
+        backend: str,
+        threads: int | None,
+        *,
+        package: str,
+        oldest: tuple[int, int],
+    ) -> None:
+        """What both need before they load the model.
+
+        Args:
+            bundle, manifest: the folder and what it says of itself.
+            backend: its name in the manifest.
+            threads: None takes the target's; more than the machine has are not used.
+            package, oldest: what runs it, and the first version that can.
+
+        Raises:
+            InputError: the package is too old.
+        """
+        refuse_older(package, metadata.version(package), oldest)
+        entry = manifest.backends[backend]
+        super().__init__(bundle, manifest, entry.cache)
+        self.threads = thread_count(threads, manifest)
+        self._at_once = 1 << 30  # `_forward` splits by itself
+        self._path = confined(bundle, entry.settings["program"])
+        self._digest = manifest.files[entry.settings["program"]].sha256
+        log.info("loading %s with %d threads", self._path, self.threads)
+        self._signatures = [Signature(name, *found) for name, found in entry.settings["signatures"].items()]
+
+    @abstractmethod
+    def _call(self, signature: Signature, tokens: NDArray[np.int32], input_pos: NDArray[np.int32]) -> Logits | None:
+        """Run a signature over (1, T) tokens at (T,) positions; its logits (T, V), unless it only prefills."""
+
+    def _roles(self, *roles: str) -> list[Signature]:
+        return [signature for signature in self._signatures if signature.role in roles]
+
+    def _forward(self, ids: NDArray[np.int64], *, every_position: bool) -> Logits:
+        """See BaseRuntime; any number of tokens."""
+        if every_position:
+            rows = self._feed(ids, self.position, self._roles("score", "decode"))
+            return np.concatenate([logits for logits in rows if logits is not None])
+        for _ in self._feed(ids[:-1], self.position, self._roles("prefill", "decode")):
+            pass
+        (logits,) = self._feed(ids[-1:], self.position + len(ids) - 1, self._roles("decode"))
+        assert logits is not None
+        return logits
+
+    def _feed(self, ids: NDArray[np.int64], position: int, signatures: Sequence[Signature]) -> Iterator[Logits | None]:
+        """Run tokens through the signatures that take least time; the logits of each call, (t, V), where it has any."""
+        while len(ids):
+            right = (each for each in signatures if each.is_right(position, len(ids)))
+            best = max(right, key=lambda each: each.worth(len(ids)))
+            count = min(len(ids), best.tokens)
+            tokens, input_pos = np.zeros((1, best.tokens), np.int32), np.full(best.tokens, PADDING, np.int32)
+            tokens[0, :count], input_pos[:count] = ids[:count], np.arange(position, position + count)
+            logits = self._run(best, tokens, input_pos)
+            yield None if logits is None else logits[:count]
+            ids, position = ids[count:], position + count
+
+    def _run(self, signature: Signature, tokens: NDArray[np.int32], input_pos: NDArray[np.int32]) -> Logits | None:
+        try:
+            return self._call(signature, tokens, input_pos)
+        except RuntimeError as error:
+            raise InputError(f"{self._path} does not run: {one_line(error)}; export the bundle again") from None
+
+    def _check(self, signature: Signature, shapes: Mapping[str, Any], wanted: Mapping[str, Sequence[int]]) -> None:
+        """Shapes of a signature's inputs and outputs against the manifest's."""
+        logits = {} if signature.role == "prefill" else {"logits": [1, signature.tokens, self.vocab_size]}
+        for key, shape in {
+            "tokens": [1, signature.tokens],
+            "input_pos": [signature.tokens],
+            **logits,
+            **wanted,
+        }.items():
+            here = [int(size) for size in shapes[key]] if key in shapes else None
+            if here != list(shape):
+                raise InputError(
+                    f"{self._path}: {key} of {signature.name} is {here}, the manifest says {list(shape)};"
+                    " export the bundle again"
+                )
+
+    @contextlib.contextmanager
+    def _loading(self) -> Iterator[None]:
+        """Silence the library, and say of what is no model what it is."""
+        try:
+            with silent():
+                yield
+        except (RuntimeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(
+                f"{self._path} is damaged or no model of this bundle: {one_line(error)}; export the bundle again"
+            ) from None
+
+    def _holds(self, position: int, written: int) -> bool:
+        """See BaseRuntime.
+
+        A chunk less one of the slots lies behind the ring, and as much padding was written by the last call, over keys that only
+        a rewind would need.
+        """
+        return position == written or super()._holds(position, written + 2 * (self.cache.prefill_chunk - 1))
+
+    def _clear(self) -> None:
+        """Nothing: position 0 makes the model forget."""
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Nothing on stderr: TFLite tells of its delegates there, past Python, and has no other switch. Exceptions come through."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

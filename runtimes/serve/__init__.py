@@ -1,0 +1,1 @@
+"""`gemma-run serve`: OpenAI's requests over HTTP, and a chat page."""

@@ -1,0 +1,86 @@
+"""How a bundle appears: written in a hidden folder beside its destination, and renamed when it is complete."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from gemma_edge.bundle.manifest import MANIFEST
+from gemma_edge.errors import InputError
+
+
+def _alive(pid: str) -> bool:
+    if pid == str(os.getpid()):  # ours is not made yet: a dead process had the same number, as in a restarted container
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _clean_leftovers(out: Path) -> None:
+    """Remove what a killed export of the same name left behind, and put back a bundle it had moved aside."""
+    for kind in ("old", "partial"):
+        for left in out.parent.glob(f".{out.name}.{kind}-*"):
+            if _alive(left.name.rpartition("-")[2]):
+                continue
+            if kind == "old" and not out.exists():
+                left.rename(out)
+            else:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def refuse_existing(out: Path, force: bool) -> None:
+    """Let nothing be replaced without --force, and nothing but a bundle with it.
+
+    Raises:
+        InputError: something is there that stays.
+    """
+    if out.exists() and not force:
+        raise InputError(f"{out} exists; pass --force to replace it, or -o for another folder")
+    if out.exists() and not (out.is_dir() and ((out / MANIFEST).exists() or not any(out.iterdir()))):
+        raise InputError(f"{out} exists and is not a bundle; --force replaces only bundles: pass -o for another folder")
+
+
+def _make_folder(folder: Path, parent: Path) -> None:
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"cannot write in {parent}: {error.strerror}; pass -o for another folder") from None
+
+
+@contextmanager
+def staged(out: Path, *, force: bool) -> Iterator[Path]:
+    """A temporary folder beside `out`; what is in its `bundle/` becomes `out` in one rename when the block ends well.
+
+    Parents that are missing are made, and removed again when nothing is left in them.
+
+    Raises:
+        InputError: `out` exists and `force` is False, or its parent cannot be written.
+    """
+    _clean_leftovers(out)
+    refuse_existing(out, force)
+    work = out.parent / f".{out.name}.partial-{os.getpid()}"
+    old = out.parent / f".{out.name}.old-{os.getpid()}"
+    missing = [parent for parent in out.absolute().parents if not parent.exists()]  # the innermost first
+    try:
+        _make_folder(work / "bundle", out.parent)
+        yield work
+        refuse_existing(out, force)  # somebody may have made it in the meantime
+        if out.exists():
+            out.rename(old)
+        (work / "bundle").rename(out)
+    finally:
+        if old.exists() and not out.exists():  # interrupted between the two renames
+            old.rename(out)
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+        for parent in missing:
+            with suppress(OSError):  # not empty: the bundle is in it, or somebody else's files
+                parent.rmdir()

@@ -1,0 +1,115 @@
+"""Text to token ids and back, from the bundle's tokenizer.json. What a conversation looks like is chat.py's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers.decoders import DecodeStream
+
+from gemma_edge.bundle.manifest import Manifest, confined
+from gemma_edge.errors import InputError
+
+TOKENIZER_FILE = "tokenizer.json"
+END_OF_TURN = "<end_of_turn>"
+WAY_OUT = "take the tokenizer.json that belongs to the model"
+
+
+def open_tokenizer(path: Path, way_out: str) -> tokenizers.Tokenizer:
+    """Read a tokenizer.json.
+
+    Raises:
+        InputError: the file is no tokenizer; ends with the way out.
+    """
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # noqa: BLE001  (the library raises bare Exception for a file it cannot read)
+        raise InputError(f"{path} is not a tokenizer ({error}); {way_out}") from None
+    # wrong for generation, and maybe left in the file by training
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def parse_ids(text: str) -> list[int]:
+    """Token ids written out, as a token-level bundle takes them: 2,15,7.
+
+    Raises:
+        InputError: something else.
+    """
+    try:
+        return [int(part) for part in text.replace(",", " ").split()]
+    except ValueError:
+        raise InputError(f"prompt {text[:40]!r} is no list of token ids; give ids such as 2,15,7") from None
+
+
+class Tokenizer:
+    """The bundle's tokenizer."""
+
+    def __init__(self, bundle: Path, manifest: Manifest) -> None:
+        """Load it.
+
+        Raises:
+            InputError: a token-level bundle, or a file that is no tokenizer.
+        """
+        if not manifest.tokenizer:
+            raise InputError(f"{bundle} is a token-level bundle, without a tokenizer: give token ids instead of text")
+        self._take(open_tokenizer(confined(bundle, TOKENIZER_FILE), "export the bundle again"), manifest.config)
+
+    @classmethod
+    def of_folder(cls, folder: Path, config: Mapping[str, Any]) -> Tokenizer:
+        """The tokenizer of a Hugging Face folder, whose configuration has a bundle's keys."""
+        tokenizer = cls.__new__(cls)
+        tokenizer._take(open_tokenizer(folder / TOKENIZER_FILE, "download the folder again"), config)
+        return tokenizer
+
+    def _take(self, tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
+        self._tokenizer = tokenizer
+        self.bos_token_id = int(config["bos_token_id"])
+        stop_ids = set(config["eos_token_id"])
+        end_of_turn = self._tokenizer.token_to_id(END_OF_TURN)
+        self.stop_ids = frozenset(stop_ids if end_of_turn is None else stop_ids | {end_of_turn})
+
+    def encode(self, text: str, *, bos: bool = True) -> list[int]:
+        """Token ids of a text; special tokens written in it, such as <start_of_turn>, become their ids.
+
+        Args:
+            text: any text.
+            bos: begin with the BOS id, unless the text itself begins with <bos>; False adds none.
+
+        Raises:
+            InputError: the text holds bytes that are not UTF-8 (a lone surrogate).
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(f"the text is not valid UTF-8 at character {error.start}; give UTF-8 text") from None
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return [self.bos_token_id, *ids] if bos and ids[:1] != [self.bos_token_id] else ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, without special tokens; bytes that are no UTF-8 become U+FFFD."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def to_json(self) -> str:
+        """The tokenizer.json as it is used here."""
+        return str(self._tokenizer.to_str())
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Text of tokens as they come, piece by piece.
+
+        A character spelled in several byte tokens comes whole; if the ids end inside one, it is dropped.
+        Otherwise the pieces joined are `decode(ids)`; but bytes that are no UTF-8 make the library take back what stood before
+        them: here that stays, and one U+FFFD stands for them.
+        """
+        stream = DecodeStream(skip_special_tokens=True)
+        for token in ids:
+            try:
+                piece = stream.step(self._tokenizer, token)
+            except Exception:  # noqa: BLE001  (the library raises bare Exception)
+                stream = DecodeStream(skip_special_tokens=True)
+                piece = "\ufffd" + (stream.step(self._tokenizer, token) or "")
+            if piece is not None:
+                yield piece

@@ -1,0 +1,286 @@
+"""The server, through the clients that it is for: OpenAI's own, and a browser. A toy bundle: nonsense, but repeatable."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.browser import CHROMIUM, needs_browser
+from support.toys import write_toy_bundle
+
+pytest.importorskip("starlette", reason="starlette is not installed: pip install 'gemma-edge[serve]'")
+pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install 'gemma-edge[serve]'")
+pytest.importorskip("openai", reason="the package openai is not installed")
+
+import openai
+import uvicorn
+
+import gemma_edge
+from gemma_edge.runtimes.generation.sampling import SamplingParams
+from gemma_edge.runtimes.generation.session import Session
+from gemma_edge.runtimes.serve import server
+from gemma_edge.runtimes.serve.openai import messages_of, until_stop
+from gemma_edge.runtimes.serve.server import Engine, Job, application
+
+HELLO: list[Any] = [{"role": "user", "content": "Hello."}]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_toy_bundle(tmp_path_factory.mktemp("server") / "bundle")
+
+
+@pytest.fixture(scope="module")
+def engine(bundle: Path) -> Engine:
+    return Engine(gemma_edge.load(bundle, threads=1), SamplingParams(), None)
+
+
+@pytest.fixture(scope="module")
+def port(engine: Engine) -> Iterator[int]:
+    running = uvicorn.Server(
+        uvicorn.Config(application(engine, ["127.0.0.1"]), host="127.0.0.1", port=0, log_level="warning")
+    )
+    thread = threading.Thread(target=running.run)
+    thread.start()
+    while not running.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    yield running.servers[0].sockets[0].getsockname()[1]
+    running.should_exit = True
+    thread.join(30)
+
+
+@pytest.fixture(scope="module")
+def client(port: int) -> Any:
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+def send(port: int, path: str, body: bytes | None = None, **headers: str) -> tuple[int, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("POST" if body is not None else "GET", path, body, headers)
+    answer = connection.getresponse()
+    return answer.status, answer.read().decode()
+
+
+def test_a_chat_is_the_sessions(client: Any, bundle: Path) -> None:
+    session = Session.open(bundle, threads=1)
+    expected = ["".join(session.send(text, max_tokens=9)) for text in ("Hello.", "Who are you?")]
+    messages: list[Any] = []
+    for text, said in zip(("Hello.", "Who are you?"), expected, strict=True):
+        messages.append({"role": "user", "content": text})
+        answer = client.chat.completions.create(model="any", messages=messages, max_tokens=9)
+        assert answer.choices[0].message.content == said
+        assert answer.choices[0].finish_reason == "length" and answer.usage.completion_tokens == 9
+        messages.append({"role": "assistant", "content": said})
+    assert answer.usage.prompt_tokens_details.cached_tokens > 10, "the first turn was fed again"
+
+
+def test_a_stream_is_the_whole_answer_in_pieces(client: Any) -> None:
+    whole = client.chat.completions.create(model="any", messages=HELLO, max_tokens=9)
+    events = list(
+        client.chat.completions.create(
+            model="any", messages=HELLO, max_tokens=9, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    pieces = [event.choices[0].delta.content for event in events[:-2]]
+    assert "".join(pieces) == whole.choices[0].message.content and len(pieces) > 3
+    assert [event.choices[0].finish_reason for event in events[-3:-1]] == [None, "length"]
+    assert events[-1].usage.completion_tokens == 9 and events[-1].choices == []
+
+
+def test_a_text_is_continued_and_ends_before_a_stop_text(client: Any) -> None:
+    text = client.completions.create(model="any", prompt="It was", max_tokens=12).choices[0].text
+    cut = client.completions.create(model="any", prompt="It was", max_tokens=12, stop=[text[8:11], "never"])
+    assert cut.choices[0].text == text[: text.index(text[8:11])] and cut.choices[0].finish_reason == "stop"
+    streamed = client.completions.create(model="any", prompt="It was", max_tokens=12, stop=text[8:11], stream=True)
+    assert "".join(event.choices[0].text for event in streamed) == cut.choices[0].text
+
+
+def test_a_seed_repeats_a_sampled_answer(client: Any) -> None:
+    first, again, other = (
+        client.completions.create(model="any", prompt="It", temperature=1.5, top_p=0.9, seed=seed, max_tokens=9)
+        for seed in (1, 1, 2)
+    )
+    assert first.choices[0].text == again.choices[0].text != other.choices[0].text
+
+
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_by_a_schema_is_what_the_client_asked_for(stream: bool, client: Any) -> None:
+    pytest.importorskip("llguidance", reason="llguidance is not installed: pip install 'gemma-edge[json]'")
+    asked = {"model": "any", "messages": HELLO, "max_tokens": 40, "temperature": 1.0, "seed": 3}
+    form = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
+    for response_format, keys in ((form, {"name", "age"}), ({"type": "json_object"}, None)):
+        answer = client.chat.completions.create(**asked, response_format=response_format, stream=stream)
+        if stream:
+            text = "".join(event.choices[0].delta.content or "" for event in answer)
+        else:
+            text = answer.choices[0].message.content
+        found = json.loads(text)
+        assert isinstance(found, dict) and keys in (None, set(found))
+    assert client.completions.create(
+        model="any", prompt="It", max_tokens=3, extra_body={"response_format": {"type": "text"}}
+    )
+
+
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [
+        ({"type": "yaml"}, "response_format.type 'yaml' is none of"),
+        ({"type": "json_schema"}, "response_format.json_schema.schema is missing"),
+        ({"type": "json_schema", "json_schema": {"name": "a", "schema": {"not": {}}}}, "cannot be followed"),
+        ({"type": "json_schema", "json_schema": {"name": "a", "schema": PERSON}}, "an answer of 2 tokens is too short"),
+    ],
+)
+def test_a_form_that_cannot_be_followed_is_refused_at_once(form: Any, said: str, client: Any) -> None:
+    pytest.importorskip("llguidance", reason="llguidance is not installed: pip install 'gemma-edge[json]'")
+    with pytest.raises(openai.BadRequestError, match=said):
+        client.chat.completions.create(model="any", messages=HELLO, max_tokens=2, response_format=form, stream=True)
+
+
+def test_the_bundle_is_the_one_model(client: Any, port: int) -> None:
+    assert [model.id for model in client.models.list()] == ["toy"]
+    assert json.loads(send(port, "/health")[1])["status"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"n": 2}, "n 2 is not supported"),
+        ({"logprobs": True}, "logprobs True is not supported"),
+        ({"max_completion_tokens": 0, "max_tokens": 3}, "max_tokens 0 is below 1"),
+        ({"max_tokens": -1}, "max_tokens -1 is below 1"),
+        ({"temperature": -1}, "temperature -1 is neither"),
+        ({"extra_body": {"temperature": "hot"}}, "temperature 'hot' is no number"),
+        ({"messages": []}, "messages are missing"),
+        ({"messages": [{"role": "robot", "content": "a"}]}, "role is none of system"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "neither text nor a list of text"),
+    ],
+)
+def test_what_is_not_there_is_refused_in_words(options: dict[str, Any], said: str, client: Any) -> None:
+    asked = {"model": "any", "messages": HELLO, **options}
+    with pytest.raises(openai.BadRequestError, match=said):
+        client.chat.completions.create(**asked)
+
+
+def test_bodies_that_are_no_request(port: int) -> None:
+    path = "/v1/completions"
+    assert send(port, path, b"{")[0] == send(port, path, b"[]")[0] == send(port, path, b"\xff")[0] == 400
+    assert send(port, path, b" " * (server.MOST_BODY + 1))[0] == 413
+    assert send(port, path)[0] == 405
+
+
+def test_another_sites_name_for_this_machine_is_refused(port: int) -> None:
+    """A page elsewhere could else make a browser send requests here, by a name that leads to 127.0.0.1."""
+    assert send(port, "/v1/models", Host="evil.example")[0] == 400
+
+
+def until(true: Callable[[], bool]) -> None:
+    """Wait for what must come, however busy the machine is."""
+    for _ in range(6000):
+        if true():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not come")
+
+
+def test_one_at_a_time_in_the_order_of_arrival(client: Any, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[list[int]] = []
+    running: list[int] = []
+    all_wait = threading.Event()
+    original = engine._answer
+
+    def watched(job: Job, tell: Callable[[str], object]) -> None:
+        running.append(1)
+        assert len(running) == 1 and all_wait.wait(60)
+        original(job, tell)
+        done.append(job.asked.ids)
+        running.pop()
+
+    monkeypatch.setattr(engine, "_answer", watched)
+
+    def ask(number: int) -> None:
+        client.completions.create(model="any", prompt=f"It was {number}", max_tokens=3)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(5)]
+    for number, thread in enumerate(threads):
+        thread.start()
+        until(lambda number=number: bool(running) and engine.waiting == number)  # type: ignore[misc]
+    all_wait.set()
+    for thread in threads:
+        thread.join(60)
+    assert done == [engine.tokenizer.encode(f"It was {number}") for number in range(5)]
+
+
+def test_a_full_queue_refuses_and_a_client_that_leaves_ends_its_answer(
+    client: Any, engine: Engine, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "MOST_WAITING", 0)
+    with pytest.raises(openai.InternalServerError, match="requests are waiting already"):
+        client.completions.create(model="any", prompt="It", max_tokens=3)
+    monkeypatch.undo()
+    before = engine.counts["cancelled"]
+    stream = client.completions.create(model="any", prompt="It", max_tokens=1_000_000, stream=True)
+    next(iter(stream))
+    stream.close()
+    # comes only after the endless one
+    assert client.completions.create(model="any", prompt="It", max_tokens=3).usage.completion_tokens == 3
+    assert engine.counts["cancelled"] == before + 1
+    metrics = send(port, "/metrics")[1]
+    assert f"gemma_cancelled_total {before + 1}\n" in metrics and "gemma_waiting 0\n" in metrics
+
+
+def test_an_answer_that_takes_too_long_ends(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = count()  # a second later at every look: before the prompt, and before each token
+    monkeypatch.setattr(server, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(server, "MOST_S", 10)
+    answer = client.completions.create(model="any", prompt="It", max_tokens=1_000_000)
+    assert answer.choices[0].finish_reason == "length" and answer.usage.completion_tokens == 9
+
+
+def test_what_the_system_says_stands_before_the_first_turn() -> None:
+    said = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo."}]},
+        {"role": "assistant", "content": "Hi."},
+    ]
+    assert messages_of({"messages": said}) == [
+        {"role": "user", "content": "Be brief.\n\nHello."},
+        {"role": "assistant", "content": "Hi."},
+    ]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_a_stop_text_is_found_however_the_pieces_fall(size: int) -> None:
+    text = "abcabcabdend<|stop|>rest"
+    pieces = [text[at : at + size] for at in range(0, len(text), size)]
+    assert "".join(piece for piece, _ in until_stop(iter(pieces), ["<|stop|>", "zzz"])) == "abcabcabdend"
+    assert "".join(piece for piece, _ in until_stop(iter(pieces), ["abcabd"])) == "abc"
+    assert "".join(piece for piece, _ in until_stop(iter(pieces), ["rest!"])) == text
+
+
+@needs_browser
+def test_the_page_chats_in_a_browser(port: int, client: Any, tmp_path: Path) -> None:
+    assert CHROMIUM is not None
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
+    command += ["--virtual-time-budget=20000", f"--user-data-dir={tmp_path}", f"http://127.0.0.1:{port}/?ask=Hello."]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in done.stderr
+    for shown in ('<div class="turn user">Hello.</div>', '<h1 id="model">toy</h1>', "tokens in "):
+        assert shown in done.stdout, done.stdout[-1500:]
+    assert '<div class="turn assistant"></div>' not in done.stdout and "turn error" not in done.stdout

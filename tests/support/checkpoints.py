@@ -1,0 +1,119 @@
+"""One tiny configuration, checkpoints of it made by transformers and not by us, and transformers as the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, Gemma2ForCausalLM
+from transformers import Gemma2Config as HFConfig
+
+from gemma_edge.bundle.geometry import CacheGeometry
+from gemma_edge.bundle.manifest import MANIFEST, BackendEntry, Manifest, list_files
+from gemma_edge.model.config import Gemma2Config
+from gemma_edge.quantize.recipe import Recipe
+
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "demo" / "tiny-gemma2"
+TEXTS = ROOT / "src" / "gemma_edge" / "text" / "data"
+# The window is shorter than the sequences (24 and more), so that the ring wraps; weights of deviation 1 make the softcaps bite.
+TINY_CONFIG: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "query_pre_attn_scalar": 32,
+    "sliding_window": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 1.0,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {},
+    "heads_like_27b": {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16, "query_pre_attn_scalar": 24},
+    "starts_global": {"layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]},
+    "odd_sizes": {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 6, "num_key_value_heads": 2},
+    "no_softcaps": {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+}
+
+
+def make_checkpoint(folder: Path, seed: int = 0, **overrides: Any) -> Path:
+    """Save a random Gemma 2 in Hugging Face's format, norms included."""
+    torch.manual_seed(seed)
+    model = Gemma2ForCausalLM(HFConfig(**{**TINY_CONFIG, **overrides}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.normal_(0.0, 0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+def write_manifest(
+    bundle: Path,
+    config: Gemma2Config,
+    recipe: Recipe,
+    cache: CacheGeometry,
+    backends: dict[str, dict[str, Any]],
+    *,
+    tokenizer: bool = False,
+) -> None:
+    """The manifest of a bundle that a backend has written its files into: not verified."""
+    manifest = Manifest(
+        model={"name": "test"},
+        config=config.to_json(),
+        recipe=recipe.to_json(),
+        target={"name": "test", "threads": 2},
+        backends={name: BackendEntry(cache, {}, settings) for name, settings in backends.items()},
+        files=list_files(bundle),
+        tokenizer=tokenizer,
+        tools={},
+        verification={},
+        created="",
+    )
+    (bundle / MANIFEST).write_text(manifest.to_json())
+
+
+def hf_model(folder: Path) -> Gemma2ForCausalLM:
+    """The reference that no one here wrote: transformers, eager attention, float32."""
+    model: Gemma2ForCausalLM = Gemma2ForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    return model
+
+
+def hf_quantized(folder: Path) -> Any:
+    """transformers' own reading of a quantized folder; every tensor must find its place, and none be made up."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    model, info = loaded
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    return model
+
+
+def hf_holding(folder: Path, weights: Mapping[str, torch.Tensor]) -> Gemma2ForCausalLM:
+    """The float model of a folder with other weights, all of them."""
+    model = hf_model(folder)
+    keys = model.load_state_dict(dict(weights), strict=False)
+    assert keys.unexpected_keys == [] and keys.missing_keys in ([], ["lm_head.weight"])
+    return model
+
+
+def hf_logits(model: Gemma2ForCausalLM, ids: torch.Tensor) -> torch.Tensor:
+    """(T,) int64 -> logits (T, V) of the whole sequence at once, without a cache."""
+    with torch.no_grad():
+        logits: torch.Tensor = model(ids[None], use_cache=False).logits[0]
+    return logits
+
+
+def relative_error(found: torch.Tensor, reference: torch.Tensor) -> float:
+    """Largest difference as a part of the reference's range."""
+    return float((found - reference).abs().max() / (reference.max() - reference.min()))

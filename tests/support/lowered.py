@@ -1,0 +1,42 @@
+"""Bundles of one backend without the pipeline around them, and texts to feed them; of no backend in particular."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gemma_edge.export.plan import geometry
+from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint, open_weights, write_quantized
+from gemma_edge.quantize.recipe import Recipe
+from gemma_edge.runtimes.engines.base import Runtime
+from support.checkpoints import write_manifest
+
+
+def lower_bundle(
+    lower: Callable[..., dict[str, Any]], name: str, folder: Path, out: Path, recipe: Recipe, context: int, chunk: int
+) -> tuple[QuantizedCheckpoint, Path]:
+    """Quantize and lower a checkpoint for the backend of that name; the bundle lies in `out`."""
+    source = open_weights(folder)
+    quantized = write_quantized(source, recipe, out / "checkpoint")
+    bundle = out / "bundle"
+    bundle.mkdir()
+    cache = geometry(source.config, context, chunk, backend=name)
+    entry = lower(quantized, cache, bundle, float_bits=recipe.float_bits)
+    write_manifest(bundle, source.config, recipe, cache, {name: entry})
+    return quantized, bundle
+
+
+def some_ids(count: int, vocab_size: int) -> list[int]:
+    """Random tokens, always the same."""
+    return [int(token) for token in np.random.default_rng(0).integers(3, vocab_size, count)]
+
+
+def prefilled(runtime: Runtime, ids: list[int], chunks: list[int]) -> torch.Tensor:
+    """Logits after each chunk."""
+    ends = np.cumsum(chunks)
+    rows = [runtime.prefill(ids[end - size : end]) for end, size in zip(ends, chunks, strict=True)]
+    return torch.from_numpy(np.stack(rows))

@@ -1,0 +1,242 @@
+"""Phones for tests: Android's real adbd, real adb, and stand-ins for what only Android has (tests/support/phone/system).
+
+Each phone has its own network, so the ports of the machine and other tests do not matter; a small `adb` script in front of the
+real one goes into the right one. The app is played by a thread of the test: see `App`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+
+from gemma_edge.bench.adb import find_adb
+from gemma_edge.errors import InputError
+from support.checkpoints import ROOT
+
+PATIENCE_S = 120  # with what takes a moment: a machine may be busy
+PHONE_ROOT = ROOT / "out" / "phone"
+PROPERTIES = {
+    "ro.product.manufacturer": "Example",
+    "ro.product.model": "Phone 1",
+    "ro.soc.manufacturer": "Soc",
+    "ro.soc.model": "SM1",
+    "ro.build.version.release": "15",
+    "ro.build.version.sdk": "35",
+    "ro.product.cpu.abilist": "arm64-v8a,armeabi-v7a",
+}
+
+
+@lru_cache
+def missing() -> str:
+    """What this machine lacks, by name; empty: nothing."""
+    if not (PHONE_ROOT / "usr/lib/android-sdk/platform-tools/adbd").is_file():
+        return "no adbd: make phone"
+    try:
+        find_adb()
+    except InputError:
+        return "no adb: pip install adbutils"
+    for program in ("unshare", "nsenter"):
+        if shutil.which(program) is None:
+            return f"no {program} of util-linux"
+    allowed = subprocess.run(["unshare", "--user", "--map-root-user", "--mount", "--net", "--pid", "--fork", "true"])
+    return "" if allowed.returncode == 0 else "this system allows no namespaces"
+
+
+@pytest.fixture
+def needs_phone() -> None:
+    if reason := missing():
+        pytest.skip(reason)
+
+
+KOTLIN = ROOT / "android_demo" / "gemma"
+MAVEN = Path.home() / ".m2" / "repository"  # before HOME is another one
+JARS = {  # of the library's pom.xml: property of the version -> jar
+    "kotlin.version": "org/jetbrains/kotlin/kotlin-stdlib/{0}/kotlin-stdlib-{0}.jar",
+    "coroutines.version": "org/jetbrains/kotlinx/kotlinx-coroutines-core-jvm/{0}/kotlinx-coroutines-core-jvm-{0}.jar",
+    "onnxruntime.version": "com/microsoft/onnxruntime/onnxruntime/{0}/onnxruntime-{0}.jar",
+}
+
+
+def kotlin_classpath() -> list[Path]:
+    """The library that is in the app, compiled, and what it needs on a JVM; some may not be there."""
+    pom = (KOTLIN / "pom.xml").read_text(encoding="utf-8")
+    versions = {name: re.search(f"<{name}>(.*?)</{name}>", pom) for name in JARS}
+    jars = (MAVEN / JARS[name].format(version[1]) for name, version in versions.items() if version)
+    return [KOTLIN / "target" / "classes", *jars]
+
+
+class Phone:
+    """One adbd; `files` is its root as this machine sees it."""
+
+    def __init__(self, serial: str, *, disk: str = "200m") -> None:
+        space = ["unshare", "--user", "--map-root-user", "--mount", "--net", "--pid", "--fork", "--kill-child"]
+        script = ROOT / "tests" / "support" / "phone" / "start.sh"
+        self.serial = serial
+        self._unshare = subprocess.Popen(
+            [*space, "sh", script, PHONE_ROOT, disk], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        self.pid = self._child()
+        self.files = Path(f"/proc/{self.pid}/root")
+        self._wait_until_it_runs()
+        self.set_properties(**{"ro.serialno": f"own-{serial}"})
+
+    def _child(self) -> int:
+        children = Path(f"/proc/{self._unshare.pid}/task/{self._unshare.pid}/children")
+        until = time.monotonic() + PATIENCE_S
+        while time.monotonic() < until:
+            if text := children.read_text().split():
+                return int(text[0])
+            time.sleep(0.02)
+        raise AssertionError("unshare started nothing")
+
+    def _wait_until_it_runs(self) -> None:
+        """The child becomes adbd after it has made its folders."""
+        until = time.monotonic() + PATIENCE_S
+        while time.monotonic() < until:
+            if Path(f"/proc/{self.pid}/cmdline").read_text().startswith("/usr/lib/android-sdk"):
+                return
+            time.sleep(0.02)
+        raise AssertionError("adbd did not start")
+
+    def set_properties(self, **changes: str) -> None:
+        lines = (f"{name}={value}\n" for name, value in {**PROPERTIES, **changes}.items())
+        (self.files / "data/app/properties").write_text("".join(lines))
+
+    def left(self) -> list[str]:
+        """What lies on the phone beside its own files."""
+        folders = (self.files / "data/local/tmp", self.files / "sdcard")
+        return sorted(
+            str(path.relative_to(self.files)) for folder in folders for path in folder.rglob("*") if path.is_file()
+        )
+
+    def unplug(self) -> None:
+        """adbd dies, and every connection with it."""
+        os.kill(self.pid, signal.SIGKILL)
+        self._unshare.wait()
+
+    def stop(self) -> None:
+        if self._unshare.poll() is None:
+            self._unshare.kill()
+            self._unshare.wait()
+
+
+class Adb:
+    """An `adb` on the PATH that sees the phones given to it, each in its own network."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._real = find_adb()
+        self._folder = folder
+        self.phones: list[Phone] = []
+        self._servers: list[subprocess.Popen[bytes]] = []
+        self.extra = folder / "extra-devices"  # further lines of `adb devices`
+        self.extra.write_text("")
+        monkeypatch.setenv("PATH", f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}")
+        monkeypatch.setenv("HOME", str(folder))  # adb keeps its key there
+
+    def plug_in(self, phone: Phone) -> None:
+        """Connect, and write the script again."""
+        self.phones.append(phone)
+        inside = {
+            phone.serial: f"nsenter -t {phone.pid} -U -n --preserve-credentials {self._real}" for phone in self.phones
+        }
+        self._serve(phone)
+        ours = inside[phone.serial].split()
+        subprocess.run([*ours, "connect", "127.0.0.1:5555"], check=True, capture_output=True)
+        # for a moment after that it is listed as offline
+        waiting = [*ours, "-s", "127.0.0.1:5555", "wait-for-device"]
+        subprocess.run(waiting, check=True, capture_output=True, timeout=PATIENCE_S)
+        listings = "".join(
+            f"{command} devices | grep '^127.0.0.1:5555' | sed 's/^127.0.0.1:5555/{serial}/'\n"
+            for serial, command in inside.items()
+        )
+        cases = "".join(f'  {serial}) exec {command} -s 127.0.0.1:5555 "$@" ;;\n' for serial, command in inside.items())
+        script = (
+            f"#!/bin/sh\nif [ \"$1\" = devices ]; then\necho 'List of devices attached'\n{listings}cat {self.extra}\nexit 0\nfi\n"
+            f'serial=$2; shift 2\ncase "$serial" in\n{cases}'
+            "  *) echo \"error: device '$serial' not found\" >&2; exit 1 ;;\nesac\n"
+        )
+        (self._folder / "bin").mkdir(exist_ok=True)
+        (self._folder / "bin" / "adb").write_text(script)
+        (self._folder / "bin" / "adb").chmod(0o755)
+
+    def _serve(self, phone: Phone) -> None:
+        """adb's server as a child of ours: one that adb starts by itself would outlive an unplugged phone, and the test."""
+        command = [
+            "nsenter",
+            "-t",
+            str(phone.pid),
+            "-U",
+            "-n",
+            "--preserve-credentials",
+            self._real,
+            "server",
+            "nodaemon",
+        ]
+        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._servers.append(server)
+        until = time.monotonic() + PATIENCE_S
+        while time.monotonic() < until and server.poll() is None:
+            # port 5037, listening, in its own network
+            if re.search(r":13AD [0-9A-F:]+ 0A ", Path(f"/proc/{server.pid}/net/tcp").read_text()):
+                return
+            time.sleep(0.02)
+        raise AssertionError("adb's server did not start")
+
+    def stop(self) -> None:
+        for server in self._servers:
+            server.kill()
+            server.wait()
+        for phone in self.phones:
+            phone.stop()
+
+
+class App(threading.Thread):
+    """The app on a phone: answers each `am start` with what `play` does, given the words of the command."""
+
+    def __init__(self, phone: Phone, play: Callable[[Phone, dict[str, str]], None]) -> None:
+        super().__init__(daemon=True)
+        self._phone, self._play = phone, play
+        self.started: list[dict[str, str]] = []
+        self._ended = threading.Event()
+
+    def run(self) -> None:
+        request = self._phone.files / "data/app/request"
+        while not self._ended.wait(0.05):
+            try:
+                words = request.read_text().splitlines()
+                request.unlink()
+            except OSError:
+                continue
+            extras = {
+                name: value
+                for kind, name, value in zip(words, words[1:], words[2:], strict=False)
+                if kind.startswith("--e")
+            }
+            self.started.append(extras)
+            self._play(self._phone, extras)
+
+    def stop(self) -> None:
+        self._ended.set()
+        self.join()
+
+
+@contextmanager
+def app(phone: Phone, play: Callable[[Phone, dict[str, str]], None]) -> Iterator[App]:
+    """While the block runs, the app answers."""
+    thread = App(phone, play)
+    thread.start()
+    try:
+        yield thread
+    finally:
+        thread.stop()

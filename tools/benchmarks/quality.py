@@ -1,0 +1,282 @@
+"""How far 4-bit weights are from the float model: ours and every peer's, on one real language model and the same tokens.
+
+Linears only; embedding, head, norms and activations stay float32. The yardstick is KL(float || quantized) per token, in nats: it
+separates what perplexity on few tokens cannot. Calibrated contenders, peers too, see the same windows of other domains, drawn
+anew for every draw. Peers run in their own interpreters (quality_child.py); what is not installed is named and left out.
+Needs what smollm2.py and corpora.py wrote into WORK. Scores are kept in WORK/quality-cache.json, by all that they depend on.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import Distribution
+from pathlib import Path
+from statistics import mean
+from types import ModuleType
+from typing import Any
+
+import click
+import quality_child
+import quality_judge
+import quality_ours
+import torch
+from corpora import CALIBRATION, EVALUATION
+from measure import describe, machine, table, versions, write_json
+from quality_child import PEERS, Peer
+from quality_judge import WINDOW, Judge, Score, cut, linears
+from quality_ours import OURS, Contender, weight_bits
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from smollm2 import FOLDER
+from tokenizers import Tokenizer
+from torch import Tensor
+
+import gemma_edge.model
+import gemma_edge.quantize
+
+
+@dataclass(frozen=True)
+class Row:
+    """A contender's scores, one per draw; one alone if it needs no data."""
+
+    weight_bits: float
+    peer: bool
+    calibrated: bool
+    scores: list[Score]
+
+    @property
+    def kl(self) -> float:
+        """Mean over the draws."""
+        return mean(score.kl for score in self.scores)
+
+
+class Cache:
+    """Scores in a JSON file, by hash of everything they depend on."""
+
+    def __init__(self, path: Path, *, fresh: bool) -> None:
+        self.path = path
+        self.fresh = fresh
+
+    def kept(self) -> dict[str, Any]:
+        """What the file holds now: another run may have added to it."""
+        return json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def score(self, key: str, judge: Judge, change: Callable[[], float]) -> Score:
+        """A kept score, or that of the model after `change`, which returns its CPU seconds."""
+        kept = self.kept()
+        if not self.fresh and key in kept:
+            return Score(**kept[key])
+        _ = judge.reference  # computed while the model is still the float one
+        score = judge.score(cpu_s=change())
+        judge.restore()
+        self.path.write_text(json.dumps({**self.kept(), key: asdict(score)}, indent=1) + "\n", encoding="utf-8")
+        return score
+
+
+def digest(*parts: bytes | str) -> str:
+    """Short hash of several things."""
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(hashlib.sha256(part if isinstance(part, bytes) else part.encode()).digest())
+    return total.hexdigest()[:24]
+
+
+def sources(*modules: ModuleType) -> str:
+    """What modules compute, of packages all their files: comments and layout do not count."""
+    files: list[Path] = []
+    for module in modules:
+        file = Path(module.__file__ or "")
+        files += sorted(file.parent.glob("*.py")) if file.name == "__init__.py" else [file]
+    return "".join(ast.dump(ast.parse(file.read_text(encoding="utf-8"))) for file in files)
+
+
+def installed(peer: Peer, root: Path) -> dict[str, str]:
+    """Versions of a peer's packages; empty if one is missing."""
+    places = [str(path) for path in (root / peer.home).glob("venv/lib/python*/site-packages")]
+    found = {name: d.version for name in peer.packages for d in Distribution.discover(name=name, path=places)}
+    return found if len(found) == len(peer.packages) else {}
+
+
+def run_peer(name: str, root: Path, folder: Path, windows: Tensor, judge: Judge) -> float:
+    """Put the linears that a peer made into the model; return its CPU seconds."""
+    with tempfile.TemporaryDirectory() as place:
+        out, data = Path(place, "out.safetensors"), Path(place, "windows.safetensors")
+        save_file({"windows": windows}, data)
+        script, python = Path(quality_child.__file__), (root / PEERS[name].home / "venv/bin/python").absolute()
+        paths = {"--model": folder.absolute(), "--windows": data, "--out": out}
+        command = [str(python), str(script), name, *(str(part) for item in paths.items() for part in item)]
+        # A thread that waits must not spin: that would be counted as work.
+        environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=place, env=environment, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{name} failed:\n{done.stderr[-3000:]}")
+        rounded, weights = load_file(out), linears(judge.model)
+        with safe_open(out, "pt") as file:
+            cpu_s = float(file.metadata()["cpu_s"])
+    if rounded.keys() != weights.keys():
+        raise RuntimeError(f"{name} returned {len(rounded)} linears; the model has {len(weights)}")
+    for key, weight in weights.items():
+        weight.copy_(rounded[key])
+    return cpu_s
+
+
+def run_ours(contender: Contender, windows: Tensor, judge: Judge) -> float:
+    """Let one of ours change the model; return its CPU seconds."""
+    start = time.process_time()
+    contender.run(judge.model, windows)
+    return time.process_time() - start
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all contenders share."""
+
+    folder: Path
+    peers: Path | None
+    judge: Judge
+    draws: list[Tensor]  # calibration windows, (N, WINDOW) each
+    cache: Cache
+    inputs: str  # hash of model and evaluation windows
+
+    def _scores(
+        self, calibrated: bool, origin: Sequence[bytes | str], change: Callable[[Tensor], float]
+    ) -> list[Score]:
+        scores = []
+        for windows in self.draws if calibrated else self.draws[:1]:
+            key = digest(self.inputs, *origin, windows.numpy().tobytes() if calibrated else b"")
+            scores.append(self.cache.score(key, self.judge, lambda windows=windows: change(windows)))  # type: ignore[misc]
+        return scores
+
+    def peer(self, name: str) -> Row | None:
+        """A peer's row, if it is installed."""
+        peer = PEERS[name]
+        found = installed(peer, self.peers) if self.peers else {}
+        if self.peers is None or not found:
+            return None
+        root = self.peers
+        origin = (name, json.dumps(found), sources(quality_child))
+        scores = self._scores(peer.calibrated, origin, lambda w: run_peer(name, root, self.folder, w, self.judge))
+        return Row(peer.weight_bits, True, peer.calibrated, scores)
+
+    def ours(self, name: str) -> Row:
+        """A row of ours."""
+        contender = OURS[name]
+        origin = (name, sources(quality_ours, gemma_edge.quantize, gemma_edge.model))
+        scores = self._scores(contender.calibrated, origin, lambda w: run_ours(contender, w, self.judge))
+        return Row(weight_bits(self.judge.model, contender.group_size), False, contender.calibrated, scores)
+
+
+def _mean_and_range(values: Sequence[float]) -> str:
+    text = f"{mean(values):.4f}"
+    return text if len(values) == 1 else f"{text} ({min(values):.4f}-{max(values):.4f})"
+
+
+def as_table(rows: Mapping[str, Row]) -> str:
+    """The rows, best first; ours in bold."""
+    peers = [row.kl for row in rows.values() if row.peer]
+    header = (
+        "4-bit linears",
+        "bits/weight",
+        "KL, nats: mean (range)",
+        "/ best peer",
+        "same top token",
+        "ppl",
+        "CPU, s",
+    )
+    cells = [
+        (
+            name if row.peer else f"**{name}**",
+            f"{row.weight_bits:.2f}",
+            _mean_and_range([score.kl for score in row.scores]),
+            f"{row.kl / min(peers):.2f}" if peers else "-",
+            f"{mean(score.top1 for score in row.scores):.1%}",
+            f"{mean(score.ppl for score in row.scores):.2f}",
+            f"{mean(score.cpu_s for score in row.scores):.0f}",
+        )
+        for name, row in sorted(rows.items(), key=lambda item: item[1].kl)
+    ]
+    return table(header, cells)
+
+
+def verdicts(rows: Mapping[str, Row]) -> list[str]:
+    """One line for each of ours that has a bar."""
+    lines = []
+    for name, row in rows.items():
+        bar = None if row.peer else OURS[name].bar
+        rivals = [r for r in rows.values() if r.peer and not (bar and bar.data_free and r.calibrated)]
+        if bar and rivals:
+            best = min(rival.kl for rival in rivals)
+            against = f"{bar.limit:.2f} x the best peer{' without data' if bar.data_free else ''}"
+            lines.append(
+                f"{name}: {row.kl / best:.2f}; bar {against}: {'met' if row.kl <= bar.limit * best else 'MISSED'}"
+            )
+    return lines
+
+
+def prepare(work: Path, peers: Path | None, *, windows: int, draws: int, calibration: int, fresh: bool) -> Bench:
+    """Load the model and cut the windows."""
+    folder, text = work / FOLDER, work / "text"
+    needed = {folder / "config.json": "smollm2.py", text / EVALUATION: "corpora.py", text / CALIBRATION: "corpora.py"}
+    for path, script in needed.items():
+        if not path.is_file():
+            raise click.ClickException(f"{path} is missing: python tools/benchmarks/{script} {work}")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    bos = json.loads((folder / "config.json").read_text())["bos_token_id"]
+
+    def ids(name: str) -> list[int]:
+        found: list[int] = tokenizer.encode((text / name).read_text(encoding="utf-8"), add_special_tokens=False).ids
+        return found
+
+    evaluation = cut(ids(EVALUATION), bos, count=windows, length=WINDOW + 1)
+    seen = ids(CALIBRATION)
+    data = [cut(seen, bos, count=calibration, length=WINDOW, seed=seed) for seed in range(draws)]
+    model = b"".join(file.read_bytes() for file in sorted(folder.glob("*.safetensors")))
+    inputs = digest(model, evaluation.numpy().tobytes(), sources(quality_judge))
+    cache = Cache(work / "quality-cache.json", fresh=fresh)
+    return Bench(folder, peers, Judge(folder, evaluation), data, cache, inputs)
+
+
+@click.command(help=__doc__)
+@click.argument("work", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--peers", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Where peers.py put them.")
+@click.option("--only", multiple=True, help="Only contenders whose name contains this (repeatable).")
+@click.option("--windows", default=20, show_default=True, help=f"Evaluation windows of {WINDOW} positions.")
+@click.option("--draws", default=3, show_default=True, help="Draws of calibration windows.")
+@click.option("--calibration", default=32, show_default=True, help=f"Calibration windows of {WINDOW} tokens per draw.")
+@click.option("--fresh", is_flag=True, help="Ignore kept scores.")
+@click.option("--json", "out", type=click.Path(path_type=Path, dir_okay=False), help="Write the figures here as well.")
+@torch.no_grad()
+def main(work: Path, peers: Path | None, only: tuple[str, ...], out: Path | None, **settings: Any) -> None:
+    """Print one table of ours and the peers."""
+    bench = prepare(work, peers, **settings)
+    rows: dict[str, Row] = {}
+    for name in [*PEERS, *OURS]:
+        if only and not any(part in name for part in only):
+            continue
+        row = bench.peer(name) if name in PEERS else bench.ours(name)
+        if row is None:
+            click.echo(
+                f"{name}: not installed: python tools/benchmarks/peers.py FOLDER --only {PEERS[name].home}", err=True
+            )
+            continue
+        rows[name] = row
+        click.echo(f"{name}: KL {_mean_and_range([score.kl for score in row.scores])}", err=True)
+    used = {k: v for name in rows if name in PEERS and peers for k, v in installed(PEERS[name], peers).items()}
+    facts = {**machine(), **versions("gemma-edge", "torch", "transformers"), "peers": used, **settings}
+    click.echo(describe(facts))
+    click.echo(as_table(rows))
+    for line in verdicts(rows):
+        click.echo(line)
+    write_json(out, {"facts": facts, "rows": {name: asdict(row) for name, row in rows.items()}})
+
+
+if __name__ == "__main__":
+    main()

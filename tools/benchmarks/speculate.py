@@ -1,0 +1,83 @@
+"""What prompt lookup gains where a text repeats itself, and costs where every guess is wrong.
+
+    python tools/benchmarks/speculate.py BUNDLE... [--backend NAME] [--tokens 200] [--repeats 5]
+
+Both on the same bundle and prompt, plain and speculating in turns; median decode speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from copy import copy
+from pathlib import Path
+from statistics import median
+
+import gemma_edge
+from gemma_edge.runtimes.engines.base import Runtime, Stats
+from gemma_edge.runtimes.generation.generate import generate
+from gemma_edge.runtimes.generation.sampling import Sampler, SamplingParams
+from gemma_edge.runtimes.generation.speculate import MODES, Speculation
+from gemma_edge.text.tokenizer import Tokenizer
+
+PROMPT = "And the LORD spake unto Moses, saying, Speak unto the children of Israel, and say unto them, "
+CASES = {
+    "repeats": SamplingParams(),
+    # the most unlikely choices: what occurred before is followed by something else
+    "never repeats": SamplingParams(temperature=50, seed=1),
+}
+
+
+class Wrong(Speculation):
+    """Guesses something at every chance it gives itself, always wrong."""
+
+    def _guess(self) -> list[int]:
+        if self._pause:
+            self._pause -= 1
+            return []
+        return [7] * self.runtime.spare(self._width)
+
+
+def decoded(runtime: Runtime, ids: list[int], params: SamplingParams, tokens: int, way: Speculation | None) -> Stats:
+    """What one answer took."""
+    runtime.reset()
+    before = copy(runtime.stats)
+    for _ in generate(runtime, ids, Sampler(params), max_tokens=tokens, stop_ids=(), speculation=way):
+        pass
+    return Stats(**{name: value - getattr(before, name) for name, value in vars(runtime.stats).items()})
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("bundles", nargs="+", type=Path)
+    parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--backend")
+    parser.add_argument("--mode", action="append", choices=MODES)
+    parser.add_argument("--text", action="append", choices=CASES)
+    asked = parser.parse_args()
+    print("| bundle | text | mode | plain tokens/s | speculating | change | guesses right |")
+    print("|---|---|---|---|---|---|---|")
+    for bundle in asked.bundles:
+        for mode in asked.mode or MODES:
+            runtime = gemma_edge.load(bundle, backend=asked.backend, threads=asked.threads)
+            ids = Tokenizer(bundle, runtime.manifest).encode(PROMPT)
+            for name, params in ((name, CASES[name]) for name in asked.text or CASES):
+                kind = Speculation if params.temperature == 0 else Wrong
+                way = kind(runtime, mode)
+                runs: list[list[Stats]] = [[], []]
+                for _ in range(asked.repeats):
+                    for found, how in zip(runs, (None, way), strict=True):
+                        found.append(decoded(runtime, ids, params, asked.tokens, how))
+                plain, fast = (median(run.decode_tokens_per_s for run in found) for found in runs)
+                last = runs[1][-1]
+                engine = type(runtime).__name__
+                print(
+                    f"| {bundle.name}, {engine} | {name} | {mode} | {plain:.4g} | {fast:.4g} | {fast / plain - 1:+.1%} |"
+                    f" {last.accepted_tokens} of {last.drafted_tokens} |"
+                )
+
+
+if __name__ == "__main__":
+    main()

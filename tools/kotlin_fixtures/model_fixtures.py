@@ -1,0 +1,147 @@
+"""What the Python runtime computes from a bundle, on the same ONNX Runtime as the JVM's, for the Kotlin runtime to be equal to.
+
+`runtime.f32` is bit for bit what Kotlin must compute, `state.f32` what it must from `state.safetensors`; the rest is text.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import gemma_edge
+from gemma_edge.logits import Logits
+from gemma_edge.runtimes.engines.base import Runtime
+from gemma_edge.runtimes.engines.state import write_state
+from gemma_edge.runtimes.generation.generate import generate
+from gemma_edge.runtimes.generation.sampling import Sampler, SamplingParams
+from gemma_edge.runtimes.generation.session import Session
+from gemma_edge.text.chat import ChatTemplate
+from gemma_edge.text.tokenizer import Tokenizer
+
+PROMPTS = ["And the LORD said unto", "It is a truth universally acknowledged, that", "Call me Ishmael. \U0001f40b"]
+TURNS = ["Who are you?", "  And what is  a whale?\n", "Tell me more.\u0085"]
+FILTERS = [
+    {"temperature": 0.7},
+    {"temperature": 1.3, "top_k": 40},
+    {"temperature": 1.0, "top_p": 0.9},
+    {"temperature": 0.8, "min_p": 0.05},
+    {"temperature": 1.1, "top_k": 100, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.3},
+]
+BLANKS = "".join(chr(code) for code in range(0x3100) if chr(code).isspace())
+
+
+def fed(runtime: Runtime) -> tuple[list[int], list[int]]:
+    """Tokens, and how many of them in each call: uneven chunks, then single steps, past the end of the context."""
+    cache = runtime.cache
+    calls = [1, 3, cache.prefill_chunk, 1, 2 * cache.prefill_chunk + 3]
+    steps = max(40, cache.context - sum(calls) + 40)
+    calls += [5, 1, cache.prefill_chunk - 1, 1, *[1] * steps]
+    vocab = int(runtime.manifest.config["vocab_size"])
+    return [(7 * i * i + 3 * i + 11) % vocab for i in range(sum(calls))], calls
+
+
+def logits_of(runtime: Runtime, tokens: list[int], calls: list[int]) -> Logits:
+    """(calls, V), after each call, from where the runtime is."""
+    rows, start = [], 0
+    for length in calls:
+        ids = tokens[start : start + length]
+        rows.append(runtime.decode(ids[0]) if length == 1 else runtime.prefill(ids))
+        start += length
+    return np.stack(rows)
+
+
+def state_calls(calls: list[int]) -> int:
+    """How many calls come before a state is saved: the window has moved by then, and single steps follow."""
+    return len(calls) - 30
+
+
+def write_rewound_state(out: Path, runtime: Runtime, tokens: list[int], calls: list[int]) -> None:
+    """`state.safetensors`, of a runtime that has taken a token back, and `state.f32`, what follows it."""
+    before = state_calls(calls)
+    at = sum(calls[:before])
+    runtime.reset()
+    logits_of(runtime, tokens, calls[: before + 1])
+    runtime.rewind(1)
+    write_state(out / "state.safetensors", runtime.snapshot(), {"kept": "with it"})
+    logits_of(runtime, tokens[at:], calls[before:]).astype("<f4").tofile(out / "state.f32")
+
+
+def greedy(runtime: Runtime, tokenizer: Tokenizer, prompt: str) -> str:
+    """What follows the prompt."""
+    runtime.reset()
+    sampler = Sampler(SamplingParams())
+    tokens = generate(runtime, tokenizer.encode(prompt), sampler, max_tokens=60, stop_ids=tokenizer.stop_ids)
+    return "".join(tokenizer.stream(tokens))
+
+
+def conversation(runtime: Runtime, tokenizer: Tokenizer, saved: Path) -> list[dict[str, Any]]:
+    """Greedy answers in turn, and what the cache holds after each; the conversation before the last turn is saved."""
+    session = Session(runtime, tokenizer, ChatTemplate.from_bundle(runtime.bundle))
+    session.reset()
+    rows = []
+    for text in TURNS:
+        session.save(saved)
+        answer = "".join(session.send(text, max_tokens=20))
+        rows.append({"text": text, "answer": answer, "position": runtime.position})
+    return rows
+
+
+def chats(bundle: Path) -> list[dict[str, Any]]:
+    """Conversations and their text."""
+    template = ChatTemplate.from_bundle(bundle)
+    rows = []
+    for turns in (
+        ["Hi"],
+        ["Hi", "Hello.", "Why?"],
+        [" \n Hi \t", "\nHello.  ", f"{BLANKS}x{BLANKS}"],
+        ["", "<eos>", "ü"],
+    ):
+        messages = [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(turns)]
+        rows.append({"messages": messages, "text": template.render(messages)})
+    return rows
+
+
+def filters() -> list[dict[str, Any]]:
+    """Logits with ties, and what every filter leaves of them."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for params in FILTERS:
+        logits = np.round(rng.normal(size=2000) * 3, 2).astype(np.float32)
+        sampler = Sampler(SamplingParams(**params))  # type: ignore[arg-type]
+        seen = [1, 5, 77]
+        sampler.observe(seen)
+        ids, probabilities = sampler.distribution(logits)
+        rows.append(
+            {
+                "params": params,
+                "seen": seen,
+                "logits": logits.tolist(),
+                "ids": ids.tolist(),
+                "probabilities": probabilities.tolist(),
+            }
+        )
+    return rows
+
+
+def write_answers(out: Path, bundle: Path) -> None:
+    """`answers.json` and `runtime.f32` in `out`, of a bundle."""
+    out.mkdir(parents=True, exist_ok=True)
+    runtime = gemma_edge.load(bundle, threads=1)
+    tokenizer = Tokenizer(bundle, runtime.manifest)
+    tokens, calls = fed(runtime)
+    logits_of(runtime, tokens, calls).astype("<f4").tofile(out / "runtime.f32")
+    write_rewound_state(out, runtime, tokens, calls)
+    answers = {
+        "bundle": str(bundle.resolve()),
+        "tokens": tokens,
+        "calls": calls,
+        "state_calls": state_calls(calls),
+        "greedy": [{"prompt": prompt, "text": greedy(runtime, tokenizer, prompt)} for prompt in PROMPTS],
+        "conversation": conversation(runtime, tokenizer, out / "conversation.safetensors"),
+        "chats": chats(bundle),
+        "filters": filters(),
+    }
+    (out / "answers.json").write_text(json.dumps(answers, ensure_ascii=False), encoding="utf-8")

@@ -1,0 +1,41 @@
+"""A random Gemma 2 of an odd small shape, whose windows are full after a few tokens: `random_checkpoint.py OUT`."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from synthetic import write_folder
+
+from gemma_edge.model.config import PRESETS
+
+LAYERS = 3
+
+
+def main(out: Path) -> None:
+    """Write the folder anew."""
+    preset = PRESETS["gemma2-2b"]
+    config = replace(
+        preset,
+        vocab_size=1500,
+        hidden_size=96,
+        intermediate_size=160,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=32,
+        query_pre_attn_scalar=24,
+        sliding_window=8,
+        max_position_embeddings=64,
+        layer_types=preset.layer_types[:LAYERS],
+    )
+    shutil.rmtree(out, ignore_errors=True)
+    write_folder(out, config, tokenizer=None, seed=0, threads=1)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
