@@ -71,7 +71,7 @@ def one_line_errors() -> Iterator[None]:
         with _interrupts_kept():
             yield
     except InputError as error:
-        click.echo(f"error: {' '.join(str(error).split())}", err=True)
+        click.echo(f"error: {' '.join(error.spelled(_option).split())}", err=True)
         raise click.exceptions.Exit(INPUT_EXIT_CODE) from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -82,6 +82,18 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         click.echo("interrupted", err=True)
         raise click.exceptions.Exit(INTERRUPT_EXIT_CODE) from None
+
+
+def _option(name: str) -> str:
+    """How the command that runs spells a parameter: bits as --bits, bundle as BUNDLE; another name as it is."""
+    context = click.get_current_context(silent=True)
+    parameters = context.command.params if context else []
+    for parameter in parameters:
+        if parameter.name == name:
+            return (
+                max(parameter.opts, key=len) if isinstance(parameter, click.Option) else parameter.human_readable_name
+            )
+    return name
 
 
 class Command(click.Command):

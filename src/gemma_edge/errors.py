@@ -1,8 +1,57 @@
 """The one error that a command shows as a single line. Everything else is a bug and keeps its traceback."""
 
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+
+# A parameter's name in a message, between backticks. Other text between backticks is left as it stands.
+_PARAMETER = re.compile(r"`([a-z][a-z0-9_]*)`")
+
 
 class InputError(ValueError):
-    """Something the user gave cannot be used: what it is, what was found, what is allowed, the way out."""
+    """Something that the user gave cannot be used.
+
+    The text names parameters between backticks: `` `bits` ``. `str(error)` shows them as Python knows them (bits); the command
+    line shows its own spelling (--bits), see `spelled`.
+
+    Attributes:
+        field: the parameter or the key at fault, if one can be named.
+        value: what it was.
+        allowed: the values that would have been accepted.
+        hint: the way out.
+    """
+
+    def __init__(
+        self,
+        problem: str = "",
+        *,
+        field: str | None = None,
+        value: object = None,
+        allowed: Iterable[object] | None = None,
+        hint: str | None = None,
+    ) -> None:
+        """Make the error.
+
+        Args:
+            problem: what is wrong; empty for "`field` value".
+            field, value: see the class.
+            allowed: appended to the text as "; supported: ...".
+            hint: appended to the text after a semicolon.
+        """
+        self.field, self.value, self.hint = field, value, hint
+        self.allowed = None if allowed is None else tuple(allowed)
+        parts = [problem or f"`{field}` {value}"]
+        if self.allowed is not None:
+            parts.append(f"supported: {', '.join(map(str, self.allowed))}")
+        if hint:
+            parts.append(hint)
+        self._text = "; ".join(parts)
+        super().__init__(self.spelled(lambda name: name))
+
+    def spelled(self, spelling: Callable[[str], str]) -> str:
+        """The message with every parameter's name replaced by its spelling."""
+        return _PARAMETER.sub(lambda match: spelling(match[1]), self._text)
 
 
 def one_line(error: Exception) -> str:

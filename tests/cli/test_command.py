@@ -10,6 +10,7 @@ import click
 from click.testing import CliRunner
 
 from gemma_edge.command import Command, Group
+from gemma_edge.errors import InputError
 
 
 def interrupted_in_an_extension() -> None:
@@ -34,6 +35,25 @@ def swallowed() -> None:
 @main.command(cls=Command)
 def bug() -> None:
     raise ValueError("a bug keeps its traceback")
+
+
+@main.command(cls=Command)
+@click.option("-b", "--bits", type=int)
+@click.argument("bundle")
+def refuses(bits: int, bundle: str) -> None:
+    raise InputError(field="bits", value=bits, allowed=(4, 8), hint="`bundle` and `plan --json` and `other` stay")
+
+
+def test_the_command_line_spells_parameters_its_own_way() -> None:
+    result = CliRunner().invoke(main, ["refuses", "--bits", "5", "x"])
+    assert result.exit_code == 2
+    assert result.stderr == "error: --bits 5; supported: 4, 8; BUNDLE and `plan --json` and other stay\n"
+
+
+def test_the_library_names_parameters_as_python_does() -> None:
+    error = InputError(field="bits", value=5, allowed=(4, 8), hint="use `kv_bits` 32")
+    assert str(error) == "bits 5; supported: 4, 8; use kv_bits 32"
+    assert (error.field, error.value, error.allowed, error.hint) == ("bits", 5, (4, 8), "use `kv_bits` 32")
 
 
 def test_ctrl_c_that_became_another_error_is_still_ctrl_c() -> None:
