@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from gemma_edge.errors import InputError
@@ -19,14 +21,24 @@ def check_writable(option: str, path: Path) -> None:
         raise InputError(f"{option} {path}: no file can be written there; give a file name in a folder that exists")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file; an older one is replaced only by a complete one."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to. When the block ends well, what was written there takes the place of `path`.
+
+    When it does not, nothing is left behind and an older file stays as it was.
+    """
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file; an older one is replaced only by a complete one."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def need(option: str, package: str) -> None:
