@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
-from support.checkpoints import ROOT
+from support.checkpoints import DEMO, ROOT
 
 from gemma_edge.bundle.backends import RUNTIMES
 
@@ -124,6 +124,32 @@ def test_wheel_holds_the_packages_their_data_and_the_licences(built: Path) -> No
 
 def test_wheel_from_the_sdist_is_the_same(built: Path) -> None:
     assert contents(built / "again") == contents(built)
+
+
+@pytest.mark.parametrize("pattern", ["*.whl", "*.tar.gz"])
+def test_what_is_built_exports_and_runs_the_demo_outside_the_repository(
+    built: Path, pattern: str, tmp_path: Path
+) -> None:
+    """Installed into an environment of its own, which sees this one's packages but not this checkout."""
+    (archive,) = built.glob(pattern)
+    home = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", home], check=True)
+    (site,) = home.glob("lib/python3*/site-packages")
+    # a folder that is named here is searched, but its own .pth files, the editable installation's among them, are not read
+    (site / "packages.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")) + "\n")
+    install = ["install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", archive]
+    subprocess.run([sys.executable, "-m", "pip", "--python", home, *install], check=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def run(*words: object) -> str:
+        command = [home / "bin" / str(words[0]), *map(str, words[1:])]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert Path(run("python", "-c", "import gemma_edge; print(gemma_edge.__file__)").strip()).is_relative_to(home)
+    run("gemma-export", DEMO, "--quality", "fast", "--context", 256, "-o", "bundle")
+    assert run("gemma-run", "bundle", "--prompt", "And the LORD said unto", "--max-tokens", 8).strip()
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")

@@ -1,32 +1,60 @@
 """gemma-edge: export Gemma 2 to phones, prove the result equal, and run it.
 
-`load(bundle)` opens an exported bundle; the rest of the public API lives in `gemma_edge.export` and `gemma_edge.runtimes`.
+What stands in `__all__` is the public API; docs/python-api.md shows it. Everything is resolved when it is first used, so that
+`import gemma_edge` loads neither PyTorch nor a runtime.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from gemma_edge.errors import InputError
+from gemma_edge.public import evaluate, export, inspect, load, plan, quantize
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from gemma_edge.runtimes.engines.base import Runtime
+    from gemma_edge.evaluate.evaluate import EvaluationOptions as EvaluationOptions
+    from gemma_edge.export.options import ExportOptions as ExportOptions
+    from gemma_edge.quantize.options import QuantizeOptions as QuantizeOptions
+    from gemma_edge.quantize.recipe import Recipe as Recipe
+    from gemma_edge.runtimes.generation.generate import GenerationOptions as GenerationOptions
+    from gemma_edge.runtimes.generation.session import Session as Session
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load"]
+__all__ = [
+    "EvaluationOptions",
+    "ExportOptions",
+    "GenerationOptions",
+    "InputError",
+    "QuantizeOptions",
+    "Recipe",
+    "Session",
+    "__version__",
+    "evaluate",
+    "export",
+    "inspect",
+    "load",
+    "plan",
+    "quantize",
+]
+
+# class -> the module that defines it
+_CLASSES = {
+    "EvaluationOptions": "gemma_edge.evaluate.evaluate",
+    "ExportOptions": "gemma_edge.export.options",
+    "GenerationOptions": "gemma_edge.runtimes.generation.generate",
+    "QuantizeOptions": "gemma_edge.quantize.options",
+    "Recipe": "gemma_edge.quantize.recipe",
+    "Session": "gemma_edge.runtimes.generation.session",
+}
 
 
-def load(bundle: str | Path, *, backend: str | None = None, threads: int | None = None) -> Runtime:
-    """Open a bundle made by `gemma-export` and return its runtime, ready for `prefill`, `decode` and `score`.
+def __getattr__(name: str) -> Any:
+    """Import the class behind a public name when it is first used."""
+    if name not in _CLASSES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_CLASSES[name]), name)
 
-    Args:
-        bundle: the bundle's folder.
-        backend: which backend of the bundle to use; None takes the first one that is installed.
-        threads: threads for the matrix products; None takes the bundle's target default.
 
-    Raises:
-        InputError: the folder is no bundle, is damaged, or needs a package that is not installed.
-    """
-    from gemma_edge.runtimes.engines.load import open_runtime
-
-    return open_runtime(bundle, backend=backend, threads=threads)
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

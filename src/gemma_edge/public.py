@@ -1,0 +1,147 @@
+"""The functions of the public API. Each imports what it calls when it is called."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from gemma_edge.bundle.manifest import Manifest
+from gemma_edge.bundle.manifest import check_hashes as compare_hashes
+from gemma_edge.progress import Progress, no_progress
+
+if TYPE_CHECKING:
+    from gemma_edge.evaluate.evaluate import Evaluation, EvaluationOptions
+    from gemma_edge.export.api import Export
+    from gemma_edge.export.options import ExportOptions
+    from gemma_edge.export.plan import Plan
+    from gemma_edge.quantize.api import QuantizedFolder
+    from gemma_edge.quantize.options import QuantizeOptions
+    from gemma_edge.runtimes.engines.base import Runtime
+
+
+def load(bundle: str | Path, *, backend: str | None = None, threads: int | None = None) -> Runtime:
+    """Open a bundle and return its runtime, ready for `prefill`, `decode` and `score`.
+
+    Args:
+        bundle: the bundle's folder, made by `export` or `gemma-export`.
+        backend: which backend of the bundle to use; None takes the first one that is installed.
+        threads: threads for the matrix products; None takes the default of the bundle's target.
+
+    Raises:
+        InputError: the folder is no bundle, is damaged, or needs a package that is not installed.
+    """
+    from gemma_edge.runtimes.engines.load import open_runtime
+
+    return open_runtime(bundle, backend=backend, threads=threads)
+
+
+def inspect(bundle: str | Path, *, check_hashes: bool = False) -> Manifest:
+    """Read what a bundle says of itself, and check that its files are there with the right size.
+
+    Args:
+        bundle: the bundle's folder.
+        check_hashes: also compare every file with the hash in the manifest.
+
+    Raises:
+        InputError: the folder is no bundle, or a file is missing, truncated or changed.
+    """
+    folder = Path(bundle)
+    manifest = Manifest.load(folder)
+    if check_hashes:
+        compare_hashes(folder, manifest)
+    return manifest
+
+
+def export(options: ExportOptions, progress: Progress = no_progress) -> Export:
+    """Make a bundle and verify it. It appears at `options.out` complete, or not at all.
+
+    Args:
+        options: the model, the target, and what is to differ from the defaults.
+        progress: called with (what, total, in_bytes) for each longer piece of work; returns a context manager that gives a
+            function to call with the amount just done.
+
+    Raises:
+        InputError: the model or an option cannot be used, the disk is too small, or the bundle failed the gate.
+    """
+    from gemma_edge.export import api
+
+    return api.export(options, progress)
+
+
+def plan(options: ExportOptions, progress: Progress = no_progress) -> dict[str, Plan]:
+    """Predict file sizes and memory of an export, before any work. Reads headers only.
+
+    With a budget (`size` or `bpw`) it first measures what rounding each weight costs, which takes minutes for a large model.
+
+    Returns:
+        The prediction for each backend, by its name.
+
+    Raises:
+        InputError: the model, an option or the target cannot be used.
+    """
+    from gemma_edge.export import api
+
+    return dict(api.open_model(options, progress, plan_only=True).plans)
+
+
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    options: QuantizeOptions | None = None,
+    *,
+    lora: str | Path | None = None,
+    force: bool = False,
+    progress: Progress = no_progress,
+) -> QuantizedFolder:
+    """Make the quantized checkpoint alone, without a bundle: a Hugging Face folder that transformers and vLLM load too.
+
+    Args:
+        model: a Hugging Face folder or id.
+        out: the new folder; it appears complete, or not at all.
+        options: bits, group size, method, calibration text; None takes the defaults.
+        lora: a PEFT adapter's folder, merged before the weights are quantized.
+        force: replace a quantized checkpoint that is there.
+        progress: as for `export`.
+
+    Raises:
+        InputError: the model or an option cannot be used, or `out` exists.
+    """
+    from gemma_edge.quantize import api
+    from gemma_edge.quantize.options import QuantizeOptions
+
+    adapter = Path(lora) if lora is not None else None
+    return api.quantize(
+        str(model), Path(out), options or QuantizeOptions(), lora=adapter, force=force, progress=progress
+    )
+
+
+def evaluate(options: EvaluationOptions, progress: Progress = no_progress) -> Evaluation:
+    """Measure bundles and Hugging Face folders side by side on the same tokens: perplexity, and KL and top-1 to a reference.
+
+    Raises:
+        InputError: a model, a text or a number that cannot be used.
+    """
+    from gemma_edge.evaluate import evaluate as module
+
+    return module.evaluate(options, progress)
+
+
+class _CallablePackage(ModuleType):
+    """A package that is called like the function of the same name: `gemma_edge.export(...)` and `gemma_edge.export.api`."""
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """Call the public function."""
+        return _FUNCTIONS[self.__name__](*args, **options)
+
+
+_FUNCTIONS = {f"gemma_edge.{function.__name__}": function for function in (export, quantize, evaluate)}
+
+
+def callable_package(name: str) -> None:
+    """Let a package be called. Importing it puts it in the place of the public function that has its name."""
+    package = sys.modules[name]
+    package.__class__ = _CallablePackage
+    functools.update_wrapper(package, _FUNCTIONS[name], assigned=(), updated=())  # type: ignore[arg-type]
