@@ -21,6 +21,7 @@ from gemma_edge.export import plan as planning
 from gemma_edge.export.contents import parts, tool_versions
 from gemma_edge.export.gate import verify as gate
 from gemma_edge.export.gate.limits import LEVELS, LIMITS
+from gemma_edge.export.onnx import weights as onnx_weights
 from gemma_edge.export.options import ExportOptions
 from gemma_edge.export.targets import GIB, TARGETS, Target
 from gemma_edge.logits import scored_at_once
@@ -88,10 +89,10 @@ def open_model(options: ExportOptions, progress: Progress = no_progress, *, plan
     gated = backends if options.verify != "none" and not plan_only else []
     pythons = _gate_pythons(gated, options.runtime_python)
     source = open_weights(hub.resolve(options.model), lora=options.lora)
-    recipe, choice = choose_recipe(options, source, progress)
+    recipe, choice = choose_recipe(options.quantization, source, onnx_weights, progress)
     recipe = named_by_content(source, recipe)
     calibrated = source.kv_scales is not None if isinstance(source, QuantizedCheckpoint) else recipe.calibrated
-    way_out = way_to_kv_scales(options, source, recipe)
+    way_out = way_to_kv_scales(options.quantization, source, recipe)
     kv_dtypes = {
         backend: planning.choose_kv_dtype(options.kv_bits, target, backend, calibrated=calibrated, way_out=way_out)
         for backend in backends
@@ -100,7 +101,7 @@ def open_model(options: ExportOptions, progress: Progress = no_progress, *, plan
     _check_size(options, plans)
     # a hub id's folder is called by the hash of its commit
     name = Path(options.model).resolve().name if Path(options.model).is_dir() else options.model.rpartition("/")[2]
-    seen = None if plan_only else choose_calibration(options, source, recipe)
+    seen = None if plan_only else choose_calibration(options.quantization, source, recipe)
     return Opened(name, source, recipe, target, plans, seen, choice, pythons)
 
 
@@ -161,7 +162,7 @@ def _plan(
                 prefill_chunk=options.prefill_chunk,
                 kv_dtype=kv_dtype,
                 verify=options.verify,
-                calibration_tokens=calibration_tokens(options, source, recipe),
+                calibration_tokens=calibration_tokens(options.quantization, source, recipe),
             )
             for backend, kv_dtype in kv_dtypes.items()
         }
@@ -172,11 +173,11 @@ def _plan(
 
 def _check_size(options: ExportOptions, plans: Mapping[str, planning.Plan]) -> None:
     """A budget is shared out by what ONNX stores; a backend that stores more must keep it too."""
-    limit = parse_size(options.size) if options.size is not None else None
+    limit = parse_size(options.quantization.size) if options.quantization.size is not None else None
     for name, plan in plans.items():
         if limit is not None and plan.weights_bytes > limit:
             raise InputError(
-                f"--size {options.size}: the {name} backend needs {plan.weights_bytes} bytes for these weights;"
+                f"--size {options.quantization.size}: the {name} backend needs {plan.weights_bytes} bytes for these weights;"
                 f" pass --size {2 * limit - plan.weights_bytes}, or leave this backend out"
             )
 
@@ -200,7 +201,7 @@ def export(options: ExportOptions, progress: Progress = no_progress, opened: Ope
         _check_disk(work, opened)  # here, because what a killed export left is gone now
         bundle, checkpoint = work / "bundle", work / "checkpoint"
         quantized, learnt = make_checkpoint(
-            options, source, opened.recipe, opened.calibration, checkpoint, progress, stages
+            options.quantization, source, opened.recipe, opened.calibration, checkpoint, progress, stages
         )
         manifest = _lower_and_verify(options, opened, quantized, learnt, bundle, progress, stages)
         small = [name for name in _failures(manifest) if opened.plans[name].kv_dtype != "float32"]

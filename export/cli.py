@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from gemma_edge.bundle.backends import ALL, ALL_BACKENDS, BACKENDS, KV_DTYPES
 from gemma_edge.command import Command, Group
 from gemma_edge.errors import InputError
 from gemma_edge.export.gate.limits import LEVELS
+from gemma_edge.export.options import ExportOptions
 from gemma_edge.export.targets import DEFAULT_CHUNK, TARGETS
 from gemma_edge.model.hub import DEFAULT_MODEL
+from gemma_edge.quantize.options import CalibrationText, QuantizeOptions
 from gemma_edge.quantize.recipe import BITS, DEFAULT_QUALITY, METHODS, QUALITIES
 
 F = Callable[..., None]
@@ -190,7 +193,7 @@ def plan(as_json: bool, save_recipe: Path | None, plot: Path | None, **choices: 
         click.echo(json.dumps({"plans": plans, **choice}, indent=1))
         return
     report.OUT.print(report.plan_table(list(opened.plans.values()), opened.source.config.num_parameters))
-    if opened.choice or options.recipe:
+    if opened.choice or options.quantization.recipe:
         report.OUT.print(layers.bits_table(configs))
     if opened.choice:
         report.OUT.print(
@@ -236,22 +239,21 @@ def litertlm(bundle: Path, out: Path | None, force: bool) -> None:
     click.echo(f"{out.stat().st_size / 1e6:.1f} MB in {out}", err=True)
 
 
-def _options(choices: dict[str, Any]) -> Any:
+def _options(choices: dict[str, Any]) -> ExportOptions:
     if importlib.util.find_spec("torch") is None:
         raise InputError(
             "exporting needs PyTorch, which this installation leaves out: pip install 'gemma-edge[export]'"
         )
-    from gemma_edge.export.options import ExportOptions
-    from gemma_edge.quantize.calibration.text import Source
-
-    text = Source(
+    text = CalibrationText(
         paths=choices.pop("calibration_text", ()),
         tokens=choices.pop("calibration_tokens", None) or 0,
         chat=choices.pop("calibration_chat", False),
         seed=choices.pop("seed", 0),
     )
     table_bits = choices.pop("table_bits")
-    return ExportOptions(**choices, table_bits=table_bits and int(table_bits), text=text)
+    quantization = {field.name: choices.pop(field.name) for field in fields(QuantizeOptions) if field.name in choices}
+    quantization |= {"table_bits": table_bits and int(table_bits), "calibration_text": text}
+    return ExportOptions(**choices, quantization=QuantizeOptions(**quantization))
 
 
 def _show_warnings() -> None:

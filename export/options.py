@@ -1,4 +1,4 @@
-"""What an export is asked for, and how it tells what it is doing: options, stages, progress."""
+"""What a user can choose of an export, as data."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma_edge.model.hub import DEFAULT_MODEL
-from gemma_edge.quantize.calibration.text import Source
+from gemma_edge.quantize.options import QuantizeOptions
 
 
 @dataclass(frozen=True)
@@ -16,16 +16,7 @@ class ExportOptions:
     model: str = DEFAULT_MODEL
     out: Path | None = None
     target: str = "android"
-    bits: int | None = None
-    group_size: int | None = None
-    table_bits: int | None = None
-    size: str | None = None  # these three instead of bits, group size and table bits: see mixed.py
-    bpw: float | None = None
-    recipe: Path | None = None
-    method: str | None = None
-    quality: str | None = None
-    text: Source = Source()
-    distill: int = 0  # tokens; 0: not at all
+    quantization: QuantizeOptions = QuantizeOptions()
     context: int | None = None
     prefill_chunk: int | None = None
     kv_bits: int | None = None

@@ -11,7 +11,6 @@ from typing import Any
 from torch import Tensor
 
 from gemma_edge.errors import InputError
-from gemma_edge.export.options import ExportOptions
 from gemma_edge.model.checkpoint import TABLE, Checkpoint, weight_shapes
 from gemma_edge.progress import Progress, Stage, stage
 from gemma_edge.quantize.calibration import cache, layerwise
@@ -21,6 +20,7 @@ from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint, final_conf
 from gemma_edge.quantize.distillation.distill import Schedule
 from gemma_edge.quantize.distillation.recovery import recover
 from gemma_edge.quantize.mixed import choose as mixed
+from gemma_edge.quantize.options import CalibrationText, QuantizeOptions
 from gemma_edge.quantize.recipe import (
     CALIBRATED,
     DEFAULT_QUALITY,
@@ -46,9 +46,15 @@ SOURCE_BYTES = 2  # of a weight in the original, for the progress bar
 
 
 def choose_recipe(
-    options: ExportOptions, source: Checkpoint | QuantizedCheckpoint, progress: Progress
+    options: QuantizeOptions,
+    source: Checkpoint | QuantizedCheckpoint,
+    sizes: mixed.FileSizes | None,
+    progress: Progress,
 ) -> tuple[Recipe, mixed.Mixed | None]:
     """The recipe of the options, and what was weighed if they give a budget.
+
+    Args:
+        sizes: of the file that `options.size` limits; None where there is none, and `size` is refused.
 
     Raises:
         InputError: an option outside the allowed ones.
@@ -57,15 +63,15 @@ def choose_recipe(
     quality = options.quality
     if quality is not None and quality not in QUALITIES:
         raise InputError(f"--quality {quality}; supported: {', '.join(QUALITIES)}")
-    if options.size is not None or options.bpw is not None:
-        choice = _within_budget(options, source, quality or DEFAULT_QUALITY, progress)
+    if options.has_budget:
+        choice = _within_budget(options, source, sizes, quality or DEFAULT_QUALITY, progress)
         return choice.recipe, choice
     recipe = mixed.read_recipe(options.recipe, source) if options.recipe is not None else _made(options, source)
     _refuse_idle(options, source, recipe)
     return recipe, None
 
 
-def _made(options: ExportOptions, source: Checkpoint | QuantizedCheckpoint) -> Recipe:
+def _made(options: QuantizeOptions, source: Checkpoint | QuantizedCheckpoint) -> Recipe:
     bits = DEFAULT_BITS if options.bits is None else options.bits
     quality = options.quality
     if quality is None:
@@ -83,7 +89,7 @@ def _made(options: ExportOptions, source: Checkpoint | QuantizedCheckpoint) -> R
     )
 
 
-def _refuse_idle(options: ExportOptions, source: Checkpoint | QuantizedCheckpoint, recipe: Recipe) -> None:
+def _refuse_idle(options: QuantizeOptions, source: Checkpoint | QuantizedCheckpoint, recipe: Recipe) -> None:
     """Refuse what was asked for where nothing would heed it. `--quality fast` asks for no text, and may stand anywhere."""
     name, searched = source.folder.name, options.quality not in (None, "fast")
     if isinstance(source, QuantizedCheckpoint):
@@ -112,7 +118,7 @@ def _refuse_idle(options: ExportOptions, source: Checkpoint | QuantizedCheckpoin
         )
 
 
-def way_to_kv_scales(options: ExportOptions, source: Checkpoint | QuantizedCheckpoint, recipe: Recipe) -> str:
+def way_to_kv_scales(options: QuantizeOptions, source: Checkpoint | QuantizedCheckpoint, recipe: Recipe) -> str:
     """How to come by the scales of an int8 KV cache where there will be none, as the end of a sentence."""
     if isinstance(source, QuantizedCheckpoint):
         return f"{source.folder.name} is quantized already and holds none; pass the float original, or --kv-bits 32"
@@ -122,7 +128,11 @@ def way_to_kv_scales(options: ExportOptions, source: Checkpoint | QuantizedCheck
 
 
 def _within_budget(
-    options: ExportOptions, source: Checkpoint | QuantizedCheckpoint, quality: str, progress: Progress
+    options: QuantizeOptions,
+    source: Checkpoint | QuantizedCheckpoint,
+    sizes: mixed.FileSizes | None,
+    quality: str,
+    progress: Progress,
 ) -> mixed.Mixed:
     if options.method is not None and options.method not in METHODS:
         raise InputError(f"--method {options.method}; supported: {', '.join(METHODS)}")
@@ -130,10 +140,12 @@ def _within_budget(
     def methods(config: QuantConfig) -> str:
         return (options.method if config.bits == 4 else None) or default_method(config, quality)
 
-    return mixed.choose(source, mixed.Budget(options.size, options.bpw), methods, options.text, progress)
+    return mixed.choose(
+        source, mixed.Budget(options.size, options.bpw), sizes, methods, options.calibration_text, progress
+    )
 
 
-def _refuse_exclusive(options: ExportOptions) -> None:
+def _refuse_exclusive(options: QuantizeOptions) -> None:
     def given(flag: str) -> bool:
         return getattr(options, flag.removeprefix("--").replace("-", "_")) is not None
 
@@ -143,16 +155,16 @@ def _refuse_exclusive(options: ExportOptions) -> None:
             raise InputError(f"{flag} decides the integers of every weight: {', '.join(beside)} cannot stand beside it")
 
 
-def calibration_tokens(options: ExportOptions, source: Checkpoint | QuantizedCheckpoint, recipe: Recipe) -> int:
+def calibration_tokens(options: QuantizeOptions, source: Checkpoint | QuantizedCheckpoint, recipe: Recipe) -> int:
     """How much text a rule asks to look at; 0: none does, or the folder is quantized already."""
     if not recipe.calibrated or isinstance(source, QuantizedCheckpoint):
         return 0
     wanted = QUALITIES[options.quality or DEFAULT_QUALITY].tokens
-    return options.text.tokens or wanted or QUALITIES[DEFAULT_QUALITY].tokens
+    return options.calibration_text.tokens or wanted or QUALITIES[DEFAULT_QUALITY].tokens
 
 
 def choose_calibration(
-    options: ExportOptions, source: Checkpoint | QuantizedCheckpoint, recipe: Recipe
+    options: QuantizeOptions, source: Checkpoint | QuantizedCheckpoint, recipe: Recipe
 ) -> layerwise.Calibration | None:
     """The windows to look at, if there are any.
 
@@ -160,8 +172,8 @@ def choose_calibration(
         InputError: text that cannot be used, or that nothing would look at.
     """
     tokens = calibration_tokens(options, source, recipe)
-    weighed = options.size is not None or options.bpw is not None
-    if options.text != calibration.Source() and not (tokens or weighed or options.distill):
+    weighed = options.has_budget
+    if options.calibration_text != CalibrationText() and not (tokens or weighed or options.distill):
         given = isinstance(source, QuantizedCheckpoint)
         raise InputError(
             f"nothing looks at calibration text here, where {source.folder.name}"
@@ -172,11 +184,11 @@ def choose_calibration(
     if not tokens or isinstance(source, QuantizedCheckpoint):
         return None
     quality = QUALITIES[options.quality or DEFAULT_QUALITY]
-    return layerwise.Calibration(_windows(source, options.text, tokens), quality.rounds, quality.refit)
+    return layerwise.Calibration(_windows(source, options.calibration_text, tokens), quality.rounds, quality.refit)
 
 
 def make_checkpoint(
-    options: ExportOptions,
+    options: QuantizeOptions,
     source: Checkpoint | QuantizedCheckpoint,
     recipe: Recipe,
     seen: layerwise.Calibration | None,
@@ -201,15 +213,18 @@ def make_checkpoint(
         ):
             reports, kv_scales = layerwise.calibrate(source, recipe, seen, folder, advance)
         layers = partial(layerwise.layer_file, folder)
-        texts = [path.name for path in options.text.paths] or list(calibration.SHIPPED)
-        learnt = {"tokens": seen.windows.numel(), "text": texts, "seed": options.text.seed}
+        texts = [path.name for path in options.calibration_text.paths] or list(calibration.SHIPPED)
+        learnt = {"tokens": seen.windows.numel(), "text": texts, "seed": options.calibration_text.seed}
         learnt["layers"] = [asdict(report) for report in reports]
     with stage(stages, "quantize"), progress("quantize", SOURCE_BYTES * source.config.num_parameters, True) as advance:
         quantized = write_quantized(
             source, recipe, out, lambda done: advance(SOURCE_BYTES * done), layers=layers, kv_scales=kv_scales
         )
     if options.distill and isinstance(source, Checkpoint):
-        windows, schedule = _windows(source, options.text, options.distill), Schedule(seed=options.text.seed)
+        windows, schedule = (
+            _windows(source, options.calibration_text, options.distill),
+            Schedule(seed=options.calibration_text.seed),
+        )
         steps = schedule.epochs * max(1, len(windows) - schedule.held_out)
         with stage(stages, "distill"), progress("distill, windows", steps, False) as advance:
             learnt["distilled"] = asdict(recover(source, quantized, windows, schedule, advance))
@@ -217,7 +232,7 @@ def make_checkpoint(
     return quantized, learnt
 
 
-def _windows(source: Checkpoint, text: calibration.Source, tokens: int) -> Tensor:
+def _windows(source: Checkpoint, text: CalibrationText, tokens: int) -> Tensor:
     config = source.config
     wanted = replace(text, tokens=tokens)
     found = calibration.windows(source.folder, config.bos_token_id, config.max_position_embeddings, wanted)

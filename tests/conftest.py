@@ -15,6 +15,7 @@ from gemma_edge.export import api as pipeline
 from gemma_edge.export.api import Export
 from gemma_edge.export.options import ExportOptions
 from gemma_edge.quantize.calibration.cache import VARIABLE
+from gemma_edge.quantize.options import QuantizeOptions
 from gemma_edge.runtimes.engines.base import Runtime
 
 # The models here are so small that two threads wait for each other longer than they compute: 85 s instead of 3 on a busy machine.
@@ -57,9 +58,7 @@ def talking(tmp_path_factory: pytest.TempPathFactory) -> Export:
     options = ExportOptions(
         model=str(DEMO),
         out=tmp_path_factory.mktemp("talking") / "bundle",
-        bits=4,
-        group_size=32,
-        method="rtn",
+        quantization=QuantizeOptions(bits=4, group_size=32, method="rtn"),
         context=48,
         prefill_chunk=7,
         kv_bits=32,

@@ -9,7 +9,6 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,6 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from gemma_edge.errors import InputError
+from gemma_edge.quantize.options import CalibrationText
 from gemma_edge.text.chat import ChatTemplate
 from gemma_edge.text.tokenizer import TOKENIZER_FILE, WAY_OUT, open_tokenizer
 
@@ -35,17 +35,7 @@ RARE = (
 CHAT_CHARACTERS = 400  # of plain text that make one turn
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where the text comes from and how much is taken."""
-
-    paths: tuple[Path, ...] = ()  # none: what is shipped
-    tokens: int = 0  # 0: what the quality asks for
-    chat: bool = False  # plain text in the form of a conversation, for models that were tuned for one
-    seed: int = 0
-
-
-def windows(folder: Path, bos: int, max_length: int, source: Source) -> Tensor:
+def windows(folder: Path, bos: int, max_length: int, source: CalibrationText) -> Tensor:
     """Cut windows from the text, as many from each file as from any other; of a long file the beginning is looked at.
 
     Args:
@@ -95,7 +85,7 @@ def _cut(ids: Sequence[Sequence[int]], bos: int, length: int, count: int, seed: 
     return torch.tensor(drawn[:count])
 
 
-def _texts(source: Source, template: ChatTemplate) -> Iterator[str]:
+def _texts(source: CalibrationText, template: ChatTemplate) -> Iterator[str]:
     plain: list[str] = []
     most = MOST_CHARACTERS * source.tokens
     if not source.paths:

@@ -11,12 +11,11 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from gemma_edge.errors import InputError
-from gemma_edge.export.onnx.weights import matrix_bytes, weights_bytes
 from gemma_edge.model.checkpoint import TABLE, Checkpoint, weight_shapes
-from gemma_edge.model.config import read_json
+from gemma_edge.model.config import Gemma2Config, read_json
 from gemma_edge.progress import Progress
 from gemma_edge.quantize.calibration import cache
 from gemma_edge.quantize.calibration import text as calibration
@@ -24,6 +23,7 @@ from gemma_edge.quantize.calibration.layerwise import only_here
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
 from gemma_edge.quantize.mixed import sensitivity
 from gemma_edge.quantize.mixed.budget import Option, as_recipe, solve
+from gemma_edge.quantize.options import CalibrationText
 from gemma_edge.quantize.recipe import DATA_FREE, FLOAT_BITS, QuantConfig, Recipe
 from gemma_edge.text.tokenizer import TOKENIZER_FILE
 
@@ -41,6 +41,25 @@ class Budget:
 
     def __str__(self) -> str:
         return f"--size {self.size}" if self.size is not None else f"--bpw {self.bpw:g}"
+
+
+class FileSizes(Protocol):
+    """How large the weights file of a backend is. The module `gemma_edge.export.onnx.weights` is one."""
+
+    def matrix_bytes(self, config: Gemma2Config, configs: Mapping[str, QuantConfig]) -> dict[str, int]:
+        """Bytes of every matrix in the file, by its name."""
+        ...
+
+    def weights_bytes(
+        self,
+        source: Checkpoint,
+        configs: Mapping[str, QuantConfig | None],
+        float_bits: int,
+        *,
+        int8_kv: bool,
+    ) -> int:
+        """Bytes of the whole file."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -85,13 +104,15 @@ def parse_size(text: str) -> int:
 def choose(
     source: Checkpoint | QuantizedCheckpoint,
     budget: Budget,
+    sizes: FileSizes | None,
     methods: sensitivity.Methods,
-    text: calibration.Source,
+    text: CalibrationText,
     progress: Progress,
 ) -> Mixed:
     """The recipe with the least predicted error that keeps the budget.
 
     Args:
+        sizes: of the weights file that a size limits; None where there is no such file.
         methods: how the integers of linears are found.
         text: to measure on, unless this model was measured on it before.
 
@@ -102,7 +123,7 @@ def choose(
         raise InputError(f"{source.folder} is quantized already; {budget} needs the original float folder")
     if budget.bpw is not None and not math.isfinite(budget.bpw):
         raise InputError(f"{budget}; give a number of bits per weight")
-    costs, limit = _costs(source, budget)
+    costs, limit = _costs(source, budget, sizes)
     _check(source, budget, costs, limit)
     errors = _errors(source, budget, methods, text, progress)
     options = {
@@ -119,7 +140,9 @@ def choose(
     return Mixed(as_recipe(f"mixed-{bits:.2f}bpw", rules), chosen, bits)
 
 
-def _costs(source: Checkpoint, budget: Budget) -> tuple[dict[str, dict[QuantConfig, int]], int]:
+def _costs(
+    source: Checkpoint, budget: Budget, sizes: FileSizes | None
+) -> tuple[dict[str, dict[QuantConfig, int]], int]:
     """Bytes of every candidate of every matrix, and how many they may take together."""
     shapes = weight_shapes(source.config)
     choices = {weight: sensitivity.candidates(weight, columns) for weight, (_, columns) in shapes.items()}
@@ -128,12 +151,19 @@ def _costs(source: Checkpoint, budget: Budget) -> tuple[dict[str, dict[QuantConf
         stored = {w: {config: config.stored_bytes(*shapes[w]) for config in some} for w, some in choices.items()}
         return stored, int(budget.bpw * weights / 8)
     assert budget.size is not None
+    if sizes is None:
+        raise InputError(
+            "`size` limits the weights file of a bundle, and a quantized checkpoint has none",
+            field="size",
+            value=budget.size,
+            hint="pass `bpw`, or a `recipe` that was made for this size",
+        )
     costs: dict[str, dict[QuantConfig, int]] = {weight: {} for weight in shapes}
     for i in range(max(map(len, choices.values()))):
         configs = {weight: some[min(i, len(some) - 1)] for weight, some in choices.items()}
-        for weight, count in matrix_bytes(source.config, configs).items():
+        for weight, count in sizes.matrix_bytes(source.config, configs).items():
             costs[weight][configs[weight]] = count
-    rest = weights_bytes(source, configs, FLOAT_BITS, int8_kv=True) - sum(
+    rest = sizes.weights_bytes(source, configs, FLOAT_BITS, int8_kv=True) - sum(
         costs[weight][configs[weight]] for weight in shapes
     )
     return costs, parse_size(budget.size) - rest
@@ -160,7 +190,7 @@ def _errors(
     source: Checkpoint,
     budget: Budget,
     methods: sensitivity.Methods,
-    text: calibration.Source,
+    text: CalibrationText,
     progress: Progress,
 ) -> sensitivity.Errors:
     """What each candidate costs the output: measured once per model, text and method."""

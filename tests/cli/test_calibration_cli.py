@@ -21,7 +21,7 @@ from gemma_edge.export.options import ExportOptions
 from gemma_edge.model.checkpoint import Checkpoint
 from gemma_edge.quantize.calibration import cache
 from gemma_edge.quantize.calibration.layerwise import key_of, only_here
-from gemma_edge.quantize.calibration.text import Source
+from gemma_edge.quantize.options import CalibrationText, QuantizeOptions
 
 LAYERS = 6
 QUICK = ("--calibration-tokens", "256", "--verify", "none")
@@ -174,7 +174,9 @@ def test_a_disk_that_fills_up_is_one_line_and_the_next_run_goes_on(
 
 
 def test_two_at_once_are_refused_in_one_line(tmp_path: Path, kept: Path) -> None:
-    opened = open_model(ExportOptions(model=str(DEMO), text=Source(tokens=256)))
+    opened = open_model(
+        ExportOptions(model=str(DEMO), quantization=QuantizeOptions(calibration_text=CalibrationText(tokens=256)))
+    )
     assert opened.calibration is not None and isinstance(opened.source, Checkpoint)
     key = key_of(opened.source, opened.recipe, opened.calibration)
     with only_here(cache.calibration_folder(key)):

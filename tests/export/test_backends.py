@@ -24,6 +24,7 @@ from gemma_edge.export.options import ExportOptions
 from gemma_edge.export.tflite.check import TFLite
 from gemma_edge.model.checkpoint import TABLE, linear_shapes, weight_shapes
 from gemma_edge.model.config import Gemma2Config
+from gemma_edge.quantize.options import QuantizeOptions
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +32,7 @@ def every(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
     options = ExportOptions(
         str(checkpoint()),
         out=tmp_path_factory.mktemp("every") / "bundle",
-        bits=4,
-        group_size=32,
+        quantization=QuantizeOptions(bits=4, group_size=32),
         context=16,
         prefill_chunk=7,
         backend="all",

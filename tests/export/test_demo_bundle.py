@@ -22,6 +22,7 @@ from gemma_edge.export.onnx.check import check_graph
 from gemma_edge.export.onnx.weights import layout
 from gemma_edge.export.options import ExportOptions
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
+from gemma_edge.quantize.options import QuantizeOptions
 
 
 @pytest.fixture
@@ -291,7 +292,9 @@ def test_paths_of_a_manifest_never_leave_the_bundle(copy: Path, name: str) -> No
 def test_quantized_checkpoint_goes_in_and_gives_the_same_weights_file(demo: Export, tmp_path: Path) -> None:
     # the bits asked for are those of a float folder: neither the integers nor the name follow them
     given = demo.bundle.parent / "checkpoint"
-    again = pipeline.export(ExportOptions(model=str(given), bits=8, out=tmp_path / "again", verify="none"))
+    again = pipeline.export(
+        ExportOptions(model=str(given), quantization=QuantizeOptions(bits=8), out=tmp_path / "again", verify="none")
+    )
     assert again.manifest.recipe["name"] == "int4-g128" == again.manifest.backends["onnx"].plan["recipe"]
     assert again.manifest.files["model.onnx.data"] == demo.manifest.files["model.onnx.data"]
     assert again.manifest.verification == {}
@@ -317,7 +320,11 @@ def test_bundle_and_checkpoint_get_the_same_files_beside_the_weights(tmp_path: P
     (model / "added_tokens.json").write_text("{}")
     (model / "tokenizer.json.bak").write_text("no part of a model")
     out, kept = tmp_path / "out", tmp_path / "kept"
-    pipeline.export(ExportOptions(model=str(model), out=out, save_checkpoint=kept, verify="none", quality="fast"))
+    pipeline.export(
+        ExportOptions(
+            model=str(model), out=out, save_checkpoint=kept, verify="none", quantization=QuantizeOptions(quality="fast")
+        )
+    )
     for folder in (out, kept):
         found = {path.name for path in folder.iterdir()} & {path.name for path in model.iterdir()}
         assert found - {"config.json", "model.safetensors"} == {
@@ -334,7 +341,7 @@ def test_failed_gate_publishes_nothing_unless_asked(tmp_path: Path, monkeypatch:
     from gemma_edge.export.gate import limits
 
     monkeypatch.setitem(limits.LIMITS, 4, replace(limits.LIMITS[4], kl=1e-9))
-    options = ExportOptions(model=str(DEMO), out=tmp_path / "out", quality="fast")
+    options = ExportOptions(model=str(DEMO), out=tmp_path / "out", quantization=QuantizeOptions(quality="fast"))
     with pytest.raises(InputError, match="differs too much from the original .onnx: quality kl: "):
         pipeline.export(options)
     assert list(tmp_path.iterdir()) == []

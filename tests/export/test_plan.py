@@ -25,6 +25,7 @@ from gemma_edge.export.options import ExportOptions
 from gemma_edge.export.plan import MIB, make_plan
 from gemma_edge.export.targets import GIB, TARGETS, Target
 from gemma_edge.model.checkpoint import Checkpoint
+from gemma_edge.quantize.options import QuantizeOptions
 from gemma_edge.quantize.recipe import make_recipe
 
 # Imports nothing that the commands themselves do not, and prints what the kernel says of its memory at the end.
@@ -117,7 +118,11 @@ def test_disk_of_the_plan_counts_what_the_chosen_gate_writes(
     monkeypatch.setattr(gate, "_judge", look_and_judge)
     kept = tmp_path / "kept"
     options = ExportOptions(
-        model=str(DEMO), out=tmp_path / "bundle", save_checkpoint=kept, verify=level, quality="fast"
+        model=str(DEMO),
+        out=tmp_path / "bundle",
+        save_checkpoint=kept,
+        verify=level,
+        quantization=QuantizeOptions(quality="fast"),
     )
     plan = Manifest.load(pipeline.export(options).bundle).backends["onnx"].plan
     without = make_plan(Checkpoint.open(DEMO), make_recipe(4), TARGETS["android"], "onnx", verify="none")

@@ -28,6 +28,7 @@ from gemma_edge.quantize.calibration.gptq import Inputs, output_error, quantize_
 from gemma_edge.quantize.calibration.layerwise import runner
 from gemma_edge.quantize.mixed import sensitivity
 from gemma_edge.quantize.mixed.choose import TOKENS
+from gemma_edge.quantize.options import CalibrationText, QuantizeOptions
 from gemma_edge.quantize.recipe import QuantConfig, default_method
 
 HELD_OUT = tuple(Path(calibration.__file__).parent / "data" / f"heldout_{name}.txt" for name in ("austen", "kjv"))
@@ -37,7 +38,7 @@ GROUPS = (0, 128, 32)
 
 def held_out(source: Checkpoint, tokens: int) -> Tensor:
     """(N, T) int64."""
-    config, text = source.config, calibration.Source(paths=HELD_OUT, tokens=tokens)
+    config, text = source.config, CalibrationText(paths=HELD_OUT, tokens=tokens)
     return calibration.windows(source.folder, config.bos_token_id, config.max_position_embeddings, text)
 
 
@@ -86,7 +87,7 @@ def rank(folder: Path, tokens: int) -> None:
     source = Checkpoint.open(folder)
     config, model, topology = source.config, source.load(), gemma2_topology(source.config)
     windows = calibration.windows(
-        folder, config.bos_token_id, config.max_position_embeddings, calibration.Source(tokens=TOKENS)
+        folder, config.bos_token_id, config.max_position_embeddings, CalibrationText(tokens=TOKENS)
     )
     with tempfile.TemporaryDirectory() as work:
         measured = sensitivity.measure(source, windows, lambda c: default_method(c, "balanced"), Path(work))
@@ -129,12 +130,12 @@ def rank(folder: Path, tokens: int) -> None:
 @click.option("--quality", default="balanced", show_default=True)
 def gain(folder: Path, tokens: int, quality: str) -> None:
     """One configuration for all linears against mixed precision in a weights file of the same size."""
-    source, base = Checkpoint.open(folder), ExportOptions(model=str(folder), quality=quality)
+    source, base = Checkpoint.open(folder), QuantizeOptions(quality=quality)
     ids = held_out(source, tokens)
     right = logits(source, source, ids)
 
-    def row(options: ExportOptions) -> int:
-        opened = open_model(options)
+    def row(options: QuantizeOptions) -> int:
+        opened = open_model(ExportOptions(model=str(folder), quantization=options))
         with tempfile.TemporaryDirectory() as work:
             out = Path(work) / "checkpoint"
             quantized, _ = make_checkpoint(options, source, opened.recipe, opened.calibration, out, no_progress, [])

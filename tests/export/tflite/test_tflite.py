@@ -28,6 +28,7 @@ from gemma_edge.export.tflite.packing import LITERT
 from gemma_edge.export.tflite.seams import signatures
 from gemma_edge.model.checkpoint import TABLE, weight_shapes
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint, open_weights
+from gemma_edge.quantize.options import QuantizeOptions
 from gemma_edge.quantize.recipe import QuantConfig, Recipe, make_recipe
 from gemma_edge.runtimes.engines.base import Runtime
 from gemma_edge.runtimes.engines.litert import TFLiteRuntime
@@ -205,7 +206,11 @@ def test_the_second_start_reads_packed_weights(
 
 def test_the_pipeline_makes_a_bundle_that_passes_the_gate(tmp_path: Path) -> None:
     options = ExportOptions(
-        model=str(DEMO), out=tmp_path / "bundle", backend="tflite", bits=8, method="rtn", context=64
+        model=str(DEMO),
+        out=tmp_path / "bundle",
+        backend="tflite",
+        quantization=QuantizeOptions(bits=8, method="rtn"),
+        context=64,
     )
     done = pipeline.export(options)
     result = done.manifest.verification["tflite"]

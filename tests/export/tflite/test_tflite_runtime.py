@@ -32,6 +32,7 @@ from gemma_edge.export.tflite.seams import signatures
 from gemma_edge.export.tflite.tflite_runtime import FILE
 from gemma_edge.model.checkpoint import TABLE, weight_shapes
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
+from gemma_edge.quantize.options import QuantizeOptions
 from gemma_edge.quantize.recipe import QuantConfig, make_recipe
 
 NAME = "tflite-runtime"
@@ -152,7 +153,7 @@ def test_what_tflite_runtime_computes_wrongly_is_refused(weight: str, config: Qu
 
 
 def options(tmp_path: Path, **changes: Any) -> ExportOptions:
-    chosen = {"backend": NAME, "bits": 8, "method": "rtn", "context": 64, **changes}
+    chosen = {"backend": NAME, "quantization": QuantizeOptions(bits=8, method="rtn"), "context": 64, **changes}
     return ExportOptions(str(DEMO), out=tmp_path / "bundle", **chosen)
 
 

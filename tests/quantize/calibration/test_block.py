@@ -23,6 +23,7 @@ from gemma_edge.quantize.calibration.gptq import Inputs, gptq
 from gemma_edge.quantize.calibration.layerwise import Calibration, calibrate, layer_file, runner
 from gemma_edge.quantize.checkpoint.store import write_quantized
 from gemma_edge.quantize.integers import QuantizedTensor, absmax_scale, quantize
+from gemma_edge.quantize.options import CalibrationText
 from gemma_edge.quantize.recipe import ANY, INT8_ROW, QUALITIES, TABLE_PATTERN, QuantConfig, QuantRule, Recipe
 
 TOKENS = 8192  # of calibration text, the default's
@@ -84,7 +85,7 @@ class Judge:
 
 
 def shipped() -> Tensor:
-    return calibration.windows(DEMO, 2, 512, calibration.Source(tokens=TOKENS))
+    return calibration.windows(DEMO, 2, 512, CalibrationText(tokens=TOKENS))
 
 
 @pytest.fixture(scope="module")

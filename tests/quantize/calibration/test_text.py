@@ -15,7 +15,8 @@ from torch import Tensor
 
 from gemma_edge.errors import InputError
 from gemma_edge.quantize.calibration import cache
-from gemma_edge.quantize.calibration.text import SHIPPED, WINDOW, Source, windows
+from gemma_edge.quantize.calibration.text import SHIPPED, WINDOW, windows
+from gemma_edge.quantize.options import CalibrationText
 
 BOS = 2
 AUSTEN = (TEXTS / "heldout_austen.txt").read_text()
@@ -23,7 +24,7 @@ KJV = (TEXTS / "heldout_kjv.txt").read_text()
 
 
 def cut(*paths: Path, tokens: int = 4096, longest: int = WINDOW, **options: bool | int) -> Tensor:
-    return windows(DEMO, BOS, longest, Source(paths, tokens, **options))  # type: ignore[arg-type]
+    return windows(DEMO, BOS, longest, CalibrationText(paths, tokens, **options))  # type: ignore[arg-type]
 
 
 def said(found: Tensor) -> str:
@@ -184,10 +185,10 @@ def test_less_text_than_asked_for_is_a_warning(austen: Path, caplog: pytest.LogC
 
 def test_without_a_tokenizer_there_is_nothing_to_cut(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"has no tokenizer\.json, so no text to calibrate on: pass --method mse"):
-        windows(tmp_path, BOS, WINDOW, Source(tokens=512))
+        windows(tmp_path, BOS, WINDOW, CalibrationText(tokens=512))
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match=r"tokenizer\.json is not a tokenizer .*belongs to the model"):
-        windows(tmp_path, BOS, WINDOW, Source(tokens=512))
+        windows(tmp_path, BOS, WINDOW, CalibrationText(tokens=512))
 
 
 # Where finished layers are kept

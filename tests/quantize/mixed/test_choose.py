@@ -24,9 +24,11 @@ from gemma_edge.quantize.checkpoint.store import write_quantized
 from gemma_edge.quantize.mixed import choose as mixed
 from gemma_edge.quantize.mixed import sensitivity
 from gemma_edge.quantize.mixed import table as layers
+from gemma_edge.quantize.options import CalibrationText, QuantizeOptions
 from gemma_edge.quantize.recipe import INT8_ROW, QuantConfig, Recipe, make_recipe
+from gemma_edge.text import chat
 
-HELD_OUT = tuple(Path(calibration.__file__).parent / "data" / f"heldout_{name}.txt" for name in ("austen", "kjv"))
+HELD_OUT = tuple(Path(chat.__file__).parent / "data" / f"heldout_{name}.txt" for name in ("austen", "kjv"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,7 +41,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def opened(**options: object) -> Opened:
-    return open_model(ExportOptions(model=str(DEMO), **options), plan_only=True)  # type: ignore[arg-type]
+    return open_model(ExportOptions(model=str(DEMO), quantization=QuantizeOptions(**options)), plan_only=True)  # type: ignore[arg-type]
 
 
 def test_the_size_is_kept_and_used_and_a_larger_one_is_never_worse() -> None:
@@ -87,7 +89,7 @@ def test_what_was_measured_is_not_measured_again(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(sensitivity, "measure", measure)
     assert opened(size="5MB").recipe == opened(size="5MB").recipe
     with pytest.raises(AssertionError, match="measured again"):
-        opened(size="5MB", text=calibration.Source(seed=1))
+        opened(size="5MB", calibration_text=CalibrationText(seed=1))
 
 
 def held_out_kl(ids: Tensor, right: Tensor, recipe: Recipe, out: Path) -> float:
@@ -107,14 +109,16 @@ def test_at_the_same_bytes_it_is_better_than_one_configuration_for_all(
     uniform = opened(group_size=group_size, quality="fast")
     better = opened(size=str(uniform.plans["onnx"].weights_bytes), quality="fast")
     assert better.plans["onnx"].weights_bytes <= uniform.plans["onnx"].weights_bytes
-    ids = calibration.windows(DEMO, 2, 512, calibration.Source(paths=HELD_OUT, tokens=1024))
+    ids = calibration.windows(DEMO, 2, 512, CalibrationText(paths=HELD_OUT, tokens=1024))
     right = torch.stack([hf_logits(hf_model(DEMO), window) for window in ids]).log_softmax(-1)
     one_for_all = held_out_kl(ids, right, uniform.recipe, tmp_path / "uniform")
     assert held_out_kl(ids, right, better.recipe, tmp_path / "mixed") < part * one_for_all
 
 
 def test_a_bundle_is_made_of_it_and_its_manifest_is_a_recipe(tmp_path: Path) -> None:
-    options = ExportOptions(model=str(DEMO), out=tmp_path / "out", size="5.1MB", quality="fast")
+    options = ExportOptions(
+        model=str(DEMO), out=tmp_path / "out", quantization=QuantizeOptions(size="5.1MB", quality="fast")
+    )
     done = pipeline.export(options)
     assert 5_000_000 < (done.bundle / "model.onnx.data").stat().st_size <= 5_100_000
     assert done.manifest.verification["onnx"]["passed"]

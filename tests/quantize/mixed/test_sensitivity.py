@@ -18,6 +18,7 @@ from gemma_edge.quantize.calibration import text as calibration
 from gemma_edge.quantize.integers import quantize
 from gemma_edge.quantize.mixed import sensitivity
 from gemma_edge.quantize.mixed.sensitivity import Errors, measure
+from gemma_edge.quantize.options import CalibrationText
 from gemma_edge.quantize.recipe import INT8_ROW, QuantConfig, default_method
 
 
@@ -28,7 +29,7 @@ def gptq(config: QuantConfig) -> str:
 @pytest.fixture(scope="module")
 def windows() -> Tensor:
     """Of the demo's text; the last one of four is judged on."""
-    found = calibration.windows(DEMO, 2, 512, calibration.Source(tokens=2048))
+    found = calibration.windows(DEMO, 2, 512, CalibrationText(tokens=2048))
     return found[:, :128].contiguous()
 
 
