@@ -1,4 +1,4 @@
-"""`gemma-export`: parses, calls pipeline.py, prints with report.py. Heavy imports are inside the commands, for a quick --help."""
+"""`gemma-export`: parses, calls api.py, prints with report.py. Heavy imports are inside the commands, for a quick --help."""
 
 from __future__ import annotations
 
@@ -44,66 +44,91 @@ def _list(names: Iterable[object]) -> str:
     return ", ".join(map(str, names))
 
 
-def _model_options(command: F) -> F:
-    """Options of a model, its integers and its target: those that decide a plan."""
-    options = [
-        click.argument("model", default=DEFAULT_MODEL),
-        click.option("--target", default="android", show_default=True, help=f"One of {_list(TARGETS)}."),
-        click.option(
-            "--bits",
-            type=int,
-            help=f"Of the linears: {_list(BITS)}; from 16 on they stay float. Default: 4.",
-        ),
-        click.option("--group-size", type=int, help="Weights per scale, a multiple of 32; 0 = one per channel."),
-        click.option("--table-bits", type=click.Choice(["4", "8"]), help="Of the tied table. Default: 8."),
-        click.option("--size", help="Mixed precision: the weights file takes at most this, such as 1.4GB or 900MB."),
-        click.option(
-            "--bpw",
-            type=float,
-            help="Mixed precision: bits per weight of all matrices, the table among them; a scale counts 16 bits.",
-        ),
-        click.option(
-            "--recipe",
-            type=click.Path(dir_okay=False, path_type=Path),
-            help="A saved recipe, or that of a bundle's manifest.json.",
-        ),
-        click.option(
-            "--method", help=f"How integers are found: {_list(METHODS)}. Default: what suits bits and group size."
-        ),
-        click.option(
-            "--quality",
-            help=f"How hard 4-bit integers are searched for: {_list(QUALITIES)}. Default: {DEFAULT_QUALITY}.",
-        ),
-        click.option(
-            "--calibration",
-            "calibration_text",
-            type=click.Path(path_type=Path),
-            multiple=True,
-            help="Text to calibrate on: a file, a folder or JSON lines; may be repeated. Default: public-domain books.",
-        ),
-        click.option(
-            "--calibration-chat", is_flag=True, help="Put plain text into the form of a chat, for -it models."
-        ),
-        click.option("--seed", type=int, default=0, show_default=True, help="Of the passages drawn from it."),
-        click.option("--context", type=int, help="Tokens the model looks back on. Default: what fits the target."),
-        click.option("--prefill-chunk", type=int, help=f"Most prompt tokens in one call. Default: {DEFAULT_CHUNK}."),
-        click.option(
-            "--kv-bits",
-            type=int,
-            help=f"Of the KV cache: {_list(KV_DTYPES)}. Default: 8 on phones, with calibrated scales and if the gate passes.",
-        ),
-        click.option(
-            "--backend",
-            help=f"Runtimes to export for: {_list(BACKENDS)}, several with commas, or {ALL} for"
-            f" {_list(ALL_BACKENDS)}. Default: the target's.",
-        ),
-        click.option("--lora", type=click.Path(path_type=Path), help="PEFT adapter folder to merge."),
-        click.option("--ram", "ram_gib", type=float, help="GiB that the app may take. Default: the target's."),
-        click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of tables."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+PATH = click.Path(path_type=Path)
+SOURCE = (
+    click.argument("model", default=DEFAULT_MODEL),
+    click.option("--lora", type=PATH, help="A PEFT adapter's folder, merged into the weights first."),
+)
+INTEGERS = (
+    click.option(
+        "--bits", type=int, help=f"Bits of the linear layers: {_list(BITS)}; 16 and 32 are floats. Default: 4."
+    ),
+    click.option("--group-size", type=int, help="Weights per scale, a multiple of 32; 0 means one scale per channel."),
+    click.option("--table-bits", type=click.Choice(["4", "8"]), help="Bits of the tied embedding table. Default: 8."),
+    click.option("--size", help="Mixed precision: largest size of the weights file, such as 1.4GB or 900MB."),
+    click.option(
+        "--bpw",
+        type=float,
+        help="Mixed precision: bits per weight of all matrices, the table among them; a scale counts 16 bits.",
+    ),
+    click.option(
+        "--recipe",
+        type=click.Path(dir_okay=False, path_type=Path),
+        help="A saved recipe, or a bundle's manifest.json, whose recipe is taken.",
+    ),
+    click.option(
+        "--method", help=f"How integers are chosen: {_list(METHODS)}. Default: what suits bits and group size."
+    ),
+    click.option(
+        "--quality",
+        help=f"How much work 4-bit integers are worth: {_list(QUALITIES)}. Default: {DEFAULT_QUALITY}.",
+    ),
+    click.option(
+        "--calibration",
+        "calibration_text",
+        type=PATH,
+        multiple=True,
+        help="Text to calibrate on: a file, a folder or JSON lines; may be repeated. Default: public-domain books.",
+    ),
+    click.option("--calibration-chat", is_flag=True, help="Put plain calibration text into chat form, for -it models."),
+    click.option("--seed", type=int, default=0, show_default=True, help="Seed for choosing the calibration passages."),
+)
+WORK = (
+    click.option(
+        "--calibration-tokens",
+        type=click.IntRange(256),
+        help="Tokens of calibration text that are looked at. Default: what the quality sets.",
+    ),
+    click.option(
+        "--distill",
+        type=click.IntRange(0),
+        default=0,
+        metavar="TOKENS",
+        help="Train scales and norms on the original's logits afterwards, over this many tokens of text; this holds the"
+        " whole model in memory.",
+    ),
+)
+DEVICE = (
+    click.option("--target", default="android", show_default=True, help=f"Class of devices: {_list(TARGETS)}."),
+    click.option("--context", type=int, help="Tokens that the model looks back on. Default: what fits the target."),
+    click.option(
+        "--prefill-chunk", type=int, help=f"Largest number of prompt tokens in one call. Default: {DEFAULT_CHUNK}."
+    ),
+    click.option(
+        "--kv-bits",
+        type=int,
+        help=f"Bits of the KV cache: {_list(KV_DTYPES)}. Default: 8 on phones, if its scales are calibrated and the gate"
+        " passes.",
+    ),
+    click.option(
+        "--backend",
+        help=f"Runtimes to export for: {_list(BACKENDS)}, several with commas, or {ALL} for"
+        f" {_list(ALL_BACKENDS)}. Default: the target's.",
+    ),
+    click.option("--ram", "ram_gib", type=float, help="GiB of memory that the app may take. Default: the target's."),
+)
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout instead of tables.")
+
+
+def _options_of(*groups: Iterable[Callable[[F], F]]) -> Callable[[F], F]:
+    """One decorator for all options of some groups."""
+
+    def decorate(command: F) -> F:
+        for option in reversed([option for group in groups for option in group]):
+            command = option(command)
+        return command
+
+    return decorate
 
 
 @click.group(cls=DefaultCommand, context_settings={"help_option_names": ["-h", "--help"]})
@@ -111,38 +136,25 @@ def _model_options(command: F) -> F:
 def main() -> None:
     """Export Gemma 2 to a verified on-device bundle: gemma-export [MODEL] --target android --bits 4.
 
-    MODEL is a Hugging Face folder or id. `gemma-export make --help` lists every option; `plan` predicts, `inspect` looks.
+    MODEL is a Hugging Face folder or id. `gemma-export make --help` lists every option of an export.
     """
 
 
 @main.command(cls=Command)
-@_model_options
-@click.option(
-    "-o", "--out", type=click.Path(path_type=Path), help="The bundle's folder. Default: named by model and recipe."
-)
+@_options_of(SOURCE, INTEGERS, WORK, DEVICE)
+@click.option("-o", "--out", type=PATH, help="The bundle's folder. Default: a name made of model and recipe.")
 @click.option("--verify", default="quick", show_default=True, help=f"How far the gate looks: {_list(LEVELS)}.")
 @click.option(
     "--runtime-python",
-    type=click.Path(path_type=Path),
+    type=PATH,
     envvar="GEMMA_EDGE_RUNTIME_PYTHON",
     show_envvar=True,
-    help="Python with gemma-edge and a runtime that this one lacks (tflite-runtime): the gate runs there.",
+    help="A Python with gemma-edge and a runtime that this one lacks (tflite-runtime): the gate runs there.",
 )
 @click.option("--keep-failed", is_flag=True, help="Keep a bundle that fails the gate as OUT.failed.")
-@click.option(
-    "--save-checkpoint", type=click.Path(path_type=Path), help="Also keep the quantized Hugging Face folder here."
-)
-@click.option(
-    "--calibration-tokens", type=click.IntRange(256), help="How much of it. Default: what the quality asks for."
-)
-@click.option(
-    "--distill",
-    type=click.IntRange(0),
-    default=0,
-    metavar="TOKENS",
-    help="Afterwards train scales and norms on the original's logits; holds the whole model in memory.",
-)
+@click.option("--save-checkpoint", type=PATH, help="Also keep the quantized Hugging Face folder here.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle, and an OUT.failed.")
+@JSON
 def make(as_json: bool, **choices: Any) -> None:
     """Export MODEL (the default command)."""
     # before torch is loaded: a thread that waits must not spin, which beside other work costs most of an export's time
@@ -162,14 +174,41 @@ def make(as_json: bool, **choices: Any) -> None:
         report.print_export(done)
 
 
+@main.command(name="quantize", cls=Command)
+@_options_of(SOURCE, INTEGERS, WORK)
+@click.option("-o", "--out", type=PATH, required=True, help="The folder of the quantized checkpoint.")
+@click.option("--force", is_flag=True, help="Replace a quantized checkpoint that is there.")
+@JSON
+def quantize_command(model: str, lora: Path | None, out: Path, force: bool, as_json: bool, **choices: Any) -> None:
+    """Quantize MODEL alone: a Hugging Face folder of integers, without a bundle.
+
+    transformers and vLLM load the folder, and gemma-export takes it as a model.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in make
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    _need_torch()
+    from gemma_edge.export import report
+    from gemma_edge.quantize import api
+
+    _show_warnings()
+    options = _quantize_options(choices)
+    made = api.quantize(model, out, options, lora=lora, force=force, progress=report.progress_bar)
+    if as_json:
+        click.echo(json.dumps(made.to_json(), indent=1))
+    else:
+        report.print_quantized(made)
+
+
 @main.command(cls=Command)
-@_model_options
-@click.option("--save-recipe", type=click.Path(path_type=Path), help="Write the recipe here, for --recipe.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw the bits of every weight here, as SVG.")
+@_options_of(SOURCE, INTEGERS, DEVICE)
+@click.option("--save-recipe", type=PATH, help="Write the recipe to this file, for --recipe.")
+@click.option("--plot", type=PATH, help="Draw the bits of every weight into this file, as SVG.")
+@JSON
 def plan(as_json: bool, save_recipe: Path | None, plot: Path | None, **choices: Any) -> None:
     """Predict bytes and RAM of an export of MODEL, before any work.
 
-    With --size or --bpw it measures first what rounding each weight costs: minutes for a large model, kept for the export.
+    With --size or --bpw it first measures what rounding each weight costs. That takes minutes for a large model; the result is
+    kept for the export.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in make
     options = _options(choices)
@@ -239,21 +278,30 @@ def litertlm(bundle: Path, out: Path | None, force: bool) -> None:
     click.echo(f"{out.stat().st_size / 1e6:.1f} MB in {out}", err=True)
 
 
-def _options(choices: dict[str, Any]) -> ExportOptions:
+def _need_torch() -> None:
     if importlib.util.find_spec("torch") is None:
         raise InputError(
             "exporting needs PyTorch, which this installation leaves out: pip install 'gemma-edge[export]'"
         )
+
+
+def _quantize_options(choices: dict[str, Any]) -> QuantizeOptions:
+    """Takes what belongs to the quantization out of `choices`."""
     text = CalibrationText(
-        paths=choices.pop("calibration_text", ()),
+        paths=choices.pop("calibration_text"),
         tokens=choices.pop("calibration_tokens", None) or 0,
-        chat=choices.pop("calibration_chat", False),
-        seed=choices.pop("seed", 0),
+        chat=choices.pop("calibration_chat"),
+        seed=choices.pop("seed"),
     )
     table_bits = choices.pop("table_bits")
-    quantization = {field.name: choices.pop(field.name) for field in fields(QuantizeOptions) if field.name in choices}
-    quantization |= {"table_bits": table_bits and int(table_bits), "calibration_text": text}
-    return ExportOptions(**choices, quantization=QuantizeOptions(**quantization))
+    rest = {field.name: choices.pop(field.name) for field in fields(QuantizeOptions) if field.name in choices}
+    return QuantizeOptions(**{**rest, "table_bits": table_bits and int(table_bits), "calibration_text": text})
+
+
+def _options(choices: dict[str, Any]) -> ExportOptions:
+    _need_torch()
+    quantization = _quantize_options(choices)
+    return ExportOptions(**choices, quantization=quantization)
 
 
 def _show_warnings() -> None:

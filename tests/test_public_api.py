@@ -21,20 +21,44 @@ SIGNATURES = {
     " lora: 'str | Path | None' = None, force: 'bool' = False, progress: 'Progress' = no_progress) -> 'QuantizedFolder'",
 }
 CLASSES = {
+    "CalibrationText": ["paths", "tokens", "chat", "seed"],
     "EvaluationOptions": ["models", "reference", "texts", "protocol", "window", "max_tokens", "backend", "threads"],
     "ExportOptions": [
-        *("model", "out", "target", "quantization", "context", "prefill_chunk", "kv_bits", "backend", "lora", "ram_gib"),
+        *(
+            "model",
+            "out",
+            "target",
+            "quantization",
+            "context",
+            "prefill_chunk",
+            "kv_bits",
+            "backend",
+            "lora",
+            "ram_gib",
+        ),
         *("verify", "runtime_python", "keep_failed", "save_checkpoint", "force"),
     ],
     "GenerationOptions": [],
     "QuantizeOptions": [
-        *("bits", "group_size", "table_bits", "size", "bpw", "recipe", "method", "quality", "calibration", "distill"),
+        *(
+            "bits",
+            "group_size",
+            "table_bits",
+            "size",
+            "bpw",
+            "recipe",
+            "method",
+            "quality",
+            "calibration_text",
+            "distill",
+        ),
     ],
     "Recipe": ["name", "rules", "float_bits"],
+    "SamplingParams": ["temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"],
     "Session": [],
     "InputError": ["problem", "field", "value", "allowed", "hint"],
 }
-SCRIPT = '''
+SCRIPT = """
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,7 +90,7 @@ try:
     recipe: gemma_edge.Recipe = folder.recipe
 except gemma_edge.InputError as error:
     print(error, error.field, error.value, error.allowed, error.hint)
-'''
+"""
 
 
 def test_public_names_are_these() -> None:

@@ -15,19 +15,23 @@ from gemma_edge.public import evaluate, export, inspect, load, plan, quantize
 if TYPE_CHECKING:
     from gemma_edge.evaluate.evaluate import EvaluationOptions as EvaluationOptions
     from gemma_edge.export.options import ExportOptions as ExportOptions
+    from gemma_edge.quantize.options import CalibrationText as CalibrationText
     from gemma_edge.quantize.options import QuantizeOptions as QuantizeOptions
     from gemma_edge.quantize.recipe import Recipe as Recipe
     from gemma_edge.runtimes.generation.generate import GenerationOptions as GenerationOptions
+    from gemma_edge.runtimes.generation.sampling import SamplingParams as SamplingParams
     from gemma_edge.runtimes.generation.session import Session as Session
 
 __version__ = "0.1.0"
 __all__ = [
+    "CalibrationText",
     "EvaluationOptions",
     "ExportOptions",
     "GenerationOptions",
     "InputError",
     "QuantizeOptions",
     "Recipe",
+    "SamplingParams",
     "Session",
     "__version__",
     "evaluate",
@@ -40,11 +44,13 @@ __all__ = [
 
 # class -> the module that defines it
 _CLASSES = {
+    "CalibrationText": "gemma_edge.quantize.options",
     "EvaluationOptions": "gemma_edge.evaluate.evaluate",
     "ExportOptions": "gemma_edge.export.options",
     "GenerationOptions": "gemma_edge.runtimes.generation.generate",
     "QuantizeOptions": "gemma_edge.quantize.options",
     "Recipe": "gemma_edge.quantize.recipe",
+    "SamplingParams": "gemma_edge.runtimes.generation.sampling",
     "Session": "gemma_edge.runtimes.generation.session",
 }
 
