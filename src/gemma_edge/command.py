@@ -89,7 +89,7 @@ def _option(name: str) -> str:
     context = click.get_current_context(silent=True)
     parameters = context.command.params if context else []
     for parameter in parameters:
-        if parameter.name == name:
+        if parameter.name == name or f"--{name.replace('_', '-')}" in parameter.opts:
             return (
                 max(parameter.opts, key=len) if isinstance(parameter, click.Option) else parameter.human_readable_name
             )
