@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import importlib.util
 import shlex
-import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gemma_edge.children import find_program
 from gemma_edge.errors import InputError
 from gemma_edge.export.bundle import FileEntry
 from gemma_edge.runtimes.bench_process import ChildFailed
@@ -44,11 +44,11 @@ def find_adb() -> str:
     Raises:
         InputError: there is none.
     """
-    if found := shutil.which("adb"):
+    if found := find_program("adb"):
         return found
     spec = importlib.util.find_spec("adbutils")
     for folder in (spec.submodule_search_locations or []) if spec else []:
-        if found := shutil.which("adb", path=f"{folder}/binaries"):
+        if found := find_program("adb", [f"{folder}/binaries"]):
             return found
     raise InputError(
         "--device needs adb, which is not on the PATH: install Android's platform-tools, or pip install 'gemma-edge[adb]'"

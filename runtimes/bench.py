@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
+from gemma_edge.children import python_command
 from gemma_edge.errors import InputError
 from gemma_edge.export.bundle import MANIFEST, CacheGeometry, Manifest, confined, sha256
 from gemma_edge.runtimes import machine
@@ -116,7 +117,7 @@ class Local:
 
         def command(started_s: float) -> list[str]:
             job = json.dumps({**asked, "started_s": started_s})
-            return [sys.executable, "-m", "gemma_edge.runtimes.bench_child", job]
+            return python_command(sys.executable, ["-m", "gemma_edge.runtimes.bench_child", job])
 
         seen = watch(command)
         lines = [json.loads(line) for _, line in seen.lines if line.startswith("{")]
@@ -129,7 +130,7 @@ class BundleContender(Local):
 
     def __init__(self, path: Path, manifest: Manifest, backend: str) -> None:
         module, _, package, _ = RUNTIMES[backend]
-        job = {"path": str(path), "backend": backend, "module": module, "package": package}
+        job = {"path": str(path.absolute()), "backend": backend, "module": module, "package": package}
         super().__init__(
             "gemma-bench", backend_facts(path, manifest, backend), job, backend_files(path, manifest, backend)
         )

@@ -7,8 +7,6 @@ from html import escape
 from statistics import median
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from gemma_edge.runtimes import html_page
 from gemma_edge.runtimes.bench_report import KEYS, NAMES, TABLES, notes, table
@@ -23,6 +21,7 @@ from gemma_edge.runtimes.bench_stats import (
     roofline_tokens_per_s,
     token_ms,
 )
+from gemma_edge.runtimes.drawing import Figure, MaxNLocator, StrMethodFormatter
 from gemma_edge.runtimes.html_page import axes, colored, finish
 
 Groups = Mapping[str, Group]  # by label

@@ -6,10 +6,8 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-
 from gemma_edge.runtimes import html_page
+from gemma_edge.runtimes.drawing import Figure, MaxNLocator
 from gemma_edge.runtimes.eval_report import COLUMNS, NAMES, rows, task_rows
 from gemma_edge.runtimes.evaluate import Evaluation, Result
 from gemma_edge.runtimes.html_page import axes, colored, finish
