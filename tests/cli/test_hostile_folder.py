@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from commands import refused, run
 from toys import write_toy_bundle
 
 from gemma_edge.children import child_environment, find_program, python_command
@@ -54,6 +55,18 @@ def test_an_export_runs_nothing_of_the_model_folder(checkpoint: Callable[..., Pa
     fill(folder)
     command("gemma-export", folder, ".", "-o", "out", "--bits", "32", "--context", "48", "--backend", "onnx")
     assert (folder / "out" / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize("words", [("plan",), ("-o", "out")])
+def test_a_link_out_of_the_model_folder_is_refused_before_any_work(
+    words: tuple[str, ...], checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(checkpoint(), tmp_path / "model")
+    (tmp_path / "key").write_text("secret")
+    (tmp_path / "model" / "special_tokens_map.json").symlink_to(tmp_path / "key")
+    refused(run(*words, "model"), "special_tokens_map.json is a link to", "outside of the model's folder")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_benchmark_runs_nothing_of_the_current_folder(tmp_path: Path) -> None:
