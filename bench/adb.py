@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import shlex
-import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from gemma_edge.bench.process import ChildFailed
 from gemma_edge.bundle.manifest import FileEntry
+from gemma_edge.children import find_program
 from gemma_edge.errors import InputError
 
 ANSWER_S = 30.0  # a phone that does not answer a short command for so long is stuck
@@ -44,11 +44,11 @@ def find_adb() -> str:
     Raises:
         InputError: there is none.
     """
-    if found := shutil.which("adb"):
+    if found := find_program("adb"):
         return found
     spec = importlib.util.find_spec("adbutils")
     for folder in (spec.submodule_search_locations or []) if spec else []:
-        if found := shutil.which("adb", path=f"{folder}/binaries"):
+        if found := find_program("adb", [f"{folder}/binaries"]):
             return found
     raise InputError(
         "--device needs adb, which is not on the PATH: install Android's platform-tools, or pip install 'gemma-edge[adb]'"

@@ -22,6 +22,7 @@ from gemma_edge.bench.result import Result, Settings
 from gemma_edge.bundle.backends import RUNTIMES, choose_backend, how_to_install
 from gemma_edge.bundle.geometry import CacheGeometry
 from gemma_edge.bundle.manifest import MANIFEST, Manifest, confined, sha256
+from gemma_edge.children import python_command
 from gemma_edge.errors import InputError
 
 
@@ -117,7 +118,7 @@ class Local:
 
         def command(started_s: float) -> list[str]:
             job = json.dumps({**asked, "started_s": started_s})
-            return [sys.executable, "-m", "gemma_edge.bench.child", job]
+            return python_command(sys.executable, ["-m", "gemma_edge.bench.child", job])
 
         seen = watch(command)
         lines = [json.loads(line) for _, line in seen.lines if line.startswith("{")]
@@ -130,7 +131,7 @@ class BundleContender(Local):
 
     def __init__(self, path: Path, manifest: Manifest, backend: str) -> None:
         module, _, package, _ = RUNTIMES[backend]
-        job = {"path": str(path), "backend": backend, "module": module, "package": package}
+        job = {"path": str(path.absolute()), "backend": backend, "module": module, "package": package}
         super().__init__(
             "gemma-bench", backend_facts(path, manifest, backend), job, backend_files(path, manifest, backend)
         )

@@ -1,6 +1,6 @@
 """The process that is measured: loads one model, runs prompt and generation, prints one JSON line.
 
-bench.py starts it as `python -m gemma_edge.bench.child JOB`; each engine imports what it needs. Token ids are
+bench.py starts it as `python -P -m gemma_edge.bench.child JOB`; each engine imports what it needs. Token ids are
 random; what is generated is thrown away.
 """
 

@@ -7,13 +7,12 @@ from html import escape
 from statistics import median
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from gemma_edge.bench.report import KEYS, NAMES, TABLES, notes, table
 from gemma_edge.bench.result import Result
 from gemma_edge.bench.stats import METRICS, Group, Key, by_minute, by_position, groups, roofline_tokens_per_s, token_ms
 from gemma_edge.report import html as html_page
+from gemma_edge.report.drawing import Figure, MaxNLocator, StrMethodFormatter
 from gemma_edge.report.html import axes, colored, finish
 
 Groups = Mapping[str, Group]  # by label

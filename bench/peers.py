@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from gemma_edge.bench import machine
 from gemma_edge.bench.bench import Contender, Local, here
 from gemma_edge.bench.process import ChildFailed, Watched, watch
 from gemma_edge.bench.result import Settings
+from gemma_edge.children import find_program
 from gemma_edge.errors import InputError
 
 
@@ -77,13 +77,13 @@ def llama_cpp(given: str, bundles: Sequence[Path]) -> list[Contender]:
     """`--peer llama.cpp:FILE.gguf`."""
     if not given:
         raise InputError("--peer llama.cpp wants a model: --peer llama.cpp:FILE.gguf")
-    program = shutil.which("llama-bench")
+    program = find_program("llama-bench")
     if program is None:
         raise InputError("--peer llama.cpp needs llama-bench on the PATH; python tools/benchmarks/peers.py builds it")
     path = Path(given)
     if not path.is_file():
         raise InputError(f"--peer llama.cpp: there is no file {path}")
-    return [LlamaBench(program, path)]
+    return [LlamaBench(program, path.absolute())]
 
 
 def genai(given: str, bundles: Sequence[Path]) -> list[Contender]:
@@ -106,7 +106,7 @@ def _genai(folder: Path) -> Contender:
     if not sizes:
         raise InputError(f"{folder} holds no graph for onnxruntime-genai: {graph.name} is missing")
     model = {"name": folder.resolve().name, "backend": "genai", "bytes": sum(sizes), "read_bytes_per_token": max(sizes)}
-    return Local("onnxruntime-genai", model, {"path": str(folder), "module": "onnxruntime_genai"}, files)
+    return Local("onnxruntime-genai", model, {"path": str(folder.absolute()), "module": "onnxruntime_genai"}, files)
 
 
 PEERS: dict[str, Callable[[str, Sequence[Path]], list[Contender]]] = {"llama.cpp": llama_cpp, "genai": genai}

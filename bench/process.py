@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import IO
 
+from gemma_edge.children import Place, own_place
 from gemma_edge.memory import memory_mib
 
 SAMPLE_S = 0.05
@@ -51,19 +52,33 @@ class _Sampler(threading.Thread):
 
 
 def watch(command: Callable[[float], Sequence[str]], *, stream: str = "stdout") -> Watched:
-    """Run a child to its end; it is killed when this is interrupted.
+    """Run a child to its end, in a folder of its own; it is killed when this is interrupted.
 
     Args:
-        command: made from the moment the child starts, of time.monotonic, for a child that tells times on the same clock.
+        command: made from the moment the child starts, of time.monotonic, for a child that tells times on the same clock;
+            its paths are absolute.
         stream: whose lines are stamped; the other one is kept whole.
 
     Raises:
         ChildFailed: it could not be started, or ended with another status than 0.
     """
+    with own_place() as place:
+        return _watch(command, stream, place)
+
+
+def _watch(command: Callable[[float], Sequence[str]], stream: str, place: Place) -> Watched:
     started_s = time.monotonic()
     words = command(started_s)
     try:
-        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
+        process = subprocess.Popen(
+            words,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            cwd=place.cwd,
+            env=place.env,
+        )
     except OSError as error:
         raise ChildFailed(f"cannot run {words[0]}: {error.strerror}") from None
     assert process.stdout is not None and process.stderr is not None

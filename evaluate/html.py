@@ -6,12 +6,10 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-
 from gemma_edge.evaluate.evaluate import Evaluation, Result
 from gemma_edge.evaluate.report import COLUMNS, NAMES, rows, task_rows
 from gemma_edge.report import html as html_page
+from gemma_edge.report.drawing import Figure, MaxNLocator
 from gemma_edge.report.html import axes, colored, finish
 from gemma_edge.text.windows import PROTOCOLS
 

@@ -88,7 +88,9 @@ def open_model(options: ExportOptions, progress: Progress = no_progress, *, plan
         target = replace(target, ram_bytes=int(options.ram_gib * GIB))
     gated = backends if options.verify != "none" and not plan_only else []
     pythons = _gate_pythons(gated, options.runtime_python)
-    source = open_weights(hub.resolve(options.model), lora=options.lora)
+    folder = hub.resolve(options.model)
+    hub.companions(folder)  # refuses what could not be copied in the end, before any work
+    source = open_weights(folder, lora=options.lora)
     recipe, choice = choose_recipe(options.quantization, source, onnx_weights, progress)
     recipe = named_by_content(source, recipe)
     calibrated = source.kv_scales is not None if isinstance(source, QuantizedCheckpoint) else recipe.calibrated

@@ -1,7 +1,4 @@
-"""Reads a Hugging Face folder tensor by tensor, never the whole model. safetensors only: pickle files are refused.
-
-A file is opened for each read and closed after it, so that its pages do not stay mapped: peak memory is the slice asked for.
-"""
+"""Reads a Hugging Face folder tensor by tensor, never the whole model. safetensors only: pickle files are refused."""
 
 from __future__ import annotations
 
@@ -12,13 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gemma_edge.errors import InputError
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.model.gemma2 import DecoderLayer, Gemma2
 from gemma_edge.model.lora import Lora
+from gemma_edge.model.safetensors_reader import SafetensorsFile
 
 TABLE, HEAD = "model.embed_tokens", "lm_head.weight"
 FINAL_NORM = "model.norm.weight"
@@ -62,14 +59,15 @@ class Shards:
 
     def __init__(self, folder: Path, files: list[Path] | None = None) -> None:
         self.folder = folder
-        self._file_of = {name: path for path in files or _shard_paths(folder) for name in tensor_names(path)}
+        opened = [SafetensorsFile(path) for path in files or _shard_paths(folder)]
+        self._file_of = {name: file for file in opened for name in file.tensors}
 
     def __contains__(self, name: object) -> bool:
         return name in self._file_of
 
     def files(self) -> list[Path]:
         """The files that the tensors are in."""
-        return sorted(set(self._file_of.values()))
+        return sorted({file.path for file in self._file_of.values()})
 
     def header(self, name: str) -> tuple[tuple[int, ...], str]:
         """Shape and safetensors dtype of a tensor, without reading it.
@@ -79,15 +77,12 @@ class Shards:
         """
         if name not in self._file_of:
             raise InputError(f"{self.folder}: tensor {name} is missing from its safetensors files")
-        with safe_open(self._file_of[name], "pt") as file:
-            part = file.get_slice(name)
-            return tuple(part.get_shape()), str(part.get_dtype())
+        entry = self._file_of[name].tensors[name]
+        return entry.shape, entry.dtype
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows `start:stop` of a tensor in its stored dtype, in memory of its own."""
-        with safe_open(self._file_of[name], "pt") as file:
-            found: Tensor = file.get_slice(name)[start:stop].clone()
-        return found
+        return self._file_of[name].rows(name, start, stop)
 
     def expect(self, name: str, shape: tuple[int, ...]) -> None:
         """Check that a float tensor is there with this shape.
@@ -98,10 +93,10 @@ class Shards:
         found, dtype = self.header(name)
         if found != shape:
             raise InputError(
-                f"{self._file_of[name]}: {name} has shape {list(found)}, config.json asks for {list(shape)}"
+                f"{self._file_of[name].path}: {name} has shape {list(found)}, config.json asks for {list(shape)}"
             )
         if dtype not in FLOATS:
-            raise InputError(f"{self._file_of[name]}: {name} is {dtype}; supported: {', '.join(FLOATS)}")
+            raise InputError(f"{self._file_of[name].path}: {name} is {dtype}; supported: {', '.join(FLOATS)}")
 
 
 class Weights(ABC):
@@ -248,16 +243,3 @@ def _shard_paths(folder: Path) -> list[Path]:
             f"{folder} holds {pickles[0]}, a pickle file; only safetensors are read: save it as safetensors"
         )
     raise InputError(f"{folder} has no model.safetensors; pass a Hugging Face model folder with safetensors weights")
-
-
-def tensor_names(path: Path) -> list[str]:
-    """The tensors of a safetensors file.
-
-    Raises:
-        InputError: the file is damaged.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            return list(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is damaged or truncated ({error}); download it again") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -24,10 +25,41 @@ WAY_OUT = "download the model yourself and pass its folder: gemma-export FOLDER"
 
 
 def copy_companions(folder: Path, out: Path) -> None:
-    """Copy what is there of COMPANIONS."""
+    """Copy what is there of COMPANIONS; raises as `companions` does."""
+    for name, path in companions(folder).items():
+        shutil.copy(path, out / name)
+
+
+def companions(folder: Path) -> dict[str, Path]:
+    """What is there of COMPANIONS: name -> the regular file, links followed.
+
+    They are copied as they are, so a link in a stranger's folder could publish any file of the user's with the bundle. Links
+    must stay inside the folder, or inside the repository of the hub's cache that it lies in. What is only parsed (config.json,
+    weights, adapters) may be linked from anywhere: people keep shards on other disks, and no file but a model survives parsing.
+
+    Raises:
+        InputError: a link leads elsewhere or nowhere, or something is no regular file.
+    """
+    base = Path(os.path.realpath(folder))
+    repository = (
+        base.parent.parent
+    )  # of a snapshot: models--OWNER--NAME/snapshots/COMMIT, whose files are links into blobs/
+    is_snapshot = base.parent.name == "snapshots" and repository.name.startswith("models--")
+    found = {}
     for name in COMPANIONS:
-        if (folder / name).is_file():
-            shutil.copy(folder / name, out)
+        path, real = folder / name, Path(os.path.realpath(folder / name))
+        if not os.path.lexists(path):
+            continue
+        if not real.is_relative_to(repository if is_snapshot else base):
+            raise InputError(
+                f"{path} is a link to {real}, outside of the model's folder; a bundle would publish that file:"
+                " put a copy in the link's place if it belongs to the model, else remove the link"
+            )
+        if not real.is_file():
+            kind = f"is a link to {real}, which" if path.is_symlink() else "exists and"
+            raise InputError(f"{path} {kind} is no regular file; put the model's file in its place, or remove it")
+        found[name] = real
+    return found
 
 
 def resolve(model: str) -> Path:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gemma_edge.errors import InputError
 from gemma_edge.model.config import read_json
+from gemma_edge.model.safetensors_reader import SafetensorsFile
 
 # Keys of adapter_config.json that change the merged weight, with the values that this file computes.
 ONLY_VALUE: dict[str, tuple[Any, ...]] = {
@@ -104,13 +104,9 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
     path = folder / "adapter_model.safetensors"
-    try:
-        with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}
-    except FileNotFoundError:
-        raise InputError(f"{folder} has no adapter_model.safetensors; pickle adapters are not read") from None
-    except SafetensorError as error:
-        raise InputError(f"{path} is damaged or truncated ({error})") from None
+    if not path.exists():
+        raise InputError(f"{folder} has no adapter_model.safetensors; pickle adapters are not read")
+    return SafetensorsFile(path).whole()
 
 
 def _scaling(config: Mapping[str, Any], weight: str, rank: int) -> float:

@@ -137,13 +137,15 @@ def test_what_is_built_exports_and_runs_the_demo_outside_the_repository(
     (site,) = home.glob("lib/python3*/site-packages")
     # a folder that is named here is searched, but its own .pth files, the editable installation's among them, are not read
     (site / "packages.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")) + "\n")
-    install = ["install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", archive]
-    subprocess.run([sys.executable, "-m", "pip", "--python", home, *install], check=True)
+    install = ["install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", str(archive)]
+    subprocess.run([sys.executable, "-m", "pip", "--python", str(home), *install], check=True)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
     def run(*words: object) -> str:
-        command = [home / "bin" / str(words[0]), *map(str, words[1:])]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        command = [str(home / "bin" / str(words[0])), *map(str, words[1:])]
+        done: subprocess.CompletedProcess[str] = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -1,7 +1,7 @@
 """The gate's second half: a finished bundle in its own runtime, in a process of its own without torch, against saved logits.
 
-verify.py starts it as `python -m gemma_edge.export.gate.judge FOLDER`: there lie `task.json` and the reference's logits, and
-`result.json` goes there. One line on stdout per chunk that was scored.
+verify.py starts it as `python -P -m gemma_edge.export.gate.judge FOLDER`, with an absolute path. There lie `task.json` and the
+reference's logits, and `result.json` goes there. One line on stdout per chunk that was scored.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from gemma_edge.bundle.backends import RUNTIMES
+from gemma_edge.children import own_place, python_command
 from gemma_edge.errors import InputError
 from gemma_edge.export.gate import judge
 from gemma_edge.export.gate.limits import LEVELS, LOWERING_TEXT, Limits, failures
@@ -98,7 +99,7 @@ def verify(
         RuntimeError: the bundle could not be run.
     """
     with TemporaryDirectory(dir=bundle.parent, prefix=".gate-") as name:
-        folder = Path(name)
+        folder = Path(name).absolute()
         ids, first = torch.tensor(gate.ids), [p for p in gate.positions if p < LOWERING_TEXT]
         hidden = reference.hidden_states(original, ids, context, progress)
         reference.write_logits(original, hidden[gate.positions], folder / judge.QUALITY)
@@ -106,7 +107,7 @@ def verify(
         reference.write_logits(quantized, hidden[first], folder / judge.LOWERING)
         del hidden
         task = {
-            "bundle": str(bundle),
+            "bundle": str(bundle.absolute()),
             "ids": gate.ids,
             "positions": gate.positions,
             "lowering": LOWERING_TEXT,
@@ -130,9 +131,10 @@ def verify(
 
 def cannot_judge(python: str, backend: str) -> str | None:
     """Why a Python cannot run the gate of a backend; None where it can."""
-    command = [python, "-c", f"import {judge.__name__}, {RUNTIMES[backend][0]}"]
+    command = python_command(python, ["-c", f"import {judge.__name__}, {RUNTIMES[backend][0]}"])
     try:
-        done = subprocess.run(command, capture_output=True, text=True)
+        with own_place() as place:
+            done = subprocess.run(command, capture_output=True, text=True, cwd=place.cwd, env=place.env)
     except OSError as error:
         return error.strerror
     return (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1] if done.returncode else None
@@ -140,12 +142,15 @@ def cannot_judge(python: str, backend: str) -> str | None:
 
 def _judge(folder: Path, progress: Callable[[int], None], python: str) -> dict[str, Any]:
     """The bundle's half in a fresh process: it shares no memory with torch, as on the device."""
-    command = [python, "-m", judge.__name__, str(folder)]
+    command = python_command(python, ["-m", judge.__name__, str(folder)])
     log = folder / "stderr"
     give_back()
     with (
+        own_place() as place,
         log.open("w") as errors,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=place.cwd, env=place.env
+        ) as process,
     ):
         assert process.stdout is not None
         try:

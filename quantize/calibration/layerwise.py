@@ -17,14 +17,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from gemma_edge.errors import InputError
-from gemma_edge.model.checkpoint import NORMS, TABLE, Checkpoint, linear_shapes, tensor_names
+from gemma_edge.model.checkpoint import NORMS, TABLE, Checkpoint, linear_shapes
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.model.gemma2 import DecoderLayer, inverse_frequencies, rotary_angles
 from gemma_edge.model.kv_cache import RingCache
+from gemma_edge.model.safetensors_reader import SafetensorsFile
 from gemma_edge.quantize.calibration.awq import EXPONENTS, SAMPLED_ROWS
 from gemma_edge.quantize.calibration.block import Choice, gemma2_topology, quantize_block, second_moments
 from gemma_edge.quantize.calibration.refit import refit_post_norms
@@ -309,13 +309,12 @@ def _save(path: Path, streams: _Streams) -> None:
 def _load(folder: Path) -> _Streams | None:
     """Where an earlier pass stopped; None: there was none, or a file of it is lost or damaged, and it must begin again."""
     try:
-        with safe_open(folder / STATE, "pt") as file:
-            metadata = file.metadata()
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+        file = SafetensorsFile(folder / STATE)
+        metadata, tensors = file.metadata, file.whole()
         reports = [Report(**report) for report in json.loads(metadata["reports"])]
         for report in reports:
-            tensor_names(layer_file(folder, report.layer))  # opens it
-    except (SafetensorError, OSError, InputError):
+            SafetensorsFile(layer_file(folder, report.layer))  # opens it
+    except InputError:
         return None
     ranges = KVRanges(
         {report.layer: (tensors[f"k.{report.layer}"], tensors[f"v.{report.layer}"]) for report in reports}

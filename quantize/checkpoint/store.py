@@ -31,11 +31,11 @@ from gemma_edge.model.checkpoint import (
     linear_shapes,
     norm_names,
     row_slices,
-    tensor_names,
     weight_shapes,
 )
 from gemma_edge.model.config import Gemma2Config, read_json
 from gemma_edge.model.hub import copy_companions
+from gemma_edge.model.safetensors_reader import SafetensorsFile
 from gemma_edge.quantize.checkpoint.kv_scales import KVScales, read_kv_scales, write_kv_scales
 from gemma_edge.quantize.checkpoint.packing import pack, unpack
 from gemma_edge.quantize.checkpoint.safetensors_writer import Spec, write_safetensors
@@ -260,7 +260,7 @@ def write_quantized(
         kv_scales = source.kv_scales
     if kv_scales is not None:
         write_kv_scales(out, kv_scales)
-    index = {tensor: name for name in names for tensor in tensor_names(out / name)}
+    index = {tensor: name for name in names for tensor in SafetensorsFile(out / name).tensors}
     (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}, indent=1))
     copy_companions(source.folder, out)
     raw = read_json(source.folder / "config.json")

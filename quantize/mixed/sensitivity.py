@@ -17,12 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from gemma_edge.errors import InputError
 from gemma_edge.model.checkpoint import FINAL_NORM, TABLE, Checkpoint, row_slices, weight_shapes
 from gemma_edge.model.gemma2 import soft_cap
+from gemma_edge.model.safetensors_reader import SafetensorsFile
 from gemma_edge.quantize.calibration.block import WITH_INPUTS, gemma2_topology, second_moments
 from gemma_edge.quantize.calibration.gptq import Inputs
 from gemma_edge.quantize.calibration.layerwise import advance, hash_of, runner, token_rows
@@ -104,8 +104,7 @@ def _keep(folder: Path, layer: int, x: Tensor) -> None:
 def _kept(folder: Path, layer: int) -> Tensor:
     """What `_keep` wrote; the file goes."""
     path = folder / f"input-{layer:03d}.safetensors"
-    with safe_open(path, "pt") as file:
-        x: Tensor = file.get_tensor("x").clone()
+    x = SafetensorsFile(path).rows("x")
     path.unlink()
     return x
 

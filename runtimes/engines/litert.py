@@ -53,7 +53,7 @@ class TFLiteRuntime(SignatureRuntime):
         self._table = MappedTable(self._path)  # its graph was read, and its weights if they were packed just now
 
     def _load(self) -> CompiledModel:
-        with kept_weights(self._digest, f"ai-edge-litert {metadata.version('ai-edge-litert')}") as path:
+        with kept_weights(self._path, f"ai-edge-litert {metadata.version('ai-edge-litert')}") as path:
             cpu = CpuOptions(num_threads=self.threads, xnnpack_weight_cache_path=path)
             options = Options(cpu_options=cpu)
             return CompiledModel.from_file(str(self._path), environment=environment(), options=options)

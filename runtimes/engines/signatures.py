@@ -61,7 +61,6 @@ class SignatureRuntime(BaseRuntime):
         self.threads = thread_count(threads, manifest)
         self._at_once = 1 << 30  # `_forward` splits by itself
         self._path = confined(bundle, entry.settings["program"])
-        self._digest = manifest.files[entry.settings["program"]].sha256
         log.info("loading %s with %d threads", self._path, self.threads)
         self._signatures = [Signature(name, *found) for name, found in entry.settings["signatures"].items()]
 

@@ -1,15 +1,24 @@
-"""The user's cache: folders by kind and key, forgotten when they were not used for a while. No torch: runtimes use it too."""
+"""The user's cache: folders by kind and key, forgotten when they were not used for a while. No torch: runtimes use it too.
+
+What lies there is trusted, so nobody else may write there: every folder belongs to the user, and is closed to others.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
+import stat
 import time
 from contextlib import suppress
 from pathlib import Path
 
 KEPT_DAYS = 7  # since it was last used
 VARIABLE = "GEMMA_EDGE_CACHE"
+OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+
+
+class ForeignFolder(OSError):
+    """A folder of the cache that is not the user's alone; the message is one line."""
 
 
 def root() -> Path:
@@ -24,9 +33,18 @@ def folder(kind: str, key: str) -> Path:
 
     Raises:
         OSError, RuntimeError: there is no cache folder that can be written to.
+        ForeignFolder: others can write to it too.
     """
-    found = root() / kind / key
-    found.mkdir(parents=True, exist_ok=True)
+    top = root()
+    if not top.exists():
+        top.parent.mkdir(parents=True, exist_ok=True)
+    for made in (top, top / kind, top / kind / key):
+        made.mkdir(mode=0o700, exist_ok=True)
+        # the cache itself may be the user's own link to a larger disk; inside it nobody makes links
+        _refuse_others(made, made.stat() if made == top else made.lstat())
+        if made != top and made.stat().st_mode & 0o077:  # made by an earlier version
+            made.chmod(0o700)
+    found = top / kind / key
     os.utime(found)
     oldest = time.time() - KEPT_DAYS * 24 * 3600
     for other in found.parent.iterdir():
@@ -34,3 +52,20 @@ def folder(kind: str, key: str) -> Path:
             if other.stat().st_mtime < oldest:
                 shutil.rmtree(other, ignore_errors=True)
     return found
+
+
+def is_own(status: os.stat_result) -> bool:
+    """Whether a file or folder is the user's, and nobody else may write to it. Windows does not tell: there it is believed."""
+    if not hasattr(os, "getuid"):
+        return True
+    return status.st_uid == os.getuid() and not status.st_mode & OTHERS_WRITE
+
+
+def _refuse_others(made: Path, status: os.stat_result) -> None:
+    if not stat.S_ISDIR(status.st_mode):
+        raise ForeignFolder(f"{made} is a link or no folder; remove it")
+    if not is_own(status):
+        raise ForeignFolder(
+            f"{made} belongs to user {status.st_uid} and has mode {stat.S_IMODE(status.st_mode):o}: others could change"
+            f" what is kept there; make it yours alone with chmod 700, or set {VARIABLE} to another folder"
+        )

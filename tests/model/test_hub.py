@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import pytest
 from huggingface_hub import constants, errors
 
 from gemma_edge.errors import InputError
-from gemma_edge.model.hub import DEFAULT_MODEL, resolve
+from gemma_edge.model.hub import COMPANIONS, DEFAULT_MODEL, copy_companions, resolve
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -188,3 +189,80 @@ def test_a_cached_tokenizer_is_not_taken_for_the_model(
     calls = hub_says(monkeypatch, lambda: str(tmp_path))
     assert resolve(DEFAULT_MODEL) == tmp_path
     assert len(calls) == 1
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> Path:
+    path = tmp_path / "private_key"
+    path.write_text("secret")
+    return path
+
+
+def refused_copy(folder: Path, out: Path) -> str:
+    out.mkdir()
+    with pytest.raises(InputError) as caught:
+        copy_companions(folder, out)
+    assert [path for path in out.iterdir() if "secret" in path.read_text()] == []
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", COMPANIONS)
+@pytest.mark.parametrize("relative", [True, False])
+def test_a_link_out_of_the_model_folder_is_not_copied(name: str, relative: bool, secret: Path, tmp_path: Path) -> None:
+    """special_tokens_map.json -> a private key: the key was in the bundle, and the bundle is given to others."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / name).symlink_to(Path("..") / secret.name if relative else secret)
+    said = refused_copy(tmp_path / "model", tmp_path / "out")
+    assert f"{tmp_path / 'model' / name} is a link to {secret}, outside of the model's folder" in said
+    assert "put a copy in the link's place" in said
+
+
+def test_a_link_through_a_linked_folder_is_not_copied(secret: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "inner").symlink_to(tmp_path)
+    (tmp_path / "model" / "tokenizer.json").symlink_to(Path("inner") / secret.name)
+    assert f"is a link to {secret}" in refused_copy(tmp_path / "model", tmp_path / "out")
+
+
+def test_links_inside_the_folder_and_a_folder_that_is_a_link_are_copied(tmp_path: Path) -> None:
+    (tmp_path / "model" / "files").mkdir(parents=True)
+    (tmp_path / "model" / "files" / "t.json").write_text("{}")
+    (tmp_path / "model" / "tokenizer.json").symlink_to("files/t.json")
+    (tmp_path / "linked").symlink_to("model")
+    (tmp_path / "out").mkdir()
+    copy_companions(tmp_path / "linked", tmp_path / "out")
+    (copied,) = (tmp_path / "out").iterdir()
+    assert copied.name == "tokenizer.json" and copied.read_text() == "{}" and not copied.is_symlink()
+
+
+def test_the_hub_caches_own_links_are_copied_and_others_there_are_not(
+    cache: Path, secret: Path, tmp_path: Path
+) -> None:
+    snapshot = put_in_cache(cache, DEFAULT_MODEL)
+    blobs = snapshot.parent.parent / "blobs"
+    blobs.mkdir()
+    (blobs / "0123").write_text("{}")
+    (snapshot / "tokenizer.json").symlink_to("../../blobs/0123")
+    (tmp_path / "bundle").mkdir()
+    copy_companions(snapshot, tmp_path / "bundle")
+    assert (tmp_path / "bundle" / "tokenizer.json").read_text() == "{}"
+    (blobs / "4567").symlink_to(secret)
+    (snapshot / "tokenizer_config.json").symlink_to("../../blobs/4567")
+    assert f"is a link to {secret}" in refused_copy(snapshot, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["dangling", "loop", "pipe", "folder", "socket"])
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    path = tmp_path / "model" / "generation_config.json"
+    if kind in ("dangling", "loop"):
+        path.symlink_to("nowhere" if kind == "dangling" else path.name)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        with socket.socket(socket.AF_UNIX) as one:
+            one.bind(str(path))
+    said = refused_copy(tmp_path / "model", tmp_path / "out")
+    assert f"{path} " in said and "is no regular file; put the model's file in its place" in said

@@ -138,7 +138,7 @@ def install_llama_cpp(root: Path, *, jobs: int) -> LlamaCpp:
     if not archive.exists():
         # uv has no download command; pip's builds the metadata too, which takes most of its minute.
         pin = f"llama-cpp-python=={LLAMA_CPP_PYTHON}"
-        _run([python, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", pin, "-d", base])
+        _run([python, "-P", "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", pin, "-d", base])
     if not peer.convert.exists():
         with tarfile.open(archive) as tar:
             tar.extractall(base, filter="data")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import importlib
 import json
 import os
 import subprocess
@@ -38,9 +39,6 @@ from safetensors.torch import load_file, save_file
 from smollm2 import FOLDER
 from tokenizers import Tokenizer
 from torch import Tensor
-
-import gemma_edge.model
-import gemma_edge.quantize
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ def sources(*modules: ModuleType) -> str:
     files: list[Path] = []
     for module in modules:
         file = Path(module.__file__ or "")
-        files += sorted(file.parent.glob("*.py")) if file.name == "__init__.py" else [file]
+        files += sorted(file.parent.rglob("*.py")) if file.name == "__init__.py" else [file]
     return "".join(ast.dump(ast.parse(file.read_text(encoding="utf-8"))) for file in files)
 
 
@@ -169,7 +167,10 @@ class Bench:
     def ours(self, name: str) -> Row:
         """A row of ours."""
         contender = OURS[name]
-        origin = (name, sources(quality_ours, gemma_edge.quantize, gemma_edge.model))
+        origin = (
+            name,
+            sources(quality_ours, *map(importlib.import_module, ("gemma_edge.quantize", "gemma_edge.model"))),
+        )
         scores = self._scores(contender.calibrated, origin, lambda w: run_ours(contender, w, self.judge))
         return Row(weight_bits(self.judge.model, contender.group_size), False, contender.calibrated, scores)
 

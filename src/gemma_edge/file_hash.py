@@ -1,0 +1,79 @@
+"""The hash of a large file's bytes, remembered in the user's cache so that a model is not read through at every start.
+
+It is remembered for one state of one file: path, device, inode, size and the times of its last changes. A user cannot set the
+time of the last change of an inode, so a file that was changed, replaced or restored is hashed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from gemma_edge import user_cache
+
+BLOCK = 1 << 22
+# A file that was changed so shortly before may be changed again within the same tick of the file system's clock, unseen.
+SETTLED_S = 2.0
+
+
+def identity(path: Path) -> tuple[str | int, ...]:
+    """What changes whenever the bytes of a file do."""
+    found = path.stat()
+    times = (found.st_mtime_ns, found.st_ctime_ns)
+    return (str(path.resolve()), found.st_dev, found.st_ino, found.st_size, *times)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes as they are now, in hex.
+
+    Raises:
+        OSError: the file cannot be read. Without a cache it is merely hashed every time.
+    """
+    before = identity(path)
+    note = _note(before)
+    if note is not None and (known := _read(note)):
+        return known
+    began = time.time()
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(BLOCK):
+            digest.update(block)
+    found = digest.hexdigest()
+    changed = max(path.stat().st_mtime, path.stat().st_ctime)
+    if note is not None and identity(path) == before and changed < began - SETTLED_S:
+        _write(note, found)
+    return found
+
+
+def _note(state: tuple[str | int, ...]) -> Path | None:
+    """Where the hash of this state of a file is written."""
+    try:
+        return user_cache.folder("sha256", hashlib.sha256(json.dumps(state).encode()).hexdigest()) / "sha256"
+    except (OSError, RuntimeError):
+        return None
+
+
+def _read(note: Path) -> str:
+    """What is written there; empty unless it is a hash."""
+    try:
+        if not user_cache.is_own(note.lstat()) or not note.is_file():
+            return ""
+        text = note.read_text(encoding="ascii", errors="replace").strip()
+    except OSError:
+        return ""
+    return text if re.fullmatch("[0-9a-f]{64}", text) else ""
+
+
+def _write(note: Path, digest: str) -> None:
+    partial = note.with_name(f"{note.name}.{os.getpid()}")
+    with suppress(OSError):  # then it is hashed again
+        partial.unlink(missing_ok=True)
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(descriptor, "w", encoding="ascii") as file:
+            file.write(digest)
+        partial.replace(note)
