@@ -133,7 +133,8 @@ LIMITED = """
 import resource, sys
 from pathlib import Path
 import torch
-from gemma_edge.export import cli, pipeline, plan, quantizing
+import gemma_edge.export.onnx.backend, gemma_edge.quantize.api
+from gemma_edge.export import api, cli, plan
 from gemma_edge.model.checkpoint import Checkpoint
 torch.ones(64, 64) @ torch.ones(64, 64)  # its threads have their stacks now
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -11,10 +11,10 @@ import pytest
 from support.toys import CHUNK, VOCAB, WINDOWS, toy_backend, toy_graph, toy_logits, toy_manifest, write_toy_bundle
 
 import gemma_edge
+from gemma_edge import logits
 from gemma_edge.bundle.geometry import LayerCache
 from gemma_edge.bundle.manifest import Manifest
 from gemma_edge.errors import InputError
-from gemma_edge.runtimes.engines import base
 from gemma_edge.runtimes.engines.base import BaseRuntime
 from gemma_edge.runtimes.engines.load import refuse_older
 from gemma_edge.runtimes.engines.onnx import OLDEST_ONNXRUNTIME, OnnxRuntime
@@ -61,7 +61,7 @@ def test_fewer_positions_are_scored_at_once_where_their_logits_are_large(
     """A chunk of 128 positions of 256,000 tokens is 131 MB, and the graph needs as much again."""
     ids = random_ids(20)
     for rows, expected in ((3, [3] * 6 + [2]), (1, [1] * 20), (0, [1] * 20), (100, [CHUNK] * 5)):
-        monkeypatch.setattr(base, "SCORED_BYTES", 4 * VOCAB * rows)
+        monkeypatch.setattr(logits, "SCORED_BYTES", 4 * VOCAB * rows)
         chunks = list(runtime.score_chunks(ids))
         assert [len(chunk) for chunk in chunks] == expected
         np.testing.assert_allclose(np.concatenate(chunks), toy_logits(ids), atol=ATOL)
