@@ -17,7 +17,7 @@ from gemma_edge.bundle.manifest import Manifest
 from gemma_edge.evaluate.model import Model
 from gemma_edge.logits import Logits
 from gemma_edge.model import layerwise as reference
-from gemma_edge.model.checkpoint import Checkpoint, weight_shapes
+from gemma_edge.model.checkpoint import Weights, weight_shapes
 from gemma_edge.model.kv_cache import RingCache
 from gemma_edge.progress import Progress
 from gemma_edge.quantize.calibration.layerwise import stream_error
@@ -53,8 +53,8 @@ class CheckpointModel:
     def _bytes(self, name: str, shape: tuple[int, int]) -> int:
         rows, columns = shape
         weights = self.weights
-        config = None if isinstance(weights, Checkpoint) else weights.configs[name]
-        if config is None or isinstance(weights, Checkpoint):
+        config = weights.configs[name]
+        if config is None:
             return rows * columns * weights.dtype(name).itemsize
         groups = columns // config.group_size if config.group_size else 1
         return rows * columns * config.bits // 8 + rows * groups * weights.scale_dtype(name).itemsize
@@ -115,7 +115,7 @@ class CheckpointModel:
 class CheckpointRuntime(BaseRuntime):
     """A folder behind the interface of the bundles: 4 bytes of memory per parameter."""
 
-    def __init__(self, weights: Checkpoint | QuantizedCheckpoint) -> None:
+    def __init__(self, weights: Weights) -> None:
         config = weights.config
         context = config.max_position_embeddings
         cache = CacheGeometry(context, CHUNK, config.num_key_value_heads, config.head_dim, "float32", ())
@@ -134,7 +134,7 @@ class CheckpointRuntime(BaseRuntime):
         """Nothing to do: at position 0 no slot of the ring is read before it is written."""
 
 
-def _manifest(weights: Checkpoint | QuantizedCheckpoint) -> Manifest:
+def _manifest(weights: Weights) -> Manifest:
     """As much of a manifest as a runtime reads."""
     return Manifest(
         model={"name": weights.folder.name},

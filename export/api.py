@@ -26,9 +26,10 @@ from gemma_edge.export.options import ExportOptions
 from gemma_edge.export.targets import GIB, TARGETS, Target
 from gemma_edge.logits import scored_at_once
 from gemma_edge.model import hub
-from gemma_edge.model.checkpoint import Checkpoint
+from gemma_edge.model.checkpoint import Weights
 from gemma_edge.progress import Progress, Stage, no_progress, stage
 from gemma_edge.quantize.api import (
+    Quantization,
     calibration_tokens,
     choose_calibration,
     choose_recipe,
@@ -58,7 +59,7 @@ class Opened:
     """A model that is ready to be exported: checked, nothing written yet."""
 
     name: str
-    source: Checkpoint | QuantizedCheckpoint
+    source: Weights
     recipe: Recipe
     target: Target
     plans: dict[str, planning.Plan]  # by backend; one context
@@ -93,7 +94,7 @@ def open_model(options: ExportOptions, progress: Progress = no_progress, *, plan
     source = open_weights(folder, lora=options.lora)
     recipe, choice = choose_recipe(options.quantization, source, onnx_weights, progress)
     recipe = named_by_content(source, recipe)
-    calibrated = source.kv_scales is not None if isinstance(source, QuantizedCheckpoint) else recipe.calibrated
+    calibrated = source.kv_scales is not None if source.is_quantized else recipe.calibrated
     way_out = way_to_kv_scales(options.quantization, source, recipe)
     kv_dtypes = {
         backend: planning.choose_kv_dtype(options.kv_bits, target, backend, calibrated=calibrated, way_out=way_out)
@@ -146,7 +147,7 @@ def _gate_pythons(backends: Iterable[str], other: Path | None) -> dict[str, str]
 
 def _plan(
     options: ExportOptions,
-    source: Checkpoint | QuantizedCheckpoint,
+    source: Weights,
     recipe: Recipe,
     target: Target,
     kv_dtypes: Mapping[str, str],
@@ -203,7 +204,7 @@ def export(options: ExportOptions, progress: Progress = no_progress, opened: Ope
         _check_disk(work, opened)  # here, because what a killed export left is gone now
         bundle, checkpoint = work / "bundle", work / "checkpoint"
         quantized, learnt = make_checkpoint(
-            options.quantization, source, opened.recipe, opened.calibration, checkpoint, progress, stages
+            Quantization(options.quantization, source, opened.recipe, opened.calibration), checkpoint, progress, stages
         )
         manifest = _lower_and_verify(options, opened, quantized, learnt, bundle, progress, stages)
         small = [name for name in _failures(manifest) if opened.plans[name].kv_dtype != "float32"]
@@ -242,7 +243,7 @@ def _check_checkpoint_place(kept: Path | None, out: Path) -> None:
         raise InputError(f"cannot write in {parent}; pass another folder to --save-checkpoint")
 
 
-def _choose_gate(source: Checkpoint | QuantizedCheckpoint, context: int, level: str) -> gate.Gate | None:
+def _choose_gate(source: Weights, context: int, level: str) -> gate.Gate | None:
     """The gate's tokens; a tokenizer that cannot be used shows here, also when nothing is verified."""
     tokenizer = source.folder / TOKENIZER_FILE
     if level == "none":
@@ -339,7 +340,7 @@ def _check_disk(work: Path, opened: Opened) -> None:
     """Refuse what will not fit: the export in its folder, the calibration in its cache, and both where they share a disk."""
     out = next(parent for parent in work.absolute().parents if parent.exists())
     needs = [(out, planning.disk_bytes(opened.plans.values()), "pass -o on another disk")]
-    if opened.calibration is not None and isinstance(opened.source, Checkpoint):
+    if opened.calibration is not None:
         kept = cache.calibration_folder(layerwise.key_of(opened.source, opened.recipe, opened.calibration))
         need = layerwise.missing_bytes(kept, opened.source.config, opened.recipe, opened.calibration)
         if need:

@@ -20,10 +20,10 @@ from gemma_edge.export.onnx.weights import resident_bytes, weights_bytes
 from gemma_edge.export.targets import DEFAULT_CHUNK, GIB, Target
 from gemma_edge.export.tflite.packing import LITERT, TFLITE_RUNTIME
 from gemma_edge.export.tflite.seams import PREFILL, signatures
-from gemma_edge.model.checkpoint import SLICE_BYTES, Checkpoint, linear_shapes, weight_shapes
+from gemma_edge.model.checkpoint import SLICE_BYTES, Weights, linear_shapes, weight_shapes
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.model.kv_cache import slots_needed, windows
-from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint, final_configs
+from gemma_edge.quantize.checkpoint.store import final_configs
 from gemma_edge.quantize.recipe import QuantConfig, Recipe
 
 MIB = 1 << 20
@@ -85,7 +85,7 @@ def geometry(
 
 
 def make_plan(
-    source: Checkpoint | QuantizedCheckpoint,
+    source: Weights,
     recipe: Recipe,
     target: Target,
     backend: str,
@@ -129,7 +129,7 @@ def make_plan(
 
 
 def _sizes(
-    source: Checkpoint | QuantizedCheckpoint,
+    source: Weights,
     configs: dict[str, QuantConfig | None],
     recipe: Recipe,
     backend: str,
@@ -188,7 +188,7 @@ def _check_range(flag: str, value: int, low: int, high: int) -> None:
 
 
 def _predict(
-    source: Checkpoint | QuantizedCheckpoint,
+    source: Weights,
     recipe: Recipe,
     target: Target,
     backend: str,
@@ -263,7 +263,7 @@ def _gate_disk(config: Gemma2Config, context: int, verify: str) -> int:
     return 4 * config.vocab_size * level.saved_logits(context) if level else 0
 
 
-def _too_large(plan: Plan, source: Checkpoint | QuantizedCheckpoint, sizes: Sizes, target: Target) -> str:
+def _too_large(plan: Plan, source: Weights, sizes: Sizes, target: Target) -> str:
     need = f"needs {plan.device_ram_bytes / GIB:.2f} GiB of RAM at context {plan.context}"
     limit = f"target {target.name} has {target.ram_bytes / GIB:.2f} GiB for the app"
     head = f"{source.folder.name} as {plan.recipe} {need}; {limit}"

@@ -15,13 +15,14 @@ from gemma_edge.errors import InputError
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.model.gemma2 import DecoderLayer, Gemma2
 from gemma_edge.model.lora import Lora
+from gemma_edge.model.quantized import QuantConfig, QuantizedTensor
 from gemma_edge.model.safetensors_reader import SafetensorsFile
 
 TABLE, HEAD = "model.embed_tokens", "lm_head.weight"
 FINAL_NORM = "model.norm.weight"
 NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-SLICE_BYTES = 4 << 20  # float32 of a weight that are looked at together: what stays in the cores' caches
+SLICE_BYTES = 4 << 20  # float32 bytes of a weight that are computed at once, so that they stay in the CPU caches
 
 
 def linear_shapes(config: Gemma2Config, layer: int) -> dict[str, tuple[int, int]]:
@@ -90,31 +91,62 @@ class Shards:
         Raises:
             InputError: missing, another shape, or no float.
         """
-        found, dtype = self.header(name)
-        if found != shape:
+        stored, dtype = self.header(name)
+        if stored != shape:
             raise InputError(
-                f"{self._file_of[name].path}: {name} has shape {list(found)}, config.json asks for {list(shape)}"
+                f"{self._file_of[name].path}: {name} has shape {list(stored)}, config.json asks for {list(shape)}"
             )
         if dtype not in FLOATS:
             raise InputError(f"{self._file_of[name].path}: {name} is {dtype}; supported: {', '.join(FLOATS)}")
 
 
 class Weights(ABC):
-    """A model's matrices and norms as float32, read piece by piece. Also quantized weights are `Weights`: dequantized."""
+    """A model's matrices and norms, read piece by piece as float32. A matrix may be stored as integers: it is dequantized, and
+    the integers themselves can be read too.
+
+    `weight` is everywhere a matrix's name without `.weight`.
+    """
+
+    is_quantized = False  # whether the folder is a quantized checkpoint
+    configs: dict[str, QuantConfig | None]  # the integers of every matrix; None: it is float
+    kv_scales: dict[int, tuple[Tensor, Tensor]] | None = (
+        None  # by layer: scales of an int8 cache's K and V, (K, D) each
+    )
 
     def __init__(self, folder: Path, config: Gemma2Config) -> None:
         self.folder, self.config = folder, config
+        self.configs = dict.fromkeys(weight_shapes(config))
+
+    @abstractmethod
+    def files(self) -> list[Path]:
+        """Every file that the weights are read from."""
+
+    @abstractmethod
+    def dtype(self, weight: str) -> torch.dtype:
+        """The type in which a float matrix is stored."""
 
     @abstractmethod
     def rows(self, weight: str, start: int, stop: int) -> Tensor:
-        """Rows of a matrix as float32, in memory of their own; `weight` is its name without `.weight`."""
+        """Rows of a matrix as float32, in memory of their own."""
 
     @abstractmethod
     def vector(self, name: str) -> Tensor:
         """A norm's weight as float32."""
 
+    def plain_rows(self, weight: str, start: int, stop: int) -> Tensor:
+        """Rows of a matrix as float32, from its float copy where it is also stored as integers, as the tied table is."""
+        return self.rows(weight, start, stop)
+
+    def quantized(self, weight: str, start: int, stop: int) -> QuantizedTensor:
+        """Rows of a matrix that is stored as integers (see `configs`), as they are stored."""
+        raise RuntimeError(f"{weight} is float")
+
+    def scale_dtype(self, weight: str) -> torch.dtype:
+        """The type in which the scales of a matrix's integers are stored."""
+        raise RuntimeError(f"{weight} is float")
+
     def matrix(self, weight: str) -> Tensor:
-        """A whole matrix as float32, read in slices: what is made on the way stays small, and in the cores' caches."""
+        """A whole matrix as float32. It is read in slices, so that intermediate tensors stay small, and in the CPU caches."""
         shape = weight_shapes(self.config)[weight]
         out = torch.empty(shape)
         for start, stop in row_slices(shape):
@@ -176,7 +208,7 @@ class Checkpoint(Weights):
         return cls(folder, config, shards, adapter, lora)
 
     def files(self) -> list[Path]:
-        """Everything that the weights are read from."""
+        """Every file that the weights are read from, those of the LoRA included."""
         return [*self._shards.files(), *(sorted(self._lora_folder.iterdir()) if self._lora_folder else [])]
 
     def dtype(self, weight: str) -> torch.dtype:
@@ -202,7 +234,7 @@ class Checkpoint(Weights):
 
 
 def expect_tied(shards: Shards, shape: tuple[int, int]) -> None:
-    """A head that is stored must be the table: transformers unties them when they differ, whatever config.json says."""
+    """Refuse a stored head that differs from the table: transformers then unties them, whatever config.json says."""
     if "lm_head.weight_packed" in shards:
         raise InputError(
             f"{shards.folder} holds lm_head.weight_packed, a head of its own; only a tied head is supported"
@@ -217,7 +249,7 @@ def expect_tied(shards: Shards, shape: tuple[int, int]) -> None:
 
 def finite(values: Tensor, name: str, folder: Path) -> Tensor:
     """The values, unless one of them is NaN or infinite (InputError)."""
-    # a sum with NaN or infinity in it is never finite, and it costs a twentieth of looking at each value
+    # a sum over NaN or infinity is never finite, and it costs a twentieth of checking each value
     if not math.isfinite(values.sum().item()) and not values.isfinite().all():
         raise InputError(f"{folder}: tensor {name} holds NaN or infinite values; the checkpoint is damaged")
     return values

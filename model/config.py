@@ -12,7 +12,7 @@ from gemma_edge.errors import InputError
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 
-# Keys of config.json that change the numbers, with the only value that this decoder computes.
+# ONLY_VALUE: keys of config.json that change the numbers, and the values that this decoder computes. Messages name the first.
 ONLY_VALUE: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
     "hidden_activation": ("gelu_pytorch_tanh", None),
@@ -43,7 +43,7 @@ REQUIRED = (
 
 @dataclass(frozen=True)
 class Gemma2Config:
-    """What the checkpoint decides. Defaults only where HF's Gemma2Config has the same ones."""
+    """What the checkpoint decides. Only fields with a default in HF's Gemma2Config have one, the same."""
 
     vocab_size: int
     hidden_size: int
@@ -54,7 +54,7 @@ class Gemma2Config:
     head_dim: int
     layer_types: tuple[str, ...]  # LOCAL or GLOBAL per layer
     query_pre_attn_scalar: float = 256.0  # attention scores are scaled by its -1/2 power, not by head_dim's
-    sliding_window: int = 4096  # keys a query of a local layer sees, itself included
+    sliding_window: int = 4096  # number of keys that a query of a local layer sees, its own included
     max_position_embeddings: int = 8192
     attn_logit_softcapping: float | None = 50.0
     final_logit_softcapping: float | None = 30.0
@@ -129,16 +129,20 @@ def _alternating(layers: int) -> list[str]:
     return [LOCAL if i % 2 == 0 else GLOBAL for i in range(layers)]
 
 
-def read_json(path: Path, way_out: str = "pass a Hugging Face model folder") -> dict[str, Any]:
+def read_json(path: Path, hint: str = "pass a Hugging Face model folder") -> dict[str, Any]:
     """The object in a JSON file of a folder that the user gave.
 
+    Args:
+        path: the file.
+        hint: what the error says to do when there is no such file.
+
     Raises:
-        InputError: no such file (with the way out), or not a JSON object.
+        InputError: no such file, or not a JSON object.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path.parent} has no {path.name}; {way_out}") from None
+        raise InputError(f"{path.parent} has no {path.name}", hint=hint) from None
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(data, dict):
@@ -165,7 +169,7 @@ def _refuse_unsupported(path: Path, raw: Mapping[str, Any]) -> None:
 
 
 def _rope_theta(path: Path, raw: Mapping[str, Any]) -> float:
-    """Inside `rope_parameters` (transformers 5), else at top level (transformers 4)."""
+    """Its value in `rope_parameters` (transformers 5), else at top level (transformers 4)."""
     parameters = raw.get("rope_parameters") or {}
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind != "default":
@@ -174,10 +178,10 @@ def _rope_theta(path: Path, raw: Mapping[str, Any]) -> float:
 
 
 def _eos(folder: Path, raw: Mapping[str, Any]) -> tuple[int, ...]:
-    """Stop ids: generation_config.json's when there, as HF's `generate` takes them."""
+    """Stop ids: those of generation_config.json if there are any, as in HF's `generate`."""
     generation = folder / "generation_config.json"
-    found = read_json(generation).get("eos_token_id") if generation.is_file() else None
-    value = next((v for v in (found, raw.get("eos_token_id")) if v is not None), 1)
+    preferred = read_json(generation).get("eos_token_id") if generation.is_file() else None
+    value = next((v for v in (preferred, raw.get("eos_token_id")) if v is not None), 1)
     return tuple(value) if isinstance(value, list) else (int(value),)
 
 

@@ -1,7 +1,7 @@
 """The Gemma 2 decoder, in the order of the paper. Source: Gemma 2 report (arXiv 2408.00118); HF modeling_gemma2.py.
 
-Three seams that a backend may replace, and nothing else: `Linear`, `Embedding` and `KVCache.attend`. Module and parameter names
-are Hugging Face's, so that a checkpoint's tensor names are the model's.
+A backend may replace three seams, and nothing else: `Linear`, `Embedding` and `KVCache.attend`. Module and parameter names are
+Hugging Face's, so that a checkpoint's tensor names are also the model's.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Linear(nn.Module):
 
 
 class TiedTable(Protocol):
-    """What the decoder asks of an embedding seam."""
+    """What the decoder needs from an embedding."""
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """(B, T) int64 -> (B, T, hidden)."""
@@ -44,7 +44,7 @@ class TiedTable(Protocol):
 
 
 class Embedding(nn.Module):
-    """The table that turns tokens into vectors, and, being tied, vectors into logits."""
+    """The tied table: it turns tokens into vectors, and vectors into logits."""
 
     def __init__(self, name: str, vocab_size: int, hidden_size: int) -> None:
         super().__init__()
@@ -62,14 +62,14 @@ class Embedding(nn.Module):
 
 @dataclass(frozen=True)
 class Layers:
-    """How the two weight seams are built: by the name of the weight in the checkpoint, without `.weight`."""
+    """Builds the two weight seams from the name of the weight in the checkpoint, without `.weight`."""
 
     linear: Callable[[str, int, int], nn.Module] = Linear
     embedding: Callable[[str, int, int], TiedTable] = Embedding
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * (1 + w): Gemma stores the weight as its distance from one."""
+    """x / rms(x) * (1 + w), because Gemma stores a norm's weight minus one."""
 
     def __init__(self, hidden_size: int, eps: float) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, hidden) -> same."""
+        """(B, T, hidden) -> (B, T, hidden)."""
         return F.rms_norm(x, (x.shape[-1],), 1.0 + self.weight, self.eps)
 
 
@@ -96,7 +96,7 @@ class Attention(nn.Module):
         self.o_proj = layers.linear(f"{name}.o_proj", q_size, hidden)
 
     def forward(self, x: Tensor, cache: KVCache, rope: Rope, input_pos: Tensor) -> Tensor:
-        """(B, T, hidden) -> same."""
+        """(B, T, hidden) -> (B, T, hidden)."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         out: Tensor = self.o_proj(cache.attend(self.layer, q, k, v, rope, input_pos))
         return out
@@ -113,7 +113,7 @@ class MLP(nn.Module):
         self.down_proj = layers.linear(f"{name}.down_proj", ffn, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, hidden) -> same."""
+        """(B, T, hidden) -> (B, T, hidden)."""
         out: Tensor = self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
         return out
 
@@ -133,7 +133,7 @@ class DecoderLayer(nn.Module):
         self.post_feedforward_layernorm = RMSNorm(hidden, eps)
 
     def forward(self, x: Tensor, cache: KVCache, rope: Rope, input_pos: Tensor) -> Tensor:
-        """(B, T, hidden) -> same."""
+        """(B, T, hidden) -> (B, T, hidden)."""
         x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), cache, rope, input_pos))
         x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
         return x
@@ -184,13 +184,13 @@ def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
 
 
 def inverse_frequencies(config: Gemma2Config) -> Tensor:
-    """(D/2,) float32; always on the CPU, also when the model is built on `meta`."""
+    """Inverse frequencies (D/2,) float32, always on the CPU, even when the model is built on `meta`."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
     return 1.0 / config.rope_theta**exponents
 
 
 def rotary_angles(inv_freq: Tensor, input_pos: Tensor, tokens: int) -> Rope:
-    """Angles of `tokens` positions from `input_pos` (1,) on, computed and not looked up: there is no last position."""
+    """Rotary angles of `tokens` positions from `input_pos` (1,) on. They are computed, not looked up: no position is the last."""
     positions = (input_pos + torch.arange(tokens)).to(torch.float32)  # (T,)
     angles = positions[:, None] * inv_freq[None, :]  # (T, D/2)
     return Rope(angles.cos(), angles.sin())

@@ -10,7 +10,7 @@ from pathlib import Path
 from gemma_edge.errors import InputError
 
 DEFAULT_MODEL = "google/gemma-2-2b-it"
-# what goes wherever a model's weights go: tokenizer, chat template, stop ids
+# COMPANIONS: files that are copied with a model's weights: tokenizer, chat template, stop ids
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer.model",
@@ -21,7 +21,7 @@ COMPANIONS = (
     "generation_config.json",
 )
 FILES = ["*.json", "*.safetensors", *COMPANIONS]
-WAY_OUT = "download the model yourself and pass its folder: gemma-export FOLDER"
+HINT = "download the model yourself and pass its folder: gemma-export FOLDER"
 
 
 def copy_companions(folder: Path, out: Path) -> None:
@@ -41,9 +41,8 @@ def companions(folder: Path) -> dict[str, Path]:
         InputError: a link leads elsewhere or nowhere, or something is no regular file.
     """
     base = Path(os.path.realpath(folder))
-    repository = (
-        base.parent.parent
-    )  # of a snapshot: models--OWNER--NAME/snapshots/COMMIT, whose files are links into blobs/
+    # a snapshot is models--OWNER--NAME/snapshots/COMMIT, and its files are links into blobs/
+    repository = base.parent.parent
     is_snapshot = base.parent.name == "snapshots" and repository.name.startswith("models--")
     found = {}
     for name in COMPANIONS:
@@ -66,7 +65,8 @@ def resolve(model: str) -> Path:
     """The folder of a model given as a folder or a hub id.
 
     Raises:
-        InputError: no such folder, and the hub cannot give it: not installed, offline, no such model, licence not accepted.
+        InputError: no such folder, and the hub cannot provide the model: huggingface_hub is not installed, there is no
+            network, there is no such model, or its licence is not accepted.
     """
     if Path(model).is_dir():
         return Path(model)
@@ -77,13 +77,11 @@ def resolve(model: str) -> Path:
         from huggingface_hub import errors
         from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the client it speaks through
     except ImportError:
-        raise InputError(
-            f"{model} is no folder here; to fetch it: pip install 'gemma-edge[hub]', or {WAY_OUT}"
-        ) from None
+        raise InputError(f"{model} is no folder here; to fetch it: pip install 'gemma-edge[hub]', or {HINT}") from None
     try:
-        found = Path(huggingface_hub.snapshot_download(model, allow_patterns=FILES, local_files_only=True))
-        if any(found.glob("*.safetensors")):  # a tokenizer alone may have been fetched
-            return found
+        folder = Path(huggingface_hub.snapshot_download(model, allow_patterns=FILES, local_files_only=True))
+        if any(folder.glob("*.safetensors")):  # the cache may hold the tokenizer alone
+            return folder
     except errors.HFValidationError:
         raise InputError(f"{model} is neither a folder nor a Hugging Face model id like {DEFAULT_MODEL}") from None
     except errors.LocalEntryNotFoundError:
@@ -94,7 +92,7 @@ def resolve(model: str) -> Path:
         page = f"the page of {model} on Hugging Face"
         raise InputError(f"{model}: its licence is not accepted; accept it on {page} and run `hf auth login`") from None
     except errors.RepositoryNotFoundError:
-        raise InputError(f"{model} is no folder here and no model on Hugging Face; {WAY_OUT}") from None
+        raise InputError(f"{model} is no folder here and no model on Hugging Face; {HINT}") from None
     except (
         errors.HfHubHTTPError,
         errors.LocalEntryNotFoundError,
@@ -103,4 +101,4 @@ def resolve(model: str) -> Path:
         OSError,
     ) as error:
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        raise InputError(f"cannot fetch {model} ({reason}); {WAY_OUT}") from None
+        raise InputError(f"cannot fetch {model} ({reason}); {HINT}") from None

@@ -37,17 +37,17 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
 
 
 def rotate_halves(a: Tensor, b: Tensor, rope: Rope) -> Tensor:
-    """The same of the two halves (B, heads, T, D/2): (B, heads, T, D)."""
+    """Rotary embedding of the two halves, each (B, heads, T, D/2): (B, heads, T, D)."""
     return torch.cat([a * rope.cos - b * rope.sin, b * rope.cos + a * rope.sin], dim=-1)
 
 
 def slots_needed(window: int, chunk: int) -> int:
-    """Rows a ring needs for a window written in chunks of at most `chunk` tokens."""
+    """Slots that a ring needs for a window written in chunks of at most `chunk` tokens."""
     return window + chunk - 1
 
 
 def windows(config: Gemma2Config, context: int) -> list[int]:
-    """Keys that a query of each layer may see: the context in a global layer, no more than the sliding window in a local one."""
+    """Keys that a query of each layer sees: the context in a global layer, at most the sliding window in a local one."""
     local = min(config.sliding_window, context)
     return [local if config.is_local(layer) else context for layer in range(config.num_hidden_layers)]
 
@@ -78,10 +78,10 @@ class RingCache(nn.Module):
         """Allocate the rings.
 
         Args:
-            config: the model's.
+            config: the model's configuration.
             context: window of the global layers, in tokens; local layers take the smaller of it and their own.
-            chunk: most tokens in one call of `attend`.
-            layers: the layers to hold, None for all: a model run layer by layer needs one ring at a time.
+            chunk: largest number of tokens in one call of `attend`.
+            layers: the layers that get a ring, None for all: a model run layer by layer needs one ring at a time.
         """
         super().__init__()
         if context < 1 or chunk < 1:
@@ -94,7 +94,7 @@ class RingCache(nn.Module):
             self.register_buffer(f"v_{i}", torch.zeros(shape), persistent=False)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope, input_pos: Tensor) -> Tensor:
-        """See `KVCache.attend`; B must be 1 and T at most the chunk that the ring was made for."""
+        """See `KVCache.attend`. B must be 1, and T at most the chunk that the ring was made for."""
         c, tokens = self.config, q.shape[1]
         keys, values = self.get_buffer(f"k_{layer}"), self.get_buffer(f"v_{layer}")  # (1, K, R, D)
         slots = keys.shape[2]
@@ -106,7 +106,9 @@ class RingCache(nn.Module):
         positions = input_pos + torch.arange(tokens)  # (T,)
         keys.index_copy_(2, positions % slots, k)
         values.index_copy_(2, positions % slots, v)
-        used = min(slots, int(positions[-1]) + 1)  # U: until the ring is full, the slots behind hold nothing yet
+        used = min(
+            slots, int(positions[-1]) + 1
+        )  # U: the slots in use; until the ring is full, the slots behind them are empty
         mask = visible(positions, slots, self.windows[layer])[:, :used]  # (T, U)
         out = soft_capped_attention(q, keys[:, :, :used], values[:, :, :used], mask, c)  # (1, H, T, D)
         return out.transpose(1, 2).flatten(2)  # (1, T, H*D)
@@ -123,9 +125,9 @@ def visible(positions: Tensor, slots: int, window: int) -> Tensor:
     """
     last = positions[-1]
     slot = torch.arange(slots)
-    held = last - (last - slot) % slots  # (slots,) the newest position p <= last with p % slots == slot
-    age = positions[:, None] - held[None, :]  # (T, slots)
-    return (held >= 0) & (age >= 0) & (age < window)
+    newest = last - (last - slot) % slots  # (slots,) the newest position p <= last with p % slots == slot
+    age = positions[:, None] - newest[None, :]  # (T, slots)
+    return (newest >= 0) & (age >= 0) & (age < window)
 
 
 def soft_capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, config: Gemma2Config) -> Tensor:

@@ -1,4 +1,4 @@
-"""The original model as judge, layer by layer: one block of float32 weights in memory at a time, whatever the model's size."""
+"""A model run layer by layer: one block of float32 weights is in memory at a time, whatever the model's size."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gemma_edge.files import replacing
 from gemma_edge.model.checkpoint import FINAL_NORM, TABLE, Weights
 from gemma_edge.model.gemma2 import inverse_frequencies, rotary_angles, soft_cap
 from gemma_edge.model.kv_cache import RingCache
 
-CHUNK = 512  # tokens a block is applied to at once
+CHUNK = 512  # tokens to which a block is applied at once
 HEAD_ROWS = 1024  # rows of the table that are multiplied at once: 9 MB of the 2B model
-HEAD_POSITIONS = 192  # positions whose logits are in memory at once: 200 MB with 256,000 tokens
+HEAD_POSITIONS = 192  # positions whose logits are in memory at once: 200 MB with a vocabulary of 256,000
 
 
 @torch.no_grad()
 def blocks(weights: Weights, sequences: Sequence[Tensor], context: int) -> Iterator[list[Tensor]]:
-    """Run sequences through the model, and yield after each block what it gave.
+    """Run sequences through the model, and yield the output of each block.
 
     Args:
-        weights: the model, or its dequantized integers.
-        sequences: (T,) int64 each; all of them pass a block while its weights are there.
+        weights: the model's weights; integers are dequantized.
+        sequences: (T,) int64 each; all of them pass a block while its weights are in memory.
         context: window of the global layers, as in the bundle.
 
     Yields:
-        (T, hidden) float32 per sequence: the memory that the next block writes to.
+        (T, hidden) float32 per sequence; the next block overwrites them.
     """
     config = weights.config
     states = [_embed(weights, ids) for ids in sequences]
@@ -80,20 +81,19 @@ def hidden_states(
 
 @torch.no_grad()
 def logits(weights: Weights, hidden: Tensor) -> Tensor:
-    """(T, hidden) -> soft-capped logits (T, V) float32; the table is read in slices."""
+    """Soft-capped logits (T, V) float32 of (T, hidden); the table is read in slices."""
     config = weights.config
     out = torch.empty(len(hidden), config.vocab_size)
     for start in range(0, config.vocab_size, HEAD_ROWS):
         stop = min(start + HEAD_ROWS, config.vocab_size)
         part = hidden @ weights.rows(TABLE, start, stop).T  # (T, <= HEAD_ROWS)
-        out[:, start:stop] = soft_cap(
-            part, config.final_logit_softcapping
-        )  # here: of `out` it would take two more such
+        # the softcap is applied to each part: on the whole of `out` it would need two more tensors of its size
+        out[:, start:stop] = soft_cap(part, config.final_logit_softcapping)
     return out
 
 
 def write_logits(weights: Weights, hidden: Tensor, path: Path) -> None:
-    """Logits of (T, hidden) into a file, (T, V) float32, a few positions in memory at a time."""
-    with path.open("wb") as file:
+    """Write the logits of (T, hidden) to a file, (T, V) float32, with few positions in memory at a time."""
+    with replacing(path) as partial, partial.open("wb") as file:
         for start in range(0, len(hidden), HEAD_POSITIONS):
             file.write(logits(weights, hidden[start : start + HEAD_POSITIONS]).numpy().data)

@@ -17,7 +17,7 @@ from gemma_edge.errors import InputError
 from gemma_edge.model.config import read_json
 from gemma_edge.model.safetensors_reader import SafetensorsFile
 
-# Keys of adapter_config.json that change the merged weight, with the values that this file computes.
+# ONLY_VALUE: keys of adapter_config.json that change the merged weight, and the values that this file computes.
 ONLY_VALUE: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "use_dora": (False, None),
@@ -27,7 +27,7 @@ ONLY_VALUE: dict[str, tuple[Any, ...]] = {
     "lora_bias": (False, None),
     "trainable_token_indices": (None,),
     "target_parameters": (None, []),
-    # "pissa", "olora", "corda", "lora_ga" take their first halves out of the base weight: it is not the folder's any more
+    # "pissa", "olora", "corda" and "lora_ga" also change the base weight, which is then no longer the folder's
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva", "mica"),
     "alora_invocation_tokens": (None,),
     "use_qalora": (False, None),
@@ -77,9 +77,9 @@ class Lora:
                 raise InputError(f"{folder}: {weight} has only lora_{next(iter(side))}; the other half is missing")
             rank = side["A"].shape[0]
             if side["A"].shape != (rank, in_features) or side["B"].shape != (out_features, rank):
-                found = f"{list(side['B'].shape)} x {list(side['A'].shape)}"
+                shape = f"{list(side['B'].shape)} x {list(side['A'].shape)}"
                 raise InputError(
-                    f"{folder}: {weight} has a LoRA of {found}, the weight is {[out_features, in_features]}"
+                    f"{folder}: {weight} has a LoRA of {shape}, the weight is {[out_features, in_features]}"
                 )
             pairs[weight] = Pair(side["A"], side["B"], _scaling(config, weight, rank))
         if not pairs:
@@ -95,7 +95,7 @@ class Lora:
 
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "adapter_config.json"
-    config = read_json(path, "--lora takes a PEFT adapter folder")
+    config = read_json(path, "`lora` takes a PEFT adapter folder")
     for key, allowed in ONLY_VALUE.items():
         if key in config and config[key] not in allowed:
             raise InputError(f"{path}: {key} is {config[key]!r}; only plain LoRA is merged: merge it with PEFT first")
@@ -118,7 +118,7 @@ def _scaling(config: Mapping[str, Any], weight: str, rank: int) -> float:
 
 
 def _pattern(patterns: Mapping[str, float] | None, weight: str, default: float) -> float:
-    """PEFT's rule: the first key that matches the end of the module's name as a regular expression."""
+    """The value of the first key that matches the end of the module's name as a regular expression, as in PEFT."""
     for key, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({key})$", weight):
             return value

@@ -1,22 +1,36 @@
-"""The first half of an export: the recipe that was asked for, the text to look at, and the quantized checkpoint."""
+"""Quantization from options to a checkpoint: the recipe, the calibration text, the quantized checkpoint.
+
+`quantize` does all of it. An export calls the steps one by one, because it plans between them.
+"""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from gemma_edge.bundle.staging import Kind, refuse_existing, staged
 from gemma_edge.errors import InputError
-from gemma_edge.model.checkpoint import TABLE, Checkpoint, weight_shapes
-from gemma_edge.progress import Progress, Stage, stage
+from gemma_edge.model import hub
+from gemma_edge.model.checkpoint import TABLE, Weights, weight_shapes
+from gemma_edge.model.quantized import QuantConfig
+from gemma_edge.progress import Progress, Stage, no_progress, stage
 from gemma_edge.quantize.calibration import cache, layerwise
 from gemma_edge.quantize.calibration import text as calibration
 from gemma_edge.quantize.checkpoint.kv_scales import KVScales
-from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint, final_configs, write_quantized
+from gemma_edge.quantize.checkpoint.store import (
+    QuantizedCheckpoint,
+    final_configs,
+    is_quantized_folder,
+    named_by_content,
+    open_weights,
+)
+from gemma_edge.quantize.checkpoint.writer import write_quantized
 from gemma_edge.quantize.distillation.distill import Schedule
 from gemma_edge.quantize.distillation.recovery import recover
 from gemma_edge.quantize.mixed import choose as mixed
@@ -26,7 +40,6 @@ from gemma_edge.quantize.recipe import (
     DEFAULT_QUALITY,
     METHODS,
     QUALITIES,
-    QuantConfig,
     Recipe,
     default_method,
     make_recipe,
@@ -36,25 +49,83 @@ from gemma_edge.text.tokenizer import TOKENIZER_FILE, WAY_OUT
 logger = logging.getLogger(__name__)
 
 DEFAULT_BITS, DEFAULT_TABLE_BITS = 4, 8
-# what decides the integers of every weight, and what may not stand beside it
+# EXCLUSIVE: options that decide the integers of every weight, and the options that may not stand beside them
 EXCLUSIVE = {
-    "--recipe": ("--size", "--bpw", "--bits", "--group-size", "--table-bits", "--method"),
-    "--size": ("--bpw", "--bits", "--group-size", "--table-bits"),
-    "--bpw": ("--bits", "--group-size", "--table-bits"),
+    "recipe": ("size", "bpw", "bits", "group_size", "table_bits", "method"),
+    "size": ("bpw", "bits", "group_size", "table_bits"),
+    "bpw": ("bits", "group_size", "table_bits"),
 }
-SOURCE_BYTES = 2  # of a weight in the original, for the progress bar
+SOURCE_BYTES = 2  # bytes of a weight in the original, for the progress bar
+CHECKPOINT = Kind("checkpoint", "quantized checkpoint", is_quantized_folder)
+
+
+@dataclass(frozen=True)
+class QuantizedModel:
+    """A quantized checkpoint that was made."""
+
+    path: Path  # its folder, which `gemma_edge.export` takes as a model
+    recipe: Recipe
+    configs: Mapping[str, QuantConfig | None]  # by weight: its integers; None: it is float
+    stages: tuple[Stage, ...]  # what was done, with its time and memory
+    calibration: Mapping[
+        str, Any
+    ]  # tokens, texts, seed, errors by layer, and what distillation did; {}: no text was used
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """A quantization with all its choices made, and nothing written yet."""
+
+    options: QuantizeOptions
+    source: Weights
+    recipe: Recipe
+    calibration: layerwise.Calibration | None  # None: no weight's integers depend on text
+
+
+def quantize(
+    model: str | Path,
+    out: Path,
+    options: QuantizeOptions = QuantizeOptions(),  # noqa: B008, it is frozen
+    *,
+    lora: Path | None = None,
+    force: bool = False,
+    progress: Progress = no_progress,
+) -> QuantizedModel:
+    """Make a quantized checkpoint. It appears at `out` complete, or not at all.
+
+    Its integers are those of an export with the same options.
+
+    Args:
+        model: a Hugging Face folder or id.
+        out: the checkpoint's folder.
+        options: how the weights become integers.
+        lora: PEFT adapter folder to merge first.
+        force: replace a quantized checkpoint that is already at `out`.
+        progress: is told how far each stage is.
+
+    Raises:
+        InputError: the model or an option cannot be used, or `out` exists.
+    """
+    refuse_existing(out, force, CHECKPOINT)
+    source = open_weights(hub.resolve(str(model)), lora=lora)
+    if out.resolve() == source.folder.resolve():
+        raise InputError(f"{out} is the model itself", field="out", value=out, hint="pass another folder to `out`")
+    recipe, _ = choose_recipe(options, source, None, progress)
+    recipe = named_by_content(source, recipe)
+    work = Quantization(options, source, recipe, choose_calibration(options, source, recipe))
+    stages: list[Stage] = []
+    with staged(out, force=force, kind=CHECKPOINT) as folder:
+        quantized, learnt = make_checkpoint(work, folder / CHECKPOINT.folder, progress, stages)
+    return QuantizedModel(out, recipe, quantized.configs, tuple(stages), learnt)
 
 
 def choose_recipe(
-    options: QuantizeOptions,
-    source: Checkpoint | QuantizedCheckpoint,
-    sizes: mixed.FileSizes | None,
-    progress: Progress,
+    options: QuantizeOptions, source: Weights, sizes: mixed.FileSizes | None, progress: Progress
 ) -> tuple[Recipe, mixed.Mixed | None]:
-    """The recipe of the options, and what was weighed if they give a budget.
+    """The recipe that the options describe, and the choice behind it if they give a budget.
 
     Args:
-        sizes: of the file that `options.size` limits; None where there is none, and `size` is refused.
+        sizes: of the weights file that `options.size` limits; None: there is no such file, and `size` is refused.
 
     Raises:
         InputError: an option outside the allowed ones.
@@ -62,24 +133,25 @@ def choose_recipe(
     _refuse_exclusive(options)
     quality = options.quality
     if quality is not None and quality not in QUALITIES:
-        raise InputError(f"--quality {quality}; supported: {', '.join(QUALITIES)}")
+        raise InputError(field="quality", value=quality, allowed=QUALITIES)
     if options.has_budget:
-        choice = _within_budget(options, source, sizes, quality or DEFAULT_QUALITY, progress)
+        choice = _within_budget(options, source, sizes, progress)
         return choice.recipe, choice
     recipe = mixed.read_recipe(options.recipe, source) if options.recipe is not None else _made(options, source)
     _refuse_idle(options, source, recipe)
     return recipe, None
 
 
-def _made(options: QuantizeOptions, source: Checkpoint | QuantizedCheckpoint) -> Recipe:
+def _made(options: QuantizeOptions, source: Weights) -> Recipe:
+    """The recipe of bits, group size, method and quality."""
     bits = DEFAULT_BITS if options.bits is None else options.bits
     quality = options.quality
     if quality is None:
-        # nothing to calibrate on without a tokenizer, and nothing to calibrate beside integers that are there already
-        has_text, given = (source.folder / TOKENIZER_FILE).is_file(), isinstance(source, QuantizedCheckpoint)
-        quality = DEFAULT_QUALITY if has_text and not given else "fast"
-        if not has_text and not given and options.method is None and bits == DEFAULT_BITS:
-            logger.warning("%s has no tokenizer, so nothing to calibrate on: --quality fast", source.folder)
+        # without a tokenizer there is no text to calibrate on, and integers that are already there need none
+        has_text = (source.folder / TOKENIZER_FILE).is_file()
+        quality = DEFAULT_QUALITY if has_text and not source.is_quantized else "fast"
+        if not has_text and not source.is_quantized and options.method is None and bits == DEFAULT_BITS:
+            logger.warning("%s has no tokenizer, so nothing to calibrate on: quality fast", source.folder)
     return make_recipe(
         bits,
         group_size=options.group_size,
@@ -89,156 +161,168 @@ def _made(options: QuantizeOptions, source: Checkpoint | QuantizedCheckpoint) ->
     )
 
 
-def _refuse_idle(options: QuantizeOptions, source: Checkpoint | QuantizedCheckpoint, recipe: Recipe) -> None:
-    """Refuse what was asked for where nothing would heed it. `--quality fast` asks for no text, and may stand anywhere."""
+def _refuse_idle(options: QuantizeOptions, source: Weights, recipe: Recipe) -> None:
+    """Refuse options that would change nothing. The quality `fast` needs no text and is always allowed."""
     name, searched = source.folder.name, options.quality not in (None, "fast")
-    if isinstance(source, QuantizedCheckpoint):
-        rules = [recipe.rule_for(weight) for weight, config in source.configs.items() if config is None]
-        methods = {rule.method for rule in rules if rule.config is not None} - set(CALIBRATED)  # of what is float yet
-        asked = {
-            "--distill": bool(options.distill),
-            f"--quality {options.quality}": searched,
-            f"--method {options.method}": options.method is not None and options.method not in methods,
-        }
-        for what, idle in asked.items():
-            if idle:
-                raise InputError(
-                    f"{what} works on float weights, and {name} is quantized already, its integers stay as they are:"
-                    " leave it out, or pass the float original"
-                )
+    if source.is_quantized:
+        _refuse_float_only(options, source, recipe)
     linears = [config for weight, config in final_configs(source, recipe).items() if weight != TABLE]
     if options.distill and not any(linears):
         raise InputError(
-            f"--distill trains scales of quantized linears, and {name} becomes {recipe.name}: leave it out"
+            f"`distill` trains scales of quantized linears, and {name} becomes {recipe.name}: leave it out",
+            field="distill",
+            value=options.distill,
         )
     if searched and not recipe.calibrated:
         raise InputError(
-            f"--quality {options.quality} looks at text, and nothing does where {name} becomes {recipe.name} without data:"
-            f" leave it out{', or pass --method gptq' if any(linears) and options.recipe is None else ''}"
+            f"`quality` {options.quality} uses calibration text, and {name} becomes {recipe.name} without data:"
+            f" leave it out{', or pass `method` gptq' if any(linears) and options.recipe is None else ''}",
+            field="quality",
+            value=options.quality,
         )
 
 
-def way_to_kv_scales(options: QuantizeOptions, source: Checkpoint | QuantizedCheckpoint, recipe: Recipe) -> str:
-    """How to come by the scales of an int8 KV cache where there will be none, as the end of a sentence."""
-    if isinstance(source, QuantizedCheckpoint):
-        return f"{source.folder.name} is quantized already and holds none; pass the float original, or --kv-bits 32"
+def _refuse_float_only(options: QuantizeOptions, source: Weights, recipe: Recipe) -> None:
+    """Refuse options that need float weights, for a folder that is already quantized."""
+    rules = [recipe.rule_for(weight) for weight, config in source.configs.items() if config is None]
+    methods = {rule.method for rule in rules if rule.config is not None} - set(CALIBRATED)  # of weights still float
+    idle = {
+        "distill": bool(options.distill),
+        "quality": options.quality not in (None, "fast"),
+        "method": options.method is not None and options.method not in methods,
+    }
+    for field in (field for field, is_idle in idle.items() if is_idle):
+        value = getattr(options, field)
+        raise InputError(
+            f"`{field}`{'' if field == 'distill' else f' {value}'} works on float weights, and {source.folder.name} is"
+            " quantized already, its integers stay as they are: leave it out, or pass the float original",
+            field=field,
+            value=value,
+        )
+
+
+def way_to_kv_scales(options: QuantizeOptions, source: Weights, recipe: Recipe) -> str:
+    """How to get the scales of an int8 KV cache where there will be none, as the end of an InputError's sentence."""
+    if source.is_quantized:
+        return f"{source.folder.name} is quantized already and holds none; pass the float original, or `kv_bits` 32"
     if not any(recipe.rule_for(weight).config for weight in weight_shapes(source.config) if weight != TABLE):
-        return f"none are found where the weights become {recipe.name}; use --kv-bits 32"
-    return f"use {'a recipe with' if options.recipe is not None else '--method'} gptq, or --kv-bits 32"
+        return f"none are found where the weights become {recipe.name}; use `kv_bits` 32"
+    return f"use {'a recipe with' if options.recipe is not None else '`method`'} gptq, or `kv_bits` 32"
 
 
 def _within_budget(
-    options: QuantizeOptions,
-    source: Checkpoint | QuantizedCheckpoint,
-    sizes: mixed.FileSizes | None,
-    quality: str,
-    progress: Progress,
+    options: QuantizeOptions, source: Weights, sizes: mixed.FileSizes | None, progress: Progress
 ) -> mixed.Mixed:
     if options.method is not None and options.method not in METHODS:
-        raise InputError(f"--method {options.method}; supported: {', '.join(METHODS)}")
+        raise InputError(field="method", value=options.method, allowed=METHODS)
+    quality = options.quality or DEFAULT_QUALITY
 
     def methods(config: QuantConfig) -> str:
         return (options.method if config.bits == 4 else None) or default_method(config, quality)
 
-    return mixed.choose(
-        source, mixed.Budget(options.size, options.bpw), sizes, methods, options.calibration_text, progress
-    )
+    budget = mixed.Budget(options.size, options.bpw, sizes)
+    return mixed.choose(source, budget, methods, options.calibration_text, progress)
 
 
 def _refuse_exclusive(options: QuantizeOptions) -> None:
-    def given(flag: str) -> bool:
-        return getattr(options, flag.removeprefix("--").replace("-", "_")) is not None
+    for field, others in EXCLUSIVE.items():
+        beside = [f"`{other}`" for other in others if getattr(options, other) is not None]
+        if getattr(options, field) is not None and beside:
+            raise InputError(
+                f"`{field}` decides the integers of every weight: {', '.join(beside)} cannot stand beside it",
+                field=field,
+                value=getattr(options, field),
+            )
 
-    for flag, others in EXCLUSIVE.items():
-        beside = [other for other in others if given(other)]
-        if given(flag) and beside:
-            raise InputError(f"{flag} decides the integers of every weight: {', '.join(beside)} cannot stand beside it")
 
-
-def calibration_tokens(options: QuantizeOptions, source: Checkpoint | QuantizedCheckpoint, recipe: Recipe) -> int:
-    """How much text a rule asks to look at; 0: none does, or the folder is quantized already."""
-    if not recipe.calibrated or isinstance(source, QuantizedCheckpoint):
+def calibration_tokens(options: QuantizeOptions, source: Weights, recipe: Recipe) -> int:
+    """How many tokens of text the recipe's methods look at; 0: none of them does, or the folder is quantized already."""
+    if not recipe.calibrated or source.is_quantized:
         return 0
-    wanted = QUALITIES[options.quality or DEFAULT_QUALITY].tokens
-    return options.calibration_text.tokens or wanted or QUALITIES[DEFAULT_QUALITY].tokens
+    by_quality = QUALITIES[options.quality or DEFAULT_QUALITY].tokens
+    return options.calibration_text.tokens or by_quality or QUALITIES[DEFAULT_QUALITY].tokens
 
 
-def choose_calibration(
-    options: QuantizeOptions, source: Checkpoint | QuantizedCheckpoint, recipe: Recipe
-) -> layerwise.Calibration | None:
-    """The windows to look at, if there are any.
+def choose_calibration(options: QuantizeOptions, source: Weights, recipe: Recipe) -> layerwise.Calibration | None:
+    """The windows of text to calibrate on; None: nothing is calibrated.
 
     Raises:
         InputError: text that cannot be used, or that nothing would look at.
     """
     tokens = calibration_tokens(options, source, recipe)
-    weighed = options.has_budget
-    if options.calibration_text != CalibrationText() and not (tokens or weighed or options.distill):
-        given = isinstance(source, QuantizedCheckpoint)
+    if options.calibration_text != CalibrationText() and not (tokens or options.has_budget or options.distill):
+        given = source.is_quantized
         raise InputError(
-            f"nothing looks at calibration text here, where {source.folder.name}"
-            f" {'is quantized already' if given else f'becomes {recipe.name} without data'}: leave out --calibration,"
-            " --calibration-tokens, --calibration-chat and --seed, or"
-            f" {'pass the float original' if given else 'choose another --quality or --method'}"
+            f"nothing looks at calibration text here: {source.folder.name}"
+            f" {'is quantized already' if given else f'becomes {recipe.name} without data'}; leave out"
+            " `calibration_text`, `calibration_tokens`, `calibration_chat` and `seed`, or"
+            f" {'pass the float original' if given else 'choose another `quality` or `method`'}",
+            field="calibration_text",
+            value=options.calibration_text,
         )
-    if not tokens or isinstance(source, QuantizedCheckpoint):
+    if not tokens:
         return None
     quality = QUALITIES[options.quality or DEFAULT_QUALITY]
     return layerwise.Calibration(_windows(source, options.calibration_text, tokens), quality.rounds, quality.refit)
 
 
 def make_checkpoint(
-    options: QuantizeOptions,
-    source: Checkpoint | QuantizedCheckpoint,
-    recipe: Recipe,
-    seen: layerwise.Calibration | None,
-    out: Path,
-    progress: Progress,
-    stages: list[Stage],
+    work: Quantization, out: Path, progress: Progress, stages: list[Stage]
 ) -> tuple[QuantizedCheckpoint, dict[str, Any]]:
-    """Calibrate if there is something to look at, write the checkpoint, and distill if asked to.
+    """Calibrate if there is text to look at, write the checkpoint, and distill if the options say so.
 
     Returns:
         the checkpoint, and what the manifest says of its calibration.
     """
-    layers = None
+    source, layers = work.source, None
     kv_scales: KVScales | None = None
     learnt: dict[str, Any] = {}
-    if seen is not None and isinstance(source, Checkpoint):
-        folder = cache.calibration_folder(layerwise.key_of(source, recipe, seen))
+    if work.calibration is not None:
+        folder = cache.calibration_folder(layerwise.key_of(source, work.recipe, work.calibration))
         with (
             layerwise.only_here(folder),
             stage(stages, "calibrate"),
             progress("calibrate, layers", source.config.num_hidden_layers, False) as advance,
         ):
-            reports, kv_scales = layerwise.calibrate(source, recipe, seen, folder, advance)
+            reports, kv_scales = layerwise.calibrate(source, work.recipe, work.calibration, folder, advance)
         layers = partial(layerwise.layer_file, folder)
-        texts = [path.name for path in options.calibration_text.paths] or list(calibration.SHIPPED)
-        learnt = {"tokens": seen.windows.numel(), "text": texts, "seed": options.calibration_text.seed}
-        learnt["layers"] = [asdict(report) for report in reports]
+        learnt = _learnt(work.options.calibration_text, work.calibration, reports)
     with stage(stages, "quantize"), progress("quantize", SOURCE_BYTES * source.config.num_parameters, True) as advance:
         quantized = write_quantized(
-            source, recipe, out, lambda done: advance(SOURCE_BYTES * done), layers=layers, kv_scales=kv_scales
+            source, work.recipe, out, lambda done: advance(SOURCE_BYTES * done), layers=layers, kv_scales=kv_scales
         )
-    if options.distill and isinstance(source, Checkpoint):
-        windows, schedule = (
-            _windows(source, options.calibration_text, options.distill),
-            Schedule(seed=options.calibration_text.seed),
-        )
-        steps = schedule.epochs * max(1, len(windows) - schedule.held_out)
-        with stage(stages, "distill"), progress("distill, windows", steps, False) as advance:
-            learnt["distilled"] = asdict(recover(source, quantized, windows, schedule, advance))
+    if work.options.distill:
+        learnt["distilled"] = _distill(work, quantized, progress, stages)
         quantized = QuantizedCheckpoint.open(out)
     return quantized, learnt
 
 
-def _windows(source: Checkpoint, text: CalibrationText, tokens: int) -> Tensor:
-    config = source.config
-    wanted = replace(text, tokens=tokens)
-    found = calibration.windows(source.folder, config.bos_token_id, config.max_position_embeddings, wanted)
-    if found.max() >= config.vocab_size:
+def _learnt(text: CalibrationText, used: layerwise.Calibration, reports: list[layerwise.Report]) -> dict[str, Any]:
+    return {
+        "tokens": used.windows.numel(),
+        "text": [path.name for path in text.paths] or list(calibration.SHIPPED),
+        "seed": text.seed,
+        "layers": [asdict(report) for report in reports],
+    }
+
+
+def _distill(
+    work: Quantization, quantized: QuantizedCheckpoint, progress: Progress, stages: list[Stage]
+) -> dict[str, Any]:
+    options, source = work.options, work.source
+    schedule = Schedule(seed=options.calibration_text.seed)
+    windows = _windows(source, options.calibration_text, options.distill)
+    steps = schedule.epochs * max(1, len(windows) - schedule.held_out)
+    with stage(stages, "distill"), progress("distill, windows", steps, False) as advance:
+        return asdict(recover(source, quantized, windows, schedule, advance))
+
+
+def _windows(source: Weights, text: CalibrationText, tokens: int) -> Tensor:
+    config, text = source.config, replace(text, tokens=tokens)
+    windows = calibration.windows(source.folder, config.bos_token_id, config.max_position_embeddings, text)
+    if windows.max() >= config.vocab_size:
         raise InputError(
-            f"{source.folder / TOKENIZER_FILE} gives token id {found.max()}, the model has a vocabulary of"
+            f"{source.folder / TOKENIZER_FILE} gives token id {windows.max()}, the model has a vocabulary of"
             f" {config.vocab_size}; {WAY_OUT}"
         )
-    return found
+    return windows

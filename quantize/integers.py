@@ -1,37 +1,22 @@
-"""Float weights to symmetric integers by the rules that every backend takes: docs/quantization.md says why each is there.
+"""Float weights to symmetric integers by the rules that every backend keeps: docs/quantization.md says why each rule exists.
 
-No zero point; the scale is rounded to bfloat16 before the integers are fixed, and never zero; 4 bits -8..7, 8 bits -127..127.
+There is no zero point. The scale is rounded to bfloat16 before the integers are found, and is never zero. Integers lie in -8..7
+with 4 bits, and in -127..127 with 8 bits.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from gemma_edge.quantize.recipe import QuantConfig
+from gemma_edge.model.quantized import QuantConfig
+from gemma_edge.model.quantized import QuantizedTensor as QuantizedTensor
 
 RANGE = {4: (-8, 7), 8: (-127, 127)}
-# the smallest float16 above zero: a backend that stores scales as float16 keeps it, and weights that small count for nothing
+# MIN_SCALE: the smallest float16 above zero. A backend that stores scales as float16 keeps it; such small weights do not matter.
 MIN_SCALE = 2.0**-24
-# Scales tried by `mse`, as parts of the one that maps the largest weight to the largest code.
+# SHRINKS: scales tried by `mse`, as parts of the scale that maps the largest weight to the largest code.
 SHRINKS = (1.0, 0.94, 0.88, 0.82, 0.76)
-
-
-@dataclass(frozen=True)
-class QuantizedTensor:
-    """Rows of a weight as integers: w = code * scale."""
-
-    codes: Tensor  # (rows, in) int8
-    scale: Tensor  # (rows, in / group_size), or (rows, 1) per channel; bfloat16
-    config: QuantConfig
-
-    def dequantize(self) -> Tensor:
-        """(rows, in) float32."""
-        groups = self.codes.view(len(self.codes), self.scale.shape[1], -1).float()  # (rows, groups, G)
-        values: Tensor = groups * self.scale.float().unsqueeze(-1)
-        return values.flatten(1)
 
 
 def quantize(values: Tensor, config: QuantConfig, method: str) -> QuantizedTensor:
@@ -56,12 +41,12 @@ def round_to(values: Tensor, scale: Tensor, config: QuantConfig) -> QuantizedTen
 
 
 def round_scale(scale: Tensor) -> Tensor:
-    """What a scale can be: at least MIN_SCALE, a bfloat16 value (float32)."""
+    """The nearest value that a scale can have: a bfloat16 value, at least MIN_SCALE, as float32."""
     return scale.clamp_min(MIN_SCALE).to(torch.bfloat16).float()
 
 
 def to_codes(groups: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """The nearest codes of weights under scales that broadcast to them, as float32."""
+    """The nearest codes of weights, as float32; the scales broadcast to the weights."""
     low, high = RANGE[bits]
     return (groups / scale).round_().clamp_(low, high)
 
@@ -97,7 +82,7 @@ WEIGHTED_SHRINKS = tuple(1.0 - 0.03 * i for i in range(17))
 def searched_scale(groups: Tensor, bits: int, weights: Tensor) -> Tensor:
     """The scale of least weighted squared rounding error among WEIGHTED_SHRINKS, each refitted to its codes once.
 
-    As `mse_scale`, with the columns of a group counted by `weights`: with activations in them, clipping is safe.
+    As `mse_scale`, but each column of a group counts by its weight. The weights come from activations, which makes clipping safe.
 
     Args:
         groups: (..., G) float32.

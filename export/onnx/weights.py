@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from gemma_edge.errors import InputError
-from gemma_edge.model.checkpoint import TABLE, Checkpoint, norm_names, row_slices, weight_shapes
+from gemma_edge.model.checkpoint import TABLE, Weights, norm_names, row_slices, weight_shapes
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.quantize.checkpoint.kv_scales import KINDS, scale_name
 from gemma_edge.quantize.checkpoint.packing import pack_bytes
-from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint, narrow
+from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
+from gemma_edge.quantize.checkpoint.writer import narrow
 from gemma_edge.quantize.recipe import QuantConfig
 
 ALIGNMENT = 4096  # a page, so that every tensor can be mapped
@@ -113,9 +114,7 @@ def matrix_bytes(config: Gemma2Config, configs: Mapping[str, QuantConfig]) -> di
     return taken
 
 
-def float_dtypes(
-    source: Checkpoint | QuantizedCheckpoint, configs: Mapping[str, QuantConfig | None], float_bits: int
-) -> dict[str, torch.dtype]:
+def float_dtypes(source: Weights, configs: Mapping[str, QuantConfig | None], float_bits: int) -> dict[str, torch.dtype]:
     """How each unquantized matrix is stored: float32, or the checkpoint's own 16-bit type (bfloat16 for float32)."""
     names = [name for name, config in configs.items() if config is None]
     if float_bits == 32:
@@ -124,7 +123,7 @@ def float_dtypes(
 
 
 def weights_bytes(
-    source: Checkpoint | QuantizedCheckpoint,
+    source: Weights,
     configs: Mapping[str, QuantConfig | None],
     float_bits: int,
     *,
@@ -135,7 +134,7 @@ def weights_bytes(
 
 
 def resident_bytes(
-    source: Checkpoint | QuantizedCheckpoint,
+    source: Weights,
     configs: Mapping[str, QuantConfig | None],
     float_bits: int,
     *,
@@ -156,7 +155,7 @@ def resident_bytes(
 
 
 def blobs_of(
-    source: Checkpoint | QuantizedCheckpoint,
+    source: Weights,
     configs: Mapping[str, QuantConfig | None],
     float_bits: int,
     *,

@@ -1,7 +1,7 @@
 """Function-preserving channel scales that make a block easier to round (AWQ: Lin et al., arXiv 2306.00978).
 
-Only scales that fold exactly into what is there: pre-norm -> qkv, pre-norm -> gate and up, up -> down, v -> o. The post-norms
-allow no more, and nothing is left to compute at run time. Source of the norm's algebra: Gemma's RMSNorm multiplies by 1 + w.
+Only scales that fold exactly into existing weights are used: pre-norm -> qkv, pre-norm -> gate and up, up -> down, v -> o. The
+post-norms allow no others. Nothing is left to compute at run time. The norms' algebra: Gemma's RMSNorm multiplies by 1 + w.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from gemma_edge.quantize.calibration.gptq import Inputs, gptq, hscale, output_er
 from gemma_edge.quantize.integers import QuantizedTensor
 from gemma_edge.quantize.recipe import QuantConfig
 
-# s = rms(x)^a / rms(W column)^b. With a + b = 1 a scale that somebody else has put between the two is undone, whatever it was.
+# EXPONENTS: pairs (a, b) of the candidates s = rms(x)^a / rms(W column)^b. A pair with a + b = 1 undoes any scale that the model
+# has between the two.
 EXPONENTS = ((0.0, 1.0), (0.25, 0.75), (0.5, 0.5), (0.75, 0.25), (1.0, 0.0), (0.2, 0.0), (0.4, 0.0))
-SILENT = 1e-5  # times the mean channel
-SAMPLED_ROWS = 256  # of the consumers' outputs that a candidate is judged on
+SILENT = 1e-5  # part of the mean channel below which a channel counts as silent
+SAMPLED_ROWS = 256  # rows of each consumer that a candidate is judged on
 
 
 @dataclass(frozen=True)
 class Fold:
-    """One place where a scale can go: divided out of the producer, multiplied into the consumers' columns."""
+    """A place where a scale can be folded: the producer is divided by it, the consumers' columns are multiplied by it."""
 
     producer: str  # a norm, or a linear whose rows feed the consumers' columns
     consumers: tuple[str, ...]
@@ -34,7 +35,7 @@ class Fold:
 
 
 def expand(scale: Tensor, fold: Fold) -> Tensor:
-    """The scale of the producer's outputs (n,) as that of the consumers' columns (n * repeat,)."""
+    """The scale of the producer's outputs (n,), repeated for the consumers' columns: (n * repeat,)."""
     return scale.view(-1, 1, fold.head_dim).expand(-1, fold.repeat, -1).flatten()
 
 
@@ -58,13 +59,13 @@ def candidates(block: nn.Module, fold: Fold, hessian: Tensor) -> list[Tensor]:
     shape = (-1, fold.repeat, fold.head_dim)
     seen = hessian.diagonal().view(shape).mean(1).flatten().sqrt()  # (n,) rms of the activations
     column = weights.square().mean(0).view(shape).mean(1).flatten().sqrt()  # (n,)
-    # a channel that was silent may speak later: no scale for it, else its weights would vanish beside the others'
-    heard = (seen > SILENT * seen.mean()) & (column > SILENT * column.mean())
-    found = [torch.ones_like(seen)]
-    for a, b in EXPONENTS if heard.any() else ():
+    # a silent channel gets no scale: it may become active later, and its weights would vanish beside the others'
+    active = (seen > SILENT * seen.mean()) & (column > SILENT * column.mean())
+    scales = [torch.ones_like(seen)]
+    for a, b in EXPONENTS if active.any() else ():
         scale = seen**a / column**b
-        found.append(torch.where(heard, scale / scale[heard].log().mean().exp(), 1.0))
-    return found
+        scales.append(torch.where(active, scale / scale[active].log().mean().exp(), 1.0))
+    return scales
 
 
 def find_scale(block: nn.Module, fold: Fold, hessian: Tensor, configs: Sequence[QuantConfig]) -> Tensor:
@@ -72,10 +73,10 @@ def find_scale(block: nn.Module, fold: Fold, hessian: Tensor, configs: Sequence[
 
     Args:
         hessian: (in, in) second moment of the consumers' inputs.
-        configs: of each consumer.
+        configs: the integers of each consumer.
 
     Returns:
-        (n,): all ones where nothing helps.
+        (n,): all ones if no other candidate is better.
     """
     best, best_error = torch.empty(0), float("inf")
     for scale in candidates(block, fold, hessian):
@@ -86,9 +87,9 @@ def find_scale(block: nn.Module, fold: Fold, hessian: Tensor, configs: Sequence[
             weight = block.get_parameter(f"{name}.weight").data
             rows = weight[:: max(1, len(weight) // SAMPLED_ROWS)] * columns
             step = hscale(rows, inputs, config)
-            found = QuantizedTensor(gptq(rows, inputs, step, config), step.to(torch.bfloat16), config)
+            rounded = QuantizedTensor(gptq(rows, inputs, step, config), step.to(torch.bfloat16), config)
             share = len(weight) / len(rows)
-            error += share * float(output_error(rows, inputs, found.dequantize()).sum())
+            error += share * float(output_error(rows, inputs, rounded.dequantize()).sum())
         if error < best_error:
             best, best_error = scale, error
     return best

@@ -1,8 +1,8 @@
-"""The calibration pass: block by block, on the activations of real text, each block fed by the quantized blocks before it.
+"""Calibration of one block: its integers are fitted to the activations of real text.
 
 One block's float weights and its second moments are in memory at a time, whatever the model's size. How a matrix is rounded is
-gptq.py's, which scales are moved is awq.py's. The pass knows no architecture: a `Topology` says which linears read the same input
-and where scales can fold, so that benchmarks run it on other models too.
+gptq.py's, and which scales are folded is awq.py's. No architecture is built in: a `Topology` says which linears read the same
+input and where scales can fold, so that benchmarks can calibrate other models too.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from gemma_edge.quantize.calibration.gptq import Inputs, hscale, quantize_output
 from gemma_edge.quantize.integers import QuantizedTensor, quantize, round_to
 from gemma_edge.quantize.recipe import DATA_FREE, QuantConfig
 
-Run = Callable[[nn.Module, Tensor], Tensor]  # a block on one window (1, T, hidden) -> same
+Run = Callable[[nn.Module, Tensor], Tensor]  # applies a block to one window: (1, T, hidden) -> (1, T, hidden)
 
 
 @dataclass(frozen=True)
 class Topology:
-    """What the pass needs to know of a block."""
+    """What calibration needs to know about a block."""
 
-    sites: tuple[tuple[str, ...], ...]  # linears that read the same input
-    folds: tuple[Fold, ...]
+    sites: tuple[tuple[str, ...], ...]  # groups of linears that read the same input
+    folds: tuple[Fold, ...]  # where scales can be folded, in the order in which they are
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What one linear becomes."""
+    """The integers of one linear, and how they are found."""
 
     config: QuantConfig | None  # None leaves it float
     method: str
@@ -42,12 +42,12 @@ class Choice:
 def decoder_topology(
     attention_norm: str, mlp_norm: str, *, plus_one: bool, heads_per_kv: int, head_dim: int
 ) -> Topology:
-    """A decoder block with Hugging Face's names for its linears; its two pre-norms have the names given."""
+    """A decoder block with Hugging Face's names for its linears; the names of its two pre-norms are given."""
     attention = tuple(f"self_attn.{name}_proj" for name in "qkv")
     mlp = ("mlp.gate_proj", "mlp.up_proj")
     return Topology(
         sites=(attention, ("self_attn.o_proj",), mlp, ("mlp.down_proj",)),
-        # those of linears first: rows of v and up that are far larger than the others would decide the norms' scales alone
+        # folds of linears come first: else rows of v and up that are far larger than the others would decide the norms' scales
         folds=(
             Fold("self_attn.v_proj", ("self_attn.o_proj",), repeat=heads_per_kv, head_dim=head_dim),
             Fold("mlp.up_proj", ("mlp.down_proj",)),
@@ -70,10 +70,13 @@ def gemma2_topology(config: Gemma2Config) -> Topology:
 
 @torch.no_grad()
 def second_moments(block: nn.Module, x: Tensor, run: Run, topology: Topology) -> dict[str, Tensor]:
-    """X^T X / n of the inputs of every site, by the site's first linear: (in, in) float32.
+    """X^T X / n of the inputs of every site: (in, in) float32, by the name of the site's first linear.
 
     Args:
         x: (N, T, hidden), N windows.
+
+    Raises:
+        InputError: the activations are NaN or infinite.
     """
     moments: dict[str, Tensor] = {}
 
@@ -108,17 +111,17 @@ def quantize_block(
     """Find the integers of a block and put their values in place of its weights.
 
     Args:
-        block: float weights; afterwards it computes what the integers compute, its norms moved by the folds.
-        moments: from `second_moments`; emptied on the way, for their memory.
-        choices: by linear.
-        rounds: of `quantize_outputs`.
+        block: float weights; afterwards it computes what the integers compute, with the folds applied to its norms.
+        moments: from `second_moments`; each is removed after its use, to free its memory.
+        choices: the integers of each linear, by its name.
+        rounds: as in `quantize_outputs`.
 
     Returns:
-        by linear, those that are quantized.
+        the linears that are quantized, by name.
     """
     for fold in topology.folds:
         _fold(block, fold, moments, topology, choices)
-    found = {}
+    quantized = {}
     for site in topology.sites:
         moment = moments.pop(site[0])
         inputs: Inputs | None = None
@@ -128,28 +131,28 @@ def quantize_block(
                 continue
             weight = block.get_parameter(f"{name}.weight").data
             if choice.method in DATA_FREE:
-                found[name] = quantize(weight, choice.config, choice.method)
+                quantized[name] = quantize(weight, choice.config, choice.method)
             else:
                 inputs = inputs or Inputs.from_hessian(moment)
-                found[name] = WITH_INPUTS[choice.method](weight, inputs, choice.config, rounds)
-            weight.copy_(found[name].dequantize())
-    return found
+                quantized[name] = WITH_INPUTS[choice.method](weight, inputs, choice.config, rounds)
+            weight.copy_(quantized[name].dequantize())
+    return quantized
 
 
 def _fold(
     block: nn.Module, fold: Fold, moments: dict[str, Tensor], topology: Topology, choices: Mapping[str, Choice]
 ) -> None:
-    """Find and apply one scale, if all its consumers ask for one; their second moment follows."""
+    """Find and apply one scale if the methods of all its consumers use one, and scale their second moment with it."""
     configs = [choices[name].config for name in fold.consumers if choices[name].method.startswith("awq")]
-    wanted = [config for config in configs if config is not None]
-    if len(wanted) < len(fold.consumers):
+    folded = [config for config in configs if config is not None]
+    if len(folded) < len(fold.consumers):
         return
     (site,) = [site[0] for site in topology.sites if site[0] in fold.consumers]
-    scale = find_scale(block, fold, moments[site], wanted)
+    scale = find_scale(block, fold, moments[site], folded)
     apply_fold(block, fold, scale)
     columns = expand(scale, fold)
     moments[site] /= columns * columns[:, None]
-    # rows of a producer may be read as a site of their own by nobody else: its outputs go to the consumers alone
+    # no other second moment changes: a producer's outputs go to these consumers alone
 
 
 def _hscale(weight: Tensor, inputs: Inputs, config: QuantConfig, rounds: int) -> QuantizedTensor:

@@ -1,4 +1,4 @@
-"""Where finished layers of calibrations are kept between exports: a killed one goes on, a second target costs nothing."""
+"""The folder that keeps finished layers between exports: a killed calibration goes on, and a second target costs nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from gemma_edge.user_cache import root as root
 
 
 def calibration_folder(key: str) -> Path:
-    """The folder of one calibration, by hash of all that it depends on.
+    """The folder of one calibration.
+
+    Args:
+        key: hash of everything that the calibration depends on.
 
     Raises:
         InputError: there is no cache folder that can be written to.

@@ -1,10 +1,10 @@
 """Codes and scales of a matrix that keep its *outputs*, given the second moment H = X^T X / n of the inputs it will see.
 
-GPTQ (Frantar et al., arXiv 2210.17323): columns are rounded one after the other, each one's error spread over the columns that
-are still free. It is computed as what it is, Babai's nearest plane algorithm on the Cholesky factor of H itself (Chen et al.,
-arXiv 2507.18553): the same codes, without inverting H. Columns go by falling diagonal of H (act-order) while the groups stay
-where they are, with scales fixed before (static groups), so that no backend sees an order. What H is measured on is
-calibrate.py's.
+GPTQ (Frantar et al., arXiv 2210.17323) rounds one column after the other and spreads the error of each over the columns that are
+not rounded yet. It is computed here as Babai's nearest plane algorithm on the Cholesky factor of H (Chen et al., arXiv
+2507.18553), which gives the same codes without inverting H. Columns are rounded in the order of falling diagonal of H
+(act-order). Groups stay where they are and their scales are fixed before (static groups), so no backend sees that order. What H
+is measured on is block.py's.
 """
 
 from __future__ import annotations
@@ -18,20 +18,27 @@ from gemma_edge.errors import InputError
 from gemma_edge.quantize.integers import QuantizedTensor, round_scale, searched_scale, to_codes
 from gemma_edge.quantize.recipe import QuantConfig
 
-DAMP = 0.01  # of the mean diagonal, added to the diagonal: the paper's
-ATTEMPTS = 8  # to factor: the last adds 10^5 times the mean diagonal, and n columns need less than n times
-ACTIVE = 1e-5  # of the mean diagonal: what a column has that was ever active
-FLOOR = 0.1  # of the median active column: every column counts that much, else it were clipped for the others, and may speak yet
-INNER, OUTER = 32, 512  # columns whose errors are spread at once: within the caches, then over the rest of the matrix
-SLICE_ELEMENTS = 1 << 20  # of a matrix looked at together
+DAMP = 0.01  # part of the mean diagonal that is added to the diagonal, as in the paper
+ATTEMPTS = (
+    8  # attempts to factor H; the last one adds 10^5 times the mean diagonal, and n columns need less than n times
+)
+ACTIVE = 1e-5  # part of the mean diagonal above which a column counts as active
+# FLOOR: the least that a column counts, as a part of the median active column. A column that counts less would be clipped in
+# favour of the others, and it may become active later.
+FLOOR = 0.1
+INNER, OUTER = (
+    32,
+    512,
+)  # columns whose errors are spread at once: within the CPU caches, then over the rest of the matrix
+SLICE_ELEMENTS = 1 << 20  # elements of a matrix that are computed at once
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What linears that read the same activations need to know of them."""
+    """The activations that some linears read, as far as rounding needs them."""
 
     hessian: Tensor  # (in, in) float32
-    weights: Tensor  # (in,) how much each column counts: the diagonal in units of its mean
+    weights: Tensor  # (in,) how much each column counts: the diagonal divided by its mean
     order: Tensor  # (in,) int64, columns by rising diagonal
     factor: Tensor  # (in, in) R of the damped H[order][:, order] = R^T R, each row divided by its diagonal element
 
@@ -39,8 +46,8 @@ class Inputs:
     def from_hessian(cls, hessian: Tensor, damp: float = DAMP) -> Inputs:
         """Damp and factor H.
 
-        A singular H (columns never active, fewer tokens than columns) is what damping is for; where it does not suffice in
-        float32, it grows tenfold. Columns that were hardly active may be so later: each counts at least FLOOR.
+        H is singular if a column was never active, or if there were fewer tokens than columns. Damping makes it regular; where
+        float32 needs more of it, the damping grows tenfold. Every column counts at least FLOOR.
 
         Raises:
             InputError: H holds NaN or infinite values, or is no second moment.
@@ -62,7 +69,8 @@ class Inputs:
             damp *= 10
         raise InputError(
             "the second moments of the activations are NaN, infinite or contradict each other; the weights or the"
-            " calibration text are damaged: check the model folder, or pass other --calibration text"
+            " calibration text are damaged: check the model folder, or pass other text as `calibration_text`",
+            field="calibration_text",
         )
 
 
@@ -93,7 +101,9 @@ def gptq(weight: Tensor, inputs: Inputs, scale: Tensor, config: QuantConfig) -> 
     group_of = (order // (config.group_size or len(order))).tolist()
     by_group = scale.T.contiguous()  # (groups, out)
     original = weight.T[order]  # (in, out): a column of the matrix is contiguous
-    target = original.clone()  # where each column should go, the errors of the columns after it made good
+    target = (
+        original.clone()
+    )  # what each column is rounded from: corrected for the errors of the columns rounded before it
     codes = torch.empty(original.shape, dtype=torch.int8)
     errors = torch.empty(OUTER, original.shape[1])
     for stop in range(len(order), 0, -OUTER):
@@ -124,7 +134,7 @@ def refit(weight: Tensor, inputs: Inputs, codes: Tensor, scale: Tensor, config: 
         scale: (out, groups) float32.
 
     Returns:
-        (out, groups) float32, bfloat16 values, all positive: where the best is far from the old one, the old one stays.
+        (out, groups) float32, bfloat16 values, all positive. The old scale stays where the best one is far from it.
     """
     rows, columns = weight.shape
     group, hessian = config.group_size or columns, inputs.hessian
@@ -139,24 +149,24 @@ def refit(weight: Tensor, inputs: Inputs, codes: Tensor, scale: Tensor, config: 
         for g in range(groups):
             inside = slice(g * group, (g + 1) * group)
             left[:, g] = (q * (q[:, inside] @ hessian[inside])).view(-1, groups, group).sum(-1)
-        # drawn a little towards what is there, so that codes of a group that are all zero do not make it singular
+        # pulled a little towards the old scale: else a group whose codes are all zero would make the system singular
         pull = 1e-3 * left.diagonal(dim1=1, dim2=2) + 1e-12  # (rows, groups)
         left.diagonal(dim1=1, dim2=2).add_(pull)
-        found = torch.linalg.solve_ex(left, (right + pull * old).unsqueeze(-1))[0].squeeze(-1)
-        usable = found.isfinite() & (found > 0.5 * old) & (found < 2.0 * old)
-        best[start : start + step] = round_scale(torch.where(usable, found, old))
+        fitted = torch.linalg.solve_ex(left, (right + pull * old).unsqueeze(-1))[0].squeeze(-1)
+        usable = fitted.isfinite() & (fitted > 0.5 * old) & (fitted < 2.0 * old)
+        best[start : start + step] = round_scale(torch.where(usable, fitted, old))
     return best
 
 
-def output_error(weight: Tensor, inputs: Inputs, found: Tensor) -> Tensor:
-    """Mean squared error of each output, (out,), when `found` (out, in) stands for a weight (out, in)."""
-    difference = weight - found
+def output_error(weight: Tensor, inputs: Inputs, rounded: Tensor) -> Tensor:
+    """Mean squared error of each output, (out,), when `rounded` (out, in) takes the place of a weight (out, in)."""
+    difference = weight - rounded
     error: Tensor = torch.linalg.vecdot(difference @ inputs.hessian, difference)
     return error
 
 
 def quantize_outputs(weight: Tensor, inputs: Inputs, config: QuantConfig, *, rounds: int = 0) -> QuantizedTensor:
-    """GPTQ under searched scales, then `rounds` times scales refitted and codes found again; each row keeps its best.
+    """GPTQ under searched scales; then the scales are refitted and the codes found again `rounds` times. Each row keeps its best.
 
     Args:
         weight: (out, in) float32, finite.
@@ -169,11 +179,11 @@ def quantize_outputs(weight: Tensor, inputs: Inputs, config: QuantConfig, *, rou
         error = output_error(weight, inputs, best.dequantize())
     for _ in range(rounds):
         scale = refit(weight, inputs, codes, scale, config)
-        for found in (codes, gptq(weight, inputs, scale, config)):
-            tried = QuantizedTensor(found, scale.to(torch.bfloat16), config)
+        for candidate in (codes, gptq(weight, inputs, scale, config)):
+            tried = QuantizedTensor(candidate, scale.to(torch.bfloat16), config)
             tried_error = output_error(weight, inputs, tried.dequantize())
             better = tried_error < error
             best.codes[better], best.scale[better] = tried.codes[better], tried.scale[better]
             error = torch.where(better, tried_error, error)
-            codes = found
+            codes = candidate
     return best

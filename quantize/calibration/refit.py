@@ -1,7 +1,8 @@
-"""Post-norm weights refitted after rounding: per channel the least-squares answer to what the original block gives.
+"""Post-norm weights refitted after rounding: least squares per channel, towards the output of the original block.
 
 Gemma's post-norms multiply each channel of a branch just before it joins the residual stream, so the best factor of every channel
-has a closed form. It is kept only where it brings the block's output closer to the original's on windows it was not fitted to.
+has a closed form. The new weights are kept only if they bring the block's output closer to the original's on windows that they
+were not fitted to.
 """
 
 from __future__ import annotations
@@ -13,35 +14,35 @@ from torch import Tensor, nn
 
 from gemma_edge.quantize.calibration.block import Run
 
-# a post-norm, and the module whose input is the residual stream just after it (None: the block's output)
+# BRANCHES: a post-norm, and the module whose input is the residual stream just after it; None: the block's output
 BRANCHES = (("post_attention_layernorm", "pre_feedforward_layernorm"), ("post_feedforward_layernorm", None))
-PULL = 0.01  # towards the weights that are there, as a part of the evidence
-MOST_WINDOWS = 16  # a few numbers per channel need no more
-HELD_OUT = 4  # one window in so many is only looked at
+PULL = 0.01  # pull towards the old weights, as a part of the evidence
+MAX_WINDOWS = 16  # windows that are used; a few numbers per channel need no more
+HELD_OUT = 4  # one window in four is held out, to judge the result
 
 
 @torch.no_grad()
 def refit_post_norms(block: nn.Module, original: nn.Module, x: Tensor, run: Run, eps: float) -> tuple[float, float]:
-    """Change a quantized block's post-norms in place, or leave them.
+    """Refit a quantized block's post-norms in place; they stay as they are if that does not help.
 
     Args:
         block: the quantized one.
         original: the same in float.
         x: (N, T, hidden) windows entering the block, the same for both.
-        eps: of the norms.
+        eps: epsilon of the norms.
 
     Returns:
         squared error of the block's output on the windows held out, before and after.
     """
-    x = x[:MOST_WINDOWS]
+    x = x[:MAX_WINDOWS]
     count = max(1, len(x) // HELD_OUT)
-    targets = [_streams(original, window, run, [after_it for _, after_it in BRANCHES]) for window in x]
+    targets = [_streams(original, window, run, [after for _, after in BRANCHES]) for window in x]
     before = _error(block, x[-count:], targets[-count:], run)
     if count == len(x):
         return before, before
     kept = {norm: block.get_parameter(f"{norm}.weight").data.clone() for norm, _ in BRANCHES}
-    for norm, after_it in BRANCHES:
-        _refit(block, x[:-count], [target[after_it] for target in targets[:-count]], run, norm, after_it, eps)
+    for branch in BRANCHES:
+        _refit(block, x[:-count], [target[branch[1]] for target in targets[:-count]], run, branch, eps)
     after = _error(block, x[-count:], targets[-count:], run)
     if after >= before:
         for norm, weight in kept.items():
@@ -50,18 +51,19 @@ def refit_post_norms(block: nn.Module, original: nn.Module, x: Tensor, run: Run,
 
 
 def _refit(
-    block: nn.Module, x: Tensor, targets: Sequence[Tensor], run: Run, norm: str, after_it: str | None, eps: float
+    block: nn.Module, x: Tensor, targets: Sequence[Tensor], run: Run, branch: tuple[str, str | None], eps: float
 ) -> None:
-    """factor = <n, t> / <n, n> per channel, n the normalised branch, t what should have been added to the stream."""
+    """Set factor = <n, t> / <n, n> per channel, where n is the normalised branch and t what should be added to the stream."""
+    norm, after = branch
     weight = block.get_parameter(f"{norm}.weight").data  # (hidden,)
     along, evidence = torch.zeros_like(weight), torch.zeros_like(weight)
     for window, target in zip(x, targets, strict=True):
-        seen = _streams(block, window, run, (norm, after_it))
-        output, branch = seen[after_it], seen[norm]
-        branch = branch * torch.rsqrt(branch.square().mean(-1, keepdim=True) + eps)  # (1, T, hidden)
-        missing = target - (output - branch * (1.0 + weight))  # what the branch should have added
-        along += (branch * missing).sum((0, 1))
-        evidence += branch.square().sum((0, 1))
+        seen = _streams(block, window, run, branch)
+        output, normed = seen[after], seen[norm]
+        normed = normed * torch.rsqrt(normed.square().mean(-1, keepdim=True) + eps)  # (1, T, hidden)
+        missing = target - (output - normed * (1.0 + weight))  # what the branch should have added
+        along += (normed * missing).sum((0, 1))
+        evidence += normed.square().sum((0, 1))
     pull = PULL * evidence + 1e-12
     weight.copy_((along + pull * (1.0 + weight)) / (evidence + pull) - 1.0)
 
@@ -72,7 +74,7 @@ def _error(block: nn.Module, x: Tensor, targets: Sequence[dict[str | None, Tenso
 
 
 def _streams(block: nn.Module, window: Tensor, run: Run, names: Sequence[str | None]) -> dict[str | None, Tensor]:
-    """What each named module is called with on a window (T, hidden), and under None the block's output: (1, T, hidden) each."""
+    """The input of each named module on a window (T, hidden), and under None the block's output: (1, T, hidden) each."""
     seen: dict[str | None, Tensor] = {}
     hooks = [
         block.get_submodule(name).register_forward_pre_hook(

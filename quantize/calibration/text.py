@@ -36,42 +36,48 @@ CHAT_CHARACTERS = 400  # of plain text that make one turn
 
 
 def windows(folder: Path, bos: int, max_length: int, source: CalibrationText) -> Tensor:
-    """Cut windows from the text, as many from each file as from any other; of a long file the beginning is looked at.
+    """Cut windows from the text, equally many from each file. Only the beginning of a long file is read.
 
     Args:
-        folder: of the model, for its tokenizer and chat template.
-        bos: token that begins each window; a Gemma is not itself without it.
-        max_length: the model's.
+        folder: the model's folder, for its tokenizer and chat template.
+        bos: token that begins each window; without it a Gemma model computes something else.
+        max_length: most tokens that the model takes.
+        source: the text.
 
     Returns:
-        (N, T) int64; fewer tokens than asked for where the text is short.
+        (N, T) int64; fewer tokens than requested where the text is short.
 
     Raises:
         InputError: no tokenizer, a file that cannot be read, or too little text.
     """
     if not (folder / TOKENIZER_FILE).is_file():
-        raise InputError(f"{folder} has no {TOKENIZER_FILE}, so no text to calibrate on: pass --method mse, or rtn")
+        raise InputError(
+            f"{folder} has no {TOKENIZER_FILE}, so no text to calibrate on: pass `method` mse, or rtn", field="method"
+        )
     tokenizer = open_tokenizer(folder / TOKENIZER_FILE, WAY_OUT)
     texts = list(_texts(source, ChatTemplate.from_bundle(folder)))
-    # chat templates write a BOS too, where none is when the model is used
+    # a chat template may write BOS in the middle of a text, where the model never sees it in use
     ids = [[i for i in tokenizer.encode(text, add_special_tokens=False).ids if i != bos] for text in texts]
     total = sum(map(len, ids))
     if total < LEAST_TOKENS:
         raise InputError(
-            f"the calibration text has {total} tokens; at least {LEAST_TOKENS} are needed: give more --calibration text"
+            f"the calibration text has {total} tokens; at least {LEAST_TOKENS} are needed: give more text as"
+            " `calibration_text`",
+            field="calibration_text",
+            value=source.paths,
         )
     _warn_of_other_language(tokenizer, ids)
     length = min(WINDOW, max_length, total, max(LEAST_TOKENS, source.tokens))
-    found = _cut(ids, bos, length, max(1, source.tokens // length), source.seed)
-    if found.numel() < source.tokens // 2:
+    cut = _cut(ids, bos, length, max(1, source.tokens // length), source.seed)
+    if cut.numel() < source.tokens // 2:
         logger.warning(
-            "only %d of %d tokens of calibration text: more text would serve better", found.numel(), source.tokens
+            "only %d of %d tokens of calibration text: more text would serve better", cut.numel(), source.tokens
         )
-    return found
+    return cut
 
 
 def _cut(ids: Sequence[Sequence[int]], bos: int, length: int, count: int, seed: int) -> Tensor:
-    """`count` windows, drawn without overlap: the files take turns; those too short for a window are joined."""
+    """`count` windows without overlap. The files take turns; files that are shorter than a window are joined."""
     short = [token for file in ids if len(file) < length - 1 for token in file]
     files = [file for file in (*ids, short) if len(file) >= length - 1]
     generator = torch.Generator().manual_seed(seed)
@@ -87,16 +93,16 @@ def _cut(ids: Sequence[Sequence[int]], bos: int, length: int, count: int, seed: 
 
 def _texts(source: CalibrationText, template: ChatTemplate) -> Iterator[str]:
     plain: list[str] = []
-    most = MOST_CHARACTERS * source.tokens
+    max_characters = MOST_CHARACTERS * source.tokens
     if not source.paths:
         plain = [(resources.files("gemma_edge.text") / "data" / name).read_text(encoding="utf-8") for name in SHIPPED]
     for path in source.paths:
         for file in _files(path):
             if file.suffix == ".jsonl":
-                yield "\n".join(_line(line, file, number, template) for number, line in _lines(file, most))
+                yield "\n".join(_line(line, file, number, template) for number, line in _lines(file, max_characters))
             else:
                 with _opened(file) as opened:
-                    plain.append(opened.read(most))
+                    plain.append(opened.read(max_characters))
     for text in plain:
         yield _as_chat(text, template) if source.chat else text
 
@@ -104,11 +110,15 @@ def _texts(source: CalibrationText, template: ChatTemplate) -> Iterator[str]:
 def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
-    found = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES) if path.is_dir() else []
-    if not found:
+    files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES) if path.is_dir() else []
+    if not files:
         what = f"holds no {', '.join(SUFFIXES)} file" if path.is_dir() else "does not exist"
-        raise InputError(f"--calibration {path} {what}; give a text file, a folder or JSON lines")
-    return found
+        raise InputError(
+            f"`calibration_text` {path} {what}; give a text file, a folder or JSON lines",
+            field="calibration_text",
+            value=path,
+        )
+    return files
 
 
 @contextmanager
@@ -117,17 +127,19 @@ def _opened(file: Path) -> Iterator[TextIO]:
         with file.open(encoding="utf-8-sig") as opened:
             yield opened
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--calibration {file} cannot be read as UTF-8 text ({error})") from None
+        raise InputError(
+            f"`calibration_text` {file} cannot be read as UTF-8 text ({error})", field="calibration_text", value=file
+        ) from None
 
 
-def _lines(file: Path, most: int) -> Iterator[tuple[int, str]]:
-    """Lines that are not blank, with their numbers, until `most` characters are read."""
+def _lines(file: Path, max_characters: int) -> Iterator[tuple[int, str]]:
+    """Lines that are not blank, with their numbers, until `max_characters` are read."""
     with _opened(file) as opened:
         for number, line in enumerate(opened, 1):
             if line.strip():
                 yield number, line
-            most -= len(line)
-            if most <= 0:
+            max_characters -= len(line)
+            if max_characters <= 0:
                 return
 
 
@@ -145,13 +157,14 @@ def _line(line: str, file: Path, number: int, template: ChatTemplate) -> str:
 
 
 def _as_chat(text: str, template: ChatTemplate) -> str:
-    """Plain text as turns of a conversation, one pair after the other."""
+    """Plain text as the turns of a conversation, cut into pieces of CHAT_CHARACTERS."""
     turns = [text[start : start + CHAT_CHARACTERS] for start in range(0, len(text), CHAT_CHARACTERS)]
     return "".join(
         template.render(
-            [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}], add_generation_prompt=False
+            [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
+            add_generation_prompt=False,
         )
-        for asked, answer in zip(turns[::2], turns[1::2], strict=False)
+        for question, answer in zip(turns[::2], turns[1::2], strict=False)
     )
 
 

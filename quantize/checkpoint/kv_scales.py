@@ -1,6 +1,6 @@
 """Static int8 scales of the KV cache, one per channel of K (rotated) and V and layer: collected, stored, and read back.
 
-What text is looked at is calibrate.py's; the codes are made by the kernels, while generating: round(x / scale) within -128..127.
+calibration/layerwise.py chooses the text. The kernels make the codes while generating: round(x / scale) within -128..127.
 """
 
 from __future__ import annotations
@@ -8,18 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from gemma_edge.errors import InputError
 from gemma_edge.model.checkpoint import Shards
 from gemma_edge.model.config import Gemma2Config
-from gemma_edge.quantize.checkpoint.safetensors_writer import Spec, write_safetensors
+from gemma_edge.quantize.checkpoint.safetensors_writer import plain_spec, write_safetensors
 
 KV_FILE = "gemma_edge_kv.safetensors"
 KINDS = ("k_scale", "v_scale")
-# Unseen text exceeds what calibration saw, and clipping costs more than coarser steps. Measured on the demo model, KL of the
-# cache alone in 1e-5 nats at margins 1.0, 1.1, 1.2, 1.3, 1.5: calibrated on 1k tokens 49, 21, 11, 8, 8; on 16k 5, 6, 6, 8, 10.
+# MARGIN: factor on the largest magnitude in the calibration text. Other text exceeds it, and clipping costs more than coarser
+# steps. KL of the cache alone on the demo model, in 1e-5 nats at margins 1.0, 1.1, 1.2, 1.3, 1.5: calibrated on 1k tokens 49, 21,
+# 11, 8, 8; on 16k tokens 5, 6, 6, 8, 10.
 MARGIN = 1.2
 LARGEST_CODE = 127
 SMALLEST_SCALE = 2.0**-24
@@ -28,15 +28,15 @@ KVScales = dict[int, tuple[Tensor, Tensor]]  # layer -> scales of K and of V, ea
 
 
 def scale_name(layer: int, kind: str) -> str:
-    """Name of a layer's scales in the file, and in the graphs; `kind` is one of KINDS."""
+    """The name of a layer's scales in the file and in the graphs; `kind` is one of KINDS."""
     return f"model.layers.{layer}.self_attn.{kind}"
 
 
 class KVRanges:
-    """The largest magnitude of every channel of K and V that was seen."""
+    """The largest magnitude of every channel of K and V so far."""
 
     def __init__(self, largest: Mapping[int, tuple[Tensor, Tensor]] | None = None) -> None:
-        self.largest = dict(largest or {})  # of K and V by layer, (K, D) each
+        self.largest = dict(largest or {})  # by layer: the largest magnitudes of K and of V, (K, D) each
 
     def add(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Take a chunk into account.
@@ -48,17 +48,17 @@ class KVRanges:
         Raises:
             InputError: a value is NaN or infinite.
         """
-        found = k.abs().float().amax(dim=(0, 2)), v.abs().float().amax(dim=(0, 2))  # (K, D) each
-        for largest, kind in zip(found, "KV", strict=True):
+        new = k.abs().float().amax(dim=(0, 2)), v.abs().float().amax(dim=(0, 2))  # (K, D) each
+        for largest, kind in zip(new, "KV", strict=True):
             if not largest.isfinite().all():
                 raise InputError(
                     f"{kind} of layer {layer} is NaN or infinite on the calibration text; the weights are damaged"
                 )
         before = self.largest.get(layer)
-        self.largest[layer] = found if before is None else (found[0].maximum(before[0]), found[1].maximum(before[1]))
+        self.largest[layer] = new if before is None else (new[0].maximum(before[0]), new[1].maximum(before[1]))
 
     def scales(self, margin: float = MARGIN) -> KVScales:
-        """Scales with which `margin` times the largest magnitude is still representable; never zero, also of dead channels."""
+        """Scales that can represent `margin` times the largest magnitude. They are never zero, not even for dead channels."""
 
         def scale(largest: Tensor) -> Tensor:
             return (largest * (margin / LARGEST_CODE)).clamp(min=SMALLEST_SCALE)
@@ -69,11 +69,8 @@ class KVRanges:
 def write_kv_scales(folder: Path, scales: Mapping[int, tuple[Tensor, Tensor]]) -> None:
     """Write the scales of all layers beside a checkpoint's weights."""
 
-    def spec(layer: int, kind: str, values: Tensor) -> Spec:
-        return Spec(scale_name(layer, kind), torch.float32, tuple(values.shape), lambda: iter([values]))
-
     specs = [
-        spec(layer, kind, values)
+        plain_spec(scale_name(layer, kind), values)
         for layer, pair in sorted(scales.items())
         for kind, values in zip(KINDS, pair, strict=True)
     ]
@@ -81,10 +78,10 @@ def write_kv_scales(folder: Path, scales: Mapping[int, tuple[Tensor, Tensor]]) -
 
 
 def read_kv_scales(folder: Path, config: Gemma2Config) -> KVScales | None:
-    """The scales beside a checkpoint's weights, None if there are none.
+    """The scales beside a checkpoint's weights; None: there are none.
 
     Raises:
-        InputError: the file is damaged, or not of this model.
+        InputError: the file is damaged, or belongs to another model.
     """
     path = folder / KV_FILE
     if not path.is_file():

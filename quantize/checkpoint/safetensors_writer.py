@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gemma_edge.files import replacing
+
 DTYPE_NAMES = {
     torch.bfloat16: "BF16",
     torch.float16: "F16",
@@ -32,7 +34,7 @@ class Spec:
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    data: Callable[[], Iterator[Tensor]]  # consecutive slices along axis 0, of that dtype
+    data: Callable[[], Iterator[Tensor]]  # gives consecutive slices along axis 0, of that dtype
 
     @property
     def nbytes(self) -> int:
@@ -40,24 +42,19 @@ class Spec:
         return prod(self.shape) * self.dtype.itemsize
 
 
+def plain_spec(name: str, values: Tensor) -> Spec:
+    """A tensor that is already in memory."""
+    return Spec(name, values.dtype, tuple(values.shape), lambda: iter([values]))
+
+
 def write_safetensors(path: Path, specs: Sequence[Spec], metadata: Mapping[str, str] | None = None) -> None:
-    """Write the tensors in the order given.
+    """Write the tensors in the given order. An older file is replaced only by a complete one.
 
     Raises:
         RuntimeError: a tensor's slices do not add up to its shape.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
-    offset = 0
-    for spec in specs:
-        header[spec.name] = {
-            "dtype": DTYPE_NAMES[spec.dtype],
-            "shape": list(spec.shape),
-            "data_offsets": [offset, offset + spec.nbytes],
-        }
-        offset += spec.nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    text = _header(specs, metadata or {})
+    with replacing(path) as partial, partial.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for spec in specs:
             written = 0
@@ -69,11 +66,16 @@ def write_safetensors(path: Path, specs: Sequence[Spec], metadata: Mapping[str, 
                 raise RuntimeError(f"{spec.name}: {written} bytes for {spec.nbytes}")
 
 
-def replace_safetensors(path: Path, specs: Sequence[Spec], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a file beside `path` and rename it: whatever happens, there is the old one or the new one, and nothing else."""
-    written = path.with_suffix(".partial")
-    try:
-        write_safetensors(written, specs, metadata)
-        written.rename(path)
-    finally:
-        written.unlink(missing_ok=True)
+def _header(specs: Sequence[Spec], metadata: Mapping[str, str]) -> bytes:
+    """The JSON header, padded to a multiple of 8 bytes."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
+    offset = 0
+    for spec in specs:
+        header[spec.name] = {
+            "dtype": DTYPE_NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
+        offset += spec.nbytes
+    text = json.dumps(header).encode()
+    return text + b" " * (-len(text) % 8)

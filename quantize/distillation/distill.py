@@ -1,7 +1,7 @@
-"""Distillation of what is still float in a quantized model, scales and norms, on the original's logits; codes stay as they are.
+"""Distillation of a quantized model on the original's logits. It trains what is float, scales and norms; codes stay as they are.
 
-The loss is that of Gemma 2's own training, KL(original || student) over every token (arXiv 2408.00118, section 3). Works on any
-module whose linears are `CodedLinear`s; which model that is, and where its weights come from, is the caller's.
+The loss is the one of Gemma 2's own training, KL(original || student) over every token (arXiv 2408.00118, section 3). It works on
+any module whose linears are `CodedLinear`s; the caller builds that module and loads its weights.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Logits = Callable[[Tensor], Tensor]  # a window (1, T) int64 -> (1, T, V)
 
 
 class _CodedProduct(torch.autograd.Function):
-    """x W^T with W = code * scale made when it is needed, forwards and backwards, so that no float weight is kept."""
+    """x W^T, where W = code * scale is made when it is needed, forward and backward, so that no float weight is kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def _weight(codes: Tensor, scale: Tensor) -> Tensor:
 
 
 class CodedLinear(nn.Module):
-    """A linear over integers, its scales trained by their logarithm: they stay positive, and a step is a relative one."""
+    """A linear over integers. The logarithms of its scales are trained: scales stay positive, and every step is relative."""
 
     def __init__(self, tensor: QuantizedTensor) -> None:
         super().__init__()
@@ -57,19 +57,19 @@ class CodedLinear(nn.Module):
         return out
 
     def result(self) -> QuantizedTensor:
-        """The same codes under the scales as they are now, rounded as scales must be."""
+        """The same codes with the trained scales, rounded as scales must be."""
         scale = round_scale(self.get_buffer("start") * self.log_change.detach().exp()).to(torch.bfloat16)
         return QuantizedTensor(self.tensor.codes, scale.cpu(), self.tensor.config)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast."""
+    """How long the training runs, and how fast it learns."""
 
     epochs: int = 4
-    learning_rate: float = 2e-3  # of the scales' logarithms and of the norms; falls linearly to nothing
+    learning_rate: float = 2e-3  # for the scales' logarithms and the norms; falls linearly to zero
     batch: int = 4  # windows per step
-    held_out: int = 4  # windows that are only looked at
+    held_out: int = 4  # windows that are not trained on, to judge the result
     seed: int = 0
 
 
@@ -81,16 +81,16 @@ def distill(
     schedule: Schedule,
     progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[float, float]:
-    """Train the parameters in place; they end as they were best on the windows held out, which may be at the start.
+    """Train the parameters in place. They end with the values that were best on the windows held out, possibly the first ones.
 
     Args:
-        student: depends on the parameters.
-        teacher: the original.
+        student: the model that depends on the parameters.
+        teacher: the original model.
         windows: (N, T) int64; the last `held_out` are not trained on.
         progress: called with 1 per window trained on.
 
     Returns:
-        KL per token on the windows held out, nats: before and after.
+        KL per token on the windows held out, in nats: before and after.
     """
     train, held_out = windows[: -schedule.held_out], windows[-schedule.held_out :]
     optimizer = torch.optim.Adam(list(parameters), lr=schedule.learning_rate, betas=(0.9, 0.95))
@@ -111,9 +111,9 @@ def distill(
                 progress(1)
             optimizer.step()
             step += 1
-        found = _mean_kl(student, teacher, held_out)
-        if found < best:
-            best, kept = found, [parameter.detach().clone() for parameter in parameters]
+        kl = _mean_kl(student, teacher, held_out)
+        if kl < best:
+            best, kept = kl, [parameter.detach().clone() for parameter in parameters]
     with torch.no_grad():
         for parameter, value in zip(parameters, kept, strict=True):
             parameter.copy_(value)
@@ -122,9 +122,9 @@ def distill(
 
 def _kl(student: Logits, teacher: Logits, window: Tensor) -> Tensor:
     with torch.no_grad():
-        right = teacher(window).float().log_softmax(-1)
-    said = student(window).float().log_softmax(-1)
-    return (right.exp() * (right - said)).sum(-1).mean()
+        expected = teacher(window).float().log_softmax(-1)
+    result = student(window).float().log_softmax(-1)
+    return (expected.exp() * (expected - result)).sum(-1).mean()
 
 
 def _mean_kl(student: Logits, teacher: Logits, windows: Tensor) -> float:

@@ -1,5 +1,5 @@
-"""Distillation of a quantized checkpoint on the logits of its original. The whole model is in memory, so this is for small ones,
-small budgets, or a GPU. What is trained and how is distill.py's.
+"""Distillation of a quantized checkpoint on the logits of its original. The whole model is in memory, so this needs a small model
+or a GPU. What is trained, and how, is distill.py's.
 """
 
 from __future__ import annotations
@@ -13,33 +13,36 @@ import torch
 from torch import Tensor, nn
 
 from gemma_edge.errors import InputError
-from gemma_edge.model.checkpoint import NORMS, TABLE, Checkpoint, linear_shapes, norm_names, weight_shapes
+from gemma_edge.model.checkpoint import TABLE, Weights, linear_shapes, norm_names, weight_shapes
 from gemma_edge.model.gemma2 import Embedding, Gemma2, Layers, Linear
 from gemma_edge.model.kv_cache import RingCache
-from gemma_edge.quantize.checkpoint.safetensors_writer import Spec, replace_safetensors
-from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint, integer_specs, plain_spec, shard_names
+from gemma_edge.quantize.checkpoint.safetensors_writer import write_safetensors
+from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
+from gemma_edge.quantize.checkpoint.writer import block_specs, shard_names
 from gemma_edge.quantize.distillation.distill import CodedLinear, Schedule, distill
 
-BYTES_PER_WEIGHT = 4 + 1 + 2  # the original in float32, the codes, and activations and one weight at a time
+BYTES_PER_WEIGHT = (
+    4 + 1 + 2
+)  # the original in float32, the codes, and activations with one dequantized weight at a time
 
 
 @dataclass(frozen=True)
 class Recovered:
-    """What distillation did to the windows that it was not trained on."""
+    """The KL on windows that were not trained on, before and after distillation."""
 
-    tokens: int  # trained on, once
+    tokens: int  # tokens trained on, each counted once
     kl_before: float  # nats per token
     kl_after: float
 
 
 def recover(
-    source: Checkpoint,
+    source: Weights,
     quantized: QuantizedCheckpoint,
     windows: Tensor,
     schedule: Schedule,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Recovered:
-    """Train scales and norms of a quantized checkpoint, and write them into it where that helped on windows held out.
+    """Train scales and norms of a quantized checkpoint, and write them into it if that helped on the windows held out.
 
     Args:
         windows: (N, T) int64, more than the schedule holds out.
@@ -49,8 +52,10 @@ def recover(
     """
     if len(windows) <= schedule.held_out:
         raise InputError(
-            f"--distill on {windows.numel()} tokens: at least {(schedule.held_out + 1) * windows.shape[1]} are needed,"
-            f" of which {schedule.held_out * windows.shape[1]} are only looked at"
+            f"`distill` on {windows.numel()} tokens: at least {(schedule.held_out + 1) * windows.shape[1]} are needed,"
+            f" of which {schedule.held_out * windows.shape[1]} are only used to judge the result",
+            field="distill",
+            value=windows.numel(),
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
@@ -68,13 +73,14 @@ def recover(
     return Recovered((len(windows) - schedule.held_out) * windows.shape[1], before, after)
 
 
-def _check_memory(source: Checkpoint) -> None:
+def _check_memory(source: Weights) -> None:
     need = BYTES_PER_WEIGHT * source.config.num_parameters
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if need > free:
         raise InputError(
-            f"--distill holds the whole model: about {need / 2**30:.1f} GiB of RAM, {free / 2**30:.1f} GiB are free;"
-            " leave it out, or use a machine with a GPU or more memory"
+            f"`distill` holds the whole model: about {need / 2**30:.1f} GiB of RAM, {free / 2**30:.1f} GiB are free",
+            field="distill",
+            hint="leave it out, or use a machine with a GPU or more memory",
         )
 
 
@@ -108,20 +114,9 @@ def _student(quantized: QuantizedCheckpoint) -> Gemma2:
 
 def _write(quantized: QuantizedCheckpoint, student: Gemma2) -> None:
     """Replace the layers' shards by the student's scales and norms; the final norm's shard holds the table and stays."""
-    config = quantized.config
-    for layer, name in enumerate(shard_names(config)[1:]):
-        specs: list[Spec] = []
-        for weight, shape in linear_shapes(config, layer).items():
-            module = student.get_submodule(weight)
-            if isinstance(module, CodedLinear):
-                result = module.result()
-                specs += integer_specs(weight, shape, result.config, lambda result=result: iter([result]))  # type: ignore[misc]
-            else:
-                specs.append(
-                    plain_spec(
-                        f"{weight}.weight", student.get_parameter(f"{weight}.weight").data.to(quantized.dtype(weight))
-                    )
-                )
-        norms = [f"model.layers.{layer}.{norm}.weight" for norm in NORMS]
-        specs += [plain_spec(norm, student.get_parameter(norm).data) for norm in norms]
-        replace_safetensors(quantized.folder / name, specs)
+    for layer, name in enumerate(shard_names(quantized.config)[1:]):
+        block = student.get_submodule(f"model.layers.{layer}")
+        linears = {part: module for part, module in block.named_modules() if isinstance(module, CodedLinear)}
+        integers = {part: module.result() for part, module in linears.items()}
+        shapes = linear_shapes(quantized.config, layer)
+        write_safetensors(quantized.folder / name, block_specs(layer, block, integers, shapes, quantized.dtype))

@@ -1,7 +1,7 @@
 """Which integers every weight gets under a budget of bytes: a knapsack in which each weight takes exactly one of its options.
 
-It is solved exactly, by dynamic programming over bytes. What an option costs is the caller's; what it does to the model is
-sensitivity.py's, and errors of different weights add up.
+It is solved exactly, by dynamic programming over bytes. The caller says what an option costs, sensitivity.py what error it makes;
+the errors of different weights add up.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ import numpy as np
 
 from gemma_edge.quantize.recipe import QuantConfig, QuantRule, Recipe
 
-# Steps of the budget that are looked at. The sizes of weights have a large common divisor, so that few models need more; theirs
-# are rounded up to larger steps: the budget is kept, and up to a step per weight of it stays unused.
-MOST_STEPS = 1 << 18
+# MAX_STEPS: number of steps into which the budget is divided at most. The sizes of weights have a large common divisor, so few
+# models need more steps. Where one does, its sizes are rounded up to larger steps: the budget is kept, and up to one step per
+# weight stays unused.
+MAX_STEPS = 1 << 18
 LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
 class Option:
-    """What a weight can become."""
+    """One thing that a weight can become."""
 
     config: QuantConfig
     cost: int  # bytes
@@ -31,30 +32,30 @@ class Option:
 
 
 def solve(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
-    """The option of every weight that together cost at most `budget` bytes and have the least error.
+    """One option for every weight, with the least total error of all that cost at most `budget` bytes together.
 
     Raises:
         ValueError: even the cheapest options cost more.
     """
     cheapest = {name: min(option.cost for option in some) for name, some in options.items()}
     extras = {name: [option.cost - cheapest[name] for option in some] for name, some in options.items()}
-    most = sum(map(max, extras.values()))  # bytes
-    spare = min(budget - sum(cheapest.values()), most)
+    largest = sum(map(max, extras.values()))  # bytes
+    spare = min(budget - sum(cheapest.values()), largest)
     if spare < 0:
         raise ValueError(f"{budget} bytes are less than the cheapest options take: {sum(cheapest.values())}")
-    step = max(math.gcd(*(extra for some in extras.values() for extra in some)), -(-most // MOST_STEPS), 1)
-    least = np.zeros(spare // step + 1)  # error of the weights so far, by steps that they may take
+    step = max(math.gcd(*(extra for some in extras.values() for extra in some)), -(-largest // MAX_STEPS), 1)
+    least = np.zeros(spare // step + 1)  # least error of the weights so far, by the steps that they may take
     taken: dict[str, np.ndarray[tuple[int], np.dtype[np.uint8]]] = {}
     for name, some in options.items():
-        found, choice = np.full_like(least, np.inf), np.zeros(len(least), np.uint8)
+        best, choice = np.full_like(least, np.inf), np.zeros(len(least), np.uint8)
         for i, (option, extra) in enumerate(zip(some, extras[name], strict=True)):
             steps = -(-extra // step)
             if steps >= len(least):
                 continue
             error = least[: len(least) - steps] + option.error
-            better = error < found[steps:]
-            found[steps:][better], choice[steps:][better] = error[better], i
-        least, taken[name] = found, choice
+            better = error < best[steps:]
+            best[steps:][better], choice[steps:][better] = error[better], i
+        least, taken[name] = best, choice
     left = len(least) - 1
     chosen: dict[str, Option] = {}
     for name in reversed(list(options)):
@@ -65,14 +66,14 @@ def solve(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Opt
 
 
 def as_recipe(name: str, chosen: Mapping[str, tuple[QuantConfig, str]]) -> Recipe:
-    """A recipe from configuration and method of every weight; weights that differ in their layer alone share a rule."""
+    """A recipe from the configuration and method of every weight. Weights that differ only in their layer share a rule."""
     layers: dict[tuple[str, QuantConfig, str], list[str]] = {}
     for weight, (config, method) in chosen.items():
         layer = LAYER.search(weight)
         kind = LAYER.sub(".layers.N.", weight)
         layers.setdefault((kind, config, method), []).append(layer[1] if layer else "")
     rules = [
-        QuantRule(re.escape(kind).replace("N", f"({'|'.join(found)})"), config, method)
-        for (kind, config, method), found in layers.items()
+        QuantRule(re.escape(kind).replace("N", f"({'|'.join(numbers)})"), config, method)
+        for (kind, config, method), numbers in layers.items()
     ]
     return Recipe(name, tuple(rules))

@@ -1,11 +1,12 @@
 """What rounding each weight costs the model's output, for all integers it could have: in nats per token, so that they add up.
 
-One pass forward and one back through the float model, block by block, its inputs on disk meanwhile. The pass back carries a
-random probe z of the logits with E[z z^T] = diag(p) - p p^T, the Hessian of KL(p || .). With g the gradient that reaches a row's
-output at every position of a window and e the errors there, the KL that rounding the row costs the window is about (g . e)^2 / 2:
-positions add up or cancel, as a key that is off by the same everywhere does. Rows are off independently of each other: their sum
-is that of the weight, a sample of them gives it, and averages over the probe. Weights are rounded by the method that an export
-will use: simpler ones rank them worse (docs/mixed-precision.md). What is done with the errors is budget.py's.
+There is one pass forward and one pass back through the float model, block by block; the blocks' inputs lie on disk meanwhile. The
+pass back carries a random probe z of the logits with E[z z^T] = diag(p) - p p^T, the Hessian of KL(p || .). Let g be the gradient
+that reaches a row's output at every position of a window, and e the errors there. Rounding the row then costs the window a KL of
+about (g . e)^2 / 2: the errors of different positions add up or cancel. The errors of different rows are independent, so the
+weight's KL is the sum over its rows; a sample of the rows estimates it, and averages over the probe. Weights are rounded by the
+method that an export will use, because simpler methods rank them worse (docs/mixed-precision.md). What is done with the errors is
+budget.py's.
 """
 
 from __future__ import annotations
@@ -20,41 +21,41 @@ import torch
 from torch import Tensor
 
 from gemma_edge.errors import InputError
-from gemma_edge.model.checkpoint import FINAL_NORM, TABLE, Checkpoint, row_slices, weight_shapes
+from gemma_edge.files import write_whole
+from gemma_edge.model.checkpoint import FINAL_NORM, TABLE, Weights, row_slices, weight_shapes
 from gemma_edge.model.gemma2 import soft_cap
 from gemma_edge.model.safetensors_reader import SafetensorsFile
 from gemma_edge.quantize.calibration.block import WITH_INPUTS, gemma2_topology, second_moments
 from gemma_edge.quantize.calibration.gptq import Inputs
 from gemma_edge.quantize.calibration.layerwise import advance, hash_of, runner, token_rows
-from gemma_edge.quantize.checkpoint.safetensors_writer import write_safetensors
-from gemma_edge.quantize.checkpoint.store import plain_spec
+from gemma_edge.quantize.checkpoint.safetensors_writer import plain_spec, write_safetensors
 from gemma_edge.quantize.integers import quantize
 from gemma_edge.quantize.recipe import DATA_FREE, INT8_ROW, QuantConfig
 
-VERSION = 3  # of what is measured
+VERSION = 3  # version of what is measured
 CANDIDATES = (QuantConfig(4, 0), QuantConfig(4, 128), QuantConfig(4, 64), QuantConfig(4, 32), QuantConfig(8, 0))
-TABLE_METHODS = {QuantConfig(4, 32): "mse", INT8_ROW: "rtn"}  # candidates of the tied table, and how they are found
-SAMPLED_ROWS = 256  # of a linear
-JUDGED = 4  # one in so many windows is judged on, the last ones; the rounding is fitted to the others
+TABLE_METHODS = {QuantConfig(4, 32): "mse", INT8_ROW: "rtn"}  # candidates of the tied table, and their methods
+SAMPLED_ROWS = 256  # rows of a linear whose errors are measured
+JUDGED = 4  # one window in four, from the end, measures the errors; the rounding is fitted to the others
 
 Errors = dict[str, dict[QuantConfig, float]]  # by weight
 Methods = Callable[[QuantConfig], str]
 
 
 def candidates(weight: str, columns: int) -> tuple[QuantConfig, ...]:
-    """What a matrix with rows of `columns` can become, the smallest first."""
+    """The integers that a matrix with rows of `columns` can become, the smallest first."""
     options = tuple(TABLE_METHODS) if weight == TABLE else CANDIDATES
     return tuple(dict.fromkeys(config.fit(columns) for config in options))
 
 
 def steps(layers: int) -> int:
-    """How often `measure` reports progress: layers on the way there and back, and the head."""
+    """How often `measure` reports progress: once per layer and pass, and once for the head."""
     return 2 * layers + 1
 
 
 @torch.no_grad()
 def measure(
-    source: Checkpoint,
+    source: Weights,
     windows: Tensor,
     methods: Methods,
     folder: Path,
@@ -65,8 +66,8 @@ def measure(
     Args:
         source: float weights.
         windows: (N, T) int64, BOS first; see JUDGED.
-        methods: how the integers of each of CANDIDATES are found, as in a recipe.
-        folder: for the layers' inputs, 4 bytes per layer, token and channel; they are gone in the end.
+        methods: gives the method by which the integers of each of CANDIDATES are found.
+        folder: for the layers' inputs, 4 bytes per layer, token and channel; they are removed at the end.
         progress: called with 1 per step.
 
     Raises:
@@ -102,7 +103,7 @@ def _keep(folder: Path, layer: int, x: Tensor) -> None:
 
 
 def _kept(folder: Path, layer: int) -> Tensor:
-    """What `_keep` wrote; the file goes."""
+    """What `_keep` wrote. The file is removed."""
     path = folder / f"input-{layer:03d}.safetensors"
     x = SafetensorsFile(path).rows("x")
     path.unlink()
@@ -110,17 +111,17 @@ def _kept(folder: Path, layer: int) -> Tensor:
 
 
 def _kl(inputs: Tensor, change: Tensor, gradient: Tensor) -> float:
-    """Nats per position of a change of rows (rows, in) at inputs (J, T, in), with their outputs' gradient (J, T, rows)."""
+    """KL per position, nats, of a change of rows (rows, in) at inputs (J, T, in), given the outputs' gradient (J, T, rows)."""
     along = (inputs @ change.T * gradient).sum(1)  # (J, rows)
     return float(along.square().sum()) / (2 * inputs.shape[0] * inputs.shape[1])
 
 
-def _layer(source: Checkpoint, layer: int, x: Tensor, gradient: Tensor, methods: Methods) -> Errors:
+def _layer(source: Weights, layer: int, x: Tensor, gradient: Tensor, methods: Methods) -> Errors:
     """Errors of a layer's linears.
 
     Args:
         x: (N, T, hidden), its input.
-        gradient: (J, T, hidden) at its output for the last J windows; becomes that at its input, in place.
+        gradient: (J, T, hidden) at its output for the last J windows; it is replaced by the gradient at the layer's input.
     """
     block, run, topology = source.load_layer(layer), runner(source, layer, x.shape[1]), gemma2_topology(source.config)
     moments = second_moments(block, x[: max(1, len(x) - len(gradient))], run, topology)
@@ -156,12 +157,12 @@ def _layer(source: Checkpoint, layer: int, x: Tensor, gradient: Tensor, methods:
 
 
 def _sample(rows: Tensor) -> Tensor:
-    """Some rows of (rows, ...), evenly spread: at least SAMPLED_ROWS, or all."""
+    """At least SAMPLED_ROWS rows of (rows, ...), evenly spread, or all of them."""
     return rows[:: max(1, len(rows) // SAMPLED_ROWS)]
 
 
 def _rounded(rows: Tensor, inputs: Inputs, config: QuantConfig, method: str) -> Tensor:
-    """What becomes of some rows, without folds and without rounds of refinement."""
+    """Some rows rounded and dequantized, without folds and without rounds of refinement."""
     if method in DATA_FREE:
         return quantize(rows, config, method).dequantize()
     return WITH_INPUTS[method](rows, inputs, config, 0).dequantize()
@@ -173,7 +174,7 @@ def _signs(seed: int, like: Tensor) -> Tensor:
     return torch.randint(0, 2, like.shape, generator=draw).to(like.dtype) * 2 - 1
 
 
-def _head(source: Checkpoint, x: Tensor) -> tuple[Tensor, dict[QuantConfig, float]]:
+def _head(source: Weights, x: Tensor) -> tuple[Tensor, dict[QuantConfig, float]]:
     """The probe's gradient at the last block's output `x` (J, T, hidden), and the KL of each of the table's candidates as head.
 
     With p the distribution of a position and signs s, z = sqrt(p) s - p (sqrt(p) . s). Two passes over slices of the table:
@@ -215,23 +216,21 @@ def _head(source: Checkpoint, x: Tensor) -> tuple[Tensor, dict[QuantConfig, floa
     return gradient.view_as(x), kl
 
 
-def key_of(source: Checkpoint, windows: Tensor, methods: Methods) -> str:
-    """Hash of everything that `measure` depends on."""
+def key_of(source: Weights, windows: Tensor, methods: Methods) -> str:
+    """A hash of everything that `measure` depends on."""
     by = [(config, methods(config).removeprefix("awq+")) for config in CANDIDATES]
     return hash_of(source, windows, [VERSION, by, list(TABLE_METHODS), SAMPLED_ROWS, JUDGED])
 
 
 def save(errors: Errors, path: Path) -> None:
-    """Write a measurement, in one rename."""
+    """Write a measurement."""
     rows = {
         weight: [
             {"bits": config.bits, "group_size": config.group_size, "error": error} for config, error in some.items()
         ]
         for weight, some in errors.items()
     }
-    written = path.with_suffix(".partial")
-    written.write_text(json.dumps(rows, indent=1))
-    written.rename(path)
+    write_whole(path, json.dumps(rows, indent=1))
 
 
 def load(path: Path) -> Errors:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from gemma_edge.export.api import Export
     from gemma_edge.export.options import ExportOptions
     from gemma_edge.export.plan import Plan
-    from gemma_edge.quantize.api import QuantizedFolder
+    from gemma_edge.quantize.api import QuantizedModel
     from gemma_edge.quantize.options import QuantizeOptions
     from gemma_edge.runtimes.engines.base import Runtime
 
@@ -95,7 +95,7 @@ def quantize(
     lora: str | Path | None = None,
     force: bool = False,
     progress: Progress = no_progress,
-) -> QuantizedFolder:
+) -> QuantizedModel:
     """Make the quantized checkpoint alone, without a bundle: a Hugging Face folder that transformers and vLLM load too.
 
     Args:

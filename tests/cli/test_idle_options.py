@@ -12,7 +12,7 @@ from support.commands import refused, run
 
 from gemma_edge.bundle.manifest import Manifest
 from gemma_edge.model.checkpoint import Checkpoint
-from gemma_edge.quantize.checkpoint.store import write_quantized
+from gemma_edge.quantize.checkpoint.writer import write_quantized
 from gemma_edge.quantize.recipe import ANY, INT8_ROW, TABLE_PATTERN, QuantConfig, QuantRule, Recipe, make_recipe
 
 V_FLOAT = Recipe(

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from gemma_edge.export.plan import geometry
-from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint, open_weights, write_quantized
+from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint, open_weights
+from gemma_edge.quantize.checkpoint.writer import write_quantized
 from gemma_edge.quantize.recipe import Recipe
 from gemma_edge.runtimes.engines.base import Runtime
 from support.checkpoints import write_manifest

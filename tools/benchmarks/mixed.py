@@ -21,7 +21,7 @@ from gemma_edge.export.options import ExportOptions
 from gemma_edge.model.checkpoint import Checkpoint, Weights
 from gemma_edge.model.gemma2 import Gemma2
 from gemma_edge.progress import no_progress
-from gemma_edge.quantize.api import make_checkpoint
+from gemma_edge.quantize.api import Quantization, make_checkpoint
 from gemma_edge.quantize.calibration import text as calibration
 from gemma_edge.quantize.calibration.block import gemma2_topology, second_moments
 from gemma_edge.quantize.calibration.gptq import Inputs, output_error, quantize_outputs
@@ -138,7 +138,9 @@ def gain(folder: Path, tokens: int, quality: str) -> None:
         opened = open_model(ExportOptions(model=str(folder), quantization=options))
         with tempfile.TemporaryDirectory() as work:
             out = Path(work) / "checkpoint"
-            quantized, _ = make_checkpoint(options, source, opened.recipe, opened.calibration, out, no_progress, [])
+            quantized, _ = make_checkpoint(
+                Quantization(options, source, opened.recipe, opened.calibration), out, no_progress, []
+            )
             found = kl(right, logits(source, quantized, ids))
         predicted = f"{opened.choice.predicted_kl:.5f}" if opened.choice else ""
         print(

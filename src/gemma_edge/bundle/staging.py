@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from gemma_edge.bundle.manifest import MANIFEST
 from gemma_edge.errors import InputError
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of folder that appears whole."""
+
+    folder: str  # name of the folder in which it is written, inside the temporary one
+    noun: str  # what messages call it
+    is_one: Callable[[Path], bool]  # whether an existing folder is of this kind, and may be replaced
+
+
+BUNDLE = Kind("bundle", "bundle", lambda folder: (folder / MANIFEST).exists())
 
 
 def _alive(pid: str) -> bool:
@@ -36,16 +49,18 @@ def _clean_leftovers(out: Path) -> None:
                 shutil.rmtree(left, ignore_errors=True)
 
 
-def refuse_existing(out: Path, force: bool) -> None:
-    """Let nothing be replaced without --force, and nothing but a bundle with it.
+def refuse_existing(out: Path, force: bool, kind: Kind = BUNDLE) -> None:
+    """Let nothing be replaced without --force, and with it nothing but a folder of the same kind, or an empty one.
 
     Raises:
         InputError: something is there that stays.
     """
     if out.exists() and not force:
         raise InputError(f"{out} exists; pass --force to replace it, or -o for another folder")
-    if out.exists() and not (out.is_dir() and ((out / MANIFEST).exists() or not any(out.iterdir()))):
-        raise InputError(f"{out} exists and is not a bundle; --force replaces only bundles: pass -o for another folder")
+    if out.exists() and not (out.is_dir() and (kind.is_one(out) or not any(out.iterdir()))):
+        raise InputError(
+            f"{out} exists and is not a {kind.noun}; --force replaces only {kind.noun}s: pass -o for another folder"
+        )
 
 
 def _make_folder(folder: Path, parent: Path) -> None:
@@ -56,8 +71,10 @@ def _make_folder(folder: Path, parent: Path) -> None:
 
 
 @contextmanager
-def staged(out: Path, *, force: bool) -> Iterator[Path]:
+def staged(out: Path, *, force: bool, kind: Kind = BUNDLE) -> Iterator[Path]:
     """A temporary folder beside `out`; what is in its `bundle/` becomes `out` in one rename when the block ends well.
+
+    Another `kind` has another name for that inner folder: `kind.folder`.
 
     Parents that are missing are made, and removed again when nothing is left in them.
 
@@ -65,17 +82,17 @@ def staged(out: Path, *, force: bool) -> Iterator[Path]:
         InputError: `out` exists and `force` is False, or its parent cannot be written.
     """
     _clean_leftovers(out)
-    refuse_existing(out, force)
+    refuse_existing(out, force, kind)
     work = out.parent / f".{out.name}.partial-{os.getpid()}"
     old = out.parent / f".{out.name}.old-{os.getpid()}"
     missing = [parent for parent in out.absolute().parents if not parent.exists()]  # the innermost first
     try:
-        _make_folder(work / "bundle", out.parent)
+        _make_folder(work / kind.folder, out.parent)
         yield work
-        refuse_existing(out, force)  # somebody may have made it in the meantime
+        refuse_existing(out, force, kind)  # somebody may have made it in the meantime
         if out.exists():
             out.rename(old)
-        (work / "bundle").rename(out)
+        (work / kind.folder).rename(out)
     finally:
         if old.exists() and not out.exists():  # interrupted between the two renames
             old.rename(out)

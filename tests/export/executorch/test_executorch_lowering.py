@@ -26,7 +26,8 @@ from gemma_edge.export.executorch.seams import DECOMPOSITIONS, AttendHalf, Half,
 from gemma_edge.export.executorch.templates import COMPILE
 from gemma_edge.export.plan import geometry
 from gemma_edge.model.checkpoint import TABLE
-from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint, open_weights, write_quantized
+from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint, open_weights
+from gemma_edge.quantize.checkpoint.writer import write_quantized
 from gemma_edge.quantize.recipe import make_recipe
 
 CHUNK = 7

@@ -32,7 +32,8 @@ from gemma_edge.export.targets import TARGETS
 from gemma_edge.model.checkpoint import Checkpoint
 from gemma_edge.model.config import GEMMA2_2B
 from gemma_edge.quantize.checkpoint.kv_scales import KVRanges, write_kv_scales
-from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint, write_quantized
+from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
+from gemma_edge.quantize.checkpoint.writer import write_quantized
 from gemma_edge.quantize.recipe import make_recipe
 
 TEXT = """It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a wife.

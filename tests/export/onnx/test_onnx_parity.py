@@ -16,7 +16,8 @@ import gemma_edge
 from gemma_edge.export.onnx.backend import FLOAT_ACTIVATIONS, lower
 from gemma_edge.export.plan import geometry
 from gemma_edge.quantize.checkpoint.kv_scales import KVScales, write_kv_scales
-from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint, open_weights, write_quantized
+from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint, open_weights
+from gemma_edge.quantize.checkpoint.writer import write_quantized
 from gemma_edge.quantize.recipe import Recipe, make_recipe
 from gemma_edge.runtimes.engines.base import BaseRuntime, Runtime
 

@@ -24,7 +24,8 @@ from gemma_edge.export.plan import geometry
 from gemma_edge.export.tflite.backend import lower
 from gemma_edge.export.tflite.litertlm import turns_of, write_litertlm
 from gemma_edge.model.hub import copy_companions
-from gemma_edge.quantize.checkpoint.store import open_weights, write_quantized
+from gemma_edge.quantize.checkpoint.store import open_weights
+from gemma_edge.quantize.checkpoint.writer import write_quantized
 from gemma_edge.quantize.recipe import make_recipe
 from gemma_edge.text.chat import GEMMA2_TEMPLATE, ChatTemplate
 from gemma_edge.text.tokenizer import Tokenizer

@@ -21,7 +21,7 @@ from gemma_edge.quantize.calibration import text as calibration
 from gemma_edge.quantize.calibration.block import Choice, gemma2_topology, quantize_block, second_moments
 from gemma_edge.quantize.calibration.gptq import Inputs, gptq
 from gemma_edge.quantize.calibration.layerwise import Calibration, calibrate, layer_file, runner
-from gemma_edge.quantize.checkpoint.store import write_quantized
+from gemma_edge.quantize.checkpoint.writer import write_quantized
 from gemma_edge.quantize.integers import QuantizedTensor, absmax_scale, quantize
 from gemma_edge.quantize.options import CalibrationText
 from gemma_edge.quantize.recipe import ANY, INT8_ROW, QUALITIES, TABLE_PATTERN, QuantConfig, QuantRule, Recipe

@@ -197,5 +197,5 @@ def test_damaged_second_moments_are_refused(kind: str) -> None:
         hessian = hessian + 1e9 * (1 - torch.eye(64))
     else:
         hessian[3, 5] = hessian[5, 3] = float("nan") if kind == "NaN" else float("inf")
-    with pytest.raises(InputError, match=r"NaN, infinite or contradict each other.*--calibration"):
+    with pytest.raises(InputError, match=r"NaN, infinite or contradict each other.*calibration_text"):
         Inputs.from_hessian(hessian)

@@ -35,7 +35,8 @@ from gemma_edge.quantize.calibration.layerwise import (
     only_here,
     runner,
 )
-from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint, open_weights, shard_names, write_quantized
+from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint, open_weights
+from gemma_edge.quantize.checkpoint.writer import shard_names, write_quantized
 from gemma_edge.quantize.recipe import ANY, TABLE_PATTERN, QuantConfig, QuantRule, Recipe, make_recipe
 
 LAYERS = 4

@@ -184,7 +184,7 @@ def test_less_text_than_asked_for_is_a_warning(austen: Path, caplog: pytest.LogC
 
 
 def test_without_a_tokenizer_there_is_nothing_to_cut(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"has no tokenizer\.json, so no text to calibrate on: pass --method mse"):
+    with pytest.raises(InputError, match=r"has no tokenizer\.json, so no text to calibrate on: pass method mse"):
         windows(tmp_path, BOS, WINDOW, CalibrationText(tokens=512))
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match=r"tokenizer\.json is not a tokenizer .*belongs to the model"):

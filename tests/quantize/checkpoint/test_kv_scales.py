@@ -16,7 +16,8 @@ from torch.testing import assert_close
 from gemma_edge.errors import InputError
 from gemma_edge.model.checkpoint import Checkpoint
 from gemma_edge.quantize.checkpoint.kv_scales import KV_FILE, KVRanges, KVScales, write_kv_scales
-from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint, write_quantized
+from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
+from gemma_edge.quantize.checkpoint.writer import write_quantized
 from gemma_edge.quantize.recipe import make_recipe
 
 LAYERS, HEADS, DIM = 4, 2, 32  # TINY_CONFIG's

@@ -17,7 +17,8 @@ from torch.testing import assert_close
 
 from gemma_edge.errors import InputError
 from gemma_edge.model.checkpoint import TABLE, Checkpoint, weight_shapes
-from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint, named_by_content, open_weights, write_quantized
+from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint, named_by_content, open_weights
+from gemma_edge.quantize.checkpoint.writer import write_quantized
 from gemma_edge.quantize.integers import quantize
 from gemma_edge.quantize.recipe import ANY, TABLE_PATTERN, QuantConfig, QuantRule, Recipe, make_recipe
 

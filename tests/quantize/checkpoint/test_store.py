@@ -21,13 +21,8 @@ from transformers import Gemma2ForCausalLM
 from gemma_edge.model import checkpoint as reader
 from gemma_edge.model.checkpoint import TABLE, Checkpoint, norm_names, weight_shapes
 from gemma_edge.quantize.checkpoint.packing import pack, unpack
-from gemma_edge.quantize.checkpoint.store import (
-    TABLE_FILE,
-    QuantizedCheckpoint,
-    final_configs,
-    open_weights,
-    write_quantized,
-)
+from gemma_edge.quantize.checkpoint.store import TABLE_FILE, QuantizedCheckpoint, final_configs, open_weights
+from gemma_edge.quantize.checkpoint.writer import write_quantized
 from gemma_edge.quantize.integers import quantize
 from gemma_edge.quantize.recipe import ANY, QuantConfig, QuantRule, Recipe, make_recipe
 

@@ -63,7 +63,7 @@ def test_a_larger_budget_is_never_worse() -> None:
 
 def test_coarse_steps_keep_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes without a common divisor are rounded up, so that a large model costs no more time than another."""
-    monkeypatch.setattr(budget, "MOST_STEPS", 40)
+    monkeypatch.setattr(budget, "MAX_STEPS", 40)
     options = random_options(3, step=1009)
     low, high = bounds(options)
     for limit in range(low, high, (high - low) // 7):

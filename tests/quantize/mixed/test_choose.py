@@ -20,7 +20,7 @@ from gemma_edge.export.api import Opened, open_model
 from gemma_edge.export.options import ExportOptions
 from gemma_edge.model.checkpoint import Checkpoint, weight_shapes
 from gemma_edge.quantize.calibration import text as calibration
-from gemma_edge.quantize.checkpoint.store import write_quantized
+from gemma_edge.quantize.checkpoint.writer import write_quantized
 from gemma_edge.quantize.mixed import choose as mixed
 from gemma_edge.quantize.mixed import sensitivity
 from gemma_edge.quantize.mixed import table as layers
@@ -78,7 +78,7 @@ def test_sizes_are_read_as_people_write_them() -> None:
     ):
         assert mixed.parse_size(text) == count
     for text in ("", "big", "-1GB", "1.4XB", "nan", "1e9"):
-        with pytest.raises(InputError, match="--size"):
+        with pytest.raises(InputError, match="^size "):
             mixed.parse_size(text)
 
 

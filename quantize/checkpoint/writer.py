@@ -1,0 +1,257 @@
+"""Writes a quantized checkpoint slice by slice, one shard per layer. The layout and its reader are store.py's."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gemma_edge.files import write_whole
+from gemma_edge.model.checkpoint import (
+    FINAL_NORM,
+    NORMS,
+    TABLE,
+    Weights,
+    linear_shapes,
+    row_slices,
+    weight_shapes,
+)
+from gemma_edge.model.config import Gemma2Config, read_json
+from gemma_edge.model.hub import copy_companions
+from gemma_edge.model.quantized import QuantConfig, QuantizedTensor
+from gemma_edge.model.safetensors_reader import SafetensorsFile
+from gemma_edge.quantize.checkpoint.kv_scales import KVScales, write_kv_scales
+from gemma_edge.quantize.checkpoint.packing import pack
+from gemma_edge.quantize.checkpoint.safetensors_writer import Spec, plain_spec, write_safetensors
+from gemma_edge.quantize.checkpoint.store import TABLE_FILE, QuantizedCheckpoint, final_configs
+from gemma_edge.quantize.integers import quantize
+from gemma_edge.quantize.recipe import Recipe
+
+
+def write_quantized(
+    source: Weights,
+    recipe: Recipe,
+    out: Path,
+    progress: Callable[[int], None] = lambda done: None,
+    *,
+    layers: Callable[[int], Path] | None = None,
+    kv_scales: KVScales | None = None,
+) -> QuantizedCheckpoint:
+    """Quantize a checkpoint slice by slice into a new folder, one shard per layer.
+
+    Args:
+        source: float weights, or integers, which are kept bit for bit.
+        recipe: what each float weight becomes.
+        out: an empty or new folder.
+        progress: called with the number of weights just finished.
+        layers: finished shards of the layers, from calibration/layerwise.py; None: they are made here, without data.
+        kv_scales: scales of an int8 KV cache; None takes those that the source has.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    work = _Work(source, recipe, final_configs(source, recipe), progress)
+    names = shard_names(source.config)
+    _write_table(work, out, names[0])
+    for layer, name in enumerate(names[1:]):
+        if layers is not None:
+            shutil.copyfile(layers(layer), out / name)
+            progress(sum(rows * columns for rows, columns in linear_shapes(source.config, layer).values()))
+        else:
+            write_safetensors(out / name, list(_layer_shard(work, layer)))
+    kv_scales = source.kv_scales if kv_scales is None else kv_scales
+    if kv_scales is not None:
+        write_kv_scales(out, kv_scales)
+    index = {tensor: name for name in names for tensor in SafetensorsFile(out / name).tensors}
+    write_whole(out / "model.safetensors.index.json", json.dumps({"metadata": {}, "weight_map": index}, indent=1))
+    copy_companions(source.folder, out)
+    _write_config(work, out)
+    return QuantizedCheckpoint.open(out)
+
+
+def shard_names(config: Gemma2Config) -> list[str]:
+    """The checkpoint's weights files: first the table and the final norm, then one file per layer."""
+    count = config.num_hidden_layers + 1
+    return [f"model-{shard + 1:05d}-of-{count:05d}.safetensors" for shard in range(count)]
+
+
+def quantization_config(configs: Mapping[str, QuantConfig | None]) -> dict[str, Any]:
+    """compressed-tensors' description of the linears, one group per distinct configuration."""
+    groups: dict[QuantConfig, list[str]] = {}
+    for name, config in configs.items():
+        if config is not None and name != TABLE:
+            groups.setdefault(config, []).append(name)
+    plain = [name for name, config in configs.items() if config is None and name != TABLE]
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {
+            f"group_{i}": {
+                "targets": ["Linear"] if len(groups) == 1 and not plain else names,
+                "weights": _scheme(config),
+                "input_activations": None,
+                "output_activations": None,
+                "format": "pack-quantized",
+            }
+            for i, (config, names) in enumerate(groups.items())
+        },
+        "ignore": ["lm_head", *plain],
+    }
+
+
+def _scheme(config: QuantConfig) -> dict[str, Any]:
+    return {
+        "num_bits": config.bits,
+        "type": "int",
+        "symmetric": config.symmetric,
+        "strategy": "group" if config.group_size else "channel",
+        "group_size": config.group_size or None,
+        "dynamic": False,
+    }
+
+
+def narrow(dtype: torch.dtype) -> torch.dtype:
+    """The 16-bit type of a float matrix when 16 bits are requested: its own type; bfloat16 for float32, whose range it has."""
+    return torch.bfloat16 if dtype == torch.float32 else dtype
+
+
+def float_type(source: Weights, weight: str, float_bits: int) -> torch.dtype:
+    """The type in which the checkpoint stores a float matrix: the source's, made narrow when `float_bits` is 16."""
+    dtype = source.dtype(weight)
+    return narrow(dtype) if float_bits == 16 else dtype
+
+
+def integer_specs(
+    weight: str,
+    shape: tuple[int, int],
+    config: QuantConfig,
+    parts: Callable[[], Iterator[QuantizedTensor]],
+    scale_dtype: torch.dtype = torch.bfloat16,
+) -> list[Spec]:
+    """Packed codes, scales and shape of one matrix (out, in), which comes in consecutive slices of rows.
+
+    The scales are kept in one piece until they are written: a small tensor per slice, alive among large ones that come and go,
+    would fragment the heap.
+    """
+    groups = config.groups(shape[1])
+    scale = torch.empty(shape[0], groups, dtype=scale_dtype)
+
+    def packed() -> Iterator[Tensor]:
+        start = 0
+        for part in parts():
+            scale[start : start + len(part.scale)] = part.scale
+            start += len(part.scale)
+            yield pack(part.codes, config.bits)
+
+    return [
+        Spec(f"{weight}.weight_packed", torch.int32, (shape[0], -(-shape[1] * config.bits // 32)), packed),
+        Spec(f"{weight}.weight_scale", scale_dtype, (shape[0], groups), lambda: iter([scale])),
+        plain_spec(f"{weight}.weight_shape", torch.tensor(shape)),
+    ]
+
+
+def block_specs(
+    layer: int,
+    block: nn.Module,
+    integers: Mapping[str, QuantizedTensor],
+    shapes: Mapping[str, tuple[int, int]],
+    dtype: Callable[[str], torch.dtype],
+) -> list[Spec]:
+    """A layer's shard from a block in memory.
+
+    Args:
+        layer: its index.
+        block: float values of the norms, and of the linears that stay float.
+        integers: the other linears, by their name in the block.
+        shapes: of the layer's linears, by their whole name.
+        dtype: the type in which a float linear is stored, by its whole name.
+    """
+    prefix = f"model.layers.{layer}."
+    specs: list[Spec] = []
+    for name, shape in shapes.items():
+        tensor = integers.get(name.removeprefix(prefix))
+        if tensor is None:
+            values = block.get_parameter(f"{name.removeprefix(prefix)}.weight").data
+            specs.append(plain_spec(f"{name}.weight", values.to(dtype(name))))
+        else:
+            specs += integer_specs(name, shape, tensor.config, lambda tensor=tensor: iter([tensor]))  # type: ignore[misc]
+    return specs + [plain_spec(f"{prefix}{norm}.weight", block.get_parameter(f"{norm}.weight").data) for norm in NORMS]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is written, and from what."""
+
+    source: Weights
+    recipe: Recipe
+    configs: Mapping[str, QuantConfig | None]  # what every weight becomes
+    progress: Callable[[int], None]  # called with the number of weights just finished
+
+
+def _write_table(work: _Work, out: Path, name: str) -> None:
+    """The tied table and the final norm; the table also as integers, in our own file, where the recipe says so."""
+    quantized = work.configs[TABLE] is not None
+    # the table counts once: here where it stays float, else when its integers are made
+    counted = _Work(work.source, work.recipe, work.configs, lambda done: None) if quantized else work
+    # written float even where ours is quantized: transformers and vLLM use this one
+    write_safetensors(out / name, [_float_spec(counted, TABLE), _norm_spec(work.source, FINAL_NORM)])
+    if quantized:
+        write_safetensors(out / TABLE_FILE, _integer_specs(work, TABLE))
+
+
+def _write_config(work: _Work, out: Path) -> None:
+    raw = read_json(work.source.folder / "config.json")
+    raw.pop("quantization_config", None)
+    if any(config for name, config in work.configs.items() if name != TABLE):
+        raw["quantization_config"] = quantization_config(work.configs)
+    write_whole(out / "config.json", json.dumps(raw, indent=1) + "\n")
+
+
+def _layer_shard(work: _Work, layer: int) -> Iterator[Spec]:
+    for weight in linear_shapes(work.source.config, layer):
+        if work.configs[weight] is None:
+            yield _float_spec(work, weight)
+        else:
+            yield from _integer_specs(work, weight)
+    for norm in NORMS:
+        yield _norm_spec(work.source, f"model.layers.{layer}.{norm}.weight")
+
+
+def _norm_spec(source: Weights, name: str) -> Spec:
+    return plain_spec(name, source.vector(name))
+
+
+def _float_spec(work: _Work, weight: str) -> Spec:
+    """A float matrix in the type in which the checkpoint stores it."""
+    shape, dtype = weight_shapes(work.source.config)[weight], float_type(work.source, weight, work.recipe.float_bits)
+
+    def data() -> Iterator[Tensor]:
+        for start, stop in row_slices(shape):
+            yield work.source.plain_rows(weight, start, stop).to(dtype)
+            work.progress((stop - start) * shape[1])
+
+    return Spec(f"{weight}.weight", dtype, shape, data)
+
+
+def _integer_specs(work: _Work, weight: str) -> list[Spec]:
+    """One matrix, slice by slice: the integers that the source has, or integers made without data."""
+    source, shape, config = work.source, weight_shapes(work.source.config)[weight], work.configs[weight]
+    assert config is not None
+    keeps = source.configs[weight] is not None
+
+    def part(start: int, stop: int) -> QuantizedTensor:
+        if keeps:
+            return source.quantized(weight, start, stop)
+        return quantize(source.rows(weight, start, stop), config, work.recipe.rule_for(weight).method)
+
+    def parts() -> Iterator[QuantizedTensor]:
+        for start, stop in row_slices(shape):
+            yield part(start, stop)
+            work.progress((stop - start) * shape[1])
+
+    return integer_specs(weight, shape, config, parts, source.scale_dtype(weight) if keeps else torch.bfloat16)
