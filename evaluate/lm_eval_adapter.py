@@ -21,8 +21,9 @@ from gemma_edge.comparison import log_softmax
 from gemma_edge.errors import InputError
 from gemma_edge.progress import Progress
 from gemma_edge.runtimes.engines.base import Runtime
-from gemma_edge.runtimes.generation.generate import generate
-from gemma_edge.runtimes.generation.sampling import Sampler, SamplingParams
+from gemma_edge.runtimes.generation.generate import GenerationOptions
+from gemma_edge.runtimes.generation.sampling import SamplingParams
+from gemma_edge.runtimes.generation.text_generator import TextGenerator
 from gemma_edge.text.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 256  # of an answer whose task sets no limit: lm-eval's own default
@@ -133,20 +134,12 @@ class RuntimeLM(TemplateLM):  # type: ignore[misc]
         stops = [until] if isinstance(until, str) else list(until)
         limit = int(settings.get("max_gen_toks", settings.get("max_tokens", MAX_NEW_TOKENS)))
         temperature = float(settings.get("temperature") or 0.0) if settings.get("do_sample") else 0.0
-        params = SamplingParams(temperature=temperature, top_p=float(settings.get("top_p") or 1.0), seed=0)
+        sampling = SamplingParams(temperature=temperature, top_p=float(settings.get("top_p") or 1.0), seed=0)
+        options = GenerationOptions(max_tokens=limit, sampling=sampling, stop=tuple(filter(None, stops)))
         bos, *rest = self.tok_encode(context)
         kept = rest[max(0, len(rest) + 1 - max(1, self.max_length - limit)) :]  # room for the answer
         self._runtime.reset()
-        tokens = generate(
-            self._runtime, [bos, *kept], Sampler(params), max_tokens=limit, stop_ids=self._tokenizer.stop_ids
-        )
-        text = ""
-        for piece in self._tokenizer.stream(tokens):
-            text += piece
-            ends = [text.index(stop) for stop in stops if stop in text]
-            if ends:
-                return text[: min(ends)]
-        return text
+        return "".join(TextGenerator(self._runtime, self._tokenizer).answer([bos, *kept], options))
 
 
 class Tasks:

@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from gemma_edge.bundle.backends import ALL, ALL_BACKENDS, BACKENDS, KV_DTYPES
-from gemma_edge.command import Command, Group
+from gemma_edge.command import Command, DefaultGroup
 from gemma_edge.errors import InputError
 from gemma_edge.export.gate.limits import LEVELS
 from gemma_edge.export.options import ExportOptions
@@ -26,18 +26,6 @@ from gemma_edge.quantize.options import CalibrationText, QuantizeOptions
 from gemma_edge.quantize.recipe import BITS, DEFAULT_QUALITY, METHODS, QUALITIES
 
 F = Callable[..., None]
-
-
-class DefaultCommand(Group):
-    """A group whose first command may be left out: `gemma-export FOLDER` is `gemma-export make FOLDER`."""
-
-    default = "make"
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Put the default command in front unless another one, or the group's help, is asked for."""
-        if not args or (args[0] not in self.commands and args[0] not in ("--help", "-h", "--version")):
-            args = [self.default, *args]
-        return super().parse_args(ctx, args)
 
 
 def _list(names: Iterable[object]) -> str:
@@ -131,7 +119,7 @@ def _options_of(*groups: Iterable[Callable[[F], F]]) -> Callable[[F], F]:
     return decorate
 
 
-@click.group(cls=DefaultCommand, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=DefaultGroup, default="make", context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="gemma-edge")
 def main() -> None:
     """Export Gemma 2 to a verified on-device bundle: gemma-export [MODEL] --target android --bits 4.

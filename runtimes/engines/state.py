@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma_edge.errors import InputError
+from gemma_edge.files import replacing
 
 FORMAT = "gemma-edge state 1"
 IDS = "ids"
@@ -74,14 +74,11 @@ def write_state(path: Path, state: State, notes: Mapping[str, Any]) -> None:
     numbers = {"identity": state.identity, "position": state.position, "written": state.written}
     header = {"format": FORMAT, "state": json.dumps(numbers), "notes": json.dumps(notes, ensure_ascii=False)}
     tensors = {IDS: state.ids, **{f"cache.{name}": rows for name, rows in state.rows.items()}}
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        save_file({name: np.ascontiguousarray(rows) for name, rows in tensors.items()}, partial, header)
-        partial.replace(path)
+        with replacing(path) as partial:
+            save_file({name: np.ascontiguousarray(rows) for name, rows in tensors.items()}, partial, header)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {path}: {error}; name a file in a folder that can be written") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_state(path: Path) -> tuple[State, dict[str, Any]]:

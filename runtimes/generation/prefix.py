@@ -1,4 +1,4 @@
-"""A beginning that many prompts share, paid once: its text and the state after it, in one file."""
+"""A beginning that many prompts share: its text and the state after it in one file, so that it is fed only once."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from gemma_edge.text.tokenizer import Tokenizer, parse_ids
 
 
 def save(runtime: Runtime, text: str, path: Path, *, chat: bool) -> None:
-    """Feed a text, and write it and the state after it.
+    """Feed a text, and write the text and the state after it.
 
     Args:
-        runtime: what it has seen of the text already is not fed again.
-        text: token ids, for a bundle without a tokenizer.
-        path: is replaced.
-        chat: the text will begin the user's first turn.
+        runtime: the part of the text that it has seen already is not fed again.
+        text: the beginning; token ids for a bundle without a tokenizer.
+        path: the file; an older one is replaced.
+        chat: whether the text will begin the user's first turn of a chat.
 
     Raises:
-        InputError: no text, or the file cannot be written.
+        InputError: there is no text, or the file cannot be written.
     """
     if not runtime.manifest.tokenizer:
         ids = parse_ids(text)
@@ -34,20 +34,23 @@ def save(runtime: Runtime, text: str, path: Path, *, chat: bool) -> None:
 
 
 def load(runtime: Runtime, path: Path) -> str:
-    """Take up a saved state; its text, which the whole prompt must begin with.
+    """Restore a saved state.
+
+    Returns:
+        Its text, with which every prompt must begin.
 
     Raises:
-        InputError: no such file, damaged, or of another bundle or backend.
+        InputError: the file is missing, damaged, or of another bundle or backend.
     """
     state, notes = read_state(path)
     if not isinstance(notes.get("prefix"), str):
-        raise InputError(f"{path} holds no prefix; make one with --save-prefix")
+        raise InputError(f"{path} holds no prefix; make one with `gemma-run prefix`")
     runtime.restore(state)
     return str(notes["prefix"])
 
 
 def _opening(bundle: Path, text: str) -> str:
-    """A conversation up to the end of `text`, which stands first in it."""
+    """A conversation that begins with `text`, cut off after it."""
     rendered = ChatTemplate.from_bundle(bundle).render([{"role": "user", "content": text}])
     end = rendered.rfind(text.strip())
     return rendered[: end + len(text.strip())] if end >= 0 else rendered

@@ -1,6 +1,6 @@
 """From logits to one token: repetition penalty, temperature, top-k, top-p and min-p, in that order, as transformers does.
 
-Built for a vocabulary of 256,000: nothing sorts it; only the tokens that stay are sorted. Source of the semantics:
+Made for a vocabulary of 256,000: only the tokens that stay are sorted, never all of them. Source of the semantics:
 transformers/generation/logits_process.py; tests/runtimes/generation/test_sampling.py compares with it.
 """
 
@@ -16,35 +16,39 @@ from numpy.typing import NDArray
 from gemma_edge.errors import InputError
 from gemma_edge.logits import Logits
 
-_COLDEST = 1e-6  # logits / temperature must stay finite in float32
+_MIN_TEMPERATURE = 1e-6  # logits / temperature must stay finite in float32
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How the next token is chosen; the default takes the most likely one."""
 
-    temperature: float = 0.0  # 0: greedy, the filters below are then without effect
-    top_k: int = 0  # 0: off
-    top_p: float = 1.0  # 1: off
-    min_p: float = 0.0  # 0: off; relative to the most likely token
-    repetition_penalty: float = 1.0  # 1: off; applies to greedy too
-    seed: int | None = None  # None: different every time
+    temperature: float = 0.0  # 0: greedy; top_k, top_p and min_p then have no effect
+    top_k: int = 0  # the number of most likely tokens that are kept; 0: off
+    top_p: float = 1.0  # the fewest most likely tokens whose probabilities sum to this are kept; 1: off
+    min_p: float = 0.0  # tokens at least this many times as likely as the most likely one are kept; 0: off
+    repetition_penalty: float = 1.0  # above 1 makes tokens of the context less likely, greedy or not; 1: off
+    seed: int | None = None  # the seed of the random numbers; None: different every time
 
     def __post_init__(self) -> None:
         """Raises InputError for a number that no filter can take."""
-        # Written as `not (allowed)` so that NaN is refused too.
-        if self.temperature != 0 and not _COLDEST <= self.temperature < math.inf:
-            raise InputError(f"temperature {self.temperature} is neither 0, which is greedy, nor at least {_COLDEST}")
-        if self.top_k < 0:
-            raise InputError(f"top_k {self.top_k} is below 0; 0 keeps every token")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p {self.top_p} is not above 0 and at most 1; 1 keeps every token")
-        if not 0 <= self.min_p <= 1:
-            raise InputError(f"min_p {self.min_p} is not between 0 and 1; 0 keeps every token")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise InputError(f"repetition_penalty {self.repetition_penalty} is not a number above 0; 1 is off")
-        if self.seed is not None and self.seed < 0:
-            raise InputError(f"seed {self.seed} is below 0")
+        # Each condition says what is allowed, so NaN is refused too.
+        conditions = (
+            (
+                "temperature",
+                self.temperature == 0 or _MIN_TEMPERATURE <= self.temperature < math.inf,
+                f"is neither 0, which is greedy, nor at least {_MIN_TEMPERATURE}",
+            ),
+            ("top_k", self.top_k >= 0, "is below 0; 0 keeps every token"),
+            ("top_p", 0 < self.top_p <= 1, "is not above 0 and at most 1; 1 keeps every token"),
+            ("min_p", 0 <= self.min_p <= 1, "is not between 0 and 1; 0 keeps every token"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "is not a number above 0; 1 is off"),
+            ("seed", self.seed is None or self.seed >= 0, "is below 0"),
+        )
+        for name, allowed, problem in conditions:
+            if not allowed:
+                value = getattr(self, name)
+                raise InputError(f"`{name}` {value} {problem}", field=name, value=value)
 
 
 class Sampler:
@@ -56,12 +60,12 @@ class Sampler:
         self._seen: set[int] = set()
 
     def observe(self, ids: Iterable[int]) -> None:
-        """Tell which tokens were added to the context."""
+        """Note the tokens that were added to the context."""
         if self.params.repetition_penalty != 1:
             self._seen.update(ids)
 
     def forget(self) -> None:
-        """Tell that the context is empty again; the random numbers go on."""
+        """Note that the context is empty again; the random numbers go on."""
         self._seen.clear()
 
     def sample(self, logits: Logits) -> int:
@@ -123,7 +127,7 @@ class Sampler:
 
 
 def _top_k(scores: Logits, top_k: int) -> NDArray[np.intp]:
-    """Indices of the `top_k` largest and of what ties with the last of them, as transformers does."""
+    """Indices of the `top_k` largest scores and of scores equal to the smallest of them, as transformers does."""
     size = len(scores) // (4 * top_k)
     if size > 1:
         # The k-th largest score >= the k-th largest of the blocks' maxima, for those are k scores that reach it.

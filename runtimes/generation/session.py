@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Generator, Iterator
-from copy import deepcopy
+from collections.abc import Callable, Generator, Iterator
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,29 +14,36 @@ from gemma_edge.errors import InputError
 from gemma_edge.runtimes.engines.base import Runtime
 from gemma_edge.runtimes.engines.load import open_runtime
 from gemma_edge.runtimes.engines.state import read_state, write_state
-from gemma_edge.runtimes.generation.constrain import Grammar
-from gemma_edge.runtimes.generation.generate import Usage, generate, note_tokens
-from gemma_edge.runtimes.generation.sampling import Sampler, SamplingParams
-from gemma_edge.runtimes.generation.speculate import Speculation
+from gemma_edge.runtimes.generation.generate import GenerationOptions, GenerationState, Usage
+from gemma_edge.runtimes.generation.sampling import Sampler
+from gemma_edge.runtimes.generation.text_generator import TextGenerator
 from gemma_edge.text.chat import ChatTemplate
 from gemma_edge.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 Messages = tuple[dict[str, str], ...]
 
 
 @dataclass(frozen=True)
-class _Said:
+class _Turn:
     """The conversation at the end of a turn."""
 
     messages: Messages = ()
-    ids: tuple[int, ...] = ()  # as the model read and wrote them; the last one may not be fed yet
-    texts: tuple[str, ...] = ()  # of these ids, in the ways a template may write them
+    ids: tuple[int, ...] = ()  # the tokens as the model read and wrote them; the last one may not be fed yet
+    texts: tuple[str, ...] = ()  # the text of these ids, in each form that a template may write
 
 
 class Session:
-    """A chat. `ids` is what the cache holds, always exactly the tokens fed since the last reset.
+    """A chat. `ids` is what the cache holds: always exactly the tokens fed since the last reset.
 
-    Several sessions may share a runtime, as `fork` makes them: each takes up from where its own text and the cache's part.
+    Several sessions may share a runtime, as `fork` makes them. A session then feeds its own text again from the place where it
+    differs from what the cache holds.
+
+    Attributes:
+        options: how answers are generated, unless a turn brings its own.
+        prefix: the text in front of the first turn.
+        usage: the cost of the last answer.
     """
 
     def __init__(
@@ -43,34 +51,32 @@ class Session:
         runtime: Runtime,
         tokenizer: Tokenizer,
         template: ChatTemplate,
-        params: SamplingParams | None = None,
+        options: GenerationOptions | None = None,
         *,
-        strict: bool = False,
         prefix: str = "",
-        speculation: Speculation | None = None,
-        grammar: Grammar | None = None,
+        notify: Callable[[str], None] = log.info,
     ) -> None:
-        """Begin with an empty conversation, whatever the runtime saw before.
+        """Begin with an empty conversation, whatever the runtime has seen before.
 
         Args:
             runtime: used by one session at a time, in one thread at a time.
-            tokenizer, template: of the same bundle.
-            params: None is greedy.
-            strict: refuse a turn that does not fit in the context, instead of forgetting the oldest tokens.
-            prefix: text in front of the first turn: Gemma 2 has no system message.
-            speculation: of this runtime.
-            grammar: what every answer must fit, of this bundle's vocabulary.
+            tokenizer, template: those of the runtime's bundle.
+            options: how to generate; None for `GenerationOptions()`.
+            prefix: text in front of the first turn, because Gemma 2 has no system message.
+            notify: called with one sentence when prompt lookup turns out to be of no use with this runtime.
+
+        Raises:
+            InputError: the schema in `options` cannot be followed.
         """
-        self.runtime = runtime
-        self.tokenizer = tokenizer
-        self.template = template
-        self.strict = strict
+        self.runtime, self.tokenizer, self.template = runtime, tokenizer, template
+        self.options = options or GenerationOptions()
         self.prefix = prefix
-        self.speculation = speculation
-        self.grammar = grammar
-        self.usage = Usage()  # of the last answer
-        self._sampler = Sampler(params or SamplingParams())
-        self._said = [_Said()]  # after each turn, the newest last
+        self.usage = Usage()
+        self._generator = TextGenerator(runtime, tokenizer, notify)
+        self._generator.prepare(self.options)
+        self._generator.grammar(self.options)
+        self._sampler = Sampler(self.options.sampling)
+        self._turns = [_Turn()]  # the conversation after each turn, the newest last
         self._answer_ids: list[int] = []
         self._answer: Generator[str, None, None] = _nothing()
         self._cancelled = threading.Event()
@@ -79,16 +85,29 @@ class Session:
     def open(
         cls,
         bundle: str | Path,
-        params: SamplingParams | None = None,
+        options: GenerationOptions | None = None,
         *,
         backend: str | None = None,
         threads: int | None = None,
-        strict: bool = False,
     ) -> Session:
-        """Open a bundle and start a conversation; the arguments are those of `gemma_edge.load` and `Session`."""
+        """Open a bundle and start a conversation.
+
+        Args:
+            bundle: the bundle's folder.
+            options: how to generate; None for `GenerationOptions()`.
+            backend, threads: as in `gemma_edge.load`.
+
+        Raises:
+            InputError: as `gemma_edge.load`; also for a bundle without a tokenizer.
+        """
         runtime = open_runtime(bundle, backend=backend, threads=threads)
         tokenizer = Tokenizer(runtime.bundle, runtime.manifest)
-        return cls(runtime, tokenizer, ChatTemplate.from_bundle(runtime.bundle), params, strict=strict)
+        return cls(runtime, tokenizer, ChatTemplate.from_bundle(runtime.bundle), options)
+
+    @property
+    def guesses_refused(self) -> bool:
+        """Whether `options.speculate` is set and this runtime computes other bits for several tokens at once."""
+        return self._generator.guesses_refused(self.options)
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -97,18 +116,18 @@ class Session:
 
     @property
     def answer_ids(self) -> tuple[int, ...]:
-        """Tokens of the last answer, without the stop token."""
+        """Tokens of the last answer so far, without the stop token."""
         return tuple(self._answer_ids)
 
     @property
     def messages(self) -> Messages:
         """The conversation so far."""
-        return tuple(dict(message) for message in self._said[-1].messages)
+        return tuple(dict(message) for message in self._turns[-1].messages)
 
     def reset(self) -> None:
         """Start a new conversation."""
         self._answer.close()
-        self._said = [_Said()]
+        self._turns = [_Turn()]
         self._sampler.forget()
         self.runtime.reset()
 
@@ -116,125 +135,125 @@ class Session:
         """Take back the last turns, each a question and its answer.
 
         Raises:
-            InputError: fewer than none, or more than there are.
+            InputError: `turns` is below 0 or above the number of turns.
         """
         self._answer.close()
-        if not 0 <= turns < len(self._said):
-            raise InputError(f"cannot take back {turns} turns: the conversation has {len(self._said) - 1}")
-        del self._said[len(self._said) - turns :]
+        if not 0 <= turns < len(self._turns):
+            raise InputError(
+                f"cannot take back {turns} turns: the conversation has {len(self._turns) - 1}",
+                field="turns",
+                value=turns,
+            )
+        del self._turns[len(self._turns) - turns :]
 
     def fork(self) -> Session:
-        """A second conversation that goes on from here, on the same runtime; both then cost what they do not share."""
+        """A second conversation that goes on from here, on the same runtime; each then costs what the two do not share."""
         self._answer.close()
-        other = Session(
-            self.runtime,
-            self.tokenizer,
-            self.template,
-            strict=self.strict,
-            prefix=self.prefix,
-            speculation=self.speculation,
-            grammar=self.grammar,
-        )
+        other = copy(self)
+        other.usage = Usage()
         other._sampler = deepcopy(self._sampler)
-        other._said = list(self._said)
+        other._turns = list(self._turns)
+        other._answer_ids, other._answer = [], _nothing()
+        other._cancelled = threading.Event()
         return other
 
     def cancel(self) -> None:
-        """End the answer that is being computed, from any thread: after the token, or the piece of the prompt, in work."""
+        """End the answer that is being computed, after the token or the part of the prompt in work. Any thread may call it."""
         self._cancelled.set()
 
     def save(self, path: str | Path) -> None:
-        """Write conversation and cache to one file, for `restore`.
+        """Write the conversation and the cache to one file, for `restore`.
 
         Raises:
-            InputError: it cannot be written.
+            InputError: the file cannot be written.
         """
         self._answer.close()
-        said: list[dict[str, Any]] = [
-            {"messages": turn.messages, "ids": turn.ids, "texts": turn.texts} for turn in self._said
+        turns: list[dict[str, Any]] = [
+            {"messages": turn.messages, "ids": turn.ids, "texts": turn.texts} for turn in self._turns
         ]
-        write_state(Path(path), self.runtime.snapshot(), {"said": said, "before": self.prefix})
+        write_state(Path(path), self.runtime.snapshot(), {"said": turns, "before": self.prefix})
 
     def restore(self, path: str | Path) -> None:
-        """Take up a conversation where it was saved, nothing fed again.
+        """Go on with a saved conversation; none of it is fed again.
 
         Raises:
-            InputError: no such file, damaged, or of another bundle or backend; the conversation is then as before.
+            InputError: the file is missing, damaged, or of another bundle or backend; the conversation is then as before.
         """
         self._answer.close()
         state, notes = read_state(Path(path))
         try:
-            turns = [_Said(tuple(turn["messages"]), tuple(turn["ids"]), tuple(turn["texts"])) for turn in notes["said"]]
+            turns = [_Turn(tuple(turn["messages"]), tuple(turn["ids"]), tuple(turn["texts"])) for turn in notes["said"]]
             prefix = str(notes["before"])
         except (KeyError, TypeError):
             raise InputError(f"{path} holds no conversation; make one with Session.save") from None
         self.runtime.restore(state)
-        self._said, self.prefix = turns, prefix
+        self._turns, self.prefix = turns, prefix
         self._sampler.forget()
         self._sampler.observe(turns[-1].ids)
 
-    def send(self, text: str, *, max_tokens: int = 512) -> Iterator[str]:
-        """Say something and return the answer, an iterator of pieces of text.
+    def send(self, text: str, options: GenerationOptions | None = None) -> Iterator[str]:
+        """Add the user's turn and return the answer, an iterator of pieces of text.
 
-        Closing it, cancelling, or sending the next turn, ends an answer early; what was said so far then stands.
+        Closing the iterator, `cancel`, or the next turn ends an answer early; the text up to there then stays in the
+        conversation.
 
         Args:
             text: the user's turn.
-            max_tokens: most tokens of the answer.
+            options: for this turn alone; None takes `self.options`. Another `sampling` begins its random numbers anew.
 
         Raises:
-            InputError: at once, if the template or `strict` refuses the turn; the conversation is then as before.
+            InputError: at once, if the template or the options refuse the turn; the conversation is then as before.
         """
         self._answer.close()
         self._cancelled.clear()
-        said = self._said[-1]
-        content = text if said.messages else self.prefix + text
-        asked = (*said.messages, {"role": "user", "content": content})
-        prompt = self.template.render(asked)
-        ids = self._ids_of(prompt, said)
-        known = self.runtime.align(ids)
+        options = options or self.options
+        last = self._turns[-1]
+        content = text if last.messages else self.prefix + text
+        messages = (*last.messages, {"role": "user", "content": content})
+        prompt = self.template.render(messages)
+        ids = self._ids_of(prompt, last)
+        if self._sampler.params != options.sampling:
+            self._sampler = Sampler(options.sampling)
         self._sampler.forget()
-        self._sampler.observe(ids[:known])
-        self.usage = Usage()
-        tokens = generate(
-            self.runtime,
-            ids[known:],
-            self._sampler,
-            max_tokens=max_tokens,
-            stop_ids=self.tokenizer.stop_ids,
-            strict=self.strict,
-            usage=self.usage,
-            cancelled=self._cancelled.is_set,
-            speculation=self.speculation,
-            grammar=self.grammar,
-        )
-        self._answer = self._run(asked, prompt, ids, tokens)
+        state = GenerationState(self._sampler, cancelled=self._cancelled.is_set)
+        self.usage, self._answer_ids = state.usage, state.ids
+        pieces = self._generator.answer(ids, options, state)
+        asked = _Turn(messages, tuple(ids), (prompt,))
+        self._answer = self._run(asked, pieces, state.ids, cut=bool(options.stop))
         return self._answer
 
-    def _run(self, asked: Messages, prompt: str, ids: list[int], tokens: Iterator[int]) -> Generator[str, None, None]:
-        self._answer_ids = []
+    def _run(
+        self, asked: _Turn, pieces: Generator[str, None, None], answer_ids: list[int], *, cut: bool
+    ) -> Generator[str, None, None]:
         answer = ""
-        # False where a token is being computed: a turn interrupted there is as if it had not been
+        # False while a token is being computed: if that is interrupted, the turn is forgotten
         settled = False
         try:
-            for piece in self.tokenizer.stream(note_tokens(tokens, self._answer_ids)):
+            for piece in pieces:
                 answer += piece
                 settled = True
                 yield piece
                 settled = False
             settled = True
         finally:
+            pieces.close()
             if settled:
-                # Gemma's template trims an answer; the blanks around it stay in the cache, where the model wrote them
-                texts = (prompt + answer, prompt + answer.strip())
-                messages = (*asked, {"role": "assistant", "content": answer})
-                self._said.append(_Said(messages, (*ids, *self._answer_ids), texts))
+                self._turns.append(self._answered(asked, answer, answer_ids, cut=cut))
 
-    def _ids_of(self, prompt: str, said: _Said) -> list[int]:
-        """The whole conversation as tokens; what was said before as the model saw it."""
-        for text in said.texts:
+    def _answered(self, asked: _Turn, answer: str, answer_ids: list[int], *, cut: bool) -> _Turn:
+        """The conversation after the answer; `cut` says that a stop text may have shortened it."""
+        messages = (*asked.messages, {"role": "assistant", "content": answer})
+        if cut and "".join(self.tokenizer.stream(answer_ids)) != answer:
+            return _Turn(messages, asked.ids, asked.texts)  # the tokens of the stop text are not the conversation's
+        (prompt,) = asked.texts
+        # Gemma's template trims an answer; the blanks around it stay in the cache, where the model wrote them
+        return _Turn(messages, (*asked.ids, *answer_ids), (prompt + answer, prompt + answer.strip()))
+
+    def _ids_of(self, prompt: str, last: _Turn) -> list[int]:
+        """The whole conversation as tokens; its earlier part as the model read and wrote it."""
+        for text in last.texts:
             if prompt.startswith(text):
-                return [*said.ids, *self.tokenizer.encode(prompt.removeprefix(text), bos=False)]
+                return [*last.ids, *self.tokenizer.encode(prompt.removeprefix(text), bos=False)]
         return self.tokenizer.encode(prompt)
 
 

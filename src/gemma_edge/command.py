@@ -84,6 +84,11 @@ def one_line_errors() -> Iterator[None]:
         raise click.exceptions.Exit(INTERRUPT_EXIT_CODE) from None
 
 
+def spelled(text: str) -> str:
+    """A text with parameters between backticks, as the command that runs spells them."""
+    return InputError(text).spelled(_option)
+
+
 def _option(name: str) -> str:
     """How the command that runs spells a parameter: bits as --bits, bundle as BUNDLE; another name as it is."""
     context = click.get_current_context(silent=True)
@@ -112,3 +117,18 @@ class Group(click.Group):
         """Run the group and the command in it."""
         with one_line_errors():
             return super().invoke(ctx)
+
+
+class DefaultGroup(Group):
+    """A group with a command that may be left out: `gemma-export FOLDER` is `gemma-export make FOLDER`."""
+
+    def __init__(self, *args: Any, default: str, **attrs: Any) -> None:
+        """Make the group; `default` is the name of that command, all else is click's."""
+        super().__init__(*args, **attrs)
+        self.default = default
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put the default command in front, unless another command or the group's help is requested."""
+        if not args or (args[0] not in self.commands and args[0] not in ("--help", "-h", "--version")):
+            args = [self.default, *args]
+        return super().parse_args(ctx, args)

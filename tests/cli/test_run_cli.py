@@ -20,6 +20,7 @@ import gemma_edge
 from gemma_edge.command import Command, Group
 from gemma_edge.errors import InputError
 from gemma_edge.runtimes.cli import main
+from gemma_edge.runtimes.generation.generate import GenerationOptions
 from gemma_edge.runtimes.generation.session import Session
 from gemma_edge.text.chat import ChatTemplate
 from gemma_edge.text.tokenizer import Tokenizer
@@ -107,7 +108,7 @@ def test_a_chat_goes_line_by_line_and_remembers(bundle: Path) -> None:
     runtime = gemma_edge.load(bundle, threads=1)
     tokenizer = Tokenizer(bundle, runtime.manifest)
     session = Session(runtime, tokenizer, ChatTemplate.from_bundle(bundle))
-    answers = ["".join(session.send(text, max_tokens=9)) for text in ("Hello.", "Who are you?")]
+    answers = ["".join(session.send(text, GenerationOptions(max_tokens=9))) for text in ("Hello.", "Who are you?")]
     result = run_ok(bundle, "--chat", "-n", "9", "--json", stdin="Hello.\n\nWho are you?\n/reset\nHello.\n/quit\nNo.\n")
     said = [json.loads(line)["text"] for line in result.stdout.splitlines()]
     assert said == [*answers, answers[0]]
@@ -164,12 +165,12 @@ def test_a_long_prompt_is_taken_with_a_note_and_refused_when_strict(bundle: Path
     ("options", "message"),
     [
         (["-p", "x", "--max-tokens", "0"], "--max-tokens 0 is below 1"),
-        (["-p", "x", "--temperature", "-1"], "temperature -1.0"),
-        (["-p", "x", "--top-k", "-1"], "top_k -1"),
-        (["-p", "x", "--top-p", "0"], "top_p 0.0"),
-        (["-p", "x", "--min-p", "2"], "min_p 2.0"),
-        (["-p", "x", "--repetition-penalty", "0"], "repetition_penalty 0.0"),
-        (["-p", "x", "--seed", "-1"], "seed -1"),
+        (["-p", "x", "--temperature", "-1"], "--temperature -1.0"),
+        (["-p", "x", "--top-k", "-1"], "--top-k -1"),
+        (["-p", "x", "--top-p", "0"], "--top-p 0.0"),
+        (["-p", "x", "--min-p", "2"], "--min-p 2.0"),
+        (["-p", "x", "--repetition-penalty", "0"], "--repetition-penalty 0.0"),
+        (["-p", "x", "--seed", "-1"], "--seed -1"),
         (["-p", "x", "--threads", "0"], "threads 0"),
     ],
 )

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import gemma_edge
 from gemma_edge.memory import memory_mib
-from gemma_edge.runtimes.generation.generate import generate
-from gemma_edge.runtimes.generation.sampling import Sampler, SamplingParams
+from gemma_edge.runtimes.generation.generate import GenerationOptions, generate
+from gemma_edge.runtimes.generation.sampling import SamplingParams
 from gemma_edge.text.tokenizer import Tokenizer
 
 PARTS = 20
@@ -30,8 +30,8 @@ def main() -> None:
     asked = parser.parse_args()
     runtime = gemma_edge.load(asked.bundle, backend=asked.backend, threads=asked.threads)
     tokenizer = Tokenizer(runtime.bundle, runtime.manifest)
-    sampler = Sampler(SamplingParams(temperature=1, top_k=40, repetition_penalty=1.1, seed=1))
-    tokens = generate(runtime, tokenizer.encode("And"), sampler, max_tokens=asked.tokens, stop_ids=())
+    sampling = SamplingParams(temperature=1, top_k=40, repetition_penalty=1.1, seed=1)
+    tokens = generate(runtime, tokenizer.encode("And"), GenerationOptions(max_tokens=asked.tokens, sampling=sampling))
     start, characters, seen, found = time.perf_counter(), 0, 0, list[float]()
 
     def counted() -> int:

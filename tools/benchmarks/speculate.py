@@ -14,7 +14,7 @@ from statistics import median
 
 import gemma_edge
 from gemma_edge.runtimes.engines.base import Runtime, Stats
-from gemma_edge.runtimes.generation.generate import generate
+from gemma_edge.runtimes.generation.generate import GenerationOptions, GenerationState, generate
 from gemma_edge.runtimes.generation.sampling import Sampler, SamplingParams
 from gemma_edge.runtimes.generation.speculate import MODES, Speculation
 from gemma_edge.text.tokenizer import Tokenizer
@@ -41,7 +41,8 @@ def decoded(runtime: Runtime, ids: list[int], params: SamplingParams, tokens: in
     """What one answer took."""
     runtime.reset()
     before = copy(runtime.stats)
-    for _ in generate(runtime, ids, Sampler(params), max_tokens=tokens, stop_ids=(), speculation=way):
+    state = GenerationState(Sampler(params), speculation=way)
+    for _ in generate(runtime, ids, GenerationOptions(max_tokens=tokens), state=state):
         pass
     return Stats(**{name: value - getattr(before, name) for name, value in vars(runtime.stats).items()})
 

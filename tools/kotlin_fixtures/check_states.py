@@ -14,6 +14,7 @@ import gemma_edge
 from gemma_edge.errors import InputError
 from gemma_edge.runtimes.engines.base import Runtime
 from gemma_edge.runtimes.engines.state import read_state
+from gemma_edge.runtimes.generation.generate import GenerationOptions
 from gemma_edge.runtimes.generation.session import Session
 from gemma_edge.text.chat import ChatTemplate
 from gemma_edge.text.tokenizer import Tokenizer
@@ -47,7 +48,7 @@ def check_conversation(runtime: Runtime, answers: dict[str, Any], saved: Path) -
     session.restore(saved)
     row = answers["conversation"][-1]
     fed = runtime.position
-    answer = "".join(session.send(row["text"], max_tokens=20))
+    answer = "".join(session.send(row["text"], GenerationOptions(max_tokens=20)))
     if (answer, runtime.position) != (row["answer"], row["position"]) or not fed:
         raise SystemExit(f"{saved}: answered {answer!r} up to {runtime.position}, {row} expected")
 

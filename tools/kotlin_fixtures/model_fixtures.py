@@ -15,7 +15,7 @@ import gemma_edge
 from gemma_edge.logits import Logits
 from gemma_edge.runtimes.engines.base import Runtime
 from gemma_edge.runtimes.engines.state import write_state
-from gemma_edge.runtimes.generation.generate import generate
+from gemma_edge.runtimes.generation.generate import GenerationOptions, generate
 from gemma_edge.runtimes.generation.sampling import Sampler, SamplingParams
 from gemma_edge.runtimes.generation.session import Session
 from gemma_edge.text.chat import ChatTemplate
@@ -72,8 +72,8 @@ def write_rewound_state(out: Path, runtime: Runtime, tokens: list[int], calls: l
 def greedy(runtime: Runtime, tokenizer: Tokenizer, prompt: str) -> str:
     """What follows the prompt."""
     runtime.reset()
-    sampler = Sampler(SamplingParams())
-    tokens = generate(runtime, tokenizer.encode(prompt), sampler, max_tokens=60, stop_ids=tokenizer.stop_ids)
+    options = GenerationOptions(max_tokens=60)
+    tokens = generate(runtime, tokenizer.encode(prompt), options, stop_ids=tokenizer.stop_ids)
     return "".join(tokenizer.stream(tokens))
 
 
@@ -84,7 +84,7 @@ def conversation(runtime: Runtime, tokenizer: Tokenizer, saved: Path) -> list[di
     rows = []
     for text in TURNS:
         session.save(saved)
-        answer = "".join(session.send(text, max_tokens=20))
+        answer = "".join(session.send(text, GenerationOptions(max_tokens=20)))
         rows.append({"text": text, "answer": answer, "position": runtime.position})
     return rows
 

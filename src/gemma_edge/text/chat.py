@@ -1,7 +1,7 @@
 """A conversation as text: the checkpoint's own chat template, rendered as transformers does it, else Gemma 2's.
 
-Source of the environment: transformers/utils/chat_template_utils.py, `_cached_compile_jinja_template`. A template is
-code from a stranger, hence the sandbox.
+A template is code from a stranger, so it runs in a sandbox. Source of the environment: transformers/utils/chat_template_utils.py,
+`_cached_compile_jinja_template`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ GEMMA2_TEMPLATE = """\
 {%- endif %}
 """
 
-# What a template can raise: it is the bundle's code, not ours
+# What a template can raise, since it is the bundle's code
 _RENDER_ERRORS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 Message = Mapping[str, str]  # role (user or assistant) and content
@@ -50,11 +50,11 @@ class ChatTemplate:
     """A compiled chat template."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        """Compile.
+        """Compile a template.
 
         Args:
             source: jinja text.
-            special_tokens: bos_token, eos_token and the like.
+            special_tokens: the texts of bos_token, eos_token and other special tokens, for the template.
 
         Raises:
             InputError: the template is not valid jinja.
@@ -95,14 +95,14 @@ class ChatTemplate:
         return cls(source or GEMMA2_TEMPLATE, tokens)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
-        """The conversation as text, with its special tokens written out.
+        """The conversation as text, its special tokens included.
 
         Args:
             messages: from the oldest to the newest.
-            add_generation_prompt: end with the opening of the model's turn.
+            add_generation_prompt: whether the text ends with the beginning of the model's turn.
 
         Raises:
-            InputError: the template refuses the conversation, for instance a system message.
+            InputError: the template refuses the conversation, for instance because of a system message.
         """
         try:
             return self._template.render(

@@ -17,32 +17,38 @@ END_OF_TURN = "<end_of_turn>"
 WAY_OUT = "take the tokenizer.json that belongs to the model"
 
 
-def open_tokenizer(path: Path, way_out: str) -> tokenizers.Tokenizer:
+def open_tokenizer(path: Path, hint: str) -> tokenizers.Tokenizer:
     """Read a tokenizer.json.
 
+    Args:
+        path: the file.
+        hint: ends the message of an error.
+
     Raises:
-        InputError: the file is no tokenizer; ends with the way out.
+        InputError: the file is no tokenizer.
     """
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # noqa: BLE001  (the library raises bare Exception for a file it cannot read)
-        raise InputError(f"{path} is not a tokenizer ({error}); {way_out}") from None
-    # wrong for generation, and maybe left in the file by training
+        raise InputError(f"{path} is not a tokenizer ({error})", hint=hint) from None
+    # training may have left both in the file; they are wrong for generation
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
 def parse_ids(text: str) -> list[int]:
-    """Token ids written out, as a token-level bundle takes them: 2,15,7.
+    """Token ids from a text such as 2,15,7, the prompt of a token-level bundle.
 
     Raises:
-        InputError: something else.
+        InputError: the text holds something else.
     """
     try:
         return [int(part) for part in text.replace(",", " ").split()]
     except ValueError:
-        raise InputError(f"prompt {text[:40]!r} is no list of token ids; give ids such as 2,15,7") from None
+        raise InputError(
+            f"prompt {text[:40]!r} is no list of token ids", field="prompt", value=text, hint="give ids such as 2,15,7"
+        ) from None
 
 
 class Tokenizer:
@@ -52,7 +58,7 @@ class Tokenizer:
         """Load it.
 
         Raises:
-            InputError: a token-level bundle, or a file that is no tokenizer.
+            InputError: the bundle is token-level, or its file is no tokenizer.
         """
         if not manifest.tokenizer:
             raise InputError(f"{bundle} is a token-level bundle, without a tokenizer: give token ids instead of text")
@@ -77,7 +83,7 @@ class Tokenizer:
 
         Args:
             text: any text.
-            bos: begin with the BOS id, unless the text itself begins with <bos>; False adds none.
+            bos: True begins with the BOS id, unless the text itself begins with <bos>; False adds nothing.
 
         Raises:
             InputError: the text holds bytes that are not UTF-8 (a lone surrogate).
@@ -90,19 +96,19 @@ class Tokenizer:
         return [self.bos_token_id, *ids] if bos and ids[:1] != [self.bos_token_id] else ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids, without special tokens; bytes that are no UTF-8 become U+FFFD."""
+        """Text of token ids, without special tokens; bytes that are not UTF-8 become U+FFFD."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def to_json(self) -> str:
-        """The tokenizer.json as it is used here."""
+        """The tokenizer.json, without truncation and padding."""
         return str(self._tokenizer.to_str())
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Text of tokens as they come, piece by piece.
 
-        A character spelled in several byte tokens comes whole; if the ids end inside one, it is dropped.
-        Otherwise the pieces joined are `decode(ids)`; but bytes that are no UTF-8 make the library take back what stood before
-        them: here that stays, and one U+FFFD stands for them.
+        A character that takes several byte tokens comes as a whole; if the ids end inside a character, it is dropped. Otherwise
+        the joined pieces equal `decode(ids)`, with one exception: for bytes that are not UTF-8 `decode` changes the text before
+        them, while here that text stays and one U+FFFD stands for the bytes.
         """
         stream = DecodeStream(skip_special_tokens=True)
         for token in ids:

@@ -1,4 +1,4 @@
-"""How a text is cut and which tokens of it count: the protocols that perplexities are published under, as data.
+"""How a text is cut into windows and which of its tokens are scored: the protocols of published perplexities, as data.
 
 Gemma without BOS gives perplexities in the thousands, so every window begins with it. Sources: transformers' documentation,
 "Perplexity of fixed-length models"; llama.cpp, tools/perplexity/perplexity.cpp (`perplexity`, `process_logits`).
@@ -20,10 +20,12 @@ class Protocol:
     """A way to cut a token stream into windows of n_ctx."""
 
     name: str
-    bos_replaces_a_token: bool  # False: it is put in front, and n_ctx - 1 tokens of the text follow it
-    context_part: float  # of a window: positions that give context and are not scored
-    keeps_rest: bool  # the last window may be shorter; else what does not fill one is dropped
-    what: str  # for people
+    bos_replaces_a_token: (
+        bool  # True: BOS overwrites a window's first token; False: n_ctx - 1 tokens of the text follow it
+    )
+    context_part: float  # the part of a window that only gives context and is not scored
+    keeps_rest: bool  # True: the last window may be shorter; False: an incomplete window is dropped
+    what: str  # the description that reports print
 
 
 PROTOCOLS = {
@@ -40,23 +42,23 @@ PROTOCOLS = {
     )
 }
 DEFAULT_WINDOW = 512
-SMALLEST_WINDOW = 4  # the shortest in which each protocol scores a token that has context
+SMALLEST_WINDOW = 4  # the shortest window in which each protocol scores a token that has context
 
 
 @dataclass(frozen=True)
 class Window:
-    """A sequence that is fed from a reset state; positions `first` .. T-2 are scored on the tokens that follow them."""
+    """A sequence that is fed to a reset model. Positions `first` to T-2 are scored, each on the token that follows it."""
 
     ids: tuple[int, ...]  # (T,) BOS first
     first: int
 
     @property
     def scored(self) -> int:
-        """Positions that count."""
+        """The number of scored positions."""
         return len(self.ids) - 1 - self.first
 
     def targets(self, position: int, count: int) -> NDArray[np.int64]:
-        """(count,) tokens that follow the positions from `position` on."""
+        """(count,) the tokens that follow `position` and the positions after it."""
         return np.array(self.ids[position + 1 : position + 1 + count], np.int64)
 
 
@@ -85,7 +87,9 @@ def cut(ids: Sequence[int], protocol: Protocol, *, bos: int, window: int) -> lis
     if not windows:
         needed = 1 if protocol.keeps_rest else step - 1
         raise InputError(
-            f"a text of {len(ids)} tokens is too short: protocol {protocol.name} with windows of {window} needs {needed};"
-            " give a longer text or a smaller --window"
+            f"a text of {len(ids)} tokens is too short: protocol {protocol.name} with windows of {window} needs {needed}",
+            field="window",
+            value=window,
+            hint="give a longer text or a smaller `window`",
         )
     return windows

@@ -29,8 +29,7 @@ from gemma_edge.quantize.checkpoint.packing import pack_bytes
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint, open_weights
 from gemma_edge.quantize.recipe import QuantConfig, Recipe, make_recipe
 from gemma_edge.runtimes.engines.base import Runtime
-from gemma_edge.runtimes.generation.generate import generate
-from gemma_edge.runtimes.generation.sampling import Sampler, SamplingParams
+from gemma_edge.runtimes.generation.generate import GenerationOptions, generate
 from gemma_edge.text.tokenizer import Tokenizer
 
 CHUNK = 7
@@ -170,7 +169,7 @@ def test_official_runner_gives_the_same_text(talking: Export) -> None:
     prompt = "And the LORD said unto Moses, Speak unto the children of Israel"
     ids = tokenizer.encode(prompt)
     assert len(ids) > CHUNK
-    greedy = generate(runtime, ids, Sampler(SamplingParams()), max_tokens=30, stop_ids=tokenizer.stop_ids)
+    greedy = generate(runtime, ids, GenerationOptions(max_tokens=30), stop_ids=tokenizer.stop_ids)
     ours = "".join(tokenizer.stream(greedy))
     pieces: list[str] = []
     runner = TextLLMRunner(str(runtime.bundle / FILE), str(DEMO / "tokenizer.json"))
@@ -186,9 +185,7 @@ def test_a_process_without_torch_gives_the_same_text(talking: Export, tmp_path: 
     runtime = gemma_edge.load(talking.bundle, backend="executorch")
     tokenizer = Tokenizer(talking.bundle, runtime.manifest)
     ids = tokenizer.encode("And the LORD said unto Moses, Speak unto the children of Israel")
-    greedy = list(
-        generate(runtime, ids, Sampler(SamplingParams()), max_tokens=70, stop_ids=())
-    )  # far past the context of 48
+    greedy = list(generate(runtime, ids, GenerationOptions(max_tokens=70)))  # far past the context of 48
     native = runpy.run_path(str(ROOT / "tools" / "benchmarks" / "executorch_native.py"))
     program, packed = native["build"](tmp_path), tmp_path / "packed"
     for file in (None, packed, packed):

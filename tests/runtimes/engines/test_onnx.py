@@ -18,6 +18,7 @@ from gemma_edge.errors import InputError
 from gemma_edge.runtimes.engines.base import BaseRuntime
 from gemma_edge.runtimes.engines.load import refuse_older
 from gemma_edge.runtimes.engines.onnx import OLDEST_ONNXRUNTIME, OnnxRuntime
+from gemma_edge.runtimes.generation.generate import GenerationOptions
 from gemma_edge.runtimes.generation.session import Session
 
 # float32 sums of 32 products in two orders; the logits are about 10, measured 1e-5
@@ -121,7 +122,7 @@ def test_returned_logits_are_not_overwritten_by_the_next_call(runtime: OnnxRunti
 def test_a_conversation_leaves_the_cache_as_a_fresh_prefill_of_the_same_tokens(bundle: Path) -> None:
     session = Session.open(bundle, threads=1)
     for text in ("Hello.", "It was a truth", "Who are you?"):
-        assert "".join(session.send(text, max_tokens=7))
+        assert "".join(session.send(text, GenerationOptions(max_tokens=7)))
     fresh = OnnxRuntime(bundle, Manifest.load(bundle), threads=1)
     fresh.prefill(session.ids)
     assert session.runtime.position == fresh.position == len(session.ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,19 @@ import jsonschema
 
 from gemma_edge.errors import InputError
 from gemma_edge.runtimes.engines.base import Runtime
-from gemma_edge.runtimes.generation.constrain import ANY_OBJECT, Grammar, Vocabulary, check_schema, read_schema
-from gemma_edge.runtimes.generation.generate import LENGTH, STOP, Usage, generate
+from gemma_edge.runtimes.generation.constrain import ANY_OBJECT, Grammar, check_schema, read_schema
+from gemma_edge.runtimes.generation.generate import (
+    LENGTH,
+    STOP,
+    GenerationOptions,
+    GenerationState,
+    Usage,
+    generate,
+)
 from gemma_edge.runtimes.generation.sampling import Sampler, SamplingParams
 from gemma_edge.runtimes.generation.session import Session
 from gemma_edge.runtimes.generation.speculate import CLOSE, EXACT, Speculation
+from gemma_edge.runtimes.generation.vocabulary import Vocabulary
 from gemma_edge.text.chat import ChatTemplate
 from gemma_edge.text.tokenizer import Tokenizer
 
@@ -85,12 +94,10 @@ def answer(
 ) -> tuple[list[int], Usage]:
     """Tokens after a short prompt."""
     runtime.reset()
-    usage = Usage()
-    stop = grammar.vocabulary.stop_ids
-    found = generate(
-        runtime, [2, 50, 60], Sampler(params), max_tokens=tokens, stop_ids=stop, usage=usage, speculation=way, grammar=grammar
-    )  # fmt: skip
-    return list(found), usage
+    state = GenerationState(Sampler(params), grammar=grammar, speculation=way)
+    options = GenerationOptions(max_tokens=tokens)
+    found = generate(runtime, [2, 50, 60], options, stop_ids=grammar.vocabulary.stop_ids, state=state)
+    return list(found), state.usage
 
 
 def shortest(grammar: Grammar) -> int:
@@ -177,16 +184,16 @@ def test_one_who_would_end_too_early_goes_on(vocabulary: Vocabulary) -> None:
     assert len(ids) == 7 and usage.finish == STOP, "a number that may end does, where the model says so"
 
 
-def test_every_answer_of_a_chat_fits(vocabulary: Vocabulary, tokenizer: Tokenizer) -> None:
+def test_every_answer_of_a_chat_fits(tokenizer: Tokenizer) -> None:
     runtime = ToyRuntime()
     template = ChatTemplate.from_bundle(DEMO)
-    session = Session(runtime, tokenizer, template, grammar=Grammar(vocabulary, PERSON))
+    session = Session(runtime, tokenizer, template, GenerationOptions(max_tokens=150, json_schema=PERSON))
     for each in (session, session, session.fork()):
-        text = "".join(each.send("Who?", max_tokens=150))
+        text = "".join(each.send("Who?"))
         jsonschema.validate(json.loads(text), PERSON)
     assert len(session.messages) == 4
     with pytest.raises(InputError, match="an answer of 3 tokens is too short"):
-        session.send("Who?", max_tokens=3)
+        session.send("Who?", replace(session.options, max_tokens=3))
     assert len(session.messages) == 4
 
 

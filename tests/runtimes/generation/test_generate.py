@@ -10,14 +10,15 @@ import pytest
 from support.toys import CHUNK, END_OF_TURN, ToyRuntime, toy_manifest
 
 from gemma_edge.errors import InputError
-from gemma_edge.runtimes.generation.generate import generate
-from gemma_edge.runtimes.generation.sampling import Sampler, SamplingParams
+from gemma_edge.runtimes.generation.generate import GenerationOptions, generate
+from gemma_edge.runtimes.generation.sampling import SamplingParams
 
 PROMPT = [2, 100, 200, 300, 400, 500]
 
 
 def run(runtime: ToyRuntime, prompt: list[int], **options: Any) -> list[int]:
-    return list(generate(runtime, prompt, Sampler(SamplingParams()), **{"max_tokens": 8, "stop_ids": (), **options}))
+    stop_ids = options.pop("stop_ids", ())
+    return list(generate(runtime, prompt, GenerationOptions(**{"max_tokens": 8, **options}), stop_ids=stop_ids))
 
 
 def greedy(prompt: list[int], count: int) -> list[int]:
@@ -54,7 +55,7 @@ def test_a_stop_token_ends_the_text_and_is_neither_yielded_nor_fed() -> None:
 
 def test_tokens_come_as_they_are_computed() -> None:
     runtime = ToyRuntime()
-    stream = generate(runtime, PROMPT, Sampler(SamplingParams()), max_tokens=1000, stop_ids=())
+    stream = generate(runtime, PROMPT, GenerationOptions(max_tokens=1000))
     assert runtime.fed == []
     assert list(islice(stream, 3)) == greedy(PROMPT, 3)
     assert runtime.position == len(PROMPT) + 2
@@ -77,7 +78,7 @@ def test_generation_continues_what_the_runtime_has_seen() -> None:
 def test_strict_refuses_what_exceeds_the_context_before_feeding_it() -> None:
     runtime = ToyRuntime(toy_manifest())
     with pytest.raises(InputError, match=r"^a prompt of 6 tokens and 5 new ones exceed the bundle's context of 10;"):
-        generate(runtime, PROMPT, Sampler(SamplingParams()), max_tokens=5, stop_ids=(), strict=True)
+        generate(runtime, PROMPT, GenerationOptions(max_tokens=5, strict=True))
     assert runtime.chunks == []
     assert len(run(runtime, PROMPT, max_tokens=4, strict=True)) == 4
     with pytest.raises(InputError, match=r"^9 tokens of conversation, a prompt of 1 tokens and 1 new ones"):
@@ -90,16 +91,35 @@ def test_max_tokens_below_one_is_refused(options: dict[str, int]) -> None:
         run(ToyRuntime(), PROMPT, **options)
 
 
+@pytest.mark.parametrize("options", [{"stop": ("a",)}, {"json_schema": {}}, {"speculate": "exact"}])
+def test_what_only_text_can_have_is_refused_and_not_ignored(options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"generate does not handle {next(iter(options))}; use Session"):
+        run(ToyRuntime(), PROMPT, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stop": "text"}, "stop 'text' is not a tuple"),
+        ({"stop": ("",)}, "is not a tuple of texts"),
+        ({"speculate": "maybe"}, "speculate maybe; supported: exact, close"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        GenerationOptions(**options)
+
+
 def test_an_empty_prompt_is_refused_at_once() -> None:
     with pytest.raises(InputError, match="no token to feed"):
-        generate(ToyRuntime(), [], Sampler(SamplingParams()), max_tokens=1, stop_ids=())
+        generate(ToyRuntime(), [], GenerationOptions(max_tokens=1))
 
 
 def test_repetition_penalty_sees_prompt_and_answer() -> None:
     """With a heavy penalty no token of the context comes twice, as long as others have positive logits."""
     runtime = ToyRuntime(allowed=range(100, 160))
-    sampler = Sampler(SamplingParams(repetition_penalty=1e6))
+    sampling = SamplingParams(repetition_penalty=1e6)
     prompt = list(range(100, 110))
-    tokens = list(generate(runtime, prompt, sampler, max_tokens=10, stop_ids=()))
+    tokens = list(generate(runtime, prompt, GenerationOptions(max_tokens=10, sampling=sampling)))
     assert len(set(prompt + tokens)) == 20
     assert np.isin(tokens, range(110, 160)).all()

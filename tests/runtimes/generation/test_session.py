@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -13,6 +14,7 @@ from support.toys import END_OF_TURN, VOCAB, ToyRuntime, toy_backend, toy_manife
 
 from gemma_edge.errors import InputError
 from gemma_edge.logits import Logits
+from gemma_edge.runtimes.generation.generate import STOP, GenerationOptions
 from gemma_edge.runtimes.generation.sampling import SamplingParams
 from gemma_edge.runtimes.generation.session import Session
 from gemma_edge.text.chat import GEMMA2_TEMPLATE, ChatTemplate
@@ -25,17 +27,17 @@ QUESTIONS = ["Hello.", "  Who are you? ", "日本語 😀", "It was"]
 
 def make_session(
     runtime: ToyRuntime | None = None,
-    params: SamplingParams | None = None,
     template: ChatTemplate | None = None,
     **options: Any,
 ) -> tuple[Session, ToyRuntime]:
     runtime = runtime or ToyRuntime(allowed=WORDS)
     tokenizer = Tokenizer(DEMO, toy_manifest())
-    return Session(runtime, tokenizer, template or ChatTemplate.from_bundle(DEMO), params, **options), runtime
+    template = template or ChatTemplate.from_bundle(DEMO)
+    return Session(runtime, tokenizer, template, GenerationOptions(**options)), runtime
 
 
 def say(session: Session, text: str, max_tokens: int = 12) -> str:
-    return "".join(session.send(text, max_tokens=max_tokens))
+    return "".join(session.send(text, replace(session.options, max_tokens=max_tokens)))
 
 
 @pytest.mark.parametrize("allowed", [WORDS, ANYTHING], ids=["words", "anything"])
@@ -121,7 +123,7 @@ def test_a_template_that_trims_nothing_gets_no_blank_twice() -> None:
 
 def test_an_answer_can_be_stopped_and_the_chat_goes_on() -> None:
     session, runtime = make_session()
-    answer = session.send("Hello.", max_tokens=100)
+    answer = session.send("Hello.", GenerationOptions(max_tokens=100))
     text = "".join(islice(answer, 3))
     say(session, "Go on.")
     assert session.messages[1] == {"role": "assistant", "content": text}
@@ -201,7 +203,7 @@ def test_a_runtime_used_by_someone_else_is_noticed() -> None:
 
 
 def test_repetition_penalty_lasts_over_turns_until_reset() -> None:
-    session, _ = make_session(ToyRuntime(allowed=range(1000, 1060)), SamplingParams(repetition_penalty=1e6))
+    session, _ = make_session(ToyRuntime(allowed=range(1000, 1060)), sampling=SamplingParams(repetition_penalty=1e6))
     say(session, "Hello.")
     first = set(session.answer_ids)
     say(session, "Again.")
@@ -209,6 +211,33 @@ def test_repetition_penalty_lasts_over_turns_until_reset() -> None:
     session.reset()
     say(session, "Hello.")
     assert set(session.answer_ids) == first
+
+
+@pytest.mark.parametrize("read", [1, 100], ids=["closed early", "read to its end"])
+def test_a_stop_text_ends_an_answer_and_is_no_part_of_the_conversation(read: int) -> None:
+    whole, runtime = make_session()
+    answer = say(whole, "Hello.", max_tokens=30)
+    stop = answer[9:12]
+    session, runtime = make_session(stop=(stop, "never"))
+    pieces = session.send("Hello.")
+    assert answer[: answer.index(stop)].startswith("".join(islice(pieces, read)))
+    pieces.close()  # type: ignore[attr-defined]
+    said = session.messages[1]["content"]
+    if read == 100:
+        assert said == answer[: answer.index(stop)] and session.usage.finish == STOP
+    say(session, "Again.")
+    assert list(session.ids) == runtime.fed[-len(session.ids) :]
+    text = session.tokenizer.decode(session.ids)
+    # an answer that was closed early keeps its blanks, as the model wrote them
+    assert f"model\n{said.strip() if read == 100 else said}<end_of_turn>\n" in text
+
+
+def test_a_turn_may_bring_its_own_options() -> None:
+    session, _ = make_session(max_tokens=5)
+    "".join(session.send("Hello.", GenerationOptions(max_tokens=3, sampling=SamplingParams(temperature=1, seed=1))))
+    assert len(session.answer_ids) == 3
+    "".join(session.send("Again."))
+    assert len(session.answer_ids) == 5 and session.options.max_tokens == 5
 
 
 class ScriptedRuntime(ToyRuntime):

@@ -13,7 +13,16 @@ from support.toys import CHUNK, END_OF_TURN, ToyRuntime, write_toy_bundle
 
 from gemma_edge.errors import InputError
 from gemma_edge.logits import Logits
-from gemma_edge.runtimes.generation.generate import CANCELLED, LENGTH, PIECE, STOP, Usage, generate
+from gemma_edge.runtimes.generation.generate import (
+    CANCELLED,
+    CHUNKS_BETWEEN_CHECKS,
+    LENGTH,
+    STOP,
+    GenerationOptions,
+    GenerationState,
+    Usage,
+    generate,
+)
 from gemma_edge.runtimes.generation.sampling import Sampler, SamplingParams
 from gemma_edge.runtimes.generation.session import Session
 
@@ -29,7 +38,7 @@ def session(bundle: Path) -> Session:
 
 
 def say(session: Session, text: str) -> str:
-    return "".join(session.send(text, max_tokens=9))
+    return "".join(session.send(text, GenerationOptions(max_tokens=9)))
 
 
 def answers(bundle: Path, *texts: str, **options: Any) -> list[str]:
@@ -106,9 +115,9 @@ def test_another_thread_cancels_an_answer(wait_in: int, tokens: int, session: Se
     slow = Session(runtime, session.tokenizer, session.template)
     question = "Who are you? " * (1 if tokens else 3)
     prompt = len(slow.tokenizer.encode(slow.template.render([{"role": "user", "content": question}])))
-    assert prompt == 4 * CHUNK if tokens else prompt > PIECE * CHUNK
+    assert prompt == 4 * CHUNK if tokens else prompt > CHUNKS_BETWEEN_CHECKS * CHUNK
     found: list[str] = []
-    thread = threading.Thread(target=lambda: found.extend(slow.send(question, max_tokens=50)))
+    thread = threading.Thread(target=lambda: found.extend(slow.send(question, GenerationOptions(max_tokens=50))))
     thread.start()
     assert runtime.waiting.wait(60)
     slow.cancel()
@@ -116,7 +125,7 @@ def test_another_thread_cancels_an_answer(wait_in: int, tokens: int, session: Se
     thread.join(60)
     assert not thread.is_alive()
     assert (slow.usage.finish, slow.usage.new_tokens, len(slow.answer_ids)) == (CANCELLED, tokens, tokens)
-    assert runtime.position == (prompt + tokens if tokens else PIECE * CHUNK)
+    assert runtime.position == (prompt + tokens if tokens else CHUNKS_BETWEEN_CHECKS * CHUNK)
     assert "".join(found) == slow.messages[1]["content"]
     again = ToyRuntime(allowed=range(1000, 1500))
     for text in ("Go on.", "And then?"):  # a cancelled answer is a short one
@@ -127,14 +136,13 @@ def test_another_thread_cancels_an_answer(wait_in: int, tokens: int, session: Se
 
 
 def test_usage_counts_and_says_why_it_ended() -> None:
-    runtime, usage = ToyRuntime(stop_after=8), Usage()
+    runtime, state = ToyRuntime(stop_after=8), GenerationState(Sampler(SamplingParams()))
     prompt = [2, 100, 200, 300, 400, 500]
-    tokens = list(
-        generate(runtime, prompt, Sampler(SamplingParams()), max_tokens=9, stop_ids=[END_OF_TURN], usage=usage)
-    )
-    assert usage == Usage(prompt_tokens=6, cached_tokens=0, new_tokens=len(tokens), finish=STOP)
-    usage = Usage()
-    list(generate(runtime, [7], Sampler(SamplingParams()), max_tokens=2, stop_ids=(), usage=usage))
-    assert usage == Usage(
+    tokens = list(generate(runtime, prompt, GenerationOptions(max_tokens=9), stop_ids=[END_OF_TURN], state=state))
+    assert state.ids == tokens
+    assert state.usage == Usage(prompt_tokens=6, cached_tokens=0, new_tokens=len(tokens), finish=STOP)
+    state = GenerationState(Sampler(SamplingParams()))
+    list(generate(runtime, [7], GenerationOptions(max_tokens=2), state=state))
+    assert state.usage == Usage(
         prompt_tokens=runtime.position - 1, cached_tokens=runtime.position - 2, new_tokens=2, finish=LENGTH
     )

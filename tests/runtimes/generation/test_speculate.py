@@ -14,7 +14,7 @@ from support.toys import END_OF_TURN, RepeatingRuntime, write_toy_bundle
 import gemma_edge
 from gemma_edge.logits import Logits
 from gemma_edge.runtimes.engines.base import Runtime
-from gemma_edge.runtimes.generation.generate import CANCELLED, Usage, generate
+from gemma_edge.runtimes.generation.generate import CANCELLED, GenerationOptions, GenerationState, Usage, generate
 from gemma_edge.runtimes.generation.sampling import Sampler, SamplingParams
 from gemma_edge.runtimes.generation.speculate import CLOSE, EXACT, Speculation
 
@@ -33,8 +33,10 @@ class InexactRuntime(RepeatingRuntime):
 def run(
     runtime: Runtime, speculation: Speculation | None, params: SamplingParams = GREEDY, **options: Any
 ) -> list[int]:
-    asked: dict[str, Any] = {"max_tokens": 200, "stop_ids": [END_OF_TURN], **options}
-    return list(generate(runtime, [2, 50, 60], Sampler(params), speculation=speculation, **asked))
+    max_tokens = options.pop("max_tokens", 200)
+    state = GenerationState(Sampler(params), speculation=speculation, **options)
+    asked = GenerationOptions(max_tokens=max_tokens)
+    return list(generate(runtime, [2, 50, 60], asked, stop_ids=[END_OF_TURN], state=state))
 
 
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
@@ -59,8 +61,9 @@ def test_a_text_that_ends_anywhere_leaves_the_runtime_as_plain_decoding_does(cou
     speculation = Speculation(guessed)
     assert run(plain, None, max_tokens=count) == run(guessed, speculation, max_tokens=count)
     assert guessed.ids == plain.ids
-    stream = generate(guessed, [70], Sampler(GREEDY), max_tokens=99, stop_ids=(), speculation=speculation)
-    other = generate(plain, [70], Sampler(GREEDY), max_tokens=99, stop_ids=())
+    options = GenerationOptions(max_tokens=99)
+    stream = generate(guessed, [70], options, state=GenerationState(Sampler(GREEDY), speculation=speculation))
+    other = generate(plain, [70], options)
     assert list(islice(stream, count)) == list(islice(other, count))
     stream.close()  # type: ignore[attr-defined]
     assert guessed.ids == plain.ids
@@ -77,12 +80,12 @@ def test_a_stop_token_among_the_guesses_ends_the_text() -> None:
 
 def test_kernels_that_round_otherwise_are_noticed_and_leave_no_trace() -> None:
     plain, guessed, said = InexactRuntime(), InexactRuntime(), list[str]()
-    speculation = Speculation(guessed, say=said.append)
+    speculation = Speculation(guessed, notify=said.append)
     for _ in range(2):
         assert run(plain, None) == run(guessed, speculation)
-    assert speculation.refused and len(said) == 1 and "--speculate=close" in said[0]
+    assert speculation.refused and len(said) == 1 and "`speculate`=close" in said[0]
     assert guessed.stats.drafted_tokens == 0 and guessed.stats.decode_tokens == plain.stats.decode_tokens
-    assert guessed.chunks.count(4) == 1  # of the CHECKED tokens; 4 is the most in one call
+    assert guessed.chunks.count(4) == 1  # of the CHECKED_TOKENS; 4 is the most in one call
     close = InexactRuntime()
     run(close, Speculation(close, CLOSE))
     assert close.stats.accepted_tokens > 100

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gemma_edge.runtimes.engines.base import Runtime
-from gemma_edge.runtimes.generation.generate import generate
+from gemma_edge.runtimes.generation.generate import GenerationOptions, GenerationState, generate
 from gemma_edge.runtimes.generation.sampling import Sampler, SamplingParams
 from gemma_edge.runtimes.generation.speculate import EXACT, Speculation
 from gemma_edge.text.tokenizer import Tokenizer
@@ -33,10 +33,9 @@ def said(runtime: Runtime, speculation: Speculation | None) -> list[list[int]]:
         answer = generate(
             runtime,
             tokenizer.encode(word),
-            Sampler(SamplingParams()),
-            max_tokens=70,
+            GenerationOptions(max_tokens=70),
             stop_ids=tokenizer.stop_ids,
-            speculation=speculation,
+            state=GenerationState(Sampler(SamplingParams()), speculation=speculation),
         )
         found.append(list(answer))
     return found

@@ -24,11 +24,14 @@ import openai
 import uvicorn
 
 import gemma_edge
-from gemma_edge.runtimes.generation.sampling import SamplingParams
+from gemma_edge.runtimes.generation.generate import GenerationOptions
 from gemma_edge.runtimes.generation.session import Session
-from gemma_edge.runtimes.serve import server
-from gemma_edge.runtimes.serve.openai import messages_of, until_stop
-from gemma_edge.runtimes.serve.server import Engine, Job, application
+from gemma_edge.runtimes.generation.text_generator import until_stop
+from gemma_edge.runtimes.serve import api
+from gemma_edge.runtimes.serve import engine as queue
+from gemma_edge.runtimes.serve.api import application
+from gemma_edge.runtimes.serve.engine import Engine, Job
+from gemma_edge.runtimes.serve.openai import messages_of
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello."}]
 
@@ -40,7 +43,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(bundle: Path) -> Engine:
-    return Engine(gemma_edge.load(bundle, threads=1), SamplingParams(), None)
+    return Engine(gemma_edge.load(bundle, threads=1), GenerationOptions())
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +75,7 @@ def send(port: int, path: str, body: bytes | None = None, **headers: str) -> tup
 
 def test_a_chat_is_the_sessions(client: Any, bundle: Path) -> None:
     session = Session.open(bundle, threads=1)
-    expected = ["".join(session.send(text, max_tokens=9)) for text in ("Hello.", "Who are you?")]
+    expected = ["".join(session.send(text, GenerationOptions(max_tokens=9))) for text in ("Hello.", "Who are you?")]
     messages: list[Any] = []
     for text, said in zip(("Hello.", "Who are you?"), expected, strict=True):
         messages.append({"role": "user", "content": text})
@@ -163,7 +166,7 @@ def test_the_bundle_is_the_one_model(client: Any, port: int) -> None:
     [
         ({"n": 2}, "n 2 is not supported"),
         ({"logprobs": True}, "logprobs True is not supported"),
-        ({"max_completion_tokens": 0, "max_tokens": 3}, "max_tokens 0 is below 1"),
+        ({"max_completion_tokens": 0, "max_tokens": 3}, "max_completion_tokens 0 is below 1"),
         ({"max_tokens": -1}, "max_tokens -1 is below 1"),
         ({"temperature": -1}, "temperature -1 is neither"),
         ({"extra_body": {"temperature": "hot"}}, "temperature 'hot' is no number"),
@@ -181,7 +184,7 @@ def test_what_is_not_there_is_refused_in_words(options: dict[str, Any], said: st
 def test_bodies_that_are_no_request(port: int) -> None:
     path = "/v1/completions"
     assert send(port, path, b"{")[0] == send(port, path, b"[]")[0] == send(port, path, b"\xff")[0] == 400
-    assert send(port, path, b" " * (server.MOST_BODY + 1))[0] == 413
+    assert send(port, path, b" " * (api.MAX_BODY_BYTES + 1))[0] == 413
     assert send(port, path)[0] == 405
 
 
@@ -209,7 +212,7 @@ def test_one_at_a_time_in_the_order_of_arrival(client: Any, engine: Engine, monk
         running.append(1)
         assert len(running) == 1 and all_wait.wait(60)
         original(job, tell)
-        done.append(job.asked.ids)
+        done.append(job.request.ids)
         running.pop()
 
     monkeypatch.setattr(engine, "_answer", watched)
@@ -230,7 +233,7 @@ def test_one_at_a_time_in_the_order_of_arrival(client: Any, engine: Engine, monk
 def test_a_full_queue_refuses_and_a_client_that_leaves_ends_its_answer(
     client: Any, engine: Engine, port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "MOST_WAITING", 0)
+    monkeypatch.setattr(queue, "MAX_WAITING", 0)
     with pytest.raises(openai.InternalServerError, match="requests are waiting already"):
         client.completions.create(model="any", prompt="It", max_tokens=3)
     monkeypatch.undo()
@@ -247,8 +250,8 @@ def test_a_full_queue_refuses_and_a_client_that_leaves_ends_its_answer(
 
 def test_an_answer_that_takes_too_long_ends(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = count()  # a second later at every look: before the prompt, and before each token
-    monkeypatch.setattr(server, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(server, "MOST_S", 10)
+    monkeypatch.setattr(queue, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(queue, "MAX_ANSWER_S", 10)
     answer = client.completions.create(model="any", prompt="It", max_tokens=1_000_000)
     assert answer.choices[0].finish_reason == "length" and answer.usage.completion_tokens == 9
 
