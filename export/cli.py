@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from gemma_edge.bundle.backends import ALL, ALL_BACKENDS, BACKENDS, KV_DTYPES
+from gemma_edge.bundle.backends import ALL, KV_DTYPES, registered
 from gemma_edge.command import Command, Group
 from gemma_edge.errors import InputError
 from gemma_edge.export.gate.limits import LEVELS
@@ -91,8 +91,8 @@ def _model_options(command: F) -> F:
         ),
         click.option(
             "--backend",
-            help=f"Runtimes to export for: {_list(BACKENDS)}, several with commas, or {ALL} for"
-            f" {_list(ALL_BACKENDS)}. Default: the target's.",
+            help=f"Runtimes to export for: {_list(registered())}, several with commas, or {ALL} for"
+            f" {_list(name for name, info in registered().items() if info.in_all)}. Default: the target's.",
         ),
         click.option("--lora", type=click.Path(path_type=Path), help="PEFT adapter folder to merge."),
         click.option("--ram", "ram_gib", type=float, help="GiB that the app may take. Default: the target's."),

@@ -10,7 +10,7 @@ import torch
 from support.checkpoints import DEMO, SHAPES, make_checkpoint
 
 import gemma_edge
-from gemma_edge.bundle.backends import RUNTIMES, how_to_install
+from gemma_edge.bundle.backends import registered
 from gemma_edge.export import api as pipeline
 from gemma_edge.export.api import Export
 from gemma_edge.export.options import ExportOptions
@@ -63,15 +63,15 @@ def talking(tmp_path_factory: pytest.TempPathFactory) -> Export:
         context=48,
         prefill_chunk=7,
         kv_bits=32,
-        backend=",".join(name for name in RUNTIMES if how_to_install(name) is None),
+        backend=",".join(name for name, info in registered().items() if info.how_to_install() is None),
         verify="none",
     )
     return pipeline.export(options)
 
 
-@pytest.fixture(params=RUNTIMES)
+@pytest.fixture(params=registered())
 def talker(request: pytest.FixtureRequest, talking: Export) -> Runtime:
     """`talking` in each backend."""
-    if command := how_to_install(request.param):
+    if command := registered()[request.param].how_to_install():
         pytest.skip(f"{request.param} is not installed: {command}")
     return gemma_edge.load(talking.bundle, backend=request.param, threads=1)

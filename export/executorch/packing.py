@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gemma_edge.errors import InputError
 from gemma_edge.model.checkpoint import TABLE, row_slices, weight_shapes
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.quantize.checkpoint.packing import pack_bytes
@@ -59,37 +58,6 @@ def pieces_of(weight: str, shape: tuple[int, int]) -> int:
     # 16 rows: so that pieces of one part lie side by side, each aligned as XNNPACK asks
     counts = (count for count in range(2, rows // 16 + 1) if rows % (16 * count) == 0)
     return next((count for count in counts if rows // count * columns <= LARGEST_PIECE), 1)
-
-
-def refuse_unsupported(config: Gemma2Config, configs: Mapping[str, QuantConfig | None], float_bits: int) -> None:
-    """Refuse a model with a weight that XNNPACK would compute wrongly, or not at all.
-
-    Raises:
-        InputError: names the weight and the nearest choice that works.
-    """
-    for weight, (_, columns) in weight_shapes(config).items():
-        refuse_weight(weight, configs[weight], columns, float_bits)
-
-
-def refuse_weight(weight: str, config: QuantConfig | None, columns: int, float_bits: int) -> None:
-    """Refuse what XNNPACK would compute wrongly, or not at all.
-
-    Raises:
-        InputError: names the weight and the nearest choice that works.
-    """
-    if config is None:
-        if float_bits == 16:
-            raise InputError(f"{weight} in 16 bits: the executorch backend computes floats in 32; use --bits 32")
-        return
-    if config.bits == 8 and config.group_size:
-        raise InputError(
-            f"{weight} has 8 bits in groups of {config.group_size}: XNNPACK has 8-bit kernels with one scale per channel"
-            " only; use --group-size 0 for 8 bits, or --backend onnx"
-        )
-    if config.bits == 4 and (config.group_size or columns) % 32:
-        raise InputError(
-            f"{weight} has rows of {columns}: XNNPACK's 4-bit kernels need a multiple of 32; use --bits 8, or --backend onnx"
-        )
 
 
 def random_weight(config: QuantConfig | None, rows: int, columns: int, generator: torch.Generator) -> Weight:

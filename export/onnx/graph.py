@@ -16,6 +16,7 @@ from onnxscript import optimizer
 from torch import Tensor, nn
 
 from gemma_edge.bundle.geometry import CacheGeometry
+from gemma_edge.export.hollow import hollow
 from gemma_edge.export.onnx.seams import GroupQueryAttention
 from gemma_edge.export.onnx.weights import HEAD_PACKED, Blob
 from gemma_edge.model.checkpoint import TABLE
@@ -68,9 +69,9 @@ def trace(config: Gemma2Config, geometry: CacheGeometry, layers: Layers) -> ir.M
     """The generation graph, its weights nameless holes: see `attach_weights`."""
     with torch.device("meta"):
         step = Step(config, geometry, layers).eval()
-    step.load_state_dict({name: _hollow(value) for name, value in step.state_dict().items()}, assign=True)
+    step.load_state_dict({name: hollow(value) for name, value in step.state_dict().items()}, assign=True)
     kv = [(1, geometry.kv_heads, layer.slots, geometry.head_dim) for layer in geometry.layers for _ in ("key", "value")]
-    past = [_hollow(torch.empty(shape, device="meta", dtype=CACHE_DTYPES[geometry.dtype])) for shape in kv]
+    past = [hollow(torch.empty(shape, device="meta", dtype=CACHE_DTYPES[geometry.dtype])) for shape in kv]
     count = config.num_hidden_layers
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -92,11 +93,6 @@ def trace(config: Gemma2Config, geometry: CacheGeometry, layers: Layers) -> ir.M
         if value.name == "input_ids":
             value.shape = ir.Shape([1, "tokens"])
     return model
-
-
-def _hollow(value: Tensor) -> Tensor:
-    """A CPU tensor of the same shape that takes no memory: the tracer wants a device, nobody reads the values."""
-    return torch.zeros(1, dtype=value.dtype).expand(value.shape)
 
 
 def _simplify(model: ir.Model) -> None:

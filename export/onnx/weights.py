@@ -134,18 +134,12 @@ def weights_bytes(
     return file_bytes(blobs_of(source, configs, float_bits, int8_kv=int8_kv))
 
 
-def resident_bytes(
-    source: Checkpoint | QuantizedCheckpoint,
-    configs: Mapping[str, QuantConfig | None],
-    float_bits: int,
-    *,
-    int8_kv: bool = False,
-) -> int:
+def resident_bytes(blobs: list[Blob]) -> int:
     """What ONNX Runtime keeps of the weights in memory, measured: codes packed once; scales three times (mapped, packed, and
     as block sums); float matrices widened to float32.
     """
     total = 0
-    for blob in blobs_of(source, configs, float_bits, int8_kv=int8_kv):
+    for blob in blobs:
         if blob.name.endswith(".weight_scale"):
             total += 3 * blob.nbytes
         elif blob.dtype == torch.uint8:

@@ -13,8 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gemma_edge.errors import InputError
-from gemma_edge.model.checkpoint import TABLE, row_slices, weight_shapes
+from gemma_edge.model.checkpoint import row_slices, weight_shapes
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
 from gemma_edge.quantize.recipe import QuantConfig
@@ -39,44 +38,9 @@ class Stored:
 
 @dataclass(frozen=True)
 class Packing:
-    """How weights lie in the file of one backend, and which it can take."""
+    """How weights lie in the file of one backend."""
 
-    backend: str
-    kernels: str  # whose they are
-    channels_apart: bool  # they know one scale per matrix, 1 here: those of its channels are multiplied afterwards
-    bits: tuple[int, ...]  # of integers that they multiply right
-
-    def refuse_unsupported(self, config: Gemma2Config, configs: Configs, float_bits: int) -> None:
-        """Refuse a model with a weight that the kernels would compute wrongly, or not at all.
-
-        Raises:
-            InputError: names the weight and the nearest choice that works.
-        """
-        for weight, (_, columns) in weight_shapes(config).items():
-            self.refuse_weight(weight, configs[weight], columns, float_bits)
-
-    def refuse_weight(self, weight: str, config: QuantConfig | None, columns: int, float_bits: int) -> None:
-        """Refuse what the kernels would compute wrongly, or not at all.
-
-        Raises:
-            InputError: names the weight and the nearest choice that works.
-        """
-        if config is None:
-            if float_bits == 16:
-                raise InputError(
-                    f"{weight} in 16 bits: the {self.backend} backend computes floats in 32; use --bits 32"
-                )
-            return
-        if config.bits not in self.bits:
-            way_out = "--table-bits 8" if weight == TABLE else "--bits 8"
-            raise InputError(f"{weight} has {config.bits} bits: {self.kernels} multiplies 8 only; use {way_out}")
-        if config.bits == 8 and config.group_size:
-            raise InputError(
-                f"{weight} has 8 bits in groups of {config.group_size}: {self.kernels} has 8-bit kernels with one scale per"
-                " channel only; use --group-size 0 for 8 bits, or --backend onnx"
-            )
-        if config.bits == 4 and columns % 2:
-            raise InputError(f"{weight} has rows of {columns}: 4 bits need an even number; use --bits 8")
+    channels_apart: bool  # a matrix has the scale 1, and the scales of its channels are multiplied afterwards
 
     def row_bytes(self, config: QuantConfig | None, columns: int) -> dict[str, int]:
         """Bytes of one row of a weight, by part, in buffers behind the graph."""
@@ -131,9 +95,8 @@ class Packing:
                 yield "scale", start, _bytes(checkpoint.scale(weight, start, stop).to(dtype))
 
 
-LITERT = Packing("tflite", "XNNPACK", channels_apart=False, bits=(4, 8))
-# its int4 kernel takes -8 for another number: measured, no error, no word
-TFLITE_RUNTIME = Packing("tflite-runtime", "tflite-runtime", channels_apart=True, bits=(8,))
+LITERT = Packing(channels_apart=False)
+TFLITE_RUNTIME = Packing(channels_apart=True)
 
 
 def _bytes(values: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from gemma_edge.bundle.manifest import Manifest, confined
 from gemma_edge.errors import InputError, one_line
 from gemma_edge.logits import Logits
 from gemma_edge.memory import MappedTable
-from gemma_edge.runtimes.engines.base import BaseRuntime, Buffers
+from gemma_edge.runtimes.engines.base import Buffers, Runtime
 from gemma_edge.runtimes.engines.load import refuse_older, thread_count
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ OLDEST_EXECUTORCH = (1, 5)
 OPERATORS = ("kernels/quantized/*quantized_ops_aot_lib.*", "extension/llm/custom_ops/*custom_ops_aot_lib.*")
 
 
-class ExecuTorchRuntime(BaseRuntime):
+class ExecuTorchRuntime(Runtime):
     """A bundle's ExecuTorch backend.
 
     The program has one method that generates and one that gives logits at every position. Each packs the weights for itself and
@@ -65,7 +65,7 @@ class ExecuTorchRuntime(BaseRuntime):
         self._open("generate")
 
     def _forward(self, ids: NDArray[np.int64], *, every_position: bool) -> Logits:
-        """See BaseRuntime; the logits belong to the caller."""
+        """See Runtime; the logits belong to the caller."""
         self._open("score" if every_position or self._scores_only else "generate")
         logits = self._run(ids, self.position)
         self._table.count(len(ids))
@@ -75,7 +75,7 @@ class ExecuTorchRuntime(BaseRuntime):
         """Nothing to do: at position 0 every slot of the cache that was written before is masked."""
 
     def _buffers(self) -> Buffers:
-        """See BaseRuntime; of the method that is loaded."""
+        """See Runtime; of the method that is loaded."""
         found: Buffers = {}
         for name in (f"{kind}_{index}" for index in range(len(self.cache.layers)) for kind in ("key", "value")):
             buffer = self._method.get_attribute(name)  # (K, S, 1, D), the program's own memory

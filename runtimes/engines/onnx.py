@@ -23,7 +23,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # type: i
 from gemma_edge.bundle.manifest import Manifest, confined
 from gemma_edge.errors import InputError
 from gemma_edge.logits import Logits
-from gemma_edge.runtimes.engines.base import BaseRuntime, Buffers
+from gemma_edge.runtimes.engines.base import Buffers, Runtime
 from gemma_edge.runtimes.engines.load import refuse_older, thread_count
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class _Loaded:
     binding: ort.IOBinding
 
 
-class OnnxRuntime(BaseRuntime):
+class OnnxRuntime(Runtime):
     """A bundle's ONNX backend.
 
     `generate` and `score` are two graphs over the same weights and the same cache. onnxruntime packs the weights of each
@@ -94,7 +94,7 @@ class OnnxRuntime(BaseRuntime):
         self._open("generate")
 
     def _forward(self, ids: NDArray[np.int64], *, every_position: bool) -> Logits:
-        """See BaseRuntime; the logits belong to the caller."""
+        """See Runtime; the logits belong to the caller."""
         if self._scores_only and not every_position and len(ids) > 1:
             return self._forward(ids, every_position=True)[-1:].copy()
         every_position = every_position or self._scores_only
@@ -122,7 +122,7 @@ class OnnxRuntime(BaseRuntime):
         """Nothing to do: at position 0 no row of the cache is read before it is written."""
 
     def _holds(self, position: int, written: int) -> bool:
-        """See BaseRuntime. The window is contiguous and moved down in steps, depending only on the highest position written.
+        """See Runtime. The window is contiguous and moved down in steps, depending only on the highest position written.
 
         A layer of C slots and window W drops G = C - W + 1 rows at a time: ceil(max(T - C, 0) / G) times after T tokens. With as
         many drops at both positions every row is where it was; else rows are lost, and others would be read in their place.
@@ -135,7 +135,7 @@ class OnnxRuntime(BaseRuntime):
         return True
 
     def _buffers(self) -> Buffers:
-        """See BaseRuntime."""
+        """See Runtime."""
         return dict(self._rows)
 
     def prepare_decode_many(self) -> None:

@@ -23,7 +23,7 @@ from gemma_edge.bundle.manifest import Manifest, confined
 from gemma_edge.bundle.signature import Signature
 from gemma_edge.errors import InputError, one_line
 from gemma_edge.logits import Logits
-from gemma_edge.runtimes.engines.base import BaseRuntime
+from gemma_edge.runtimes.engines.base import Runtime
 from gemma_edge.runtimes.engines.load import refuse_older, thread_count
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 PADDING = -1  # position of a token that is not there
 
 
-class SignatureRuntime(BaseRuntime):
+class SignatureRuntime(Runtime):
     """A backend whose model is fed chunks of a few sizes, padded at their end."""
 
     def __init__(
@@ -73,7 +73,7 @@ class SignatureRuntime(BaseRuntime):
         return [signature for signature in self._signatures if signature.role in roles]
 
     def _forward(self, ids: NDArray[np.int64], *, every_position: bool) -> Logits:
-        """See BaseRuntime; any number of tokens."""
+        """See Runtime; any number of tokens."""
         if every_position:
             rows = self._feed(ids, self.position, self._roles("score", "decode"))
             return np.concatenate([logits for logits in rows if logits is not None])
@@ -131,7 +131,7 @@ class SignatureRuntime(BaseRuntime):
             ) from None
 
     def _holds(self, position: int, written: int) -> bool:
-        """See BaseRuntime.
+        """See Runtime.
 
         A chunk less one of the slots lies behind the ring, and as much padding was written by the last call, over keys that only
         a rewind would need.

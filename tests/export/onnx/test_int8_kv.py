@@ -27,7 +27,7 @@ from gemma_edge.export.cli import main
 from gemma_edge.export.onnx.check import check_graph
 from gemma_edge.export.onnx.weights import layout
 from gemma_edge.export.options import ExportOptions
-from gemma_edge.export.plan import MIB, choose_kv_dtype, geometry, make_plan
+from gemma_edge.export.plan import MIB, Requested, choose_kv_dtype, geometry, make_plan
 from gemma_edge.export.targets import TARGETS
 from gemma_edge.model.checkpoint import Checkpoint
 from gemma_edge.model.config import GEMMA2_2B
@@ -190,7 +190,7 @@ def test_scales_that_clip_everything_fail_the_gate_and_the_default_goes_back_to_
 def test_which_cache_is_taken() -> None:
     phone, desktop = TARGETS["android"], TARGETS["desktop"]
     found = {
-        (asked, target.name, calibrated): choose_kv_dtype(asked, target, "onnx", calibrated=calibrated, way_out="")
+        (asked, target.name, calibrated): choose_kv_dtype(asked, target, "onnx", calibrated=calibrated, hint="")
         for asked in (None, 8, 32)
         for target in (phone, desktop, TARGETS["raspberry-pi"])
         for calibrated in (False, True)
@@ -214,10 +214,12 @@ def test_plan_of_an_int8_cache_is_a_quarter_and_lets_a_larger_context_fit(model:
     whole, quarter = (geometry(GEMMA2_2B, 8192, 128, dtype).bytes for dtype in ("float32", "int8"))
     assert whole == 4 * quarter == 8192 * (13 * (4096 + 127) + 13 * (8192 + 127))
     source, recipe, desktop = QuantizedCheckpoint.open(model), make_recipe(8), TARGETS["desktop"]
-    int8, floats = (make_plan(source, recipe, desktop, "onnx", kv_dtype=dtype) for dtype in ("int8", "float32"))
+    int8, floats = (
+        make_plan(source, recipe, desktop, "onnx", Requested(kv_dtype=dtype)) for dtype in ("int8", "float32")
+    )
     assert floats.kv_bytes == 4 * int8.kv_bytes
     scales = 12 * 4096  # K and V of 6 layers, each 4 x 64 float32 in a page of its own
     assert floats.weights_bytes < int8.weights_bytes <= floats.weights_bytes + scales
     tight = replace(desktop, ram_bytes=int8.device_ram_bytes + 3 * MIB)
-    assert make_plan(source, recipe, tight, "onnx", kv_dtype="int8").context == 512
+    assert make_plan(source, recipe, tight, "onnx", Requested(kv_dtype="int8")).context == 512
     assert make_plan(source, recipe, tight, "onnx").context == 256

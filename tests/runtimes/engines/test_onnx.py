@@ -15,7 +15,7 @@ from gemma_edge.bundle.geometry import LayerCache
 from gemma_edge.bundle.manifest import Manifest
 from gemma_edge.errors import InputError
 from gemma_edge.runtimes.engines import base
-from gemma_edge.runtimes.engines.base import BaseRuntime
+from gemma_edge.runtimes.engines.base import Runtime
 from gemma_edge.runtimes.engines.load import refuse_older
 from gemma_edge.runtimes.engines.onnx import OLDEST_ONNXRUNTIME, OnnxRuntime
 from gemma_edge.runtimes.generation.session import Session
@@ -138,7 +138,7 @@ def test_threads_come_from_the_target_and_never_exceed_the_machine(bundle: Path)
 
 def test_load_opens_the_onnx_backend_and_times_it(bundle: Path) -> None:
     runtime = gemma_edge.load(bundle, threads=1)
-    assert isinstance(runtime, OnnxRuntime) and isinstance(runtime, BaseRuntime)
+    assert isinstance(runtime, OnnxRuntime) and isinstance(runtime, Runtime)
     assert runtime.stats.load_s > 0
     runtime.prefill([2, 3, 4, 5, 6])
     runtime.decode(7)
