@@ -217,9 +217,8 @@ def test_gate_finds_the_same_whatever_is_scored_at_once(
     """50 positions at once: no multiple of the chunk, of the rows that are compared together, or of the lowering text."""
     from gemma_edge.export.gate import judge, limits, verify
     from gemma_edge.model.checkpoint import Checkpoint
-    from gemma_edge.runtimes.engines import base
 
-    monkeypatch.setattr(base, "SCORED_BYTES", 4 * 4096 * 50)
+    monkeypatch.setattr("gemma_edge.logits.SCORED_BYTES", 4 * 4096 * 50)
     monkeypatch.setattr(verify, "_judge", lambda folder, *rest: judge.judge(folder))
     quantized = QuantizedCheckpoint.open(demo.bundle.parent / "checkpoint")
     gate = verify.make_gate(demo.bundle / "tokenizer.json", 4096, 2, 512, "quick")

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -25,15 +25,6 @@ from gemma_edge.export import api as pipeline
 from gemma_edge.export.options import ExportOptions
 
 TESTS = ROOT / "tests"
-
-
-@pytest.fixture
-def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[BackendInfo]:
-    """Registered in this process only; the gate's process finds the engine's module by PYTHONPATH."""
-    monkeypatch.setenv("PYTHONPATH", str(TESTS))
-    register(INFO)
-    yield INFO
-    del backends._registered[INFO.name]
 
 
 def test_a_registered_backend_is_exported_gated_in_its_own_process_and_run(

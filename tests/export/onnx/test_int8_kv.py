@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,16 +20,19 @@ from support.kv8 import kv_ranges
 from tokenizers import Tokenizer
 
 import gemma_edge
-from gemma_edge.bundle.manifest import MANIFEST, Manifest
+from gemma_edge.bundle.backends import BackendInfo
+from gemma_edge.bundle.manifest import MANIFEST, Manifest, check_hashes
 from gemma_edge.errors import InputError
 from gemma_edge.export import api as pipeline
 from gemma_edge.export.api import Export
 from gemma_edge.export.cli import main
+from gemma_edge.export.gate import verify
 from gemma_edge.export.onnx.check import check_graph
 from gemma_edge.export.onnx.weights import layout
 from gemma_edge.export.options import ExportOptions
 from gemma_edge.export.plan import MIB, Requested, choose_kv_dtype, geometry, make_plan
 from gemma_edge.export.targets import TARGETS
+from gemma_edge.model import layerwise
 from gemma_edge.model.checkpoint import Checkpoint
 from gemma_edge.model.config import GEMMA2_2B
 from gemma_edge.quantize.checkpoint.kv_scales import KVRanges, write_kv_scales
@@ -185,6 +189,35 @@ def test_scales_that_clip_everything_fail_the_gate_and_the_default_goes_back_to_
     assert manifest.backends["onnx"].cache.bytes == manifest.backends["onnx"].plan["kv_bytes"]
     assert manifest.files["model.onnx.data"].bytes == manifest.backends["onnx"].plan["weights_bytes"]
     assert [stage.name for stage in done.stages] == ["quantize", *2 * ["lower onnx", "hash", "verify"]]
+
+
+def test_a_second_try_makes_and_judges_only_what_failed_by_the_same_references(
+    toy: BackendInfo, ranges: KVRanges, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything was lowered and judged again, and the references, most of the time, were computed again."""
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    write_kv_scales(folder, ranges.scales(0.05))
+    references, judged, judge, hidden_states = [], [], verify._judge, layerwise.hidden_states
+
+    def count_references(*args: Any, **options: Any) -> torch.Tensor:
+        references.append(args)
+        return hidden_states(*args, **options)
+
+    def count_judged(gate: Path, *args: Any) -> dict[str, Any]:
+        judged.append(json.loads((gate / "task.json").read_text())["backend"]["name"])
+        return judge(gate, *args)
+
+    monkeypatch.setattr(layerwise, "hidden_states", count_references)
+    monkeypatch.setattr(verify, "_judge", count_judged)
+    options = ExportOptions(model=str(folder), out=tmp_path / "out", backend="toy,onnx", context=512)
+    done = pipeline.export(options)
+    once = ["quantize", "lower toy", "lower onnx", "hash", "verify"]
+    assert [stage.name for stage in done.stages] == [*once, "lower onnx", "hash", "verify"]
+    assert judged == ["toy", "onnx", "onnx"] and len(references) == 2
+    assert list(done.manifest.verification) == list(done.manifest.backends) == ["toy", "onnx"]
+    assert all(result["passed"] for result in done.manifest.verification.values())
+    assert done.manifest.backends["onnx"].cache.dtype == "float32"
+    check_hashes(done.bundle, Manifest.load(done.bundle))
 
 
 def test_which_cache_is_taken() -> None:

@@ -14,7 +14,6 @@ import gemma_edge
 from gemma_edge.bundle.geometry import LayerCache
 from gemma_edge.bundle.manifest import Manifest
 from gemma_edge.errors import InputError
-from gemma_edge.runtimes.engines import base
 from gemma_edge.runtimes.engines.base import Runtime
 from gemma_edge.runtimes.engines.load import refuse_older
 from gemma_edge.runtimes.engines.onnx import OLDEST_ONNXRUNTIME, OnnxRuntime
@@ -61,7 +60,7 @@ def test_fewer_positions_are_scored_at_once_where_their_logits_are_large(
     """A chunk of 128 positions of 256,000 tokens is 131 MB, and the graph needs as much again."""
     ids = random_ids(20)
     for rows, expected in ((3, [3] * 6 + [2]), (1, [1] * 20), (0, [1] * 20), (100, [CHUNK] * 5)):
-        monkeypatch.setattr(base, "SCORED_BYTES", 4 * VOCAB * rows)
+        monkeypatch.setattr("gemma_edge.logits.SCORED_BYTES", 4 * VOCAB * rows)
         chunks = list(runtime.score_chunks(ids))
         assert [len(chunk) for chunk in chunks] == expected
         np.testing.assert_allclose(np.concatenate(chunks), toy_logits(ids), atol=ATOL)
