@@ -1,4 +1,4 @@
-"""The stages of an export in order: open, plan, quantize, lower, verify, publish. The command line only parses and calls it."""
+"""The stages of an export in order: open, plan, quantize, lower, verify, publish. The command line parses and calls this."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def _plan(
     target: Target,
     kv_dtypes: Mapping[str, str],
 ) -> dict[str, planning.Plan]:
-    """A plan for every backend, all with the context that fits the hungriest one."""
+    """A plan for every backend, all with the context that fits the one that needs most RAM."""
 
     def plans(context: int | None) -> dict[str, planning.Plan]:
         return {
@@ -117,7 +117,7 @@ def _plan(
 
 
 def _check_size(options: ExportOptions, plans: Mapping[str, planning.Plan]) -> None:
-    """A budget is shared out by what ONNX stores; a backend that stores more must keep it too."""
+    """Refuse backends that need more than the budget, which is shared out by what the onnx backend stores."""
     limit = parse_size(options.size) if options.size is not None else None
     for name, plan in plans.items():
         if limit is not None and plan.weights_bytes > limit:
@@ -145,7 +145,7 @@ def export(options: ExportOptions, progress: Progress = no_progress, opened: Ope
     choose_gate(source, opened.context, options.verify)  # refuses a bad tokenizer before any work
     stages: list[Stage] = []
     with staged(out, force=options.force) as work:
-        # here, because what a killed export left is gone now
+        # not earlier: only now is gone what a killed export left
         check_disk(work, opened.plans.values(), source, opened.recipe, opened.calibration)
         checkpoint = work / "checkpoint"
         quantized, learnt = make_checkpoint(
@@ -200,16 +200,16 @@ def _failed_place(out: Path) -> Path:
 
 
 def _gate_failed(options: ExportOptions, out: Path, bundle: Path, failures: dict[str, list[str]]) -> InputError:
-    found = "; ".join(f"{name}: {failure}" for name, found in failures.items() for failure in found)
+    figures = "; ".join(f"{name}: {figure}" for name, out_of_bounds in failures.items() for figure in out_of_bounds)
     if not options.keep_failed:
         return InputError(
-            f"{out} not made: it differs too much from the original ({found}); `keep_failed` keeps it to look at"
+            f"{out} not made: it differs too much from the original ({figures}); `keep_failed` keeps it to look at"
         )
     kept = _failed_place(out)
     refuse_existing(kept, options.force)  # somebody may have made it in the meantime
     shutil.rmtree(kept, ignore_errors=True)
     bundle.rename(kept)
-    return InputError(f"{out} not made: it differs too much from the original ({found}); it lies in {kept}")
+    return InputError(f"{out} not made: it differs too much from the original ({figures}); it lies in {kept}")
 
 
 def to_json(done: Export) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class Assembly:
 
     @property
     def failures(self) -> dict[str, list[str]]:
-        """What the gate found out of bounds, by backend; only of backends that failed."""
+        """Figures that are out of bounds, by backend that failed the gate."""
         return {name: result["failures"] for name, result in self._verification.items() if result["failures"]}
 
     def forget(self, backends: Iterable[str], opened: Opened) -> None:
@@ -120,5 +120,5 @@ class Assembly:
                 self._references = gate.save_references(
                     folder, chosen, opened.context, opened.source, quantized, advance
                 )
-            found = gate.verify(self.bundle, self._references, limits, pythons=opened.pythons, progress=advance)
-        self._verification |= found
+            results = gate.verify(self.bundle, self._references, limits, pythons=opened.pythons, progress=advance)
+        self._verification |= results

@@ -1,4 +1,4 @@
-"""A model that is ready to be exported, as a value: what `open_model` found out, and every later stage reads."""
+"""A model that is ready to be exported: the result of `open_model`, which every later stage reads."""
 
 from __future__ import annotations
 

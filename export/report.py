@@ -1,4 +1,4 @@
-"""Tables and progress bars for people; the same numbers as the `--json` beside each of them."""
+"""Tables and progress bars for people, with the same numbers as `--json` gives."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def parts_table(manifest: Manifest) -> Table:
 
 
 def gate_lines(manifest: Manifest) -> list[str]:
-    """What the gate found, in sentences that claim no more than was measured."""
+    """The gate's results, in sentences that claim no more than was measured."""
     if not manifest.verification:
         return ["NOT VERIFIED: exported with --verify none"]
     lines = []

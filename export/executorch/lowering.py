@@ -56,7 +56,7 @@ def compose(
     config, configs = checkpoint.config, checkpoint.configs
     layers, head = _parts(checkpoint, geometry)
     embedding = Embedding(config.hidden_size, configs[TABLE])
-    # memory is planned for the most tokens in one call, and a process takes what the larger method needs
+    # memory is planned for the largest call, and a process takes what the larger method needs
     at_once = {"generate": geometry.prefill_chunk, "score": scored_at_once(geometry.prefill_chunk, config.vocab_size)}
     programs = {
         name: _trace(Composed(config, geometry, embedding, layers, head, every_position=role == "score"), at_once[role])
@@ -81,11 +81,11 @@ def finish(edge: EdgeProgramManager) -> ExecutorchProgramManager:
 
 
 def runner_contract(config: Gemma2Config, geometry: CacheGeometry) -> dict[str, Any]:
-    """What the official LLM runners ask a program. Source: executorch, extension/llm/runner/llm_runner_helper.cpp."""
+    """What the official LLM runners read from a program. Source: executorch, extension/llm/runner/llm_runner_helper.cpp."""
     return {
         "get_bos_id": config.bos_token_id,
         "get_eos_ids": list(config.eos_token_id),
-        "get_max_seq_len": geometry.prefill_chunk,  # most tokens in one call
+        "get_max_seq_len": geometry.prefill_chunk,  # tokens in the largest call
         "get_max_context_len": geometry.context,
         "get_vocab_size": config.vocab_size,
         "get_n_layers": config.num_hidden_layers,
@@ -135,7 +135,7 @@ def _trace(composed: Composed, at_once: int) -> ExportedProgram:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The libraries' own messages are for those who write backends."""
+    """Hide the libraries' own messages, which are for authors of backends."""
     noisy = [logging.getLogger(name) for name in ("root", "executorch", "torch.export", "torchao")]
     levels = [logger.level for logger in noisy]
     for logger in noisy:

@@ -57,7 +57,7 @@ def judge(folder: Path) -> dict[str, Any]:
             done += len(at)
         start += len(rows)
         print(done, flush=True)  # noqa: T201 (this is the protocol)
-        del rows  # 65 MB of the 2B model: not held while the next ones are computed
+        del rows  # 65 MB of the 2B model, not kept while the next ones are computed
     return {
         "quality": quality.to_json(),
         "quality_past_context": past.to_json() if past.tokens else None,

@@ -1,4 +1,4 @@
-"""The gate: a finished bundle, opened in its own runtime, against the original on held-out text and past the window's wrap.
+"""The gate: a finished bundle is opened in its own runtime and compared with the original, past the end of the context, too.
 
 Two comparisons. *Quality*: against the float checkpoint; what quantization costs. *Lowering*: against the very same integers,
 dequantized in torch with a float cache; what the exporter and the runtime add, which is the runtime's int8 activations, the

@@ -34,7 +34,7 @@ class OnnxBackend(Backend):
         return storage.file_bytes(_blobs(weights))
 
     def resident_bytes(self, weights: Weights) -> int:
-        """See weights.py: scales are held three times, float matrices widened."""
+        """See weights.py: scales are there three times, float matrices are widened."""
         return storage.resident_bytes(_blobs(weights))
 
     def lower(

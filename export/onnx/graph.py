@@ -44,7 +44,7 @@ class Step(nn.Module):
         gemma2 = Gemma2(config, layers)
         if geometry.dtype == "int8":
             for layer in gemma2.model.layers:
-                for kind in KINDS:  # so that they are called as in the checkpoint
+                for kind in KINDS:  # so that they have the checkpoint's names
                     scale = torch.empty(1, geometry.kv_heads, 1, geometry.head_dim)
                     layer.get_submodule("self_attn").register_buffer(kind, scale)
         self.add_module(MODULE, gemma2)
@@ -199,7 +199,7 @@ def _feeds_slice(node: ir.Node) -> bool:
 
 
 def _forget_shapes(graph: ir.Graph) -> None:
-    """Inner shapes were those of one last position."""
+    """Drop the inner shapes, which are still right for one last position only."""
     outputs = set(graph.outputs)
     for node in graph:
         for value in node.outputs:
@@ -210,8 +210,8 @@ def _forget_shapes(graph: ir.Graph) -> None:
 def genai_graph(model: ir.Model, config: Gemma2Config) -> ir.Model:
     """The generation graph under onnxruntime-genai's contract: `attention_mask` in place of `input_pos`, caches of any length.
 
-    genai sizes the caches itself, by the length its user asks for, and refuses a windowed cache longer than that. So here a
-    local layer's window is only a mask and a global layer has none.
+    genai sizes the caches by the length that its user chooses, and refuses a windowed cache longer than that. So a local layer's
+    window is only a mask in this graph, and a global layer has none.
     """
     model = model.clone()
     graph = model.graph

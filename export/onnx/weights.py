@@ -1,6 +1,6 @@
-"""The weights file of an ONNX bundle: what lies where, and the bytes, streamed from a quantized checkpoint.
+"""The weights file of an ONNX bundle: its layout, and its bytes, streamed from a quantized checkpoint.
 
-The layout depends on shapes and the recipe alone, so that plan.py knows the file's size before any work. Source of the packing:
+The layout depends on shapes and the recipe alone, so the file's size is known before any work. Source of the packing:
 ONNX Runtime's MatMulNBits and GatherBlockQuantized (codes stored plus 2^(bits-1), the even column in the low nibble).
 """
 
@@ -23,8 +23,8 @@ from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint, narrow
 from gemma_edge.quantize.recipe import QuantConfig
 
 ALIGNMENT = 4096  # a page, so that every tensor can be mapped
-BLOCK_SIZES = (256, 128, 64, 32, 16)  # that the kernels know
-HEAD_PACKED = "lm_head.weight_packed"  # the table's bytes under the three-dimensional shape that MatMulNBits asks for
+BLOCK_SIZES = (256, 128, 64, 32, 16)  # block sizes that the kernels know, the best first
+HEAD_PACKED = "lm_head.weight_packed"  # the table's bytes in the three-dimensional shape that MatMulNBits reads
 
 
 def block_size(config: QuantConfig, in_features: int) -> int:
@@ -38,7 +38,8 @@ def block_size(config: QuantConfig, in_features: int) -> int:
         if group % block == 0:
             return block
     raise InputError(
-        f"rows of {in_features} are not a multiple of {BLOCK_SIZES[-1]}, which ONNX Runtime needs; use --bits 16"
+        f"rows of {in_features} are not a multiple of {BLOCK_SIZES[-1]}, which ONNX Runtime needs; use `bits` 16",
+        field="bits",
     )
 
 
@@ -46,7 +47,7 @@ def block_size(config: QuantConfig, in_features: int) -> int:
 class Blob:
     """One tensor of the weights file."""
 
-    name: str  # of the graph's initializer
+    name: str  # name of the graph's initializer
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
@@ -104,7 +105,7 @@ def file_bytes(blobs: list[Blob]) -> int:
 
 
 def matrix_bytes(config: Gemma2Config, configs: Mapping[str, QuantConfig]) -> dict[str, int]:
-    """What each matrix takes of the file, the gaps behind its tensors included; it does not depend on the other matrices."""
+    """Bytes of the file that each matrix takes, including the gaps behind its tensors. They do not depend on other matrices."""
     taken = dict.fromkeys(configs, 0)
     for blob in layout(config, configs, {}):
         weight = blob.name.rpartition(".")[0]

@@ -25,7 +25,7 @@ from gemma_edge.model.config import Gemma2Config
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
 from gemma_edge.quantize.recipe import QuantConfig
 
-GRAPH_PER_ROW = 20  # bytes per signature and row of a weight: scales and zero points, held more than once
+GRAPH_PER_ROW = 20  # bytes per signature and row of a weight: scales and zero points, stored more than once
 
 
 @dataclass(frozen=True)

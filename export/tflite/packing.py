@@ -31,9 +31,9 @@ class Stored:
     shape: tuple[int, int]
     config: QuantConfig | None  # None: float32
     codes: str  # name of the buffer of integers, or floats
-    scale: str  # name of the buffer of scales, those of channels that are in the graph excepted
-    row_scale: NDArray[np.float32] | None  # (rows,) per channel, in the graph itself; (1,) where they are apart
-    apart: bool  # scales of channels are multiplied after it
+    scale: str  # name of the buffer of scales, if they have one
+    row_scale: NDArray[np.float32] | None  # (rows,) scales of the channels, which lie in the graph; (1,) if `apart`
+    apart: bool  # the scales of the channels are multiplied afterwards
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Packing:
         }
 
     def weights_bytes(self, config: Gemma2Config, configs: Configs) -> int:
-        """What the weights take of the file, with the scales of channels, where these are in its graph."""
+        """Bytes that the weights take of the file, including scales of channels that lie in its graph."""
         channels = sum(
             12 * rows  # float32, and an int64 of zeros
             for weight, (rows, columns) in weight_shapes(config).items()
@@ -69,8 +69,8 @@ class Packing:
         return sum(self.parts(config, configs).values()) + channels
 
     def stored_weights(self, checkpoint: QuantizedCheckpoint) -> dict[str, Stored]:
-        """Every weight, with the scales of channels read that the graph holds."""
-        found = {}
+        """Every weight, with those scales of channels that lie in the graph."""
+        stored = {}
         for weight, shape in weight_shapes(checkpoint.config).items():
             config, scale = checkpoint.configs[weight], None
             channels = config is not None and not config.group_size
@@ -79,8 +79,8 @@ class Packing:
             elif channels:
                 scale = checkpoint.scale(weight, 0, shape[0]).float().flatten().numpy()
             apart = channels and self.channels_apart
-            found[weight] = Stored(shape, config, f"{weight}.codes", f"{weight}.scale", scale, apart)
-        return found
+            stored[weight] = Stored(shape, config, f"{weight}.codes", f"{weight}.scale", scale, apart)
+        return stored
 
     def packed(self, checkpoint: QuantizedCheckpoint, weight: str) -> Iterator[tuple[str, int, Tensor]]:
         """The contents of a weight's buffers, rows at a time: (part, first row, (rows, bytes) uint8)."""

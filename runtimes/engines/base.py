@@ -253,13 +253,13 @@ class Runtime(ABC):
         self._position, self._written = state.position, state.written
 
     def _identity(self) -> str:
-        """What a state depends on, as a hash: this backend, and every byte of the bundle."""
+        """Hash of everything that a state depends on: this backend, and every byte of the bundle."""
         files = {name: entry.sha256 for name, entry in self.manifest.files.items()}
-        said = json.dumps([type(self).__name__, self.manifest.config, asdict(self.cache), files], sort_keys=True)
-        return hashlib.sha256(said.encode()).hexdigest()
+        text = json.dumps([type(self).__name__, self.manifest.config, asdict(self.cache), files], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def _feed_again(self, ids: Sequence[int], start: int) -> None:
-        """Write the cache anew with ids that begin at position `start`."""
+        """Write the cache anew with `ids`, which begin at position `start`."""
         self._clear()
         self._position = self._written = start
         self.stats.refed_tokens += len(ids)
@@ -273,7 +273,7 @@ class Runtime(ABC):
             logits = self._forward(chunk, every_position=every_position)
             done = True
         finally:
-            if not done:  # interrupted: nobody knows what the cache holds
+            if not done:  # interrupted, so the contents of the cache are unknown
                 self.reset()
         self._position += len(chunk)
         self._written = max(self._written, self._position)

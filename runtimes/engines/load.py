@@ -13,7 +13,7 @@ from gemma_edge.runtimes.engines.base import Runtime
 
 
 def refuse_older(package: str, version: str, oldest: tuple[int, int]) -> None:
-    """Refuse a runtime's package that does not know what bundles ask of it.
+    """Refuse a package that is too old for bundles.
 
     Raises:
         InputError: `version` lies before `oldest`.
