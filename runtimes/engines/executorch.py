@@ -35,7 +35,7 @@ class ExecuTorchRuntime(Runtime):
     """A bundle's ExecuTorch backend.
 
     The program has one method that generates, and one that gives logits at every position. Each packs the weights for itself and
-    has caches of its own, so only one is loaded at a time: `score` closes the first one, the next `prefill` or `decode` closes the
+    has caches of its own, so only one is loaded at a time: `score` closes the first one, and the next `prefill` or `decode` the
     second one. The caches are carried over, so that nothing is forgotten.
     """
 
@@ -83,7 +83,7 @@ class ExecuTorchRuntime(Runtime):
         return buffers
 
     def prepare_decode_many(self) -> None:
-        """Use the method with logits at every position for everything from now on; a prompt then pays for the head at every token."""
+        """Use the method with logits at every position for everything from now on. A prompt pays for the head at each token."""
         self._scores_only = True
         self._open("score")
         self._at_once = self.scored_at_once

@@ -139,7 +139,7 @@ class OnnxRuntime(Runtime):
         return dict(self._rows)
 
     def prepare_decode_many(self) -> None:
-        """Use the graph with logits at every position for everything from now on; a prompt then pays for the head at every token."""
+        """Use the graph with logits at every position for everything from now on. A prompt pays for the head at each token."""
         self._scores_only = True
         self._open("score")
 

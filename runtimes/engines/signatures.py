@@ -102,7 +102,7 @@ class SignatureRuntime(Runtime):
             raise InputError(f"{self._path} does not run: {one_line(error)}; export the bundle again") from None
 
     def _check(self, signature: Signature, shapes: Mapping[str, Any], caches: Mapping[str, Sequence[int]]) -> None:
-        """Compare the shapes of a signature's inputs and outputs with the manifest's; `caches` are the expected shapes of caches."""
+        """Compare the shapes of a signature's inputs and outputs with the manifest's. `caches`: expected shapes of the caches."""
         logits = {} if signature.role == "prefill" else {"logits": [1, signature.tokens, self.vocab_size]}
         for key, shape in {
             "tokens": [1, signature.tokens],
@@ -133,8 +133,8 @@ class SignatureRuntime(Runtime):
     def _holds(self, position: int, written: int) -> bool:
         """See Runtime.
 
-        A chunk less one token of slots lies behind the ring. The last call wrote as much padding over keys that only a rewind would
-        need.
+        A chunk less one token of slots lies behind the ring. The last call wrote as much padding over keys that only a rewind
+        needs.
         """
         return position == written or super()._holds(position, written + 2 * (self.cache.prefill_chunk - 1))
 

@@ -96,12 +96,12 @@ def read_state(path: Path) -> tuple[State, dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise InputError(f"{path} is no file; make one with `save_prefix`")
+        raise InputError(f"{path} is no file; save a prefix there first")
     try:
         with safe_open(path, framework="np") as file:
             header = file.metadata() or {}
             if header.get("format") != FORMAT:
-                raise InputError(f"{path} is no saved state, or of another version; make it again with `save_prefix`")
+                raise InputError(f"{path} is no saved state, or of another version; save the prefix again")
             numbers, notes = json.loads(header["state"]), json.loads(header["notes"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         ids = tensors.pop(IDS)
@@ -112,5 +112,5 @@ def read_state(path: Path) -> tuple[State, dict[str, Any]]:
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path} is damaged ({error}); make it again with `save_prefix`") from None
+        raise InputError(f"{path} is damaged ({error}); save the prefix again") from None
     return state, dict(notes)
