@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from gemma_edge.bench import machine
 from gemma_edge.bench.process import ChildFailed, watch
 from gemma_edge.bench.result import Result, Settings
-from gemma_edge.bundle.backends import RUNTIMES, choose_backend, how_to_install
+from gemma_edge.bundle.backends import choose_backend, registered
 from gemma_edge.bundle.geometry import CacheGeometry
 from gemma_edge.bundle.manifest import MANIFEST, Manifest, confined, sha256
 from gemma_edge.children import python_command
@@ -130,8 +130,13 @@ class BundleContender(Local):
     """A bundle in one of its backends."""
 
     def __init__(self, path: Path, manifest: Manifest, backend: str) -> None:
-        module, _, package, _ = RUNTIMES[backend]
-        job = {"path": str(path.absolute()), "backend": backend, "module": module, "package": package}
+        info = registered()[backend]
+        job = {
+            "path": str(path.absolute()),
+            "backend": backend,
+            "module": info.engine_module,
+            "package": info.runs_with.module,
+        }
         super().__init__(
             "gemma-bench", backend_facts(path, manifest, backend), job, backend_files(path, manifest, backend)
         )
@@ -209,8 +214,8 @@ def bundle_contenders(paths: Sequence[Path], backend: str | None) -> tuple[list[
     for path in paths:
         manifest = Manifest.load(path)
         choose_backend(path, manifest, backend)  # refuses what cannot run at all
-        for name in [backend] if backend else [name for name in manifest.backends if name in RUNTIMES]:
-            if command := how_to_install(name):
+        for name in [backend] if backend else [name for name in manifest.backends if name in registered()]:
+            if command := registered()[name].how_to_install():
                 notes.append(f"{path}: {name} is not installed and left out; {command}")
             else:
                 found.append(BundleContender(path, manifest, name))

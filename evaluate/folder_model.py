@@ -22,7 +22,7 @@ from gemma_edge.model.kv_cache import RingCache
 from gemma_edge.progress import Progress
 from gemma_edge.quantize.calibration.layerwise import stream_error
 from gemma_edge.quantize.checkpoint.store import TABLE_FILE, QuantizedCheckpoint, open_weights
-from gemma_edge.runtimes.engines.base import BaseRuntime, Runtime
+from gemma_edge.runtimes.engines.base import Runtime
 from gemma_edge.text.tokenizer import TOKENIZER_FILE, Tokenizer
 from gemma_edge.text.windows import Window
 
@@ -112,7 +112,7 @@ class CheckpointModel:
         return Tokenizer.of_folder(self.path, self.config)
 
 
-class CheckpointRuntime(BaseRuntime):
+class CheckpointRuntime(Runtime):
     """A folder behind the interface of the bundles: 4 bytes of memory per parameter."""
 
     def __init__(self, weights: Weights) -> None:

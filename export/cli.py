@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from gemma_edge.bundle.backends import ALL, ALL_BACKENDS, BACKENDS, KV_DTYPES
+from gemma_edge.bundle.backends import ALL, KV_DTYPES, registered
 from gemma_edge.command import Command, DefaultGroup
 from gemma_edge.errors import InputError
 from gemma_edge.export.gate.limits import LEVELS
@@ -100,8 +100,8 @@ DEVICE = (
     ),
     click.option(
         "--backend",
-        help=f"Runtimes to export for: {_list(BACKENDS)}, several with commas, or {ALL} for"
-        f" {_list(ALL_BACKENDS)}. Default: the target's.",
+        help=f"Runtimes to export for: {_list(registered())}, several with commas, or {ALL} for"
+        f" {_list(name for name, info in registered().items() if info.in_all)}. Default: the target's.",
     ),
     click.option("--ram", "ram_gib", type=float, help="GiB of memory that the app may take. Default: the target's."),
 )
@@ -182,7 +182,7 @@ def quantize_command(model: str, lora: Path | None, out: Path, force: bool, as_j
     options = _quantize_options(choices)
     made = api.quantize(model, out, options, lora=lora, force=force, progress=report.progress_bar)
     if as_json:
-        click.echo(json.dumps(made.to_json(), indent=1))
+        click.echo(json.dumps(report.quantized_to_json(made), indent=1))
     else:
         report.print_quantized(made)
 

@@ -1,13 +1,24 @@
-"""What a manifest says of a bundle's making: what each kind of weight became, and with which versions of which tools."""
+"""What a bundle holds beside its backends' files: tokenizer and chat files, and the manifest."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import gemma_edge
+from gemma_edge.bundle.manifest import BackendEntry, Manifest, list_files
+from gemma_edge.export.opened import Opened
+from gemma_edge.model import hub
 from gemma_edge.model.checkpoint import weight_shapes
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
+from gemma_edge.text.tokenizer import TOKENIZER_FILE
+
+logger = logging.getLogger(__name__)
 
 TOOLS = (
     "torch",
@@ -23,19 +34,66 @@ TOOLS = (
 )
 
 
+@dataclass(frozen=True)
+class Integers:
+    """The weights that a bundle is made from."""
+
+    quantized: QuantizedCheckpoint
+    learnt: Mapping[str, Any]  # what the manifest says of their calibration; {} without one
+    lora: str | None  # name of the adapter that was merged
+
+
+def copy_tokenizer(folder: Path, bundle: Path) -> bool:
+    """Copy tokenizer and chat files; whether the bundle can turn text into tokens."""
+    hub.copy_companions(folder, bundle)
+    if (bundle / TOKENIZER_FILE).is_file():
+        return True
+    logger.warning("%s has no tokenizer.json: the bundle takes and gives token ids, not text", folder)
+    return False
+
+
+def make_manifest(
+    opened: Opened, integers: Integers, backends: dict[str, BackendEntry], bundle: Path, *, has_tokenizer: bool
+) -> Manifest:
+    """The manifest of a bundle whose files are all written, not verified yet."""
+    config, recipe, target = opened.source.config, opened.recipe, opened.target
+    lora = {"lora": integers.lora} if integers.lora else {}
+    return Manifest(
+        model={
+            "name": opened.name,
+            "architecture": "gemma2",
+            "parameters": config.num_parameters,
+            **lora,
+        },
+        config=config.to_json(),
+        recipe={
+            **recipe.to_json(),
+            "parts": parts(integers.quantized, recipe.float_bits),
+            "calibration": dict(integers.learnt),
+        },
+        target={"name": target.name, "ram_bytes": target.ram_bytes, "threads": target.threads},
+        backends=backends,
+        files=list_files(bundle),
+        tokenizer=has_tokenizer,
+        tools=tool_versions(),
+        verification={},
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
 def tool_versions() -> dict[str, str]:
-    """Versions of what made a bundle, where installed."""
-    found = {"gemma-edge": gemma_edge.__version__}
+    """Versions of the tools that made a bundle, as far as they are installed."""
+    versions = {"gemma-edge": gemma_edge.__version__}
     for tool in TOOLS:
         try:
-            found[tool] = importlib.metadata.version(tool)
+            versions[tool] = importlib.metadata.version(tool)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def parts(quantized: QuantizedCheckpoint, float_bits: int) -> list[dict[str, Any]]:
-    """What each kind of weight became: one row per kind, bits and group."""
+    """What the weights became: one row for each kind of weight, bits and group size."""
     rows: dict[tuple[str, int, int], dict[str, Any]] = {}
     for name, (out_features, in_features) in weight_shapes(quantized.config).items():
         config = quantized.configs[name]

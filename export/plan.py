@@ -7,60 +7,58 @@ that fits a target and refuses what cannot.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from gemma_edge.bundle.backends import INT8_CACHES, KV_DTYPES, UNWRAPPED_CACHES
+from gemma_edge.bundle.backends import KV_DTYPES, registered
 from gemma_edge.bundle.geometry import CacheGeometry, LayerCache
 from gemma_edge.errors import InputError
-from gemma_edge.export.executorch import packing as executorch
+from gemma_edge.export.backend import Backend, StoredWeights, exporter
 from gemma_edge.export.gate.limits import LEVELS
-from gemma_edge.export.onnx.weights import resident_bytes, weights_bytes
 from gemma_edge.export.targets import DEFAULT_CHUNK, GIB, Target
-from gemma_edge.export.tflite.packing import LITERT, TFLITE_RUNTIME
-from gemma_edge.export.tflite.seams import PREFILL, signatures
-from gemma_edge.model.checkpoint import SLICE_BYTES, Weights, linear_shapes, weight_shapes
+from gemma_edge.model.checkpoint import SLICE_BYTES, Weights, linear_shapes
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.model.kv_cache import slots_needed, windows
 from gemma_edge.quantize.checkpoint.store import final_configs
-from gemma_edge.quantize.recipe import QuantConfig, Recipe
+from gemma_edge.quantize.recipe import Recipe
 
 MIB = 1 << 20
-SMALLEST_CONTEXT = 256
-# how all but onnx pack weights
-PACKINGS: dict[str, Any] = {"executorch": executorch, "tflite": LITERT, "tflite-runtime": TFLITE_RUNTIME}
-CONTEXT_STEP = 64  # of the largest context that fits, in the message of one that does not
+SMALLEST_CONTEXT = 256  # a context that was not requested is not halved below it
+CONTEXT_STEP = 64  # the context that a refusal names is a multiple of it
+MAX_CHUNK = 4096  # tokens in one prefill call
+
+
+@dataclass(frozen=True)
+class Requested:
+    """What a plan must keep to."""
+
+    context: int | None = None  # tokens; None: the largest of the target's halvings that fits its RAM
+    prefill_chunk: int | None = None  # tokens; None: DEFAULT_CHUNK
+    kv_dtype: str = "float32"  # element type of the KV cache, a value of KV_DTYPES
+    verify: str = "quick"  # level of the gate, one of LEVELS: its logits take disk
+    calibration_tokens: int = 0  # length of the text that integers are fitted to; 0: none
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Predictions for one export."""
+    """Predictions for one export to one backend."""
 
     target: str
     backend: str
     recipe: str
-    context: int
-    prefill_chunk: int
-    kv_dtype: str  # of the cache's elements, a value of KV_DTYPES
-    weights_bytes: int  # of the weights file, exact; what a backend writes beside it takes under 5 MB
-    kv_bytes: int  # exact
+    context: int  # tokens
+    prefill_chunk: int  # tokens
+    kv_dtype: str  # element type of the KV cache, a value of KV_DTYPES
+    weights_bytes: int  # weights file, exact; a backend's other files take under 5 MB
+    kv_bytes: int  # KV cache, exact
     device_ram_bytes: int  # resident while generating
-    device_ram_limit_bytes: int
+    device_ram_limit_bytes: int  # the target's
     export_ram_bytes: int  # peak of the export, without the gate
-    export_disk_bytes: int  # needed while exporting: bundle, quantized checkpoint, the gate's logits
+    export_disk_bytes: int  # bundle, quantized checkpoint and the gate's logits
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The weights, in bytes."""
-
-    file: int  # on disk
-    resident: int  # in the runtime's memory
 
 
 def geometry(
@@ -69,9 +67,12 @@ def geometry(
     """The cache of a context, as a backend allocates it: local layers keep their window, global layers the context.
 
     Args:
+        config: the model's.
+        context, prefill_chunk: in tokens.
         dtype: a value of KV_DTYPES.
+        backend: the name of a registered backend.
     """
-    behind = prefill_chunk - 1 if backend in UNWRAPPED_CACHES else 0
+    behind = exporter(backend).slots_behind(prefill_chunk)
     return CacheGeometry(
         context=context,
         prefill_chunk=prefill_chunk,
@@ -89,156 +90,152 @@ def make_plan(
     recipe: Recipe,
     target: Target,
     backend: str,
-    *,
-    context: int | None = None,
-    prefill_chunk: int | None = None,
-    kv_dtype: str = "float32",
-    verify: str = "quick",
-    calibration_tokens: int = 0,
+    requested: Requested = Requested(),
 ) -> Plan:
-    """Predict an export; without a context, take the largest of the target's halvings that fits its RAM.
+    """Predict an export.
 
     Args:
-        verify: one of LEVELS: what the gate writes takes disk too.
-        calibration_tokens: of the text that integers are fitted to; 0: none.
+        source, recipe: the model, and what its weights become.
+        target: the class of devices.
+        backend: the name of a registered backend.
+        requested: what the plan must keep to.
 
     Raises:
-        InputError: a value out of range, or no context fits the target's RAM.
+        InputError: a value out of range, a weight that the backend cannot hold, or no context fits the target's RAM.
     """
-    config = source.config
-    chunk = DEFAULT_CHUNK if prefill_chunk is None else prefill_chunk
-    _check_range("--prefill-chunk", chunk, 1, 4096)
+    config, context = source.config, requested.context
+    chunk = DEFAULT_CHUNK if requested.prefill_chunk is None else requested.prefill_chunk
+    _check_range("prefill_chunk", chunk, 1, MAX_CHUNK)
     if context is not None:
-        _check_range("--context", context, 1, config.max_position_embeddings)
-    configs = final_configs(source, recipe)
-    sizes = _sizes(source, configs, recipe, backend, int8_kv=kv_dtype == "int8")
+        _check_range("context", context, 1, config.max_position_embeddings)
+    prediction = _Prediction.of(source, recipe, target, backend, requested.kv_dtype)
     tried = context or min(target.context, config.max_position_embeddings)
-    plan = _predict(source, recipe, target, backend, sizes, geometry(config, tried, chunk, kv_dtype, backend=backend))
-    while plan.device_ram_bytes > target.ram_bytes and context is None and tried > SMALLEST_CONTEXT:
+    while context is None and tried > SMALLEST_CONTEXT and not prediction.fits(tried, chunk):
         tried //= 2
-        plan = _predict(
-            source, recipe, target, backend, sizes, geometry(config, tried, chunk, kv_dtype, backend=backend)
-        )
-    if plan.device_ram_bytes > target.ram_bytes:
-        raise InputError(_too_large(plan, source, sizes, target))
+    if not prediction.fits(tried, chunk):
+        raise InputError(prediction.too_large(tried, chunk))
+    plan = prediction.plan(tried, chunk)
     return replace(
         plan,
-        export_ram_bytes=max(plan.export_ram_bytes, _calibration_ram(config, calibration_tokens)),
-        export_disk_bytes=plan.export_disk_bytes + _gate_disk(config, plan.context, verify),
+        export_ram_bytes=max(plan.export_ram_bytes, _calibration_ram(config, requested.calibration_tokens)),
+        export_disk_bytes=plan.export_disk_bytes + _gate_disk(config, plan.context, requested.verify),
     )
 
 
-def _sizes(
-    source: Weights,
-    configs: dict[str, QuantConfig | None],
-    recipe: Recipe,
-    backend: str,
-    *,
-    int8_kv: bool,
-) -> Sizes:
-    """The weights as a backend holds them.
-
-    Raises:
-        InputError: it cannot hold one of them.
-    """
-    if backend in PACKINGS:
-        packing = PACKINGS[backend]
-        packing.refuse_unsupported(source.config, configs, recipe.float_bits)
-        size = packing.weights_bytes(source.config, configs)
-        return Sizes(size, size)  # in memory as they are, or as XNNPACK packs them, which takes as much
-    return Sizes(
-        weights_bytes(source, configs, recipe.float_bits, int8_kv=int8_kv),
-        resident_bytes(source, configs, recipe.float_bits, int8_kv=int8_kv),
-    )
-
-
-def choose_kv_dtype(asked: int | None, target: Target, backend: str, *, calibrated: bool, way_out: str) -> str:
-    """The KV cache's elements: what was asked for; else the target's where scales are calibrated; else float32.
+def choose_kv_dtype(requested: int | None, target: Target, backend: str, *, calibrated: bool, hint: str) -> str:
+    """The element type of the KV cache: the requested one, else the target's where scales are calibrated, else float32.
 
     Args:
-        asked: `--kv-bits`.
-        target: decides where nothing is asked for.
-        backend: what will hold the cache.
+        requested: `kv_bits`.
+        target: decides where nothing is requested.
+        backend: the name of the backend that will hold the cache.
         calibrated: there will be scales.
-        way_out: how to come by scales where there are none.
+        hint: how to get scales where there are none.
 
     Raises:
-        InputError: no such cache, or int8 without scales.
+        InputError: there is no such cache, or an int8 cache has no scales.
     """
-    if asked is not None and asked not in KV_DTYPES:
-        raise InputError(f"--kv-bits {asked}; supported: {', '.join(map(str, KV_DTYPES))}")
-    if asked == 8 and backend not in INT8_CACHES:
-        raise InputError(f"--kv-bits 8: the {backend} backend keeps its cache in float32; use --kv-bits 32")
-    if asked == 8 and not calibrated:
-        raise InputError(f"--kv-bits 8 needs calibration, which finds the cache's scales: {way_out}")
-    if asked is None:
-        asked = target.kv_bits if calibrated and backend in INT8_CACHES else 32
-    return KV_DTYPES[asked]
+    if requested is not None and requested not in KV_DTYPES:
+        raise InputError(field="kv_bits", value=requested, allowed=KV_DTYPES)
+    int8 = "int8" in registered()[backend].kv_dtypes
+    if requested == 8 and not int8:
+        raise InputError(
+            f"`kv_bits` 8: the {backend} backend keeps its cache in float32; use `kv_bits` 32", field="kv_bits", value=8
+        )
+    if requested == 8 and not calibrated:
+        raise InputError(
+            f"`kv_bits` 8 needs calibration, which finds the cache's scales: {hint}", field="kv_bits", value=8
+        )
+    if requested is None:
+        requested = target.kv_bits if calibrated and int8 else 32
+    return KV_DTYPES[requested]
 
 
-def disk_bytes(plans: Iterable[Plan]) -> int:
-    """Needed while exporting for several backends at once: each one's weights, and the rest only once."""
-    found = list(plans)
-    return max(plan.export_disk_bytes - plan.weights_bytes for plan in found) + sum(p.weights_bytes for p in found)
-
-
-def _check_range(flag: str, value: int, low: int, high: int) -> None:
+def _check_range(field: str, value: int, low: int, high: int) -> None:
     if not low <= value <= high:
-        raise InputError(f"{flag} {value}; this model allows {low} to {high}")
-
-
-def _predict(
-    source: Weights,
-    recipe: Recipe,
-    target: Target,
-    backend: str,
-    sizes: Sizes,
-    cache: CacheGeometry,
-) -> Plan:
-    config = source.config
-    return Plan(
-        target=target.name,
-        backend=backend,
-        recipe=recipe.name,
-        context=cache.context,
-        prefill_chunk=cache.prefill_chunk,
-        weights_bytes=sizes.file,
-        kv_dtype=cache.dtype,
-        kv_bytes=cache.bytes,
-        device_ram_bytes=_device_ram(config, sizes, cache, backend),
-        device_ram_limit_bytes=target.ram_bytes,
-        export_ram_bytes=_export_ram(config),
-        # the checkpoint is no larger than the bundle's file, but for a table that stays there in float beside its integers
-        export_disk_bytes=2 * sizes.file + 4 * config.vocab_size * config.hidden_size,
-    )
+        raise InputError(f"`{field}` {value}; this model allows {low} to {high}", field=field, value=value)
 
 
 RUNTIME_BASE = 68 * MIB  # interpreter, onnxruntime and numpy, without a model
-GRAPH_PER_ROW = (
-    20  # bytes of each signature of a .tflite, for every row of a weight: scales and zero points, more than once
-)
 EXPORT_BASE = 750 * MIB  # interpreter, torch, onnx and the exporter
-TRACE_PER_LAYER = 3 * MIB // 2
+TRACE_PER_LAYER = 3 * MIB // 2  # traced graph of a layer
 CALIBRATION_BASE = 480 * MIB  # interpreter and torch
-MOMENT_COPIES = 5  # of the widest second moment at once: itself, sorted, its factor, and what they leave
+MOMENT_COPIES = 5  # largest second moment, sorted, its factor, and their temporaries: copies at once
 SLICE_COPIES = 12  # float32 temporaries of one slice
 
 
-def _device_ram(config: Gemma2Config, sizes: Sizes, cache: CacheGeometry, backend: str) -> int:
-    """The runtime with weights, a full cache, one chunk's widest activations and the logits."""
-    widest = 3 * config.intermediate_size + 4 * config.hidden_size
-    activations = 4 * (cache.prefill_chunk * widest + 2 * config.vocab_size)
-    own = _signatures_ram(config, cache) if backend in UNWRAPPED_CACHES else 0
-    return RUNTIME_BASE + sizes.resident + cache.bytes + activations + own
+@dataclass(frozen=True)
+class _Prediction:
+    """What does not depend on the context, and the plan of each context."""
 
+    source: Weights
+    recipe: Recipe
+    target: Target
+    exporter: Backend
+    kv_dtype: str
+    file_bytes: int  # weights on disk
+    resident_bytes: int  # weights in the engine's memory
 
-def _signatures_ram(config: Gemma2Config, cache: CacheGeometry) -> int:
-    """What a .tflite's signatures have each for itself: their graphs, and what goes from layer to layer around the caches."""
-    passed = config.hidden_size + (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
-    found = signatures(cache)
-    tokens = sum(each.tokens for each in found if each.role == PREFILL)
-    rows = sum(rows for rows, _ in weight_shapes(config).values())
-    return len(found) * GRAPH_PER_ROW * rows + 4 * tokens * passed * config.num_hidden_layers
+    @classmethod
+    def of(cls, source: Weights, recipe: Recipe, target: Target, backend: str, kv_dtype: str) -> _Prediction:
+        """Measure the weights as a backend holds them.
+
+        Raises:
+            InputError: it cannot hold one of them.
+        """
+        half, configs = exporter(backend), final_configs(source, recipe)
+        half.refuse_unsupported(source.config, configs, recipe.float_bits)
+        weights = StoredWeights(source, configs, recipe.float_bits, kv_dtype)
+        return cls(source, recipe, target, half, kv_dtype, half.weights_bytes(weights), half.resident_bytes(weights))
+
+    def cache(self, context: int, chunk: int) -> CacheGeometry:
+        """Geometry of the KV cache of a context."""
+        return geometry(self.source.config, context, chunk, self.kv_dtype, backend=self.exporter.name)
+
+    def device_ram(self, cache: CacheGeometry) -> int:
+        """The engine with weights, a full cache, one chunk's widest activations and the logits."""
+        config = self.source.config
+        widest = 3 * config.intermediate_size + 4 * config.hidden_size
+        activations = 4 * (cache.prefill_chunk * widest + 2 * config.vocab_size)
+        own = self.exporter.own_ram(config, cache)
+        return RUNTIME_BASE + self.resident_bytes + cache.bytes + activations + own
+
+    def fits(self, context: int, chunk: int) -> bool:
+        """Whether a context fits the target's RAM."""
+        return self.device_ram(self.cache(context, chunk)) <= self.target.ram_bytes
+
+    def plan(self, context: int, chunk: int) -> Plan:
+        """The plan of a context, without calibration and gate."""
+        config, cache = self.source.config, self.cache(context, chunk)
+        return Plan(
+            target=self.target.name,
+            backend=self.exporter.name,
+            recipe=self.recipe.name,
+            context=context,
+            prefill_chunk=chunk,
+            weights_bytes=self.file_bytes,
+            kv_dtype=cache.dtype,
+            kv_bytes=cache.bytes,
+            device_ram_bytes=self.device_ram(cache),
+            device_ram_limit_bytes=self.target.ram_bytes,
+            export_ram_bytes=_export_ram(config),
+            # The checkpoint is no larger than the bundle's file, unless a table stays in it in float beside its integers.
+            export_disk_bytes=2 * self.file_bytes + 4 * config.vocab_size * config.hidden_size,
+        )
+
+    def too_large(self, context: int, chunk: int) -> str:
+        """The message for a context that does not fit."""
+        need = f"needs {self.device_ram(self.cache(context, chunk)) / GIB:.2f} GiB of RAM at context {context}"
+        limit = f"target {self.target.name} has {self.target.ram_bytes / GIB:.2f} GiB for the app"
+        head = f"{self.source.folder.name} as {self.recipe.name} {need}; {limit}"
+        smaller = range(CONTEXT_STEP, context, CONTEXT_STEP)
+        # RAM only grows with the context
+        fitting = bisect_right(
+            smaller, self.target.ram_bytes, key=lambda each: self.device_ram(self.cache(each, chunk))
+        )
+        if fitting:
+            return f"{head}: `context` {smaller[fitting - 1]} fits"
+        return f"{head}: fewer `bits`, a smaller model, or `ram_gib` GIB if the device allows more"
 
 
 def _export_ram(config: Gemma2Config) -> int:
@@ -261,19 +258,3 @@ def _gate_disk(config: Gemma2Config, context: int, verify: str) -> int:
     """Logits that the gate saves, float32: 2 GB per 2,000 positions of 256,000."""
     level = LEVELS[verify]
     return 4 * config.vocab_size * level.saved_logits(context) if level else 0
-
-
-def _too_large(plan: Plan, source: Weights, sizes: Sizes, target: Target) -> str:
-    need = f"needs {plan.device_ram_bytes / GIB:.2f} GiB of RAM at context {plan.context}"
-    limit = f"target {target.name} has {target.ram_bytes / GIB:.2f} GiB for the app"
-    head = f"{source.folder.name} as {plan.recipe} {need}; {limit}"
-    smaller = range(CONTEXT_STEP, plan.context, CONTEXT_STEP)
-
-    def ram(context: int) -> int:
-        cache = geometry(source.config, context, plan.prefill_chunk, plan.kv_dtype, backend=plan.backend)
-        return _device_ram(source.config, sizes, cache, plan.backend)
-
-    fitting = bisect_right(smaller, target.ram_bytes, key=ram)  # RAM only grows with the context
-    if fitting:
-        return f"{head}: --context {smaller[fitting - 1]} fits"
-    return f"{head}: fewer --bits, a smaller model, or --ram GIB if the device allows more"

@@ -1,8 +1,9 @@
-"""Tables and progress bars for people; the same numbers as the `--json` beside each of them."""
+"""Tables and progress bars for people, with the same numbers as `--json` gives."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -15,6 +16,8 @@ __all__ = ["ERR", "OUT", "progress_bar", "size"]
 if TYPE_CHECKING:  # they import torch, which `inspect` does not need
     from gemma_edge.export.api import Export
     from gemma_edge.export.plan import Plan
+    from gemma_edge.progress import Stage
+    from gemma_edge.quantize.api import QuantizedModel
 
 
 PLAN_ROWS: dict[str, Callable[[Plan], str]] = {
@@ -40,12 +43,12 @@ def plan_table(plans: Sequence[Plan], parameters: int) -> Table:
     return table
 
 
-def export_table(done: Export) -> Table:
-    """What was made, how long each stage took, and the peak of memory."""
-    table = Table(title=f"{done.bundle}", title_justify="left")
+def stages_table(title: str, stages: Sequence[Stage]) -> Table:
+    """How long each stage took, and the peak of memory."""
+    table = Table(title=title, title_justify="left")
     for column in ("stage", "seconds", "peak RAM so far"):
         table.add_column(column, justify="left" if column == "stage" else "right")
-    for stage in done.stages:
+    for stage in stages:
         table.add_row(stage.name, f"{stage.seconds:.1f}", size(stage.peak_rss_bytes))
     return table
 
@@ -74,7 +77,7 @@ def parts_table(manifest: Manifest) -> Table:
 
 
 def gate_lines(manifest: Manifest) -> list[str]:
-    """What the gate found, in sentences that claim no more than was measured."""
+    """The gate's results, in sentences that claim no more than was measured."""
     if not manifest.verification:
         return ["NOT VERIFIED: exported with --verify none"]
     lines = []
@@ -107,7 +110,7 @@ def _past_context(quality: dict[str, Any] | None) -> list[str]:
 
 def print_export(done: Export) -> None:
     """The end of `gemma-export`."""
-    ERR.print(export_table(done))
+    ERR.print(stages_table(str(done.bundle), done.stages))
     ERR.print(parts_table(done.manifest))
     for line in gate_lines(done.manifest):
         ERR.print(line, highlight=False, soft_wrap=True)
@@ -117,6 +120,27 @@ def print_export(done: Export) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def print_quantized(made: QuantizedModel) -> None:
+    """The end of `gemma-export quantize`."""
+    ERR.print(stages_table(str(made.path), made.stages))
+    ERR.print(
+        f"{made.recipe.name} in {made.path}; make a bundle of it: gemma-export {made.path}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def quantized_to_json(made: QuantizedModel) -> dict[str, Any]:
+    """The result of `gemma-export quantize` for `--json`."""
+    return {
+        "path": str(made.path),
+        "recipe": made.recipe.to_json(),
+        "weights": {name: config and asdict(config) for name, config in made.configs.items()},
+        "calibration": dict(made.calibration),
+        "stages": [asdict(stage) for stage in made.stages],
+    }
 
 
 def print_inspect(manifest: Manifest) -> None:

@@ -1,14 +1,11 @@
-"""What a user chooses by name, as data: targets, backends, how far the gate looks. No torch here, so that --help can list it.
-
-Methods and bits are quantize/recipe.py's.
-"""
+"""The classes of devices that a user chooses by name. Imports no torch, so that a quick --help can list them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 GIB = 1 << 30
-DEFAULT_CHUNK = 128  # most tokens in one forward call
+DEFAULT_CHUNK = 128  # tokens in the largest forward call
 
 
 @dataclass(frozen=True)
@@ -16,11 +13,11 @@ class Target:
     """A class of devices."""
 
     name: str
-    ram_bytes: int  # that the app may take, not what the device has
-    threads: int
-    context: int  # tried first; halved until it fits
-    kv_bits: int = 32  # of the KV cache where its scales are calibrated: a key of KV_DTYPES
-    backend: str = "onnx"  # unless --backend says otherwise
+    ram_bytes: int  # RAM for the app, less than the device has
+    threads: int  # for the matrix products
+    context: int  # tokens, tried first; halved until it fits
+    kv_bits: int = 32  # bits of a KV cache whose scales are calibrated: a key of KV_DTYPES
+    backend: str = "onnx"  # default of `backend`
 
 
 TARGETS = {

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.checkpoints import DEMO, SHAPES, make_checkpoint
+from support.checkpoints import DEMO, ROOT, SHAPES, make_checkpoint
+from support.toy_backend import INFO
 
 import gemma_edge
-from gemma_edge.bundle.backends import RUNTIMES, how_to_install
+from gemma_edge.bundle import backends
+from gemma_edge.bundle.backends import BackendInfo, register, registered
 from gemma_edge.export import api as pipeline
 from gemma_edge.export.api import Export
 from gemma_edge.export.options import ExportOptions
@@ -62,15 +64,24 @@ def talking(tmp_path_factory: pytest.TempPathFactory) -> Export:
         context=48,
         prefill_chunk=7,
         kv_bits=32,
-        backend=",".join(name for name in RUNTIMES if how_to_install(name) is None),
+        backend=",".join(name for name, info in registered().items() if info.how_to_install() is None),
         verify="none",
     )
     return pipeline.export(options)
 
 
-@pytest.fixture(params=RUNTIMES)
+@pytest.fixture(params=registered())
 def talker(request: pytest.FixtureRequest, talking: Export) -> Runtime:
     """`talking` in each backend."""
-    if command := how_to_install(request.param):
+    if command := registered()[request.param].how_to_install():
         pytest.skip(f"{request.param} is not installed: {command}")
     return gemma_edge.load(talking.bundle, backend=request.param, threads=1)
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[BackendInfo]:
+    """Registered in this process only; the gate's process finds the engine's module by PYTHONPATH."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
+    register(INFO)
+    yield INFO
+    del backends._registered[INFO.name]

@@ -10,7 +10,6 @@ import sys
 import tarfile
 import tomllib
 import zipfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import pytest
 from packaging.requirements import Requirement
 from support.checkpoints import DEMO, ROOT
 
-from gemma_edge.bundle.backends import RUNTIMES
+from gemma_edge.bundle.backends import registered
 
 TOPS = ("model", "quantize", "export", "runtimes", "evaluate", "bench")
 LINKS = ROOT / "src" / "gemma_edge"
@@ -53,7 +52,7 @@ def test_what_runs_a_bundle_needs_only_light_packages() -> None:
 
 
 def test_runtimes_import_neither_torch_nor_a_converter() -> None:
-    absent = {module for module, _, package, _ in RUNTIMES.values() if find_spec(package) is None}
+    absent = {info.engine_module for info in registered().values() if info.how_to_install()}
     files = sorted(path.relative_to(ROOT) for path in (ROOT / "runtimes").rglob("[!_]*.py"))
     modules = [f"gemma_edge.{'.'.join(path.with_suffix('').parts)}" for path in files]
     modules = [name for name in modules if name not in absent]

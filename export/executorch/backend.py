@@ -1,159 +1,60 @@
-"""`lower`: a quantized checkpoint becomes a `.pte` for ExecuTorch's XNNPACK backend and its official LLM runners."""
+"""The executorch backend: what XNNPACK's delegates hold of a model, and how it is lowered for them."""
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig, to_edge_transform_and_lower
-from executorch.exir.passes import MemoryPlanningPass
-from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
-from executorch.exir.program import ExecutorchProgramManager
-from torch.export import Dim, ExportedProgram, export
 
 from gemma_edge.bundle.geometry import CacheGeometry
-from gemma_edge.export.executorch.check import check_pte
-from gemma_edge.export.executorch.compose import Composed, Embedding
-from gemma_edge.export.executorch.packing import Weight, pieces_of, random_weight, refuse_unsupported
-from gemma_edge.export.executorch.pte import write_pte
-from gemma_edge.export.executorch.seams import AttendHalf, Limits, ProjectHalf, block_half, head_piece, linears_of
-from gemma_edge.export.executorch.templates import COMPILE, Lowered, Template, lower_half
-from gemma_edge.logits import scored_at_once
-from gemma_edge.model.checkpoint import TABLE
-from gemma_edge.model.config import Gemma2Config
+from gemma_edge.export.backend import Backend, Kernels, StoredWeights
+from gemma_edge.export.executorch import packing
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
+from gemma_edge.quantize.recipe import QuantConfig
 
 FILE = "model.pte"
 METHODS = {"generate": "forward", "score": "score"}  # what a method is for -> its name
+KERNELS = Kernels("executorch", "XNNPACK", multiple=32)
 
 
-def lower(
-    checkpoint: QuantizedCheckpoint,
-    geometry: CacheGeometry,
-    out: Path,
-    *,
-    float_bits: int = 32,
-    progress: Callable[[int], None] = lambda done: None,
-) -> dict[str, Any]:
-    """Write the program into `out`, and check what it holds.
+class ExecuTorchBackend(Backend):
+    """One `.pte` for ExecuTorch's XNNPACK backend and its official LLM runners."""
 
-    Args:
-        progress: called with the bytes of weights just written.
+    name = "executorch"
 
-    Returns:
-        the backend's entry in the manifest.
+    def refuse_weight(self, weight: str, config: QuantConfig | None, columns: int, float_bits: int) -> None:
+        """See Kernels."""
+        KERNELS.refuse_weight(weight, config, columns, float_bits)
 
-    Raises:
-        InputError: a weight that XNNPACK cannot compute exactly.
-        RuntimeError: the program is not what it should be.
-    """
-    refuse_unsupported(checkpoint.config, checkpoint.configs, float_bits)
-    four = [weight for weight, config in checkpoint.configs.items() if config and config.bits == 4]
-    checkpoint.warn_of_rounded_scales(four, torch.bfloat16, "executorch")
-    with _quiet():
-        write_pte(compose(checkpoint, geometry), checkpoint, out / FILE, progress)
-    check_pte(out / FILE, checkpoint.config, checkpoint.configs, geometry, list(METHODS.values()))
-    return {"program": FILE, "methods": METHODS, "min_executorch": "1.5"}
+    def weights_bytes(self, weights: StoredWeights) -> int:
+        """What the weights take of the file. XNNPACK packs them into as many bytes of memory."""
+        return packing.weights_bytes(weights.config, weights.configs)
 
+    def lower(
+        self,
+        checkpoint: QuantizedCheckpoint,
+        cache: CacheGeometry,
+        *,
+        out: Path,
+        float_bits: int = 32,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> dict[str, Any]:
+        """See Backend."""
+        from gemma_edge.export.executorch.lowering import write_program
 
-def compose(checkpoint: QuantizedCheckpoint, geometry: CacheGeometry) -> ExecutorchProgramManager:
-    """The whole program, its large constants still missing."""
-    config, configs = checkpoint.config, checkpoint.configs
-    layers, head = _parts(checkpoint, geometry)
-    embedding = Embedding(config.hidden_size, configs[TABLE])
-    # memory is planned for the most tokens in one call, and a process takes what the larger method needs
-    at_once = {"generate": geometry.prefill_chunk, "score": scored_at_once(geometry.prefill_chunk, config.vocab_size)}
-    programs = {
-        name: _trace(Composed(config, geometry, embedding, layers, head, every_position=role == "score"), at_once[role])
-        for role, name in METHODS.items()
-    }
-    edge = to_edge_transform_and_lower(
-        programs, partitioner=None, constant_methods=runner_contract(config, geometry), compile_config=COMPILE
-    )
-    return finish(edge)
+        self.refuse_unsupported(checkpoint.config, checkpoint.configs, float_bits)
+        four = [weight for weight, config in checkpoint.configs.items() if config and config.bits == 4]
+        checkpoint.warn_of_rounded_scales(four, torch.bfloat16, self.name)
+        write_program(checkpoint, cache, out / FILE, METHODS, progress)
+        return {"program": FILE, "methods": METHODS, "min_executorch": "1.5"}
+
+    def check(self, checkpoint: QuantizedCheckpoint, cache: CacheGeometry, *, out: Path, float_bits: int = 32) -> None:
+        """See Backend."""
+        from gemma_edge.export.executorch.check import check_pte
+
+        check_pte(out / FILE, checkpoint.config, checkpoint.configs, cache, list(METHODS.values()))
 
 
-def finish(edge: EdgeProgramManager) -> ExecutorchProgramManager:
-    """The program with its memory planned, its inputs left to the caller."""
-    return edge.to_executorch(
-        ExecutorchBackendConfig(
-            extract_delegate_segments=True,
-            emit_mutable_buffer_names=True,
-            memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
-            sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
-        )
-    )
-
-
-def runner_contract(config: Gemma2Config, geometry: CacheGeometry) -> dict[str, Any]:
-    """What the official LLM runners ask a program. Source: executorch, extension/llm/runner/llm_runner_helper.cpp."""
-    return {
-        "get_bos_id": config.bos_token_id,
-        "get_eos_ids": list(config.eos_token_id),
-        "get_max_seq_len": geometry.prefill_chunk,  # most tokens in one call
-        "get_max_context_len": geometry.context,
-        "get_vocab_size": config.vocab_size,
-        "get_n_layers": config.num_hidden_layers,
-        "use_kv_cache": True,
-        "use_sdpa_with_kv_cache": False,
-        "enable_dynamic_shape": True,  # else a prompt is fed token by token
-    }
-
-
-def _parts(
-    checkpoint: QuantizedCheckpoint, geometry: CacheGeometry
-) -> tuple[list[tuple[Lowered, Lowered]], list[Lowered]]:
-    """Every layer's two delegates and the head's, each kind lowered once."""
-    config, configs = checkpoint.config, checkpoint.configs
-    generator = torch.Generator().manual_seed(0)
-    templates: dict[Any, Template] = {}
-
-    def weight(name: str, rows: int, columns: int) -> Weight:
-        return random_weight(configs[name], rows, columns, generator)
-
-    def lowered(kind: type[ProjectHalf] | type[AttendHalf], layer: int) -> Template:
-        integers = tuple(configs[name] for name in linears_of(kind, config, layer))
-        limits = Limits(geometry.prefill_chunk, geometry.layers[layer].slots if kind is AttendHalf else 0)
-        key = (kind, integers, limits)
-        if key not in templates:
-            templates[key] = lower_half(block_half(kind, config, layer, weight), limits)
-        return templates[key]
-
-    def named(template: Template, layer: int) -> Lowered:
-        return Lowered(template, f"model.layers.{layer}.", checkpoint.vector)
-
-    layers = [
-        (named(lowered(ProjectHalf, layer), layer), named(lowered(AttendHalf, layer), layer))
-        for layer in range(config.num_hidden_layers)
-    ]
-    piece = lower_half(head_piece(config, weight), Limits(geometry.prefill_chunk, 0))
-    count = pieces_of(TABLE, (config.vocab_size, config.hidden_size))
-    return layers, [Lowered(piece, "model.", checkpoint.vector, piece=index) for index in range(count)]
-
-
-def _trace(composed: Composed, at_once: int) -> ExportedProgram:
-    tokens = Dim("tokens", min=1, max=at_once)
-    inputs = torch.zeros(1, min(3, at_once), dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-    with torch.no_grad():
-        return export(composed.eval(), inputs, dynamic_shapes=({1: tokens}, None), strict=False)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The libraries' own messages are for those who write backends."""
-    noisy = [logging.getLogger(name) for name in ("root", "executorch", "torch.export", "torchao")]
-    levels = [logger.level for logger in noisy]
-    for logger in noisy:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(noisy, levels, strict=True):
-            logger.setLevel(level)
+BACKEND = ExecuTorchBackend()

@@ -1,4 +1,4 @@
-"""After lowering: what a `.pte` holds is read back from the file and compared with what it should hold."""
+"""Reads a finished `.pte` back and compares it with what it should hold."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gemma_edge.model.config import Gemma2Config
 from gemma_edge.quantize.recipe import QuantConfig
 
 WRITE = "llama::update_cache_with_indices"
-# positions, rotary angles, masks, and the views of the caches: what may stay outside the delegates
+# SMALL: what may stay outside the delegates: positions, rotary angles, masks, and views of the caches
 SMALL = {
     "aten::_local_scalar_dense",
     "aten::_to_copy",
@@ -55,6 +55,11 @@ def check_pte(
     methods: Sequence[str],
 ) -> None:
     """Compare a finished file with the model.
+
+    Args:
+        path: the file.
+        config, configs, geometry: the model, its integers, and its caches.
+        methods: names of the methods that it should have.
 
     Raises:
         RuntimeError: names what is not as it should be.
@@ -94,31 +99,31 @@ def _check_delegates(path: Path, plan: ExecutionPlan, config: Gemma2Config) -> N
 def _check_kernels(
     path: Path, pte: Pte, plan: ExecutionPlan, config: Gemma2Config, configs: Mapping[str, QuantConfig | None]
 ) -> None:
-    """Every weight is multiplied once, with its own scales, by the kernel of its kind; all other linears are float: the means
-    of squares, whose constants lie in the delegate.
+    """Every weight is multiplied once, with its own scales, by the kernel of its kind. All other linears are float: they are
+    the means of squares, whose constants lie in the delegate.
     """
     shapes = weight_shapes(config)
-    wanted = {}
+    expected = {}
     for constant, _ in constants(config, configs):
         if constant.part != SCALE:
             weight, quant = constant.weight, configs[constant.weight]
             scale = Constant(weight, SCALE, constant.piece).key if quant else ""
-            wanted[constant.key] = (scale, kernel_of(quant, shapes[weight][1]))
+            expected[constant.key] = (scale, kernel_of(quant, shapes[weight][1]))
     blobs = [pte.segment(delegate.processed.index) for delegate in plan.delegates]
     for linear in linears(blobs):
-        found = (linear.scale_key, linear.kernel)
-        if linear.key in wanted:
-            if wanted.pop(linear.key) != found:
+        actual = (linear.scale_key, linear.kernel)
+        if linear.key in expected:
+            if expected.pop(linear.key) != actual:
                 raise RuntimeError(f"{path.name}: a linear of {plan.name} is computed by {linear.kernel}")
         elif linear.kernel != Kernel("fp32", "fp32"):
             raise RuntimeError(f"{path.name}: {plan.name} has a linear {linear.kernel} of no weight")
-    if wanted:
-        raise RuntimeError(f"{path.name}: {len(wanted)} weights are not multiplied in {plan.name}")
+    if expected:
+        raise RuntimeError(f"{path.name}: {len(expected)} weights are not multiplied in {plan.name}")
 
 
 def _check_caches(path: Path, plan: ExecutionPlan, geometry: CacheGeometry) -> None:
-    """Every cache has its layer's slots, and shares its memory with no other one. That it is written in place follows from
-    SMALL: a copy would have to be copied back.
+    """Every cache has its layer's slots and memory of its own. It is written in place: a copy would have to be copied back by an
+    operator that is not in SMALL.
     """
     shapes, spans = [], []
     for call in calls(plan):
@@ -132,11 +137,11 @@ def _check_caches(path: Path, plan: ExecutionPlan, geometry: CacheGeometry) -> N
         start = (place.memory_offset_high << 32) + place.memory_offset_low
         size = 4 * tensor.sizes[0] * tensor.sizes[1] * tensor.sizes[3]
         spans.append((place.memory_id, start, start + size))
-    wanted = [
+    expected = [
         (geometry.kv_heads, layer.slots, 1, geometry.head_dim) for layer in geometry.layers for _ in ("key", "value")
     ]
-    if shapes != wanted:
-        raise RuntimeError(f"{path.name}: caches of {plan.name} are {shapes[:2]}..., expected {wanted[:2]}...")
+    if shapes != expected:
+        raise RuntimeError(f"{path.name}: caches of {plan.name} are {shapes[:2]}..., expected {expected[:2]}...")
     spans.sort()
     for (memory, _, end), (following, start, _) in zip(spans, spans[1:], strict=False):
         if memory == following and start < end:

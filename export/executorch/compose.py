@@ -27,11 +27,11 @@ from gemma_edge.quantize.recipe import QuantConfig
 for operators in ("executorch.extension.llm.custom_ops.custom_ops", "executorch.kernels.quantized"):
     importlib.import_module(operators)  # registers them; without it they are unknown to torch.export
 
-USED_STEP = 64  # slots are read in steps of this many: a delegate takes memory anew when a size grows
+USED_STEP = 64  # slots are read in steps of 64, because a delegate allocates again whenever a size grows
 
 
 class Embedding(nn.Module):
-    """The rows of the tied table. Here it has a single one; pte.py gives it its size and streams its bytes into the file."""
+    """Rows of the tied table. The table has one row here; pte.py gives it its size and streams its bytes into the file."""
 
     def __init__(self, hidden_size: int, quant: QuantConfig | None) -> None:
         super().__init__()
@@ -61,8 +61,8 @@ class Embedding(nn.Module):
 class View:
     """A chunk's place in the caches of one geometry."""
 
-    slots: Tensor  # (K, T) int64, where it is written
-    used: int  # U: slots that are read
+    slots: Tensor  # (K, T) int64, the slots it is written to
+    used: int  # U, the number of slots that are read
     mask: Tensor  # (1, G*T, U)
 
 
@@ -86,7 +86,7 @@ class Composed(nn.Module):
             embedding: the tied table's rows.
             layers: the two halves of each.
             head: the pieces of final norm, table and soft cap.
-            every_position: whether logits are wanted at every position, or at the last one.
+            every_position: logits are computed at every position; False: at the last one.
         """
         super().__init__()
         self.config, self.geometry, self.every_position = config, geometry, every_position
@@ -130,7 +130,7 @@ class Composed(nn.Module):
         return View(slots, used, mask[:, :, :used])
 
     def _write(self, kind: str, index: int, new: Tensor, view: View) -> Tensor:
-        """Put the chunk (K, T, 1, D) into its slots; those in use (K, U, D)."""
+        """Put the chunk (K, T, 1, D) into its slots; return the slots in use (K, U, D)."""
         cache = self.get_buffer(f"{kind}_{index}")
         torch.ops.llama.update_cache_with_indices(new, cache, 0, view.slots)
         return cache.view(self.geometry.kv_heads, -1, self.geometry.head_dim)[:, : view.used]

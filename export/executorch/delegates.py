@@ -1,4 +1,4 @@
-"""What an XNNPACK delegate computes its linears with: read back from its blob by the library's own schema."""
+"""Reads back from a delegate's blob, by the library's own schema, what XNNPACK computes each linear with."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Kernel:
 
     activation: str
     weight: str
-    scales: int = 0  # per row; 0: of a float weight
+    scales: int = 0  # scales per row; 0: a float weight
     group_size: int = 0  # columns per scale; 0: the whole row
 
 
@@ -31,8 +31,8 @@ class Kernel:
 class FullyConnected:
     """A linear of a delegate."""
 
-    key: str  # of its weight
-    scale_key: str  # of its scales; "": it has none
+    key: str  # key of its weight
+    scale_key: str  # key of its scales; "": it has none
     kernel: Kernel
 
 
@@ -47,7 +47,7 @@ def kernel_of(config: QuantConfig | None, columns: int) -> Kernel:
 
 
 def linears(blobs: list[bytes]) -> Iterator[FullyConnected]:
-    """Every linear of some delegates. One call of the library's program for all, since each takes a while to start."""
+    """Every linear of some delegates."""
     for graph in _graphs(blobs):
         values = {_tensor(value)["id_out"]: value for value in graph["xvalues"]}
         constants = graph["constant_data"]
@@ -70,8 +70,8 @@ def _linear(node: dict[str, Any], values: dict[int, Any], constants: list[dict[s
 
 def _tensor(value: dict[str, Any]) -> dict[str, Any]:
     union = value["xvalue_union"]
-    found: dict[str, Any] = union.get("tensor_value", union)
-    return found
+    tensor: dict[str, Any] = union.get("tensor_value", union)
+    return tensor
 
 
 def _type(value: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""A weight as the bytes that XNNPACK's delegates and ExecuTorch's embedding operators read, and the keys they are found by.
+"""A weight as the bytes that XNNPACK's delegates and ExecuTorch's embedding operators read, and the keys of these bytes.
 
 Source: executorch 1.5, backends/xnnpack/operators/node_visitor.py (`get_serialized_buffer_index`, `get_quant_params`) and
 exir/passes/_quant_patterns_and_replacements.py (`embedding_4bit`).
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gemma_edge.errors import InputError
 from gemma_edge.model.checkpoint import TABLE, row_slices, weight_shapes
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.quantize.checkpoint.packing import pack_bytes
@@ -22,7 +21,7 @@ from gemma_edge.quantize.integers import QuantizedTensor
 from gemma_edge.quantize.recipe import QuantConfig
 
 HALVED = ("q_proj", "k_proj")  # linears whose output is rotated: their rows come as two halves of every head
-LARGEST_PIECE = 1 << 28  # weights that are lowered at once: a quarter of the 2B table's has 147 M
+LARGEST_PIECE = 1 << 28  # weights that are lowered at once; a quarter of the 2B model's table has 147 million
 CODES, SCALE, VALUES = "codes", "scale", "values"  # parts of a weight; VALUES of a float one
 Weight = Tensor | QuantizedTensor
 
@@ -33,63 +32,30 @@ class Constant:
 
     weight: str  # as in the checkpoint, without `.weight`
     part: str  # CODES, SCALE or VALUES
-    piece: int = 0  # of `pieces_of` the weight
+    piece: int = 0  # index of the piece, below `pieces_of` the weight
 
     @property
     def key(self) -> str:
-        """What a delegate looks it up by: as long as the library's own key, which is a hash of the bytes."""
+        """The key that a delegate looks it up by. It is as long as the library's own key, a hash of the bytes."""
         name = hashlib.sha256(f"{self.weight}/{self.part}/{self.piece}".encode()).hexdigest()
         return f"scale_{name}" if self.part == SCALE else name
 
 
 def is_halved(weight: str) -> bool:
-    """Whether a weight's pieces are the two halves of every head, and not consecutive rows."""
+    """Whether a weight's pieces are the first and the second half of every head; the pieces of others are consecutive rows."""
     return weight.rpartition(".")[2] in HALVED
 
 
 def pieces_of(weight: str, shape: tuple[int, int]) -> int:
-    """How many linears a weight becomes: two where its output is rotated, and a large table's head several, which are lowered
-    as one of a moderate size.
-    """
+    """How many linears a weight becomes: two if its output is rotated, several alike for a large table, else one."""
     if is_halved(weight):
         return 2
     rows, columns = shape
     if weight != TABLE or rows * columns <= LARGEST_PIECE:
         return 1
-    # 16 rows: so that pieces of one part lie side by side, each aligned as XNNPACK asks
+    # in steps of 16 rows, so that pieces of one part lie side by side, each aligned for XNNPACK
     counts = (count for count in range(2, rows // 16 + 1) if rows % (16 * count) == 0)
     return next((count for count in counts if rows // count * columns <= LARGEST_PIECE), 1)
-
-
-def refuse_unsupported(config: Gemma2Config, configs: Mapping[str, QuantConfig | None], float_bits: int) -> None:
-    """Refuse a model with a weight that XNNPACK would compute wrongly, or not at all.
-
-    Raises:
-        InputError: names the weight and the nearest choice that works.
-    """
-    for weight, (_, columns) in weight_shapes(config).items():
-        refuse_weight(weight, configs[weight], columns, float_bits)
-
-
-def refuse_weight(weight: str, config: QuantConfig | None, columns: int, float_bits: int) -> None:
-    """Refuse what XNNPACK would compute wrongly, or not at all.
-
-    Raises:
-        InputError: names the weight and the nearest choice that works.
-    """
-    if config is None:
-        if float_bits == 16:
-            raise InputError(f"{weight} in 16 bits: the executorch backend computes floats in 32; use --bits 32")
-        return
-    if config.bits == 8 and config.group_size:
-        raise InputError(
-            f"{weight} has 8 bits in groups of {config.group_size}: XNNPACK has 8-bit kernels with one scale per channel"
-            " only; use --group-size 0 for 8 bits, or --backend onnx"
-        )
-    if config.bits == 4 and (config.group_size or columns) % 32:
-        raise InputError(
-            f"{weight} has rows of {columns}: XNNPACK's 4-bit kernels need a multiple of 32; use --bits 8, or --backend onnx"
-        )
 
 
 def random_weight(config: QuantConfig | None, rows: int, columns: int, generator: torch.Generator) -> Weight:
@@ -177,7 +143,7 @@ def embedding_bytes(config: Gemma2Config, quant: QuantConfig | None) -> dict[str
 
 
 def weights_bytes(config: Gemma2Config, configs: Mapping[str, QuantConfig | None]) -> int:
-    """What the weights take of the file; a table whose bytes embedding and head read alike counts once."""
+    """Bytes that the weights take of the file. A table counts once if embedding and head read the same bytes of it."""
     total = sum(size for _, size in constants(config, configs))
     return total if shares_table(configs[TABLE]) else total + sum(embedding_bytes(config, configs[TABLE]).values())
 

@@ -1,8 +1,8 @@
 """The `.pte` file: a composed program, whose constants are streamed from the quantized checkpoint.
 
 Layout: header and flatbuffer, then segments: small constants and the embedding's table, the delegates, and each of their
-constants by name. The head reads the very bytes of the embedding's table where the two agree: its segments lie inside. Source:
-executorch 1.5, exir/_serialize/_program.py, `serialize_pte_binary`, which wants everything in memory.
+constants by name. Where head and embedding read the same bytes of the table, the head's segments lie inside the table. Source:
+executorch 1.5, exir/_serialize/_program.py, `serialize_pte_binary`, which needs everything in memory.
 """
 
 from __future__ import annotations
@@ -43,25 +43,25 @@ from gemma_edge.export.executorch.packing import (
 from gemma_edge.model.checkpoint import TABLE
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
 
-ALIGNMENT = 128  # of a segment, and so of every constant
+ALIGNMENT = 128  # bytes that the offset of a segment, and so of every constant, is a multiple of
 GATHERS = ("quantized_decomposed::embedding_byte", "quantized_decomposed::embedding_4bit", "aten::embedding")
 
 
 @dataclass
 class Segments:
-    """What lies where behind the flatbuffer, in bytes from its end."""
+    """The places behind the flatbuffer, in bytes from its end."""
 
     end: int = 0
     places: list[DataSegment] = field(default_factory=list)
 
     def take(self, size: int) -> int:
-        """Room behind what is there: the offset."""
+        """Reserve bytes behind everything that is there; return their offset."""
         offset = -(-self.end // ALIGNMENT) * ALIGNMENT
         self.end = offset + size
         return offset
 
     def add(self, size: int, offset: int | None = None) -> int:
-        """A segment, with its own room unless it lies inside another: its index."""
+        """Add a segment and return its index. With an offset it lies inside another segment."""
         self.places.append(DataSegment(self.take(size) if offset is None else offset, size))
         return len(self.places) - 1
 
@@ -128,7 +128,7 @@ def _give_table(program: Program, checkpoint: QuantizedCheckpoint) -> dict[int, 
     """
     quant, rows = checkpoint.configs[TABLE], checkpoint.config.vocab_size
     parts = (VALUES,) if quant is None else (CODES, SCALE)
-    found: dict[int, str] = {}
+    by_buffer: dict[int, str] = {}
     for plan in program.execution_plan:
         for call in calls(plan):
             if plan.operators[call.op_index].name in GATHERS:
@@ -136,10 +136,10 @@ def _give_table(program: Program, checkpoint: QuantizedCheckpoint) -> dict[int, 
                     tensor = plan.values[value].val
                     assert isinstance(tensor, PlannedTensor)
                     tensor.sizes[0] = rows
-                    found[tensor.data_buffer_idx] = part
-    if sorted(found.values()) != sorted(parts):
-        raise RuntimeError(f"the embedding reads {sorted(found.values())}, expected {sorted(parts)}")
-    return found
+                    by_buffer[tensor.data_buffer_idx] = part
+    if sorted(by_buffer.values()) != sorted(parts):
+        raise RuntimeError(f"the embedding reads {sorted(by_buffer.values())}, expected {sorted(parts)}")
+    return by_buffer
 
 
 def calls(plan: ExecutionPlan) -> Iterator[KernelCall]:

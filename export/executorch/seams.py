@@ -28,10 +28,10 @@ from gemma_edge.model.gemma2 import DecoderLayer, Layers, RMSNorm, soft_cap
 from gemma_edge.model.kv_cache import Rope, rotate_halves
 from gemma_edge.quantize.integers import QuantizedTensor
 
-HIDDEN = -1e9  # score of a slot that must not count: finite, so that a row that sees nothing stays a number
+HIDDEN = -1e9  # score of a slot that must not count; it is finite, so that a row that sees nothing stays a number
 PROJECTED = ("q_proj", "k_proj", "v_proj")  # the linears of the first half
-TRACED, TRACED_SLOTS = 3, 5  # sizes that are free, while tracing: different ones, and none of them special
-Rows = Callable[[str, int, int], Weight]  # (weight, rows, columns) -> that many rows of it, or of one half
+TRACED, TRACED_SLOTS = 3, 5  # values of the free sizes while tracing: two different ones that no shape has otherwise
+Rows = Callable[[str, int, int], Weight]  # (weight, rows, columns) -> rows of the weight, or of one half of it
 
 
 def dynamic_int8(weight: QuantizedTensor) -> Tensor:
@@ -110,10 +110,10 @@ DECOMPOSITIONS: Mapping[Any, Callable[..., Any]] = {torch.ops.aten.gelu.default:
 
 @dataclass(frozen=True)
 class Limits:
-    """Most tokens in one call, and slots of the layer's cache."""
+    """The largest values of the free sizes."""
 
-    chunk: int
-    slots: int
+    chunk: int  # tokens in one call
+    slots: int  # slots of the layer's cache
 
 
 class Half(nn.Module):

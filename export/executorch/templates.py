@@ -3,8 +3,8 @@
 A delegate's blob holds no weights. It names them by keys of equal length, which are looked up in the `.pte` when it is loaded: so
 a blob that was lowered over random integers serves a layer once its keys are replaced by names of that layer's constants.
 Lowering re-traces a graph a dozen times and does not depend on the weights: 26 layers at once take minutes and gigabytes, one
-takes seconds. Source of the keys: executorch 1.5, backends/xnnpack/operators/node_visitor.py. That all keys are found by our own
-packing is asserted, so a library that packs otherwise fails here and not on a phone.
+takes seconds. Source of the keys: executorch 1.5, backends/xnnpack/operators/node_visitor.py. Our own packing must give all these
+keys, which is asserted: a library that packs in another way fails here and not on a phone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gemma_edge.export.executorch.packing import SCALE, Constant, packed
 from gemma_edge.export.executorch.seams import DECOMPOSITIONS, Half, Limits, Linear
 
 COMPILE = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
-ALIGNMENT = 16  # of a constant: XNNPACK's
+ALIGNMENT = 16  # bytes, of a constant: XNNPACK's
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,11 @@ class Template:
 
     lowered: LoweredBackendModule
     keys: Mapping[str, Constant]  # key in the blob -> which weight's bytes belong there
-    shared: Mapping[str, bytes]  # key -> bytes of what is no weight and the same in every layer
-    arguments: Sequence[int | str | Tensor]  # of the delegate: an input of the half, the name of a norm, or a constant
-    outputs: Sequence[int]  # of the delegate, in the half's order
+    shared: Mapping[str, bytes]  # key -> bytes of a constant that is the same in every layer
+    arguments: Sequence[
+        int | str | Tensor
+    ]  # the delegate's: index of an input of the half, name of a norm, or a constant
+    outputs: Sequence[int]  # indices of the delegate's outputs, in the half's order
     stub: ExportedProgram
 
 
@@ -45,7 +47,7 @@ def lower_half(half: Half, limits: Limits) -> Template:
     """Lower a half to one XNNPACK delegate.
 
     Raises:
-        RuntimeError: it became more than one, something stayed outside, or the library packs otherwise than we do.
+        RuntimeError: it became more than one, something stayed outside, or the library packs in another way than we do.
     """
     inputs, sizes = half.example(limits)
     with torch.no_grad():
@@ -75,21 +77,23 @@ def _only_delegate(half: Half, edge: ExportedProgram) -> Any:
 
 
 def _constants(half: Half, module: LoweredBackendModule) -> tuple[dict[str, Constant], dict[str, bytes]]:
-    """Whose each constant of the blob is, found by the hash of its bytes."""
+    """The weight that each constant of the blob belongs to, identified by the hash of its bytes."""
     store = module.named_data_store_output
-    found = {key: store.buffers[entry.buffer_index] for key, entry in store.pte_data.items()}
+    constants = {key: store.buffers[entry.buffer_index] for key, entry in store.pte_data.items()}
     keys, expected = {}, 0
     for linear in (child for child in half.modules() if isinstance(child, Linear)):
         for part, values in packed(linear.given).items():
             expected += 1
             key = hashlib.sha256(values.numpy().tobytes()).hexdigest()
             key = f"scale_{key}" if part == SCALE else key
-            if key not in found:
-                raise RuntimeError(f"{part} of {linear.name} is not in its delegate: this executorch packs otherwise")
+            if key not in constants:
+                raise RuntimeError(
+                    f"{part} of {linear.name} is not in its delegate: this executorch packs in another way"
+                )
             keys[key] = Constant(linear.name, part, linear.piece)
     if len(keys) != expected:
         raise RuntimeError(f"{type(half).__name__}: {expected} constants have {len(keys)} keys: two of them are equal")
-    return keys, {key: value for key, value in found.items() if key not in keys}
+    return keys, {key: value for key, value in constants.items() if key not in keys}
 
 
 def _argument(edge: ExportedProgram, node: Any) -> int | str | Tensor:
@@ -98,11 +102,10 @@ def _argument(edge: ExportedProgram, node: Any) -> int | str | Tensor:
     if node.name in signature.user_inputs:
         return list(signature.user_inputs).index(node.name)
     if node.name in signature.inputs_to_parameters:
-        name: str = signature.inputs_to_parameters[node.name]
-        return name.removeprefix("block.")
+        return str(signature.inputs_to_parameters[node.name]).removeprefix("block.")
     names = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
-    held = names[node.name]
-    value: Tensor = edge.constants[held] if held in edge.constants else edge.state_dict[held]
+    name = names[node.name]
+    value: Tensor = edge.constants[name] if name in edge.constants else edge.state_dict[name]
     return value
 
 
@@ -184,5 +187,5 @@ class Lowered(nn.Module):
             inputs[argument] if isinstance(argument, int) else self.get_buffer(f"argument_{at}")
             for at, argument in enumerate(self.template.arguments)
         ]
-        found = self.delegate(*arguments)
-        return tuple(found[index] for index in self.template.outputs)
+        results = self.delegate(*arguments)
+        return tuple(results[index] for index in self.template.outputs)

@@ -1,4 +1,4 @@
-"""The gate's second half: a finished bundle in its own runtime, in a process of its own without torch, against saved logits.
+"""The gate's second half: it runs a finished bundle without torch, in a process of its own, and compares it with saved logits.
 
 verify.py starts it as `python -P -m gemma_edge.export.gate.judge FOLDER`, with an absolute path. There lie `task.json` and the
 reference's logits, and `result.json` goes there. One line on stdout per chunk that was scored.
@@ -15,6 +15,7 @@ import click
 import numpy as np
 
 import gemma_edge
+from gemma_edge.bundle.backends import BackendInfo, register, registered
 from gemma_edge.command import one_line_errors
 from gemma_edge.comparison import ROWS, Comparison
 from gemma_edge.logits import Logits
@@ -32,7 +33,10 @@ def judge(folder: Path) -> dict[str, Any]:
     """
     task = json.loads((folder / TASK).read_text())
     ids, positions = np.array(task["ids"], np.int64), np.array(task["positions"], np.int64)
-    runtime = gemma_edge.load(task["bundle"], backend=task["backend"])
+    backend = BackendInfo.from_json(task["backend"])
+    if backend.name not in registered():  # it was registered in the process that exports, and not by an entry point
+        register(backend)
+    runtime = gemma_edge.load(task["bundle"], backend=backend.name)
     chunk = runtime.cache.prefill_chunk
     generated = _generate(runtime, task["ids"][:chunk])
     quality, past, lowering, generation = Comparison(), Comparison(), Comparison(), 0.0
@@ -43,17 +47,17 @@ def judge(folder: Path) -> dict[str, Any]:
             generation = float(np.maximum(generation, np.abs(rows[position - start] - generated[position]).max()))
         inside = positions[(positions >= start) & (positions < start + len(rows))]
         for at in (inside[first : first + ROWS] for first in range(0, len(inside), ROWS)):
-            found, following = rows[at - start], ids[at + 1]
-            expected = _read(folder / QUALITY, done, len(at), found.shape[1])
-            quality.add(found, expected, following)
+            logits, following = rows[at - start], ids[at + 1]
+            expected = _read(folder / QUALITY, done, len(at), logits.shape[1])
+            quality.add(logits, expected, following)
             beyond = at >= task["context"]
-            past.add(found[beyond], expected[beyond], following[beyond])
-            same = int((at < task["lowering"]).sum())  # the first ones: compared with the same integers too
-            lowering.add(found[:same], _read(folder / LOWERING, done, same, found.shape[1]), following[:same])
+            past.add(logits[beyond], expected[beyond], following[beyond])
+            same = int((at < task["lowering"]).sum())  # the first ones are compared with the same integers too
+            lowering.add(logits[:same], _read(folder / LOWERING, done, same, logits.shape[1]), following[:same])
             done += len(at)
         start += len(rows)
         print(done, flush=True)  # noqa: T201 (this is the protocol)
-        del rows  # 65 MB of the 2B model: not held while the next ones are computed
+        del rows  # 65 MB of the 2B model, not kept while the next ones are computed
     return {
         "quality": quality.to_json(),
         "quality_past_context": past.to_json() if past.tokens else None,
@@ -65,13 +69,13 @@ def judge(folder: Path) -> dict[str, Any]:
 def _generate(runtime: Runtime, ids: list[int]) -> dict[int, Logits]:
     """Logits of the generation graph by position: a prompt, then its last tokens one by one."""
     prompt = max(1, len(ids) - 4)
-    found = {prompt - 1: runtime.prefill(ids[:prompt])}
-    return found | {position: runtime.decode(ids[position]) for position in range(prompt, len(ids))}
+    first = {prompt - 1: runtime.prefill(ids[:prompt])}
+    return first | {position: runtime.decode(ids[position]) for position in range(prompt, len(ids))}
 
 
 def _read(path: Path, first: int, rows: int, vocab_size: int) -> Logits:
-    found = np.fromfile(path, np.float32, rows * vocab_size, offset=4 * first * vocab_size)
-    return found.reshape(rows, vocab_size)
+    flat = np.fromfile(path, np.float32, rows * vocab_size, offset=4 * first * vocab_size)
+    return flat.reshape(rows, vocab_size)
 
 
 def main() -> None:

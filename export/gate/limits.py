@@ -1,4 +1,4 @@
-"""How far the gate looks, and what a bundle must reach to be published. No torch here, so that --help can list it."""
+"""How far the gate looks, and what a bundle must reach to be published. Imports no torch, so that a quick --help can list it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ class Limits:
     """What a bundle must reach to be published."""
 
     kl: float  # nats per token, original || bundle
-    top1: float  # part of positions with the same most likely token
-    ppl_change: float  # relative
-    lowering: float  # max |logit difference| to the same integers, as part of the logits' range
+    top1: float  # fraction of positions with the same most likely token
+    ppl_change: float  # relative change of the perplexity
+    lowering: float  # max |logit difference| to the same integers, as a fraction of the logits' range
 
 
 # By the fewest bits of any weight, or of the KV cache. In int8 the cache adds a tenth to `lowering` where activations are int8
@@ -32,7 +32,7 @@ def failures(result: dict[str, Any], limits: Limits) -> list[str]:
     lowering = result["lowering"]
     span = lowering["logit_range"] or 1e-9
     checks: dict[str, tuple[float, float]] = {}
-    # past the context on its own: a window that wraps wrongly must not hide among the positions before it
+    # past the context on its own, so that a window that wraps wrongly cannot hide among the positions before it
     for part in ("quality", "quality_past_context"):
         quality = result[part]
         if quality is not None:
@@ -58,16 +58,16 @@ NO_LIMIT = 1 << 62
 class Level:
     """How far the gate looks."""
 
-    least_tokens: int  # fed, however short the context
-    most_tokens: int
-    text: int  # positions compared from the start; then those past the end of the context
+    min_tokens: int  # fed even if the context is shorter
+    max_tokens: int  # fed even if the context is longer
+    text: int  # positions compared from the start; all those past the end of the context are compared, too
 
     def tokens(self, context: int) -> int:
         """How many tokens are fed."""
-        return min(max(context + PAST_WRAP, self.least_tokens), self.most_tokens)
+        return min(max(context + PAST_WRAP, self.min_tokens), self.max_tokens)
 
     def positions(self, context: int) -> list[int]:
-        """Which positions are compared with the original; the last token has no successor to judge by."""
+        """Positions that are compared with the original. The last one is not: it has no next token to judge by."""
         return [p for p in range(self.tokens(context) - 1) if p < self.text or p >= context]
 
     def saved_logits(self, context: int) -> int:
@@ -77,7 +77,7 @@ class Level:
 
 
 LEVELS: dict[str, Level | None] = {
-    "quick": Level(least_tokens=0, most_tokens=2304, text=512),
-    "full": Level(least_tokens=1024, most_tokens=NO_LIMIT, text=NO_LIMIT),
+    "quick": Level(min_tokens=0, max_tokens=2304, text=512),
+    "full": Level(min_tokens=1024, max_tokens=NO_LIMIT, text=NO_LIMIT),
     "none": None,
 }

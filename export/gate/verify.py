@@ -1,4 +1,4 @@
-"""The gate: a finished bundle, opened in its own runtime, against the original on held-out text and past the window's wrap.
+"""The gate: a finished bundle is opened in its own runtime and compared with the original, past the end of the context, too.
 
 Two comparisons. *Quality*: against the float checkpoint; what quantization costs. *Lowering*: against the very same integers,
 dequantized in torch with a float cache; what the exporter and the runtime add, which is the runtime's int8 activations, the
@@ -10,17 +10,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 
-from gemma_edge.bundle.backends import RUNTIMES
+from gemma_edge.bundle.backends import registered
 from gemma_edge.children import own_place, python_command
 from gemma_edge.errors import InputError
 from gemma_edge.export.gate import judge
@@ -29,7 +28,7 @@ from gemma_edge.memory import give_back
 from gemma_edge.model import layerwise as reference
 from gemma_edge.model.checkpoint import Weights
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
-from gemma_edge.text.tokenizer import WAY_OUT, open_tokenizer
+from gemma_edge.text.tokenizer import TOKENIZER_FILE, WAY_OUT, open_tokenizer
 
 TEXTS = ("heldout_austen.txt", "heldout_kjv.txt")
 
@@ -42,6 +41,22 @@ class Gate:
     text: str
     ids: list[int]
     positions: list[int]
+
+
+def choose_gate(source: Weights, context: int, level: str) -> Gate | None:
+    """The gate of a model's bundle; None for the level "none".
+
+    Raises:
+        InputError: the tokenizer cannot be used; it is opened at every level.
+    """
+    path = source.folder / TOKENIZER_FILE
+    tokenizer = path if path.is_file() else None
+    if level == "none":
+        if tokenizer is not None:
+            open_tokenizer(tokenizer, WAY_OUT)
+        return None
+    config = source.config
+    return make_gate(tokenizer, config.vocab_size, config.bos_token_id, context, level)
 
 
 def make_gate(tokenizer: Path | None, vocab_size: int, bos: int, context: int, level: str) -> Gate:
@@ -69,69 +84,128 @@ def _tokens(tokenizer: Path | None, vocab_size: int, count: int) -> list[int]:
     return ids
 
 
-def verify(
-    bundle: Path,
+@dataclass(frozen=True)
+class References:
+    """The logits that bundles are compared with, on disk: computed once, whatever is judged by them."""
+
+    folder: Path  # also holds task and result of the process that judges
+    gate: Gate
+    context: int  # tokens, of the bundles
+
+
+def save_references(
+    folder: Path,
+    gate: Gate,
+    context: int,
     original: Weights,
     quantized: QuantizedCheckpoint,
-    gate: Gate,
-    *,
-    context: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> References:
+    """Compute the logits of both references.
+
+    Args:
+        folder: exists; takes 4 bytes per vocabulary entry and `Level.saved_logits`.
+        gate: from `make_gate`.
+        context: of the bundles, in tokens.
+        original: the float checkpoint.
+        quantized: the integers that are lowered.
+        progress: called with 1 for each layer of each reference: see `reference_steps`.
+    """
+    ids, first = torch.tensor(gate.ids), [p for p in gate.positions if p < LOWERING_TEXT]
+    hidden = reference.hidden_states(original, ids, context, progress)
+    reference.write_logits(original, hidden[gate.positions], folder / judge.QUALITY)
+    hidden = reference.hidden_states(quantized, ids[:LOWERING_TEXT], context, progress)
+    reference.write_logits(quantized, hidden[first], folder / judge.LOWERING)
+    return References(folder, gate, context)
+
+
+def verify(
+    bundle: Path,
+    references: References,
     limits: Mapping[str, Limits],
+    *,
     pythons: Mapping[str, str] | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, dict[str, Any]]:
-    """Run the gate on every backend of a bundle; the references are computed once.
+    """Run the gate on backends of a bundle.
 
     Args:
         bundle: the finished folder.
-        original: the float checkpoint.
-        quantized: the integers that were lowered.
-        gate: from `make_gate`.
-        context: of the bundle.
-        limits: by backend, what it must reach: of its fewest bits.
-        pythons: by backend, what runs it, where that is not this Python.
-        progress: called with 1 per layer of the two references and per chunk of each backend: see `steps`.
+        references: what it is compared with.
+        limits: by backend, those of its fewest bits. Backends that are not named are not run.
+        pythons: by backend, the Python that runs it, if that is not this one.
+        progress: called with 1 for each chunk of each backend: see `judging_steps`.
 
     Returns:
-        `verification` of the manifest: by backend, what was found; `passed` tells.
+        `verification` of the manifest: by backend, the figures, and whether they `passed`.
 
     Raises:
         RuntimeError: the bundle could not be run.
     """
-    with TemporaryDirectory(dir=bundle.parent, prefix=".gate-") as name:
-        folder = Path(name).absolute()
-        ids, first = torch.tensor(gate.ids), [p for p in gate.positions if p < LOWERING_TEXT]
-        hidden = reference.hidden_states(original, ids, context, progress)
-        reference.write_logits(original, hidden[gate.positions], folder / judge.QUALITY)
-        hidden = reference.hidden_states(quantized, ids[:LOWERING_TEXT], context, progress)
-        reference.write_logits(quantized, hidden[first], folder / judge.LOWERING)
-        del hidden
+    folder, gate, results = references.folder, references.gate, {}
+    for backend, limit in limits.items():
         task = {
             "bundle": str(bundle.absolute()),
             "ids": gate.ids,
             "positions": gate.positions,
             "lowering": LOWERING_TEXT,
-            "context": context,
+            "context": references.context,
+            "backend": asdict(registered()[backend]),
         }
-        results = {}
-        for backend, limit in limits.items():
-            (folder / judge.TASK).write_text(json.dumps({**task, "backend": backend}))
-            result = {
-                "level": gate.level,
-                "text": gate.text,
-                "fed_tokens": len(gate.ids),
-                "past_wrap": len(gate.ids) > context,
-                **_judge(folder, progress, (pythons or {}).get(backend, sys.executable)),
-                "limits": asdict(limit),
-            }
-            found = failures(result, limit)
-            results[backend] = {**result, "failures": found, "passed": not found}
+        (folder / judge.TASK).write_text(json.dumps(task))
+        result = {
+            "level": gate.level,
+            "text": gate.text,
+            "fed_tokens": len(gate.ids),
+            "past_wrap": len(gate.ids) > references.context,
+            **_judge(folder, progress, (pythons or {}).get(backend, sys.executable)),
+            "limits": asdict(limit),
+        }
+        out_of_bounds = failures(result, limit)
+        results[backend] = {**result, "failures": out_of_bounds, "passed": not out_of_bounds}
     return results
+
+
+def gate_pythons(backends: Iterable[str], other: Path | None) -> dict[str, str]:
+    """The Python that runs each backend's gate: this one, or the other one where this one lacks the runtime.
+
+    Args:
+        backends: names.
+        other: `runtime_python`.
+
+    Raises:
+        InputError: neither has the runtime.
+    """
+    pythons = {}
+    for name in backends:
+        command = registered()[name].how_to_install()
+        if command is None:
+            pythons[name] = sys.executable
+            continue
+        hint = (
+            f"{command}, then `runtime_python` with that environment's python;"
+            " or `verify` none, and the bundle says NOT VERIFIED"
+        )
+        if other is None:
+            raise InputError(
+                f"`backend` {name}: the gate runs the finished bundle, and its runtime is not installed here: {hint}",
+                field="backend",
+                value=name,
+            )
+        failure = cannot_judge(str(other), name)
+        if failure:
+            raise InputError(
+                f"`runtime_python` {other} cannot run {name} bundles ({failure}): {hint}",
+                field="runtime_python",
+                value=other,
+            )
+        pythons[name] = str(other)
+    return pythons
 
 
 def cannot_judge(python: str, backend: str) -> str | None:
     """Why a Python cannot run the gate of a backend; None where it can."""
-    command = python_command(python, ["-c", f"import {judge.__name__}, {RUNTIMES[backend][0]}"])
+    command = python_command(python, ["-c", f"import {judge.__name__}, {registered()[backend].engine_module}"])
     try:
         with own_place() as place:
             done = subprocess.run(command, capture_output=True, text=True, cwd=place.cwd, env=place.env)
@@ -142,7 +216,7 @@ def cannot_judge(python: str, backend: str) -> str | None:
 
 def _judge(folder: Path, progress: Callable[[int], None], python: str) -> dict[str, Any]:
     """The bundle's half in a fresh process: it shares no memory with torch, as on the device."""
-    command = python_command(python, ["-m", judge.__name__, str(folder)])
+    command = python_command(python, ["-m", judge.__name__, str(folder.absolute())])
     log = folder / "stderr"
     give_back()
     with (
@@ -160,12 +234,17 @@ def _judge(folder: Path, progress: Callable[[int], None], python: str) -> dict[s
             process.kill()
             raise
     if process.returncode != 0:
-        said = log.read_text().strip() or f"exit code {process.returncode}"
-        raise RuntimeError(f"the finished bundle does not run: {said.splitlines()[-1]}")
-    found: dict[str, Any] = json.loads((folder / judge.RESULT).read_text())
-    return found
+        message = log.read_text().strip() or f"exit code {process.returncode}"
+        raise RuntimeError(f"the finished bundle does not run: {message.splitlines()[-1]}")
+    result: dict[str, Any] = json.loads((folder / judge.RESULT).read_text())
+    return result
 
 
-def steps(layers: int, tokens: int, chunk: int, backends: int) -> int:
+def reference_steps(layers: int) -> int:
+    """How often `save_references` reports progress."""
+    return 2 * layers
+
+
+def judging_steps(tokens: int, chunk: int, backends: int) -> int:
     """How often `verify` reports progress."""
-    return 2 * layers + backends * -(-tokens // chunk)
+    return backends * -(-tokens // chunk)

@@ -1,110 +1,73 @@
-"""`lower`: a quantized checkpoint becomes an ONNX Runtime bundle's files. Runs on ONNX Runtime 1.29 and later."""
+"""The onnx backend: what ONNX Runtime holds of a model, and how it is lowered for it."""
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gemma_edge.bundle.geometry import CacheGeometry
-from gemma_edge.export.onnx import graph
-from gemma_edge.export.onnx.check import check_graph
-from gemma_edge.export.onnx.seams import make_layers
-from gemma_edge.export.onnx.weights import blobs_of, float_dtypes, write_weights
-from gemma_edge.model.config import Gemma2Config
+from gemma_edge.export.backend import Backend, StoredWeights
+from gemma_edge.export.onnx import weights as storage
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
+from gemma_edge.quantize.recipe import QuantConfig
 
-WEIGHTS = "model.onnx.data"
-FILES = {"generate": "generate.onnx", "score": "score.onnx", "genai": "genai.onnx", "weights": WEIGHTS}
-INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level: activations are rounded to int8 per block
+INT8_ACTIVATIONS = 4  # accuracy_level of MatMulNBits: activations are rounded to int8 per block
 FLOAT_ACTIVATIONS = 0
 
 
-def lower(
-    checkpoint: QuantizedCheckpoint,
-    geometry: CacheGeometry,
-    out: Path,
-    *,
-    float_bits: int = 32,
-    accuracy_level: int = INT8_ACTIVATIONS,
-    progress: Callable[[int], None] = lambda done: None,
-) -> dict[str, Any]:
-    """Write graphs, weights and genai's configuration into `out`, and check what the graphs hold.
+@dataclass(frozen=True)
+class OnnxBackend(Backend):
+    """Graphs for ONNX Runtime over one weights file."""
 
-    Args:
-        accuracy_level: of MatMulNBits: INT8_ACTIVATIONS, or FLOAT_ACTIVATIONS (exact, slower).
-        progress: called with the bytes of weights just written.
+    name: str = "onnx"
+    accuracy_level: int = INT8_ACTIVATIONS  # or FLOAT_ACTIVATIONS: exact, slower
 
-    Returns:
-        the backend's entry in the manifest.
+    def refuse_weight(self, weight: str, config: QuantConfig | None, columns: int, float_bits: int) -> None:
+        """Refuse rows that no block size of the kernels divides."""
+        if config is not None:
+            storage.block_size(config, columns)
 
-    Raises:
-        RuntimeError: a graph is not what it should be.
-    """
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    config, configs = checkpoint.config, checkpoint.configs
-    blobs = blobs_of(checkpoint, configs, float_bits, int8_kv=geometry.dtype == "int8")
-    layers = make_layers(configs, float_dtypes(checkpoint, configs, float_bits), accuracy_level)
-    generate = graph.trace(config, geometry, layers)
-    graph.attach_weights(generate, blobs, WEIGHTS)
-    write_weights(checkpoint, blobs, out / WEIGHTS, progress)
-    models = {
-        "generate": generate,
-        "score": graph.score_graph(generate),
-        "genai": graph.genai_graph(generate, config),
-    }
-    for role, model in models.items():
-        graph.save(model, out / FILES[role])
-        check_graph(out / FILES[role], config, configs, geometry, blobs, windowed=role != "genai")
-    text = json.dumps(genai_config(config, geometry), indent=1)
-    (out / "genai_config.json").write_text(text + "\n", encoding="utf-8")
-    return {**FILES, "accuracy_level": accuracy_level, "min_onnxruntime": "1.29"}
+    def weights_bytes(self, weights: StoredWeights) -> int:
+        """Size of the weights file."""
+        return storage.file_bytes(_blobs(weights))
+
+    def resident_bytes(self, weights: StoredWeights) -> int:
+        """See weights.py: scales are there three times, float matrices are widened."""
+        return storage.resident_bytes(_blobs(weights))
+
+    def lower(
+        self,
+        checkpoint: QuantizedCheckpoint,
+        cache: CacheGeometry,
+        *,
+        out: Path,
+        float_bits: int = 32,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> dict[str, Any]:
+        """See Backend."""
+        from gemma_edge.export.onnx.lowering import FILES, write_files
+        from gemma_edge.export.onnx.seams import make_layers
+
+        configs = checkpoint.configs
+        dtypes = storage.float_dtypes(checkpoint, configs, float_bits)
+        layers = make_layers(configs, dtypes, self.accuracy_level)
+        blobs = _blobs(StoredWeights(checkpoint, configs, float_bits, cache.dtype))
+        write_files(checkpoint, cache, out, blobs, layers, progress)
+        return {**FILES, "accuracy_level": self.accuracy_level, "min_onnxruntime": "1.29"}
+
+    def check(self, checkpoint: QuantizedCheckpoint, cache: CacheGeometry, *, out: Path, float_bits: int = 32) -> None:
+        """See Backend."""
+        from gemma_edge.export.onnx.lowering import check_files
+
+        blobs = _blobs(StoredWeights(checkpoint, checkpoint.configs, float_bits, cache.dtype))
+        check_files(checkpoint, cache, out, blobs)
 
 
-def genai_config(config: Gemma2Config, geometry: CacheGeometry) -> dict[str, Any]:
-    """onnxruntime-genai's `genai_config.json` for genai.onnx. Source: its builders/base.py, `make_genai_config`."""
-    decoder = {
-        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
-        "filename": FILES["genai"],
-        "head_size": config.head_dim,
-        "hidden_size": config.hidden_size,
-        "inputs": {
-            "input_ids": "input_ids",
-            "attention_mask": "attention_mask",
-            "past_key_names": "past_key_values.%d.key",
-            "past_value_names": "past_key_values.%d.value",
-        },
-        "outputs": {
-            "logits": "logits",
-            "present_key_names": "present.%d.key",
-            "present_value_names": "present.%d.value",
-        },
-        "num_attention_heads": config.num_attention_heads,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_key_value_heads": config.num_key_value_heads,
-    }
-    return {
-        "model": {
-            "bos_token_id": config.bos_token_id,
-            "context_length": geometry.context,
-            "decoder": decoder,
-            "eos_token_id": list(config.eos_token_id),
-            "pad_token_id": 0,
-            "type": "gemma2",
-            "vocab_size": config.vocab_size,
-        },
-        "search": {
-            "do_sample": False,
-            "max_length": geometry.context,
-            "min_length": 0,
-            "num_beams": 1,
-            "num_return_sequences": 1,
-            "past_present_share_buffer": True,
-            "repetition_penalty": 1.0,
-            "temperature": 1.0,
-            "top_k": 50,
-            "top_p": 1.0,
-        },
-    }
+def _blobs(weights: StoredWeights) -> list[storage.Blob]:
+    """The weights file's layout."""
+    return storage.blobs_of(weights.source, weights.configs, weights.float_bits, int8_kv=weights.kv_dtype == "int8")
+
+
+BACKEND = OnnxBackend()

@@ -1,4 +1,4 @@
-"""What a finished graph must hold, read back from the file: silent wrong numbers start with an unexpected node."""
+"""Reads a finished graph back and compares it with what it should hold: silent wrong numbers start with an unexpected node."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gemma_edge.quantize.checkpoint.kv_scales import KINDS, scale_name
 from gemma_edge.quantize.recipe import QuantConfig
 
 NORMS_PER_LAYER = 4
-USUAL = (0, 1, 2, 5, 6)  # inputs of GroupQueryAttention that are no weight or cache: q, k, v and lengths
+USUAL = (0, 1, 2, 5, 6)  # inputs of GroupQueryAttention that are neither weight nor cache: q, k, v and lengths
 SMALL_BYTES = 4096  # constants the exporter makes; anything larger must be one of the known weights
 # operator -> which of its inputs are the packed codes and their scales
 QUANTIZED_INPUTS = {"MatMulNBits": (1, 2), "GatherBlockQuantized": (0, 2)}
@@ -36,6 +36,9 @@ def check_graph(
     """Check a saved graph against the model it should be.
 
     Args:
+        path: the graph.
+        config, configs, geometry: the model, its integers, and its caches.
+        blobs: layout of the weights file.
         windowed: the cache slides inside GroupQueryAttention (ours); False: the window is only a mask (genai's).
 
     Raises:
@@ -70,10 +73,10 @@ def expected_counts(config: Gemma2Config, configs: Mapping[str, QuantConfig | No
 
 
 def _check_counts(path: Path, graph: ir.Graph, config: Gemma2Config, configs: Mapping[str, QuantConfig | None]) -> None:
-    found = Counter(node.op_type for node in graph)
+    counts = Counter(node.op_type for node in graph)
     for op, count in expected_counts(config, configs).items():
-        if found[op] != count:
-            raise RuntimeError(f"{path.name}: {found[op]} {op} nodes, expected {count}")
+        if counts[op] != count:
+            raise RuntimeError(f"{path.name}: {counts[op]} {op} nodes, expected {count}")
 
 
 def _check_attention(
@@ -93,9 +96,9 @@ def _check_attention(
             "do_rotary": 0,
         }
         for name, value in expected.items():
-            found = node.attributes[name].value
-            if abs(found - value) > 1e-6 * abs(value):
-                raise RuntimeError(f"{path.name}: layer {layer} attends with {name} {found}, expected {value}")
+            actual = node.attributes[name].value
+            if abs(actual - value) > 1e-6 * abs(value):
+                raise RuntimeError(f"{path.name}: layer {layer} attends with {name} {actual}, expected {value}")
         _check_cache(path, node, layer, geometry.dtype)
 
 
@@ -117,10 +120,10 @@ def _check_cache(path: Path, node: ir.Node, layer: int, dtype: str) -> None:
     for cache in (*node.inputs[3:5], *node.outputs[1:]):
         if cache is None or cache.dtype != ir.DataType.from_numpy(np.dtype(dtype)):
             raise RuntimeError(f"{path.name}: a cache of layer {layer} is {cache and cache.dtype}, expected {dtype}")
-    for attribute, wanted in INT8_CACHE.items():
-        found = node.attributes[attribute].value if attribute in node.attributes else None
-        if found != (wanted if int8 else None):
-            raise RuntimeError(f"{path.name}: layer {layer} attends with {attribute} {found} over a cache of {dtype}")
+    for attribute, setting in INT8_CACHE.items():
+        actual = node.attributes[attribute].value if attribute in node.attributes else None
+        if actual != (setting if int8 else None):
+            raise RuntimeError(f"{path.name}: layer {layer} attends with {attribute} {actual} over a cache of {dtype}")
 
 
 def _check_weights(path: Path, graph: ir.Graph, blobs: list[Blob]) -> None:
@@ -166,15 +169,15 @@ def _check_integers(
         if node.op_type == "MatMulNBits":
             expected |= {"N": rows, "K": columns}
         for name, value in expected.items():
-            found = node.attributes[name].as_int()
-            if found != value:
-                raise RuntimeError(f"{path.name}: {node.op_type} of {weight} has {name} {found}, expected {value}")
+            actual = node.attributes[name].as_int()
+            if actual != value:
+                raise RuntimeError(f"{path.name}: {node.op_type} of {weight} has {name} {actual}, expected {value}")
         group, block = quant.group_size or columns, node.attributes["block_size"].as_int()
         if group % block:
             raise RuntimeError(f"{path.name}: {node.op_type} of {weight} has block_size {block}, no part of {group}")
-        scales, wanted = tuple(scale.shape or ()), (rows, columns // block)
-        if scale.name != f"{weight}.weight_scale" or scales != wanted:
+        scales, expected_scales = tuple(scale.shape or ()), (rows, columns // block)
+        if scale.name != f"{weight}.weight_scale" or scales != expected_scales:
             raise RuntimeError(
                 f"{path.name}: {node.op_type} of {weight} with block_size {block} reads {scale.name} {list(scales)},"
-                f" expected {weight}.weight_scale {list(wanted)}"
+                f" expected {weight}.weight_scale {list(expected_scales)}"
             )

@@ -16,6 +16,7 @@ from onnxscript import optimizer
 from torch import Tensor, nn
 
 from gemma_edge.bundle.geometry import CacheGeometry
+from gemma_edge.export.hollow import hollow
 from gemma_edge.export.onnx.seams import GroupQueryAttention
 from gemma_edge.export.onnx.weights import HEAD_PACKED, Blob
 from gemma_edge.model.checkpoint import TABLE
@@ -43,7 +44,7 @@ class Step(nn.Module):
         gemma2 = Gemma2(config, layers)
         if geometry.dtype == "int8":
             for layer in gemma2.model.layers:
-                for kind in KINDS:  # so that they are called as in the checkpoint
+                for kind in KINDS:  # so that they have the checkpoint's names
                     scale = torch.empty(1, geometry.kv_heads, 1, geometry.head_dim)
                     layer.get_submodule("self_attn").register_buffer(kind, scale)
         self.add_module(MODULE, gemma2)
@@ -68,9 +69,9 @@ def trace(config: Gemma2Config, geometry: CacheGeometry, layers: Layers) -> ir.M
     """The generation graph, its weights nameless holes: see `attach_weights`."""
     with torch.device("meta"):
         step = Step(config, geometry, layers).eval()
-    step.load_state_dict({name: _hollow(value) for name, value in step.state_dict().items()}, assign=True)
+    step.load_state_dict({name: hollow(value) for name, value in step.state_dict().items()}, assign=True)
     kv = [(1, geometry.kv_heads, layer.slots, geometry.head_dim) for layer in geometry.layers for _ in ("key", "value")]
-    past = [_hollow(torch.empty(shape, device="meta", dtype=CACHE_DTYPES[geometry.dtype])) for shape in kv]
+    past = [hollow(torch.empty(shape, device="meta", dtype=CACHE_DTYPES[geometry.dtype])) for shape in kv]
     count = config.num_hidden_layers
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -92,11 +93,6 @@ def trace(config: Gemma2Config, geometry: CacheGeometry, layers: Layers) -> ir.M
         if value.name == "input_ids":
             value.shape = ir.Shape([1, "tokens"])
     return model
-
-
-def _hollow(value: Tensor) -> Tensor:
-    """A CPU tensor of the same shape that takes no memory: the tracer wants a device, nobody reads the values."""
-    return torch.zeros(1, dtype=value.dtype).expand(value.shape)
 
 
 def _simplify(model: ir.Model) -> None:
@@ -203,7 +199,7 @@ def _feeds_slice(node: ir.Node) -> bool:
 
 
 def _forget_shapes(graph: ir.Graph) -> None:
-    """Inner shapes were those of one last position."""
+    """Drop the inner shapes, which are still right for one last position only."""
     outputs = set(graph.outputs)
     for node in graph:
         for value in node.outputs:
@@ -214,8 +210,8 @@ def _forget_shapes(graph: ir.Graph) -> None:
 def genai_graph(model: ir.Model, config: Gemma2Config) -> ir.Model:
     """The generation graph under onnxruntime-genai's contract: `attention_mask` in place of `input_pos`, caches of any length.
 
-    genai sizes the caches itself, by the length its user asks for, and refuses a windowed cache longer than that. So here a
-    local layer's window is only a mask and a global layer has none.
+    genai sizes the caches by the length that its user chooses, and refuses a windowed cache longer than that. So a local layer's
+    window is only a mask in this graph, and a global layer has none.
     """
     model = model.clone()
     graph = model.graph

@@ -1,6 +1,6 @@
-"""The weights file of an ONNX bundle: what lies where, and the bytes, streamed from a quantized checkpoint.
+"""The weights file of an ONNX bundle: its layout, and its bytes, streamed from a quantized checkpoint.
 
-The layout depends on shapes and the recipe alone, so that plan.py knows the file's size before any work. Source of the packing:
+The layout depends on shapes and the recipe alone, so the file's size is known before any work. Source of the packing:
 ONNX Runtime's MatMulNBits and GatherBlockQuantized (codes stored plus 2^(bits-1), the even column in the low nibble).
 """
 
@@ -24,8 +24,8 @@ from gemma_edge.quantize.checkpoint.writer import narrow
 from gemma_edge.quantize.recipe import QuantConfig
 
 ALIGNMENT = 4096  # a page, so that every tensor can be mapped
-BLOCK_SIZES = (256, 128, 64, 32, 16)  # that the kernels know
-HEAD_PACKED = "lm_head.weight_packed"  # the table's bytes under the three-dimensional shape that MatMulNBits asks for
+BLOCK_SIZES = (256, 128, 64, 32, 16)  # block sizes that the kernels know, the best first
+HEAD_PACKED = "lm_head.weight_packed"  # the table's bytes in the three-dimensional shape that MatMulNBits reads
 
 
 def block_size(config: QuantConfig, in_features: int) -> int:
@@ -39,7 +39,8 @@ def block_size(config: QuantConfig, in_features: int) -> int:
         if group % block == 0:
             return block
     raise InputError(
-        f"rows of {in_features} are not a multiple of {BLOCK_SIZES[-1]}, which ONNX Runtime needs; use --bits 16"
+        f"rows of {in_features} are not a multiple of {BLOCK_SIZES[-1]}, which ONNX Runtime needs; use `bits` 16",
+        field="bits",
     )
 
 
@@ -47,7 +48,7 @@ def block_size(config: QuantConfig, in_features: int) -> int:
 class Blob:
     """One tensor of the weights file."""
 
-    name: str  # of the graph's initializer
+    name: str  # name of the graph's initializer
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
@@ -105,7 +106,7 @@ def file_bytes(blobs: list[Blob]) -> int:
 
 
 def matrix_bytes(config: Gemma2Config, configs: Mapping[str, QuantConfig]) -> dict[str, int]:
-    """What each matrix takes of the file, the gaps behind its tensors included; it does not depend on the other matrices."""
+    """Bytes of the file that each matrix takes, including the gaps behind its tensors. They do not depend on other matrices."""
     taken = dict.fromkeys(configs, 0)
     for blob in layout(config, configs, {}):
         weight = blob.name.rpartition(".")[0]
@@ -133,18 +134,12 @@ def weights_bytes(
     return file_bytes(blobs_of(source, configs, float_bits, int8_kv=int8_kv))
 
 
-def resident_bytes(
-    source: Weights,
-    configs: Mapping[str, QuantConfig | None],
-    float_bits: int,
-    *,
-    int8_kv: bool = False,
-) -> int:
+def resident_bytes(blobs: list[Blob]) -> int:
     """What ONNX Runtime keeps of the weights in memory, measured: codes packed once; scales three times (mapped, packed, and
     as block sums); float matrices widened to float32.
     """
     total = 0
-    for blob in blobs_of(source, configs, float_bits, int8_kv=int8_kv):
+    for blob in blobs:
         if blob.name.endswith(".weight_scale"):
             total += 3 * blob.nbytes
         elif blob.dtype == torch.uint8:

@@ -1,168 +1,105 @@
-"""`lower`: a quantized checkpoint becomes a `.tflite` for LiteRT: one signature per chunk size, over one set of weights."""
+"""The backends tflite and tflite-runtime: two runtimes of `.tflite` models, what they hold, and how a model is lowered for them.
+
+tflite-runtime is the interpreter of 2023, whose last release is 2.14. It multiplies by int8 matrices with one scale each, and
+silently gives zeros for matrices with a scale per channel, which LiteRT has. So its matrices' scales are 1, and the channels'
+scales are multiplied afterwards, which is the same. Its signatures copy their inputs and outputs, so its caches are variables
+inside the model.
+"""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch.export import ExportedProgram, export
-from torch.export.graph_signature import InputKind
 
 from gemma_edge.bundle.geometry import CacheGeometry
-from gemma_edge.bundle.signature import RESET, Signature
-from gemma_edge.export.tflite.check import check_tflite
-from gemma_edge.export.tflite.file import write_model
-from gemma_edge.export.tflite.graph import Model, Subgraph
-from gemma_edge.export.tflite.operators import Lowering, Variable, Weight
-from gemma_edge.export.tflite.packing import LITERT, Packing
-from gemma_edge.export.tflite.seams import Step, signatures, states
-from gemma_edge.model.gemma2 import Gemma2, inverse_frequencies
+from gemma_edge.export.backend import Backend, Kernels, StoredWeights
+from gemma_edge.export.tflite import packing
+from gemma_edge.export.tflite.packing import Packing
+from gemma_edge.export.tflite.seams import PREFILL, signatures
+from gemma_edge.model.checkpoint import weight_shapes
+from gemma_edge.model.config import Gemma2Config
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
+from gemma_edge.quantize.recipe import QuantConfig
 
-MODULE = "gemma2."  # prefix of the decoder's names inside a traced signature
+GRAPH_PER_ROW = 20  # bytes per signature and row of a weight: scales and zero points, stored more than once
 
 
 @dataclass(frozen=True)
-class Variant:
-    """What one runtime reads of all that a `.tflite` can say."""
+class TFLiteBackend(Backend):
+    """A `.tflite` with one signature per chunk size over one set of weights."""
 
+    name: str
     file: str
+    kernels: Kernels
     packing: Packing
-    variables: bool  # caches are variables, made by `reset`, instead of inputs that come back as outputs
-    needs: Mapping[str, str]  # what the manifest says of versions
+    variables: bool = False  # caches are variables made by `reset`; False: inputs that come back as outputs
+    needs: dict[str, str] = field(default_factory=dict)  # oldest version that runs it, for the manifest
+
+    def refuse_weight(self, weight: str, config: QuantConfig | None, columns: int, float_bits: int) -> None:
+        """See Kernels."""
+        self.kernels.refuse_weight(weight, config, columns, float_bits)
+
+    def weights_bytes(self, weights: StoredWeights) -> int:
+        """What the weights take of the file. They are mapped, or packed into as many bytes of memory."""
+        return self.packing.weights_bytes(weights.config, weights.configs)
+
+    def own_ram(self, config: Gemma2Config, cache: CacheGeometry) -> int:
+        """What each signature holds for itself: its graph, and what goes from layer to layer around the caches."""
+        passed = config.hidden_size + (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+        every = signatures(cache)
+        tokens = sum(each.tokens for each in every if each.role == PREFILL)
+        rows = sum(rows for rows, _ in weight_shapes(config).values())
+        return len(every) * GRAPH_PER_ROW * rows + 4 * tokens * passed * config.num_hidden_layers
+
+    def slots_behind(self, prefill_chunk: int) -> int:
+        """A chunk is written in one piece, so all its tokens but one may lie behind the ring's end."""
+        return prefill_chunk - 1
+
+    def lower(
+        self,
+        checkpoint: QuantizedCheckpoint,
+        cache: CacheGeometry,
+        *,
+        out: Path,
+        float_bits: int = 32,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> dict[str, Any]:
+        """See Backend."""
+        from gemma_edge.export.tflite.file import write_model
+        from gemma_edge.export.tflite.lowering import build_model
+
+        self.refuse_unsupported(checkpoint.config, checkpoint.configs, float_bits)
+        grouped = [weight for weight, config in checkpoint.configs.items() if config and config.group_size]
+        checkpoint.warn_of_rounded_scales(grouped, torch.float16, self.name)
+        model = build_model(checkpoint, cache, self.packing, variables=self.variables)
+        write_model(model, self.packing, checkpoint, out / self.file, progress)
+        return {
+            "program": self.file,
+            "signatures": {each.name: each.to_json() for each in signatures(cache)},
+            **self.needs,
+        }
+
+    def check(self, checkpoint: QuantizedCheckpoint, cache: CacheGeometry, *, out: Path, float_bits: int = 32) -> None:
+        """See Backend."""
+        from gemma_edge.export.tflite.check import check_tflite
+
+        model, configs = checkpoint.config, checkpoint.configs
+        check_tflite(out / self.file, self.packing, model, configs, cache, signatures(cache))
 
 
-FILE = "model.tflite"
-FOR_LITERT = Variant(FILE, LITERT, variables=False, needs={"min_litert": "2.3"})
-
-
-def lower(
-    checkpoint: QuantizedCheckpoint,
-    geometry: CacheGeometry,
-    out: Path,
-    *,
-    float_bits: int = 32,
-    progress: Callable[[int], None] = lambda done: None,
-    variant: Variant = FOR_LITERT,
-) -> dict[str, Any]:
-    """Write the model into `out`, and check what it holds.
-
-    Args:
-        progress: called with the bytes of weights just written.
-        variant: for which runtime.
-
-    Returns:
-        the backend's entry in the manifest.
-
-    Raises:
-        InputError: a weight that the runtime cannot compute exactly.
-        RuntimeError: the model is not what it should be.
-    """
-    packing = variant.packing
-    packing.refuse_unsupported(checkpoint.config, checkpoint.configs, float_bits)
-    grouped = [weight for weight, config in checkpoint.configs.items() if config and config.group_size]
-    checkpoint.warn_of_rounded_scales(grouped, torch.float16, packing.backend)
-    model = Model(packing.stored_weights(checkpoint))
-    with torch.device("meta"):
-        gemma2 = Gemma2(checkpoint.config).eval()
-    hollow = {name: _hollow(value) for name, value in gemma2.state_dict().items()}
-    gemma2.load_state_dict(hollow, assign=True)
-    found = signatures(geometry)
-    for signature in found:
-        program = trace(gemma2, geometry, signature)
-        add_signature(model, signature.name, program, checkpoint, states(geometry) if variant.variables else {})
-    if variant.variables:
-        add_reset(model, states(geometry))
-    path = out / variant.file
-    write_model(model, packing, checkpoint, path, progress)
-    check_tflite(path, packing, checkpoint.config, checkpoint.configs, geometry, found)
-    settings = {"program": variant.file, "signatures": {each.name: each.to_json() for each in found}}
-    return {**settings, **variant.needs}
-
-
-def trace(gemma2: Gemma2, geometry: CacheGeometry, signature: Signature) -> ExportedProgram:
-    """One signature's graph, without weights."""
-    past = {name: _hollow(torch.empty(shape, dtype=dtype)) for name, (shape, dtype) in states(geometry).items()}
-    tokens = signature.tokens
-    inputs = torch.zeros(1, tokens, dtype=torch.int32), torch.zeros(tokens, dtype=torch.int32), past
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return export(Step(gemma2, geometry, signature.role, longest=signature.longest), inputs, strict=False)
-
-
-def add_signature(
-    model: Model, name: str, program: ExportedProgram, checkpoint: QuantizedCheckpoint, variables: Mapping[str, Any]
-) -> None:
-    """Lower a traced graph into the model. `variables`: names of the states that are not inputs and outputs."""
-    graph = Subgraph(model, name)
-    lowering = Lowering(graph)
-    inputs = {}
-    specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
-    needed = _needed(program)
-    (output,) = (node for node in program.graph.nodes if node.op == "output")
-    outputs = dict(zip(output.args[0], _output_names(program), strict=True))
-    assert len(outputs) == len(output.args[0]), "every output is computed by a node of its own"
-    for node in program.graph.nodes:
-        if node.op == "placeholder":
-            spec = specs[node.name]
-            if spec.kind == InputKind.USER_INPUT:
-                meta = node.meta["val"]
-                label = node.name.removeprefix("past_")
-                if label in variables:
-                    lowering.known[node] = Variable(label)
-                else:
-                    lowering.known[node] = inputs[label] = graph.tensor(tuple(meta.shape), meta.dtype, label)
-            else:
-                lowering.known[node] = _parameter(str(spec.target).removeprefix(MODULE), checkpoint)
-        elif node.op == "call_function" and node in needed:
-            lowering.run(node)
-            if (label := outputs.get(node, "")) in variables:
-                graph.assign(label, lowering.value(node))
-    results = {label: lowering.value(node) for node, label in outputs.items() if label not in variables}
-    graph.finish(inputs, results)
-
-
-def add_reset(model: Model, variables: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
-    """The signature that makes the variables: all zeros."""
-    graph = Subgraph(model, RESET)
-    for label, (shape, dtype) in variables.items():
-        size = graph.constant(np.array(shape, np.int32))
-        zeros = graph.tensor(shape, dtype)
-        zero = graph.constant(np.zeros((), np.float32 if dtype == torch.float32 else np.int32))
-        graph.op("FILL", [size, zero], [zeros])
-        graph.assign(label, zeros)
-    graph.finish({}, {})
-
-
-def _output_names(program: ExportedProgram) -> list[str]:
-    spec = program.call_spec.out_spec
-    assert spec is not None
-    return [str(key) for key in spec.context]
-
-
-def _needed(program: ExportedProgram) -> set[torch.fx.Node]:
-    """The nodes that an output depends on: of the last layer, a prefill needs keys and values only."""
-    needed: set[torch.fx.Node] = set()
-    for node in reversed(program.graph.nodes):
-        if node.op == "output" or node in needed:
-            needed.update(node.all_input_nodes)
-    return needed
-
-
-def _parameter(name: str, checkpoint: QuantizedCheckpoint) -> Weight | Tensor:
-    """What a parameter of the decoder becomes: a weight of the file, or a value."""
-    if name.endswith("inv_freq"):
-        return inverse_frequencies(checkpoint.config)
-    weight = name.removesuffix(".weight")
-    return Weight(weight) if weight in checkpoint.configs else checkpoint.vector(name)
-
-
-def _hollow(value: Tensor) -> Tensor:
-    """A CPU tensor of the same shape that takes no memory: the tracer wants a device, nobody reads the values."""
-    return torch.zeros(1, dtype=value.dtype).expand(value.shape)
+LITERT = TFLiteBackend(
+    "tflite", "model.tflite", Kernels("tflite", "XNNPACK"), packing.LITERT, needs={"min_litert": "2.3"}
+)
+TFLITE_RUNTIME = TFLiteBackend(
+    "tflite-runtime",
+    "model_2_14.tflite",
+    # its int4 kernel silently takes -8 for another number: measured
+    Kernels("tflite-runtime", "tflite-runtime", bits=(8,)),
+    packing.TFLITE_RUNTIME,
+    variables=True,
+    needs={"min_tflite_runtime": "2.14"},
+)

@@ -1,4 +1,4 @@
-"""After lowering: what a `.tflite` holds is read back from the file and compared with what it should hold."""
+"""Reads a finished `.tflite` back and compares it with what it should hold."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Use:
 
     operator: str
     weight: Any  # TensorT
-    scales: Any  # TensorT of the scales that do not lie in the weight's own, else None
+    scales: Any  # TensorT of scales that are a tensor of their own; None: they lie in the weight's
 
 
 class TFLite:
@@ -49,7 +49,7 @@ class TFLite:
         """Where the graph ends: at the first buffer behind it."""
         model = schema.Model.GetRootAs(data, 0)
         behind = [offset for i in range(model.BuffersLength()) if (offset := model.Buffers(i).Offset()) > 1]
-        del model  # it holds on to the mapping
+        del model  # it keeps the mapping open
         return min(behind, default=self.size)
 
     def content(self, tensor: Any) -> bytes:
@@ -62,10 +62,10 @@ class TFLite:
             return file.read(buffer.size)
 
     def _signature(self, name: str) -> Any:
-        found = [each for each in self.model.signatureDefs if each.signatureKey.decode() == name]
-        if len(found) != 1:
-            raise RuntimeError(f"{self.path.name} has {len(found)} signatures {name}")
-        return found[0]
+        matches = [each for each in self.model.signatureDefs if each.signatureKey.decode() == name]
+        if len(matches) != 1:
+            raise RuntimeError(f"{self.path.name} has {len(matches)} signatures {name}")
+        return matches[0]
 
     def subgraph(self, signature: str) -> Any:
         """The subgraph of a signature."""
@@ -73,9 +73,9 @@ class TFLite:
 
     def states(self, signature: str) -> list[str]:
         """Inputs that come back as outputs."""
-        found = self._signature(signature)
-        outputs = {each.name for each in found.outputs}
-        return [each.name.decode() for each in found.inputs if each.name in outputs]
+        definition = self._signature(signature)
+        outputs = {each.name for each in definition.outputs}
+        return [each.name.decode() for each in definition.inputs if each.name in outputs]
 
     def uses(self, subgraph: Any) -> Iterator[Use]:
         """Every operator that reads a weight, in order."""
@@ -90,11 +90,11 @@ class TFLite:
 
     def name_of(self, step: Any) -> str:
         """The name of an operator."""
-        found: str = OPERATORS[self.model.operatorCodes[step.opcodeIndex].builtinCode]
-        return found
+        name: str = OPERATORS[self.model.operatorCodes[step.opcodeIndex].builtinCode]
+        return name
 
     def _factors(self, subgraph: Any) -> dict[int, Any]:
-        """By the index of a tensor, the scales that it is multiplied by, looked up or not."""
+        """Index of a tensor -> the scales that it is multiplied by; they may be looked up first."""
         named = {index: tensor for index, tensor in enumerate(subgraph.tensors) if _is_scale(tensor)}
         for step in subgraph.operators:
             if self.name_of(step) == "EMBEDDING_LOOKUP" and step.inputs[1] in named:
@@ -114,57 +114,59 @@ def check_tflite(
     """Compare a finished file with the model.
 
     Args:
+        path: the file.
         packing: how its weights should lie in it.
-        signatures: those that it should have.
+        config, configs, geometry: the model, its integers, and its caches.
+        signatures: the signatures that it should have.
 
     Raises:
         RuntimeError: names what is not as it should be.
     """
-    found = TFLite(path)
+    file = TFLite(path)
     for signature in signatures:
-        subgraph = found.subgraph(signature.name)
-        _check_states(path, found, geometry, signature)
-        uses = list(found.uses(subgraph))
+        subgraph = file.subgraph(signature.name)
+        _check_states(path, file, geometry, signature)
+        uses = list(file.uses(subgraph))
         _check_order(path, uses, config, signature)
-        _check_slots(path, found, geometry, signature)
+        _check_slots(path, file, geometry, signature)
         for use in uses:
-            _check_weight(path, packing, found, use, config, configs)
-    _check_places(path, found)
-    largest = max(len(buffer.data) for buffer in found.model.buffers if buffer.data is not None)
+            _check_weight(path, packing, file, use, config, configs)
+    _check_places(path, file)
+    largest = max(len(buffer.data) for buffer in file.model.buffers if buffer.data is not None)
     if largest > 4 * max(config.hidden_size, geometry.prefill_chunk):
         raise RuntimeError(f"{path.name}: a constant of {largest} bytes lies in the graph: no norm is that large")
 
 
-def _check_states(path: Path, found: TFLite, geometry: CacheGeometry, signature: Signature) -> None:
+def _check_states(path: Path, file: TFLite, geometry: CacheGeometry, signature: Signature) -> None:
     """Tokens and positions come in; caches come in and go out, or are variables that are read and assigned."""
     name, tokens = signature.name, signature.tokens
-    subgraph = found.subgraph(name)
-    wanted = {key: shape for key, (shape, _) in states(geometry).items()}
+    subgraph = file.subgraph(name)
+    caches = {key: shape for key, (shape, _) in states(geometry).items()}
     come = [subgraph.tensors[index] for index in subgraph.inputs]
     go = [subgraph.tensors[index] for index in subgraph.outputs]
     for step in subgraph.operators:
-        if found.name_of(step) == "READ_VARIABLE":
+        if file.name_of(step) == "READ_VARIABLE":
             come.append(subgraph.tensors[step.outputs[0]])
-        if found.name_of(step) == "ASSIGN_VARIABLE":
+        if file.name_of(step) == "ASSIGN_VARIABLE":
             go.append(subgraph.tensors[step.inputs[1]])
     shapes = {tensor.name.decode(): tuple(tensor.shape.tolist()) for tensor in come}
-    expected = {"tokens": (1, tokens), "input_pos": (tokens,), **wanted}
+    expected = {"tokens": (1, tokens), "input_pos": (tokens,), **caches}
     if shapes != expected:
         raise RuntimeError(f"{path.name}: {name} takes {shapes}, expected {expected}")
-    kept = sorted(shape for tensor in go if (shape := tuple(tensor.shape.tolist())) in wanted.values())
-    if kept != sorted(wanted.values()):
-        raise RuntimeError(f"{path.name}: {name} gives caches of {kept}, expected {sorted(wanted.values())}")
+    kept = sorted(shape for tensor in go if (shape := tuple(tensor.shape.tolist())) in caches.values())
+    if kept != sorted(caches.values()):
+        raise RuntimeError(f"{path.name}: {name} gives caches of {kept}, expected {sorted(caches.values())}")
 
 
-def _check_slots(path: Path, found: TFLite, geometry: CacheGeometry, signature: Signature) -> None:
+def _check_slots(path: Path, file: TFLite, geometry: CacheGeometry, signature: Signature) -> None:
     """Each layer multiplies as many of its slots as the signature looks at: by the keys, then by the values."""
-    subgraph = found.subgraph(signature.name)
-    right = [step.inputs[1] for step in subgraph.operators if found.name_of(step) == "BATCH_MATMUL"]
+    subgraph = file.subgraph(signature.name)
+    right = [step.inputs[1] for step in subgraph.operators if file.name_of(step) == "BATCH_MATMUL"]
     slots = [int(subgraph.tensors[index].shape[2]) for index in right]
     layers = geometry.layers[:-1] if signature.role == PREFILL else geometry.layers  # its last one is not needed
-    wanted = [looked_at(layer, signature.longest) for layer in layers for _ in "kv"]
-    if slots != wanted:
-        raise RuntimeError(f"{path.name}: {signature.name} looks at {slots} slots, expected {wanted}")
+    expected = [looked_at(layer, signature.longest) for layer in layers for _ in "kv"]
+    if slots != expected:
+        raise RuntimeError(f"{path.name}: {signature.name} looks at {slots} slots, expected {expected}")
 
 
 def _check_order(path: Path, uses: Iterable[Use], config: Gemma2Config, signature: Signature) -> None:
@@ -179,17 +181,17 @@ def _check_order(path: Path, uses: Iterable[Use], config: Gemma2Config, signatur
         if role != PREFILL or layer < last or weight.endswith(("k_proj", "v_proj"))
     ]
     head = [] if role == PREFILL else [TABLE]
-    wanted = [("EMBEDDING_LOOKUP", TABLE), *(("FULLY_CONNECTED", weight) for weight in [*linears, *head])]
-    found = [(use.operator, use.weight.name.decode()) for use in uses]
-    if found != wanted:
-        first = next(pair for pair in zip([*found, None], [*wanted, None], strict=False) if pair[0] != pair[1])
+    expected = [("EMBEDDING_LOOKUP", TABLE), *(("FULLY_CONNECTED", weight) for weight in [*linears, *head])]
+    actual = [(use.operator, use.weight.name.decode()) for use in uses]
+    if actual != expected:
+        first = next(pair for pair in zip([*actual, None], [*expected, None], strict=False) if pair[0] != pair[1])
         raise RuntimeError(f"{path.name}: {name} has {first[0]} where {first[1]} belongs")
 
 
 def _check_weight(
     path: Path,
     packing: Packing,
-    found: TFLite,
+    file: TFLite,
     use: Use,
     config: Gemma2Config,
     configs: Mapping[str, QuantConfig | None],
@@ -199,7 +201,7 @@ def _check_weight(
     shape, quant = weight_shapes(config)[name], configs[name]
     kind = schema.TensorType.FLOAT32 if quant is None else CODES[quant.bits]
     size = shape[0] * packing.row_bytes(quant, shape[1])["codes"]
-    buffer = found.model.buffers[use.weight.buffer]
+    buffer = file.model.buffers[use.weight.buffer]
     if (use.weight.type, tuple(use.weight.shape.tolist()), buffer.size) != (kind, shape, size):
         raise RuntimeError(f"{path.name}: {name} is of type {use.weight.type}, {use.weight.shape}, {buffer.size} bytes")
     if quant is None:
@@ -211,7 +213,7 @@ def _check_weight(
                 f"{path.name}: {name} has {len(scale)} scales of its own, not 1, or is not multiplied by its channels'"
             )
         if packing.channels_apart:
-            scale = np.frombuffer(found.content(use.scales), np.float32)
+            scale = np.frombuffer(file.content(use.scales), np.float32)
             zero_points = np.zeros(len(scale))
         if len(scale) != shape[0] or not _positive(scale) or zero_points.any() or len(zero_points) != shape[0]:
             raise RuntimeError(f"{path.name}: {name} has {len(scale)} scales, expected {shape[0]} above 0")
@@ -220,7 +222,7 @@ def _check_weight(
     blocks = use.weight.quantization.details.blockSize
     if use.scales is None or (tuple(use.scales.shape.tolist()), blocks) != (groups, quant.group_size):
         raise RuntimeError(f"{path.name}: {name} has no scales of {groups}")
-    if not _positive(np.frombuffer(found.content(use.scales), np.float16)):
+    if not _positive(np.frombuffer(file.content(use.scales), np.float16)):
         raise RuntimeError(f"{path.name}: {name} has a scale that is not above 0")
 
 
@@ -232,11 +234,13 @@ def _positive(values: NDArray[Any]) -> bool:
     return bool((values > 0).all() and np.isfinite(values).all())
 
 
-def _check_places(path: Path, found: TFLite) -> None:
-    """Weights lie inside the file, aligned, and none in another."""
-    places = sorted((buffer.offset, buffer.size) for buffer in found.model.buffers if buffer.offset)
+def _check_places(path: Path, file: TFLite) -> None:
+    """Weights lie inside the file, aligned, and no two of them overlap."""
+    places = sorted((buffer.offset, buffer.size) for buffer in file.model.buffers if buffer.offset)
     end = 0
     for offset, size in places:
-        if offset % ALIGNMENT or offset < end or offset + size > found.size:
-            raise RuntimeError(f"{path.name}: {size} bytes at {offset} lie in other ones, or outside of {found.size}")
+        if offset % ALIGNMENT or offset < end or offset + size > file.size:
+            raise RuntimeError(
+                f"{path.name}: {size} bytes at {offset} overlap other ones, or lie outside of {file.size}"
+            )
         end = offset + size

@@ -89,13 +89,13 @@ class Model:
             code = getattr(schema.BuiltinOperator, name)
             version = VERSIONS.get(name, 1)
             codes.append(schema.OperatorCodeT(min(code, 127), builtinCode=code, version=version))
-        held = [np.frombuffer(b, np.uint8) if isinstance(b, bytes) and b else None for b in self.buffers]
+        contents = [np.frombuffer(b, np.uint8) if isinstance(b, bytes) and b else None for b in self.buffers]
         return schema.ModelT(
             version=3,
             operatorCodes=codes,
             subgraphs=self.subgraphs,
             description=description,
-            buffers=[schema.BufferT(data=data) for data in held],
+            buffers=[schema.BufferT(data=data) for data in contents],
             signatureDefs=self.signatures,
         )
 
@@ -107,7 +107,7 @@ class Subgraph:
         self.model, self.name = model, name
         self.tensors: list[Any] = []
         self.steps: list[Any] = []
-        self._held: dict[tuple[Any, ...], Value] = {}  # constants and weights that are tensors here already
+        self._known: dict[tuple[Any, ...], Value] = {}  # constants and weights that are tensors already
 
     def tensor(self, shape: Sequence[int], dtype: torch.dtype, name: str = "", buffer: int = 0) -> Value:
         """A tensor without a value, or with that of a buffer."""
@@ -120,29 +120,29 @@ class Subgraph:
         dtype = {"f": torch.float32, "i": torch.int32, "b": torch.bool}[value.dtype.kind]
         data = value.astype({torch.float32: np.float32, torch.int32: np.int32, torch.bool: np.bool_}[dtype]).tobytes()
         key = (data, value.shape, dtype)
-        if key not in self._held:
-            self._held[key] = self.tensor(value.shape, dtype, f"c{len(self.tensors)}", self.model.buffer(data))
-        return self._held[key]
+        if key not in self._known:
+            self._known[key] = self.tensor(value.shape, dtype, f"c{len(self.tensors)}", self.model.buffer(data))
+        return self._known[key]
 
     def weight(self, name: str) -> Value:
         """A matrix of the model, integers or float32."""
-        if (name,) in self._held:
-            return self._held[(name,)]
+        if (name,) in self._known:
+            return self._known[(name,)]
         stored = self.model.weights[name]
         value = self.tensor(stored.shape, torch.float32, name, self.model.buffer(stored.codes))
         if stored.config is not None:
             self.tensors[value.index].type = CODES[stored.config.bits]
             self.tensors[value.index].quantization = self._quantization(stored)
-        self._held[(name,)] = value
+        self._known[(name,)] = value
         return value
 
     def channels(self, name: str, shape: tuple[int, ...]) -> Value:
         """The scales of a matrix's rows, where its own are not enough, float32."""
         key = name, shape
-        if key not in self._held:
+        if key not in self._known:
             scale = self.model.weights[name].scale
-            self._held[key] = self.tensor(shape, torch.float32, scale, self.model.buffer(scale))
-        return self._held[key]
+            self._known[key] = self.tensor(shape, torch.float32, scale, self.model.buffer(scale))
+        return self._known[key]
 
     def _quantization(self, stored: Stored) -> Any:
         assert stored.config is not None
@@ -159,11 +159,11 @@ class Subgraph:
 
     def _variable(self, name: str) -> Value:
         """The handle of a variable that all signatures share."""
-        if (VARIABLE, name) not in self._held:
-            handle = self._held[(VARIABLE, name)] = self.tensor((1,), torch.int32, f"{name}.handle")
+        if (VARIABLE, name) not in self._known:
+            handle = self._known[(VARIABLE, name)] = self.tensor((1,), torch.int32, f"{name}.handle")
             self.tensors[handle.index].type = schema.TensorType.RESOURCE
             self.op("VAR_HANDLE", [], [handle], table="VarHandleOptions", container="", sharedName=name)
-        return self._held[(VARIABLE, name)]
+        return self._known[(VARIABLE, name)]
 
     def read(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Value:
         """What a variable holds."""

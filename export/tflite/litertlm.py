@@ -1,7 +1,7 @@
 """`.litertlm`: a finished bundle's TFLite model, tokenizer and template as one file, for LiteRT-LM's own engine.
 
-Nothing is computed anew, so what the gate found of the bundle holds for the file. The engine is told that every cache is opaque
-state: so it sees no end of a ring.
+Nothing is computed anew, so the gate's result for the bundle holds for the file. Every cache is declared as opaque state to the
+engine, which therefore sees no end of a ring.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gemma_edge.errors import InputError
 from gemma_edge.text.chat import ChatTemplate
 from gemma_edge.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
-ENDLESS = 1 << 20  # tokens of a conversation: the engine wants some number
+ENDLESS = 1 << 20  # tokens of a conversation; the engine needs a number
 PACKAGE = "litert_lm_builder"
 
 
@@ -31,7 +31,7 @@ def write_litertlm(bundle: Path, out: Path, *, force: bool = False) -> None:
     manifest = Manifest.load(bundle)
     if "tflite" not in manifest.backends:
         raise InputError(
-            f"{bundle} holds no tflite backend, only {', '.join(manifest.backends)}; export with --backend tflite"
+            f"{bundle} holds no tflite backend, only {', '.join(manifest.backends)}; export with `backend` tflite"
         )
     if not manifest.tokenizer:
         raise InputError(
@@ -40,14 +40,14 @@ def write_litertlm(bundle: Path, out: Path, *, force: bool = False) -> None:
     if importlib.util.find_spec(PACKAGE) is None:
         raise InputError("litert-lm-builder is not installed: pip install 'gemma-edge[litertlm]'")
     if out.exists() and not force:
-        raise InputError(f"{out} exists; pass --force to replace it, or -o for another file")
+        raise InputError(f"{out} exists; pass `force` to replace it, or `out` for another file")
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
         with TemporaryDirectory() as folder, partial.open("wb") as file:
             _builder(bundle, manifest, Path(folder)).build(file)
         partial.replace(out)
     except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror}; pass -o for another place") from None
+        raise InputError(f"cannot write {out}: {error.strerror}; pass `out` for another place") from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -90,15 +90,15 @@ def turns_of(template: ChatTemplate) -> tuple[str, str, str, str]:
     Raises:
         InputError: the template makes more of a conversation than its turns one after the other.
     """
-    asked, answered = "the question", "the answer"
-    user = {"role": "user", "content": asked}
+    question, answer = "the question", "the answer"
+    user = {"role": "user", "content": question}
     first = template.render([user], add_generation_prompt=False)
     opened = template.render([user])
-    whole = template.render([user, {"role": "assistant", "content": answered}, user], add_generation_prompt=False)
-    before, _, after = first.removeprefix(template.bos).partition(asked)
+    whole = template.render([user, {"role": "assistant", "content": answer}, user], add_generation_prompt=False)
+    before, _, after = first.removeprefix(template.bos).partition(question)
     opening = opened.removeprefix(first)
-    closing = whole.partition(answered)[2].partition(before)[0]
-    if whole != f"{first}{opening}{answered}{closing}{before}{asked}{after}":
+    closing = whole.partition(answer)[2].partition(before)[0]
+    if whole != f"{first}{opening}{answer}{closing}{before}{question}{after}":
         raise InputError(
             "the chat template is more than what stands before and after each turn, which is all that LiteRT-LM takes;"
             " use gemma-run, or a folder with another chat_template.jinja"

@@ -185,8 +185,8 @@ def _chunk(to: Lowering, node: Node) -> list[Value]:
 
 def _getitem(to: Lowering, node: Node) -> Value:
     parts, index = to.known[node.args[0]], node.args[1]  # type: ignore[index]
-    found: Value = parts[index]  # type: ignore[index, assignment]
-    return found
+    part: Value = parts[index]  # type: ignore[index, assignment]
+    return part
 
 
 def _rms_norm(to: Lowering, node: Node) -> Value:

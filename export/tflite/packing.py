@@ -13,8 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gemma_edge.errors import InputError
-from gemma_edge.model.checkpoint import TABLE, row_slices, weight_shapes
+from gemma_edge.model.checkpoint import row_slices, weight_shapes
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
 from gemma_edge.quantize.recipe import QuantConfig
@@ -32,51 +31,16 @@ class Stored:
     shape: tuple[int, int]
     config: QuantConfig | None  # None: float32
     codes: str  # name of the buffer of integers, or floats
-    scale: str  # name of the buffer of scales, those of channels that are in the graph excepted
-    row_scale: NDArray[np.float32] | None  # (rows,) per channel, in the graph itself; (1,) where they are apart
-    apart: bool  # scales of channels are multiplied after it
+    scale: str  # name of the buffer of scales, if they have one
+    row_scale: NDArray[np.float32] | None  # (rows,) scales of the channels, which lie in the graph; (1,) if `apart`
+    apart: bool  # the scales of the channels are multiplied afterwards
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How weights lie in the file of one backend, and which it can take."""
+    """How weights lie in the file of one backend."""
 
-    backend: str
-    kernels: str  # whose they are
-    channels_apart: bool  # they know one scale per matrix, 1 here: those of its channels are multiplied afterwards
-    bits: tuple[int, ...]  # of integers that they multiply right
-
-    def refuse_unsupported(self, config: Gemma2Config, configs: Configs, float_bits: int) -> None:
-        """Refuse a model with a weight that the kernels would compute wrongly, or not at all.
-
-        Raises:
-            InputError: names the weight and the nearest choice that works.
-        """
-        for weight, (_, columns) in weight_shapes(config).items():
-            self.refuse_weight(weight, configs[weight], columns, float_bits)
-
-    def refuse_weight(self, weight: str, config: QuantConfig | None, columns: int, float_bits: int) -> None:
-        """Refuse what the kernels would compute wrongly, or not at all.
-
-        Raises:
-            InputError: names the weight and the nearest choice that works.
-        """
-        if config is None:
-            if float_bits == 16:
-                raise InputError(
-                    f"{weight} in 16 bits: the {self.backend} backend computes floats in 32; use --bits 32"
-                )
-            return
-        if config.bits not in self.bits:
-            way_out = "--table-bits 8" if weight == TABLE else "--bits 8"
-            raise InputError(f"{weight} has {config.bits} bits: {self.kernels} multiplies 8 only; use {way_out}")
-        if config.bits == 8 and config.group_size:
-            raise InputError(
-                f"{weight} has 8 bits in groups of {config.group_size}: {self.kernels} has 8-bit kernels with one scale per"
-                " channel only; use --group-size 0 for 8 bits, or --backend onnx"
-            )
-        if config.bits == 4 and columns % 2:
-            raise InputError(f"{weight} has rows of {columns}: 4 bits need an even number; use --bits 8")
+    channels_apart: bool  # a matrix has the scale 1, and the scales of its channels are multiplied afterwards
 
     def row_bytes(self, config: QuantConfig | None, columns: int) -> dict[str, int]:
         """Bytes of one row of a weight, by part, in buffers behind the graph."""
@@ -96,7 +60,7 @@ class Packing:
         }
 
     def weights_bytes(self, config: Gemma2Config, configs: Configs) -> int:
-        """What the weights take of the file, with the scales of channels, where these are in its graph."""
+        """Bytes that the weights take of the file, including scales of channels that lie in its graph."""
         channels = sum(
             12 * rows  # float32, and an int64 of zeros
             for weight, (rows, columns) in weight_shapes(config).items()
@@ -105,8 +69,8 @@ class Packing:
         return sum(self.parts(config, configs).values()) + channels
 
     def stored_weights(self, checkpoint: QuantizedCheckpoint) -> dict[str, Stored]:
-        """Every weight, with the scales of channels read that the graph holds."""
-        found = {}
+        """Every weight, with those scales of channels that lie in the graph."""
+        stored = {}
         for weight, shape in weight_shapes(checkpoint.config).items():
             config, scale = checkpoint.configs[weight], None
             channels = config is not None and not config.group_size
@@ -115,8 +79,8 @@ class Packing:
             elif channels:
                 scale = checkpoint.scale(weight, 0, shape[0]).float().flatten().numpy()
             apart = channels and self.channels_apart
-            found[weight] = Stored(shape, config, f"{weight}.codes", f"{weight}.scale", scale, apart)
-        return found
+            stored[weight] = Stored(shape, config, f"{weight}.codes", f"{weight}.scale", scale, apart)
+        return stored
 
     def packed(self, checkpoint: QuantizedCheckpoint, weight: str) -> Iterator[tuple[str, int, Tensor]]:
         """The contents of a weight's buffers, rows at a time: (part, first row, (rows, bytes) uint8)."""
@@ -131,9 +95,8 @@ class Packing:
                 yield "scale", start, _bytes(checkpoint.scale(weight, start, stop).to(dtype))
 
 
-LITERT = Packing("tflite", "XNNPACK", channels_apart=False, bits=(4, 8))
-# its int4 kernel takes -8 for another number: measured, no error, no word
-TFLITE_RUNTIME = Packing("tflite-runtime", "tflite-runtime", channels_apart=True, bits=(8,))
+LITERT = Packing(channels_apart=False)
+TFLITE_RUNTIME = Packing(channels_apart=True)
 
 
 def _bytes(values: Tensor) -> Tensor:

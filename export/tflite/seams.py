@@ -27,10 +27,10 @@ from gemma_edge.model.config import Gemma2Config
 from gemma_edge.model.gemma2 import Gemma2, soft_cap
 from gemma_edge.model.kv_cache import Rope, rotate
 
-HIDDEN = -1e9  # score of a slot that must not count: finite, so that a row that sees nothing stays a number
+HIDDEN = -1e9  # score of a slot that must not count; it is finite, so that a row that sees nothing stays a number
 SCORE, PREFILL, DECODE = "score", "prefill", "decode"  # what a signature is for
-SCORED = 32  # most positions whose logits come from one call: 32 MB for 256,000 tokens
-SHORT = 4  # a text is short if the context would hold so many of it
+SCORED = 32  # positions whose logits come from one call; 32 MB for 256,000 tokens
+SHORT = 4  # a text is short if the context holds four of it
 KEY, VALUE, HELD = "kv_cache_k_", "kv_cache_v_", "kv_cache_held_"  # inputs and outputs, by layer; HELD by kind
 
 
@@ -52,7 +52,7 @@ UPDATE_SLICE = torch.ops.gemma_edge_tflite.update_slice.default  # as it stands 
 
 
 def ring_of(layer: LayerCache, chunk: int) -> int:
-    """R of a layer's S slots: those that a chunk of at most `chunk` tokens may begin in."""
+    """R of a layer's S slots: how many of them a chunk of at most `chunk` tokens may begin in."""
     return layer.slots - chunk + 1
 
 
@@ -70,31 +70,33 @@ class View:
     mask: Tensor  # (1, 1, T, L), added to the scores
 
 
-def view(held: Tensor, input_pos: Tensor, layer: LayerCache, ring: int, *, longest: int | None) -> tuple[View, Tensor]:
+def view(
+    slot_positions: Tensor, input_pos: Tensor, layer: LayerCache, ring: int, *, longest: int | None
+) -> tuple[View, Tensor]:
     """Where a chunk goes and what it sees.
 
     Args:
-        held: (1, 1, 1, S) int32, the position in each slot plus one; 0: nothing.
+        slot_positions: (1, 1, 1, S) int32, the position in each slot plus one; 0: nothing.
         input_pos: (T,) int32; those that do not follow the first are padding.
         layer, ring: the caches' geometry, and R of it.
-        longest: no text is longer; None: it may be.
+        longest: length of the longest text; None: there is no limit.
 
     Returns:
-        the view, and `held` after the chunk.
+        the view, and `slot_positions` after the chunk.
     """
     tokens = input_pos.shape[0]
     first = input_pos[:1]  # (1,)
     positions = first + torch.arange(tokens, dtype=torch.int32)  # (T,)
-    kept = torch.where(held <= first, held, 0)
+    kept = torch.where(slot_positions <= first, slot_positions, 0)
     new = torch.where(input_pos == positions, positions + 1, 0).view(1, 1, 1, tokens)
     start = torch.remainder(first, ring)
     zeros = torch.zeros(3, dtype=torch.int32)
-    held = update_slice(kept, new, torch.cat([zeros, start]))
+    slot_positions = update_slice(kept, new, torch.cat([zeros, start]))
     slots = looked_at(layer, longest)
-    first_held = held[..., :slots]
-    age = positions.view(1, 1, tokens, 1) - (first_held - 1)  # (1, 1, T, L)
-    seen = (first_held > 0) & (age >= 0) & (age < layer.window)
-    return View(start, slots, torch.where(seen, 0.0, HIDDEN)), held
+    first_positions = slot_positions[..., :slots]
+    age = positions.view(1, 1, tokens, 1) - (first_positions - 1)  # (1, 1, T, L)
+    seen = (first_positions > 0) & (age >= 0) & (age < layer.window)
+    return View(start, slots, torch.where(seen, 0.0, HIDDEN)), slot_positions
 
 
 class SlotCache:
@@ -115,7 +117,7 @@ class SlotCache:
             config, geometry: the model's, and its caches'.
             past: by name: keys and values (1, K, S, D) of every layer, and what each kind of layer's slots hold.
             input_pos: (T,) int32.
-            longest: no text is longer; None: it may be.
+            longest: length of the longest text; None: there is no limit.
         """
         self.config, self.geometry, self.past = config, geometry, past
         self.after: dict[str, Tensor] = {}
@@ -155,11 +157,11 @@ def kinds(geometry: CacheGeometry) -> list[LayerCache]:
 
 def states(geometry: CacheGeometry) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Inputs that come back as outputs: name -> shape and type."""
-    found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for index, layer in enumerate(geometry.layers):
         shape = (1, geometry.kv_heads, layer.slots, geometry.head_dim)
-        found |= {f"{KEY}{index}": (shape, torch.float32), f"{VALUE}{index}": (shape, torch.float32)}
-    return found | {
+        shapes |= {f"{KEY}{index}": (shape, torch.float32), f"{VALUE}{index}": (shape, torch.float32)}
+    return shapes | {
         f"{HELD}{index}": ((1, 1, 1, layer.slots), torch.int32) for index, layer in enumerate(kinds(geometry))
     }
 

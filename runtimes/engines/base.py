@@ -1,7 +1,7 @@
-"""What every backend looks like to the code above it: tokens in, logits out, a cache that never grows.
+"""What every engine looks like to the code above it: tokens in, logits out, a cache that never grows.
 
-A backend implements `_forward` and `_clear`; chunking, positions, rewinding and statistics are here. Sampling, text and chat
-are generate.py's, tokenizer.py's and session.py's; files of states are state.py's.
+An engine implements `_forward` and `_clear`. Chunking, positions, rewinding and statistics are here; sampling, text and chat are
+in generation/ and gemma_edge.text, files of states in state.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ from gemma_edge.logits import Logits, scored_at_once
 from gemma_edge.runtimes.engines.state import State
 
 Buffers = dict[str, NDArray[Any]]  # name -> (..., slots, head_dim), views of the cache itself
-LEAST_KEPT = 1 << 13  # token ids remembered at least, whatever the cache
+MIN_REMEMBERED = 1 << 13  # token ids that are remembered whatever the cache
 
 
 @dataclass
@@ -36,11 +36,11 @@ class Stats:
     load_s: float = 0.0
     prefill_tokens: int = 0
     prefill_s: float = 0.0
-    decode_tokens: int = 0  # fed one by one or by `decode_many`, drafts that were taken back included
+    decode_tokens: int = 0  # fed one by one or by `decode_many`, including drafts that were taken back
     decode_s: float = 0.0
     drafted_tokens: int = 0  # guesses of prompt lookup
-    accepted_tokens: int = 0  # those that were right
-    refed_tokens: int = 0  # again, because a rewind went back further than the cache does
+    accepted_tokens: int = 0  # guesses that were right
+    refed_tokens: int = 0  # fed a second time, after a rewind beyond what the cache holds
 
     @property
     def prefill_tokens_per_s(self) -> float:
@@ -54,65 +54,13 @@ class Stats:
         return kept / self.decode_s if self.decode_s else 0.0
 
 
-class Runtime(Protocol):
-    """A loaded bundle with one KV cache."""
+class Runtime(ABC):
+    """A loaded bundle with one KV cache.
 
-    bundle: Path
-    manifest: Manifest
-    cache: CacheGeometry
-    stats: Stats
-
-    @property
-    def position(self) -> int:
-        """Tokens fed since the last reset, also those that have slid out of the window."""
-
-    @property
-    def ids(self) -> list[int]:
-        """The last of these tokens: all that the cache can depend on, and `context` more."""
-
-    def prefill(self, ids: Sequence[int]) -> Logits:
-        """Append `ids` (at least one) at the current position; return the logits (V,) after the last of them."""
-
-    def decode(self, token: int) -> Logits:
-        """Append one token; return the logits (V,) after it."""
-
-    def decode_many(self, tokens: Sequence[int]) -> Logits:
-        """Append tokens; return the logits (T, V) after each of them."""
-
-    def prepare_decode_many(self) -> None:
-        """Have `decode` and `decode_many` alternate without a graph or program being loaded in between, from now on."""
-
-    def rewind(self, count: int) -> None:
-        """Take back the last `count` tokens: what follows is as if they had never been fed."""
-
-    def spare(self, most: int) -> int:
-        """How many tokens, at most `most`, can be fed after the next one and be taken back for free."""
-
-    def align(self, ids: Sequence[int]) -> int:
-        """Rewind to the longest beginning of `ids` that was fed, its last token excepted; return its length."""
-
-    def snapshot(self) -> State:
-        """A copy of the state: tokens and cache."""
-
-    def restore(self, state: State) -> None:
-        """Go on from a state of this bundle and backend."""
-
-    def score(self, ids: Sequence[int]) -> Logits:
-        """Logits (T, V) at each position of `ids`, from a reset state."""
-
-    def score_chunks(self, ids: Sequence[int]) -> Iterator[Logits]:
-        """The rows of `score`, some at a time: (<= scored_at_once, V) each."""
-
-    def reset(self) -> None:
-        """Forget everything; the next token is at position 0."""
-
-
-class BaseRuntime(ABC):
-    """The part of `Runtime` that no backend needs to write again.
-
-    A backend must have `_forward` and `_clear`. It may leave the rest, each of which is right as it stands here:
-    `_holds` for a ring as in model/kv_cache.py, and must be overridden for any other cache; `_buffers`, without which a state is
-    restored by feeding its tokens again; `prepare_decode_many`, where nothing is loaded in between anyway.
+    A backend's engine must have `_forward` and `_clear`. Three more methods are right for most engines, and can be overridden:
+    `_holds`, by an engine whose cache is no ring as in model/kv_cache.py; `_buffers`, by an engine whose cache can be reached,
+    without which a state is restored by feeding its tokens again; `prepare_decode_many`, by an engine that loads something in
+    between.
     """
 
     def __init__(self, bundle: Path, manifest: Manifest, cache: CacheGeometry) -> None:
@@ -123,9 +71,9 @@ class BaseRuntime(ABC):
         self.stats = Stats()
         self._position = 0
         self._written = 0  # the highest position ever reached with what is in the cache
-        self._kept = array("i")  # the last ids up to the position
-        self._most_kept = max(LEAST_KEPT, self.reach + cache.context)
-        self._at_once = cache.prefill_chunk  # most tokens that `prefill` hands to `_forward`
+        self._kept = array("i")  # the remembered ids, up to the position
+        self._max_remembered = max(MIN_REMEMBERED, self.reach + cache.context)
+        self._at_once = cache.prefill_chunk  # largest number of tokens that `prefill` hands to `_forward`
 
     @abstractmethod
     def _forward(self, ids: NDArray[np.int64], *, every_position: bool) -> Logits:
@@ -136,25 +84,29 @@ class BaseRuntime(ABC):
         """Let the cache be written from any position on. What is left in it must be finite, and unseen at position 0."""
 
     def _holds(self, position: int, written: int) -> bool:
-        """Whether a cache that was written up to `written` still has every key that a text needs which goes on at `position`.
+        """Whether the cache still has every key that a text needs to go on at `position`.
 
-        This is a ring's answer: position p in slot p mod slots, a slot's position computed from the last one written.
+        This is the answer for a ring, which has position p in slot p mod slots.
+
+        Args:
+            position: of the next token.
+            written: the highest position written so far.
         """
         return all(max(0, position - layer.window + 1) >= written - layer.slots for layer in self.cache.layers)
 
     def _buffers(self) -> Buffers:
-        """The cache itself, not a copy: arrays (..., slots, head_dim), of which at most the first `_written` rows are in use.
+        """The cache itself, not a copy: arrays (..., slots, head_dim). At most their first `_written` rows are in use.
 
-        {}: it cannot be reached.
+        {} if it cannot be reached.
         """
         return {}
 
-    def prepare_decode_many(self) -> None:  # noqa: B027 (most backends need not do anything)
-        """See `Runtime`."""
+    def prepare_decode_many(self) -> None:  # noqa: B027 (most engines need not do anything)
+        """Have `decode` and `decode_many` alternate from now on without a graph or program being loaded in between."""
 
     @property
     def scored_at_once(self) -> int:
-        """Most tokens that `_forward` is given with logits at every position."""
+        """The largest number of tokens that `_forward` is given with logits at every position."""
         return scored_at_once(self.cache.prefill_chunk, self.vocab_size)
 
     @property
@@ -164,16 +116,20 @@ class BaseRuntime(ABC):
 
     @property
     def position(self) -> int:
-        """Tokens fed since the last reset."""
+        """Tokens fed since the last reset, including those that have slid out of the window."""
         return self._position
 
     @property
     def ids(self) -> list[int]:
-        """The last tokens fed; all of them, up to a few thousand."""
+        """The last tokens fed: as many as the cache can depend on and `context` more, and always the last few thousand."""
         return self._kept.tolist()
 
     def prefill(self, ids: Sequence[int]) -> Logits:
-        """Append `ids` chunk by chunk; return the logits (V,) after the last of them."""
+        """Append `ids` (at least one) at the current position, chunk by chunk; return the logits (V,) after the last of them.
+
+        Raises:
+            InputError: no token, or an id that is not in the vocabulary.
+        """
         start = time.perf_counter()
         logits = np.empty((0, 0), np.float32)
         for chunk in self._chunks(ids, self._at_once):
@@ -219,20 +175,28 @@ class BaseRuntime(ABC):
         del self._kept[:]
 
     def rewind(self, count: int) -> None:
-        """Take back the last `count` tokens.
+        """Take back the last `count` tokens: what follows is as if they had never been fed.
 
-        Free as long as the cache holds every key that is needed from there on; else what remains is fed again.
+        It is free as long as the cache holds every key that is needed from there on. If not, the remaining tokens are fed again.
 
         Raises:
-            InputError: fewer than none, more than were fed, or more than are remembered.
+            InputError: `count` is negative, or more than were fed, or more than are remembered.
         """
         target = self._position - count
         if count < 0 or target < 0:
-            raise InputError(f"cannot rewind {count} tokens: {self._position} were fed; give 0 to {self._position}")
+            raise InputError(
+                f"cannot rewind {count} tokens: {self._position} were fed; give 0 to {self._position}",
+                field="count",
+                value=count,
+            )
         first = self._position - len(self._kept)
         if count and not self._holds(target, self._written) and 0 < first > target - self.reach:
-            most = self._position - self.reach - first
-            raise InputError(f"cannot rewind {count} tokens: the last {most} are remembered; reset, and feed the text")
+            remembered = self._position - self.reach - first
+            raise InputError(
+                f"cannot rewind {count} tokens: the last {remembered} are remembered; reset, and feed the text",
+                field="count",
+                value=count,
+            )
         del self._kept[len(self._kept) - count :]
         self._position = target
         if not count or self._holds(target, self._written):
@@ -240,11 +204,11 @@ class BaseRuntime(ABC):
         ids, self._kept = self._kept, array("i")
         self._feed_again(ids, target - len(ids))
 
-    def spare(self, most: int) -> int:
-        """See `Runtime`."""
+    def spare(self, max_tokens: int) -> int:
+        """How many tokens, at most `max_tokens`, can be fed after the next one and be taken back for free."""
         start = self._position + 1
         count = 0
-        while count < most and self._holds(start, max(self._written, start + count + 1)):
+        while count < max_tokens and self._holds(start, max(self._written, start + count + 1)):
             count += 1
         return count
 
@@ -252,8 +216,8 @@ class BaseRuntime(ABC):
         """Rewind to the longest beginning of `ids` that was fed, its last token excepted; return its length."""
         first = self._position - len(self._kept)
         same = first
-        for ours, wanted in zip(self._kept, ids[first:-1], strict=False):
-            if ours != wanted:
+        for ours, theirs in zip(self._kept, ids[first:-1], strict=False):
+            if ours != theirs:
                 break
             same += 1
         # without the ids before `first` only those count that the cache depends on
@@ -266,15 +230,15 @@ class BaseRuntime(ABC):
         return same
 
     def snapshot(self) -> State:
-        """A copy of the state; as large as what the cache holds."""
+        """A copy of the state, tokens and cache; as large as what the cache holds."""
         rows = {name: buffer[..., : self._written, :].copy() for name, buffer in self._buffers().items()}
         return State(self._identity(), self._position, self._written, np.array(self._kept, np.int32), rows)
 
     def restore(self, state: State) -> None:
-        """Go on from a state.
+        """Go on from a state of this bundle and backend.
 
         Raises:
-            InputError: it is another bundle's or backend's, or damaged; this runtime is then as it was.
+            InputError: the state belongs to another bundle or backend, or is damaged; this runtime is then as it was.
         """
         buffers = self._buffers()
         state.check(self._identity(), {name: buffer[..., : state.written, :] for name, buffer in buffers.items()})
@@ -289,13 +253,13 @@ class BaseRuntime(ABC):
         self._position, self._written = state.position, state.written
 
     def _identity(self) -> str:
-        """What a state depends on, as a hash: this backend, and every byte of the bundle."""
+        """Hash of everything that a state depends on: this backend, and every byte of the bundle."""
         files = {name: entry.sha256 for name, entry in self.manifest.files.items()}
-        said = json.dumps([type(self).__name__, self.manifest.config, asdict(self.cache), files], sort_keys=True)
-        return hashlib.sha256(said.encode()).hexdigest()
+        text = json.dumps([type(self).__name__, self.manifest.config, asdict(self.cache), files], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def _feed_again(self, ids: Sequence[int], start: int) -> None:
-        """Write the cache anew with ids that begin at position `start`."""
+        """Write the cache anew with `ids`, which begin at position `start`."""
         self._clear()
         self._position = self._written = start
         self.stats.refed_tokens += len(ids)
@@ -309,13 +273,13 @@ class BaseRuntime(ABC):
             logits = self._forward(chunk, every_position=every_position)
             done = True
         finally:
-            if not done:  # interrupted: nobody knows what the cache holds
+            if not done:  # interrupted, so the contents of the cache are unknown
                 self.reset()
         self._position += len(chunk)
         self._written = max(self._written, self._position)
         self._kept.extend(chunk.tolist())
-        if len(self._kept) > 2 * self._most_kept:
-            del self._kept[: -self._most_kept]
+        if len(self._kept) > 2 * self._max_remembered:
+            del self._kept[: -self._max_remembered]
         return logits
 
     def _chunks(self, ids: Sequence[int], size: int) -> list[NDArray[np.int64]]:

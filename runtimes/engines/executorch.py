@@ -1,7 +1,7 @@
 """ExecuTorch on the CPU: the KV cache is a buffer of the program, written in place.
 
-The program is export/executorch's; docs/executorch.md holds its contract. Its ring has no end, and what was not written since a
-reset is masked, so a reset leaves the cache as it is. ExecuTorch's Python package comes with torch; a phone has neither.
+The program is made by export/executorch; docs/executorch.md is its contract. Its ring has no end, and whatever was not written
+since a reset is masked, so a reset leaves the cache as it is. ExecuTorch's Python package comes with torch; a phone has neither.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gemma_edge.bundle.manifest import Manifest, confined
 from gemma_edge.errors import InputError, one_line
 from gemma_edge.logits import Logits
 from gemma_edge.memory import MappedTable
-from gemma_edge.runtimes.engines.base import BaseRuntime, Buffers
+from gemma_edge.runtimes.engines.base import Buffers, Runtime
 from gemma_edge.runtimes.engines.load import refuse_older, thread_count
 
 log = logging.getLogger(__name__)
@@ -31,12 +31,12 @@ OLDEST_EXECUTORCH = (1, 5)
 OPERATORS = ("kernels/quantized/*quantized_ops_aot_lib.*", "extension/llm/custom_ops/*custom_ops_aot_lib.*")
 
 
-class ExecuTorchRuntime(BaseRuntime):
+class ExecuTorchRuntime(Runtime):
     """A bundle's ExecuTorch backend.
 
-    The program has one method that generates and one that gives logits at every position. Each packs the weights for itself and
-    has caches of its own, so only one is loaded at a time: the first `score` closes the other, and the next `prefill` or `decode`
-    the other way round. The caches are carried over, so that nothing is forgotten.
+    The program has one method that generates, and one that gives logits at every position. Each packs the weights for itself and
+    has caches of its own, so only one is loaded at a time: `score` closes the first one, and the next `prefill` or `decode` the
+    second one. The caches are carried over, so that nothing is forgotten.
     """
 
     def __init__(self, bundle: Path, manifest: Manifest, *, threads: int | None) -> None:
@@ -44,7 +44,7 @@ class ExecuTorchRuntime(BaseRuntime):
 
         Args:
             bundle, manifest: the folder and what it says of itself.
-            threads: None takes the target's; more than the machine has are not used. They are one pool per process.
+            threads: None takes the target's; no more than the machine has are used. A process has one pool of them.
 
         Raises:
             InputError: executorch is too old, or the file is not what the manifest says.
@@ -65,7 +65,7 @@ class ExecuTorchRuntime(BaseRuntime):
         self._open("generate")
 
     def _forward(self, ids: NDArray[np.int64], *, every_position: bool) -> Logits:
-        """See BaseRuntime; the logits belong to the caller."""
+        """See Runtime; the logits belong to the caller."""
         self._open("score" if every_position or self._scores_only else "generate")
         logits = self._run(ids, self.position)
         self._table.count(len(ids))
@@ -75,15 +75,15 @@ class ExecuTorchRuntime(BaseRuntime):
         """Nothing to do: at position 0 every slot of the cache that was written before is masked."""
 
     def _buffers(self) -> Buffers:
-        """See BaseRuntime; of the method that is loaded."""
-        found: Buffers = {}
+        """See Runtime; of the method that is loaded."""
+        buffers: Buffers = {}
         for name in (f"{kind}_{index}" for index in range(len(self.cache.layers)) for kind in ("key", "value")):
             buffer = self._method.get_attribute(name)  # (K, S, 1, D), the program's own memory
-            found[name] = buffer.view(self.cache.kv_heads, -1, self.cache.head_dim).numpy()  # (K, S, D)
-        return found
+            buffers[name] = buffer.view(self.cache.kv_heads, -1, self.cache.head_dim).numpy()  # (K, S, D)
+        return buffers
 
     def prepare_decode_many(self) -> None:
-        """From now on the method with logits at every position does everything: a prompt costs the head at each of its tokens."""
+        """Use the method with logits at every position for everything from now on. A prompt pays for the head at each token."""
         self._scores_only = True
         self._open("score")
         self._at_once = self.scored_at_once
@@ -118,15 +118,15 @@ class ExecuTorchRuntime(BaseRuntime):
             (logits,) = self._method.call((tokens, torch.tensor([position])))  # (1, T or 1, V)
         except RuntimeError as error:
             raise InputError(f"{self._path} does not run: {one_line(error)}; export the bundle again") from None
-        found: Logits = logits[0].numpy()
-        return found
+        rows: Logits = logits[0].numpy()
+        return rows
 
     def _check_contract(self, meta: Any, role: str) -> None:
         """Sizes of inputs and output against the manifest."""
-        found = [tuple(meta.input_tensor_meta(index).sizes()) for index in range(meta.num_inputs())]
-        wanted = [(1, self.scored_at_once if role == "score" else self.cache.prefill_chunk), (1,)]
-        if found != wanted:
-            raise InputError(f"{self._path} takes {found}, the manifest says {wanted}; export the bundle again")
+        shapes = [tuple(meta.input_tensor_meta(index).sizes()) for index in range(meta.num_inputs())]
+        expected = [(1, self.scored_at_once if role == "score" else self.cache.prefill_chunk), (1,)]
+        if shapes != expected:
+            raise InputError(f"{self._path} takes {shapes}, the manifest says {expected}; export the bundle again")
         if not meta.num_attributes():
             raise InputError(f"{self._path} does not name its caches; export the bundle again")
         (*_, size) = meta.output_tensor_meta(0).sizes()
@@ -147,13 +147,13 @@ def load_library() -> Any:
     library = importlib.import_module("executorch.extension.pybindings._C")
     (root,) = importlib.import_module("executorch").__path__
     for pattern in OPERATORS:
-        (found,) = Path(root).glob(pattern)
-        load(found)
+        (path,) = Path(root).glob(pattern)
+        load(path)
     return library
 
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Nothing on stderr: the library tells of processors and thread pools there, through Python's. Exceptions come through."""
+    """Keep the library's lines about processors and thread pools off stderr. Exceptions come through."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
         yield

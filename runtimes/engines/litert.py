@@ -1,6 +1,6 @@
 """LiteRT on the CPU: `.tflite` signatures over one set of KV caches, each one buffer that is input and output at once.
 
-What is fed to which signature is signatures.py's.
+signatures.py chooses what is fed to which signature.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ class TFLiteRuntime(SignatureRuntime):
             InputError: LiteRT is too old, or the file is not what the manifest says.
         """
         super().__init__(bundle, manifest, "tflite", threads, package="ai-edge-litert", oldest=OLDEST_LITERT)
-        self._caches: dict[str, TensorBuffer] = {}  # an input and an output of every signature
+        self._caches: dict[str, TensorBuffer] = {}  # each is an input and an output of every signature
         self._io: dict[str, tuple[Named, Named]] = {}
         with self._loading():
             self._model = self._load()
             for signature in self._signatures:
                 self._check_contract(signature)
-            # those of scoring, whose logits are large, when it is used
+            # buffers for scoring, whose logits are large, are made when it is used
             for signature in self._roles("prefill", "decode"):
                 self._buffers_of(signature)
-        self._table = MappedTable(self._path)  # its graph was read, and its weights if they were packed just now
+        self._table = MappedTable(self._path)  # loading has read its graph, and its weights if it packed them
 
     def _load(self) -> CompiledModel:
         with kept_weights(self._path, f"ai-edge-litert {metadata.version('ai-edge-litert')}") as path:

@@ -1,6 +1,6 @@
 """ONNX Runtime on the CPU: the KV cache is written in place, one binding serves every step.
 
-The graphs are export/onnx's; their contract is in docs/bundle-format.md. The window slides inside GroupQueryAttention,
+The graphs are made by export/onnx; docs/bundle-format.md is their contract. The window slides inside GroupQueryAttention,
 which reads only rows it has written, so positions never end and a reset leaves the buffers as they are.
 How it slides decides what can be taken back: see `_holds`.
 """
@@ -23,7 +23,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # type: i
 from gemma_edge.bundle.manifest import Manifest, confined
 from gemma_edge.errors import InputError
 from gemma_edge.logits import Logits
-from gemma_edge.runtimes.engines.base import BaseRuntime, Buffers
+from gemma_edge.runtimes.engines.base import Buffers, Runtime
 from gemma_edge.runtimes.engines.load import refuse_older, thread_count
 
 log = logging.getLogger(__name__)
@@ -53,12 +53,12 @@ class _Loaded:
     binding: ort.IOBinding
 
 
-class OnnxRuntime(BaseRuntime):
+class OnnxRuntime(Runtime):
     """A bundle's ONNX backend.
 
     `generate` and `score` are two graphs over the same weights and the same cache. onnxruntime packs the weights of each
-    into memory of its own, so only one is open at a time: the first `score` closes `generate`, and the next `prefill` or
-    `decode` the other way round. Switching costs a load; the cache survives it.
+    into memory of its own, so only one is open at a time: `score` closes `generate`, and the next `prefill` or `decode` closes
+    `score`. Switching costs a load; the cache survives it.
     """
 
     def __init__(self, bundle: Path, manifest: Manifest, *, threads: int | None) -> None:
@@ -66,7 +66,7 @@ class OnnxRuntime(BaseRuntime):
 
         Args:
             bundle, manifest: the folder and what it says of itself.
-            threads: None takes the target's; more than the machine has are not used.
+            threads: None takes the target's; no more than the machine has are used.
 
         Raises:
             InputError: onnxruntime is too old, or the files are not what the manifest says.
@@ -94,7 +94,7 @@ class OnnxRuntime(BaseRuntime):
         self._open("generate")
 
     def _forward(self, ids: NDArray[np.int64], *, every_position: bool) -> Logits:
-        """See BaseRuntime; the logits belong to the caller."""
+        """See Runtime; the logits belong to the caller."""
         if self._scores_only and not every_position and len(ids) > 1:
             return self._forward(ids, every_position=True)[-1:].copy()
         every_position = every_position or self._scores_only
@@ -122,7 +122,7 @@ class OnnxRuntime(BaseRuntime):
         """Nothing to do: at position 0 no row of the cache is read before it is written."""
 
     def _holds(self, position: int, written: int) -> bool:
-        """See BaseRuntime. The window is contiguous and moved down in steps, depending only on the highest position written.
+        """See Runtime. The window is contiguous and moved down in steps, depending only on the highest position written.
 
         A layer of C slots and window W drops G = C - W + 1 rows at a time: ceil(max(T - C, 0) / G) times after T tokens. With as
         many drops at both positions every row is where it was; else rows are lost, and others would be read in their place.
@@ -135,11 +135,11 @@ class OnnxRuntime(BaseRuntime):
         return True
 
     def _buffers(self) -> Buffers:
-        """See BaseRuntime."""
+        """See Runtime."""
         return dict(self._rows)
 
     def prepare_decode_many(self) -> None:
-        """From now on the graph with logits at every position does everything: a prompt costs the head at each of its tokens."""
+        """Use the graph with logits at every position for everything from now on. A prompt pays for the head at each token."""
         self._scores_only = True
         self._open("score")
 
@@ -179,15 +179,15 @@ class OnnxRuntime(BaseRuntime):
                 shapes[f"{side}.{name}"] = value.shape()
                 types[f"{side}.{name}"] = value.data_type()
         shapes["logits"] = [1, None, self._logits.shape[-1]]
-        found = {node.name: node for node in (*session.get_inputs(), *session.get_outputs())}
-        if found.keys() != shapes.keys():
-            odd = sorted(found.keys() ^ shapes.keys())
+        nodes = {node.name: node for node in (*session.get_inputs(), *session.get_outputs())}
+        if nodes.keys() != shapes.keys():
+            odd = sorted(nodes.keys() ^ shapes.keys())
             raise InputError(f"{path} is no graph of this bundle: {odd[0]} is only in one of them; export it again")
         for name, shape in shapes.items():
-            node = found[name]
+            node = nodes[name]
             same = len(node.shape) == len(shape) and all(
-                wanted is None or not isinstance(size, int) or size == wanted
-                for size, wanted in zip(node.shape, shape, strict=True)
+                expected is None or not isinstance(size, int) or size == expected
+                for size, expected in zip(node.shape, shape, strict=True)
             )
             if not same or node.type != types[name]:
                 raise InputError(
@@ -207,7 +207,7 @@ def _lazy_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
 
 
 def _options(threads: int) -> ort.SessionOptions:
-    # before the session: it is what sends events, on Windows
+    # before the session, which sends events on Windows
     ort.disable_telemetry_events()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads

@@ -1,7 +1,7 @@
-"""What the two runtimes of `.tflite` models share: text through signatures of fixed sizes. Calling one is the subclass's.
+"""What the two engines of `.tflite` models share: they feed a text to signatures of fixed sizes. Subclasses call a signature.
 
-The model is export/tflite's; docs/tflite.md holds its contract. Each slot of a cache knows its position, so a reset needs to
-clear nothing: tokens from position 0 on make the model forget the rest.
+The model is made by export/tflite; docs/tflite.md is its contract. Each slot of a cache knows its position, so a reset clears
+nothing: tokens from position 0 on make the model forget the rest.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from gemma_edge.bundle.manifest import Manifest, confined
 from gemma_edge.bundle.signature import Signature
 from gemma_edge.errors import InputError, one_line
 from gemma_edge.logits import Logits
-from gemma_edge.runtimes.engines.base import BaseRuntime
+from gemma_edge.runtimes.engines.base import Runtime
 from gemma_edge.runtimes.engines.load import refuse_older, thread_count
 
 log = logging.getLogger(__name__)
 
-PADDING = -1  # position of a token that is not there
+PADDING = -1  # position of a token that fills up a call
 
 
-class SignatureRuntime(BaseRuntime):
+class SignatureRuntime(Runtime):
     """A backend whose model is fed chunks of a few sizes, padded at their end."""
 
     def __init__(
@@ -44,12 +44,12 @@ class SignatureRuntime(BaseRuntime):
         package: str,
         oldest: tuple[int, int],
     ) -> None:
-        """What both need before they load the model.
+        """Check and keep what both engines need before they load the model.
 
         Args:
             bundle, manifest: the folder and what it says of itself.
             backend: its name in the manifest.
-            threads: None takes the target's; more than the machine has are not used.
+            threads: None takes the target's; no more than the machine has are used.
             package, oldest: what runs it, and the first version that can.
 
         Raises:
@@ -62,7 +62,7 @@ class SignatureRuntime(BaseRuntime):
         self._at_once = 1 << 30  # `_forward` splits by itself
         self._path = confined(bundle, entry.settings["program"])
         log.info("loading %s with %d threads", self._path, self.threads)
-        self._signatures = [Signature(name, *found) for name, found in entry.settings["signatures"].items()]
+        self._signatures = [Signature(name, *values) for name, values in entry.settings["signatures"].items()]
 
     @abstractmethod
     def _call(self, signature: Signature, tokens: NDArray[np.int32], input_pos: NDArray[np.int32]) -> Logits | None:
@@ -72,7 +72,7 @@ class SignatureRuntime(BaseRuntime):
         return [signature for signature in self._signatures if signature.role in roles]
 
     def _forward(self, ids: NDArray[np.int64], *, every_position: bool) -> Logits:
-        """See BaseRuntime; any number of tokens."""
+        """See Runtime; any number of tokens."""
         if every_position:
             rows = self._feed(ids, self.position, self._roles("score", "decode"))
             return np.concatenate([logits for logits in rows if logits is not None])
@@ -83,7 +83,7 @@ class SignatureRuntime(BaseRuntime):
         return logits
 
     def _feed(self, ids: NDArray[np.int64], position: int, signatures: Sequence[Signature]) -> Iterator[Logits | None]:
-        """Run tokens through the signatures that take least time; the logits of each call, (t, V), where it has any."""
+        """Run tokens through the signatures that take the shortest time; yield the logits (t, V) of each call, or None."""
         while len(ids):
             right = (each for each in signatures if each.is_right(position, len(ids)))
             best = max(right, key=lambda each: each.worth(len(ids)))
@@ -100,14 +100,14 @@ class SignatureRuntime(BaseRuntime):
         except RuntimeError as error:
             raise InputError(f"{self._path} does not run: {one_line(error)}; export the bundle again") from None
 
-    def _check(self, signature: Signature, shapes: Mapping[str, Any], wanted: Mapping[str, Sequence[int]]) -> None:
-        """Shapes of a signature's inputs and outputs against the manifest's."""
+    def _check(self, signature: Signature, shapes: Mapping[str, Any], caches: Mapping[str, Sequence[int]]) -> None:
+        """Compare the shapes of a signature's inputs and outputs with the manifest's. `caches`: expected shapes of the caches."""
         logits = {} if signature.role == "prefill" else {"logits": [1, signature.tokens, self.vocab_size]}
         for key, shape in {
             "tokens": [1, signature.tokens],
             "input_pos": [signature.tokens],
             **logits,
-            **wanted,
+            **caches,
         }.items():
             here = [int(size) for size in shapes[key]] if key in shapes else None
             if here != list(shape):
@@ -118,7 +118,7 @@ class SignatureRuntime(BaseRuntime):
 
     @contextlib.contextmanager
     def _loading(self) -> Iterator[None]:
-        """Silence the library, and say of what is no model what it is."""
+        """Silence the library, and turn its errors into an InputError."""
         try:
             with silent():
                 yield
@@ -130,20 +130,20 @@ class SignatureRuntime(BaseRuntime):
             ) from None
 
     def _holds(self, position: int, written: int) -> bool:
-        """See BaseRuntime.
+        """See Runtime.
 
-        A chunk less one of the slots lies behind the ring, and as much padding was written by the last call, over keys that only
-        a rewind would need.
+        A chunk less one token of slots lies behind the ring. The last call wrote as much padding over keys that only a rewind
+        needs.
         """
         return position == written or super()._holds(position, written + 2 * (self.cache.prefill_chunk - 1))
 
     def _clear(self) -> None:
-        """Nothing: position 0 makes the model forget."""
+        """Nothing to do: at position 0 the model forgets."""
 
 
 @contextlib.contextmanager
 def silent() -> Iterator[None]:
-    """Nothing on stderr: TFLite tells of its delegates there, past Python, and has no other switch. Exceptions come through."""
+    """Keep TFLite's lines about delegates off stderr, to which it writes past Python. Exceptions come through."""
     sys.stderr.flush()
     kept = os.dup(2)
     try:

@@ -1,4 +1,4 @@
-"""What a runtime knows of a text, as a value and as a file: token ids and the KV cache's rows in use. One safetensors file."""
+"""A runtime's state, as a value and as one safetensors file: the token ids, and the rows of the KV cache that are in use."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IDS = "ids"
 
 @dataclass(frozen=True)
 class State:
-    """Of one runtime, at one moment."""
+    """The state of one runtime at one moment."""
 
     identity: str  # hash of the bundle and the backend that it belongs to
     position: int  # tokens fed
@@ -29,26 +29,26 @@ class State:
     rows: Mapping[str, NDArray[Any]]  # cache buffer -> (..., rows in use, head_dim)
 
     def check(self, identity: str, buffers: Mapping[str, NDArray[Any]]) -> None:
-        """Compare with the runtime that is to take it.
+        """Compare with the runtime that is to go on from it.
 
         Args:
-            identity: the runtime's.
+            identity: the runtime's identity.
             buffers: the rows that this state would fill.
 
         Raises:
-            InputError: another bundle or backend, or numbers that cannot be.
+            InputError: it belongs to another bundle or backend, or it is damaged.
         """
         if self.identity != identity:
             raise InputError(
                 f"the state belongs to another bundle or backend ({self.identity[:16]}...; this one is"
                 f" {identity[:16]}...); feed its text again"
             )
-        found = {name: (rows.shape, rows.dtype) for name, rows in self.rows.items()}
-        wanted = {name: (rows.shape, rows.dtype) for name, rows in buffers.items()}
-        odd = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+        actual = {name: (rows.shape, rows.dtype) for name, rows in self.rows.items()}
+        expected = {name: (rows.shape, rows.dtype) for name, rows in buffers.items()}
+        odd = sorted(name for name in actual.keys() | expected.keys() if actual.get(name) != expected.get(name))
         if odd:
             raise InputError(
-                f"the state is damaged: {odd[0]} is {found.get(odd[0])}, this bundle has {wanted.get(odd[0])};"
+                f"the state is damaged: {odd[0]} is {actual.get(odd[0])}, this bundle has {expected.get(odd[0])};"
                 " make it again"
             )
         if not len(self.ids) <= self.position <= self.written or (self.position and not len(self.ids)):
@@ -61,9 +61,9 @@ def write_state(path: Path, state: State, notes: Mapping[str, Any]) -> None:
     """Write a state; the file appears whole or not at all.
 
     Args:
-        path: is replaced.
+        path: the file; an existing one is replaced.
         state: what to write.
-        notes: more to keep with it, as JSON takes it.
+        notes: more to keep with it, of types that JSON has.
 
     Raises:
         InputError: there is no such folder, or it cannot be written.
@@ -93,12 +93,12 @@ def read_state(path: Path) -> tuple[State, dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise InputError(f"{path} is no file; make one with --save-prefix")
+        raise InputError(f"{path} is no file; save a prefix there first")
     try:
         with safe_open(path, framework="np") as file:
             header = file.metadata() or {}
             if header.get("format") != FORMAT:
-                raise InputError(f"{path} is no saved state, or of another version; make it again with --save-prefix")
+                raise InputError(f"{path} is no saved state, or of another version; save the prefix again")
             numbers, notes = json.loads(header["state"]), json.loads(header["notes"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         ids = tensors.pop(IDS)
@@ -109,5 +109,5 @@ def read_state(path: Path) -> tuple[State, dict[str, Any]]:
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path} is damaged ({error}); make it again with --save-prefix") from None
+        raise InputError(f"{path} is damaged ({error}); save the prefix again") from None
     return state, dict(notes)

@@ -1,6 +1,6 @@
 """tflite-runtime on the CPU: the interpreter of 2023.
 
-The caches are variables inside the model (export/tflite/tflite_runtime.py). What is fed to which signature is signatures.py's.
+The caches are variables inside the model (export/tflite/backend.py). signatures.py chooses what is fed to which signature.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ class InterpreterRuntime(SignatureRuntime):
                 f"tflite-runtime needs a NumPy below 2, here is {np.__version__}; pip install 'gemma-edge[tflite-runtime]'"
             )
         with self._loading():
-            # XNNPACK has nothing for the matrices, and would have all caches read at once, at the start
+            # XNNPACK has no kernels for these matrices, and would read all caches at once at the start
             self._model = Interpreter(
                 str(self._path),
                 num_threads=self.threads,
                 experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
             )
-            found = self._model.get_signature_list()
+            names = self._model.get_signature_list()
             for name in [*(signature.name for signature in self._signatures), RESET]:
-                if name not in found:
+                if name not in names:
                     raise RuntimeError(f"it has no signature {name}")
             self._runners = {each.name: self._model.get_signature_runner(each.name) for each in self._signatures}
             for signature in self._signatures:
@@ -54,6 +54,6 @@ class InterpreterRuntime(SignatureRuntime):
 
     def _call(self, signature: Signature, tokens: NDArray[np.int32], input_pos: NDArray[np.int32]) -> Logits | None:
         """See SignatureRuntime."""
-        found = self._runners[signature.name](tokens=tokens, input_pos=input_pos)
-        logits: Logits | None = found["logits"][0] if "logits" in found else None
+        outputs = self._runners[signature.name](tokens=tokens, input_pos=input_pos)
+        logits: Logits | None = outputs["logits"][0] if "logits" in outputs else None
         return logits

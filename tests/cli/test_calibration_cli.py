@@ -139,7 +139,10 @@ def test_a_full_disk_of_the_cache_is_told_before_the_work(
     refused(run(DEMO, "-o", tmp_path / "out", *QUICK), *words)
     full[:] = [tmp_path]
     refused(
-        run(DEMO, "-o", tmp_path / "out", *QUICK), "no space for the export", str(tmp_path), "pass -o on another disk"
+        run(DEMO, "-o", tmp_path / "out", *QUICK),
+        "no space for the export",
+        str(tmp_path),
+        "pass --out on another disk",
     )
     assert list(tmp_path.iterdir()) == [] and layers(kept) == {}
 

@@ -96,7 +96,7 @@ def test_integers_and_scales_of_onnx_and_tflite_are_the_same(every: Export) -> N
 def test_manifest_and_plan_state_the_bytes_of_keys_and_values_that_a_runtime_allocates(every: Export) -> None:
     """The rows that a chunk needs behind the end of tflite's ring were left out once."""
     allocated = {
-        "onnx": sum(rows.nbytes for rows in gemma_edge.load(every.bundle, backend="onnx")._buffers().values()),  # type: ignore[attr-defined]
+        "onnx": sum(rows.nbytes for rows in gemma_edge.load(every.bundle, backend="onnx")._buffers().values()),
         "tflite": 0,
     }
     for name, buffer in gemma_edge.load(every.bundle, backend="tflite")._caches.items():  # type: ignore[attr-defined]

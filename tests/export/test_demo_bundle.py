@@ -184,7 +184,12 @@ def check_demo(demo: Export, path: Path) -> None:
     check_graph(path, quantized.config, quantized.configs, cache, blobs, windowed=True)
 
 
-def test_gate_refuses_a_bundle_whose_weights_were_swapped(demo: Export, copy: Path) -> None:
+def made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def test_gate_refuses_a_bundle_whose_weights_were_swapped(demo: Export, copy: Path, tmp_path: Path) -> None:
     """What no look at the graph finds: one layer's bytes in another's place."""
     from gemma_edge.export.gate import limits, verify
     from gemma_edge.model.checkpoint import Checkpoint
@@ -202,28 +207,24 @@ def test_gate_refuses_a_bundle_whose_weights_were_swapped(demo: Export, copy: Pa
             file.write(part)
     gate = verify.make_gate(copy / "tokenizer.json", 4096, 2, 512, "quick")
     allowed = {"onnx": limits.LIMITS[4]}
-    result = verify.verify(copy, Checkpoint.open(DEMO), quantized, gate, context=512, limits=allowed)["onnx"]
+    references = verify.save_references(made(tmp_path / "gate"), gate, 512, Checkpoint.open(DEMO), quantized)
+    result = verify.verify(copy, references, allowed)["onnx"]
     assert not result["passed"] and any(failure.startswith("lowering") for failure in result["failures"])
 
 
-def test_gate_finds_the_same_whatever_is_scored_at_once(demo: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gate_finds_the_same_whatever_is_scored_at_once(
+    demo: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """50 positions at once: no multiple of the chunk, of the rows that are compared together, or of the lowering text."""
     from gemma_edge.export.gate import judge, limits, verify
     from gemma_edge.model.checkpoint import Checkpoint
-    from gemma_edge.runtimes.engines import base
 
-    monkeypatch.setattr(base, "SCORED_BYTES", 4 * 4096 * 50)
+    monkeypatch.setattr("gemma_edge.logits.SCORED_BYTES", 4 * 4096 * 50)
     monkeypatch.setattr(verify, "_judge", lambda folder, *rest: judge.judge(folder))
     quantized = QuantizedCheckpoint.open(demo.bundle.parent / "checkpoint")
     gate = verify.make_gate(demo.bundle / "tokenizer.json", 4096, 2, 512, "quick")
-    found = verify.verify(
-        demo.bundle,
-        Checkpoint.open(DEMO),
-        quantized,
-        gate,
-        context=512,
-        limits={"onnx": limits.LIMITS[4]},
-    )["onnx"]
+    references = verify.save_references(made(tmp_path / "gate"), gate, 512, Checkpoint.open(DEMO), quantized)
+    found = verify.verify(demo.bundle, references, {"onnx": limits.LIMITS[4]})["onnx"]
     once = demo.manifest.verification["onnx"]
     assert found["generation_difference"] == pytest.approx(once["generation_difference"], rel=0.01)
     for part in ("quality", "quality_past_context", "lowering"):

@@ -22,7 +22,7 @@ from gemma_edge.export.api import open_model
 from gemma_edge.export.gate import verify as gate
 from gemma_edge.export.gate.limits import LEVELS
 from gemma_edge.export.options import ExportOptions
-from gemma_edge.export.plan import MIB, make_plan
+from gemma_edge.export.plan import MIB, Requested, make_plan
 from gemma_edge.export.targets import GIB, TARGETS, Target
 from gemma_edge.model.checkpoint import Checkpoint
 from gemma_edge.quantize.options import QuantizeOptions
@@ -70,10 +70,10 @@ def test_context_is_halved_until_it_fits_and_what_never_fits_is_refused() -> Non
     assert whole.context == 512  # the model's own limit, not the target's
     tight = Target("watch", ram_bytes=whole.device_ram_bytes - MIB, threads=1, context=512)
     assert make_plan(source, recipe, tight, "onnx").context == 256
-    with pytest.raises(InputError, match=r"as int4-g32 needs .* GiB of RAM at context 512.*--context 320 fits"):
-        make_plan(source, recipe, tight, "onnx", context=512)
+    with pytest.raises(InputError, match=r"as int4-g32 needs .* GiB of RAM at context 512.*context 320 fits"):
+        make_plan(source, recipe, tight, "onnx", Requested(context=512))
     tiny = Target("badge", ram_bytes=MIB, threads=1, context=512)
-    with pytest.raises(InputError, match="fewer --bits, a smaller model, or --ram"):
+    with pytest.raises(InputError, match="fewer bits, a smaller model, or ram_gib"):
         make_plan(source, recipe, tiny, "onnx")
 
 
@@ -82,13 +82,13 @@ def test_context_named_by_a_refusal_fits_and_the_next_larger_does_not() -> None:
     source, recipe = Checkpoint.open(DEMO), make_recipe(4)
     contexts = (64, 128, 192, 256, 320, 384, 448, 512)
     ram = {
-        context: make_plan(source, recipe, TARGETS["desktop"], "onnx", context=context).device_ram_bytes
+        context: make_plan(source, recipe, TARGETS["desktop"], "onnx", Requested(context=context)).device_ram_bytes
         for context in contexts
     }
     for fits, too_large in pairwise(contexts):
         target = Target("watch", ram_bytes=ram[too_large] - 1, threads=1, context=512)
-        with pytest.raises(InputError, match=f"--context {fits} fits"):
-            make_plan(source, recipe, target, "onnx", context=512)
+        with pytest.raises(InputError, match=f": context {fits} fits"):
+            make_plan(source, recipe, target, "onnx", Requested(context=512))
 
 
 def test_cache_of_the_2b_model_is_what_the_design_says() -> None:
@@ -125,7 +125,7 @@ def test_disk_of_the_plan_counts_what_the_chosen_gate_writes(
         quantization=QuantizeOptions(quality="fast"),
     )
     plan = Manifest.load(pipeline.export(options).bundle).backends["onnx"].plan
-    without = make_plan(Checkpoint.open(DEMO), make_recipe(4), TARGETS["android"], "onnx", verify="none")
+    without = make_plan(Checkpoint.open(DEMO), make_recipe(4), TARGETS["android"], "onnx", Requested(verify="none"))
     assert (len(seen) == 2) is (level != "none")
     assert plan["export_disk_bytes"] - without.export_disk_bytes == sum(seen)
     files = [path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()]

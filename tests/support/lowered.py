@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
+from gemma_edge.export.backend import Backend
 from gemma_edge.export.plan import geometry
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint, open_weights
 from gemma_edge.quantize.checkpoint.writer import write_quantized
@@ -18,16 +17,17 @@ from support.checkpoints import write_manifest
 
 
 def lower_bundle(
-    lower: Callable[..., dict[str, Any]], name: str, folder: Path, out: Path, recipe: Recipe, context: int, chunk: int
+    backend: Backend, folder: Path, out: Path, recipe: Recipe, context: int, chunk: int
 ) -> tuple[QuantizedCheckpoint, Path]:
-    """Quantize and lower a checkpoint for the backend of that name; the bundle lies in `out`."""
+    """Quantize, lower and check a checkpoint for a backend; the bundle lies in `out`."""
     source = open_weights(folder)
     quantized = write_quantized(source, recipe, out / "checkpoint")
     bundle = out / "bundle"
     bundle.mkdir()
-    cache = geometry(source.config, context, chunk, backend=name)
-    entry = lower(quantized, cache, bundle, float_bits=recipe.float_bits)
-    write_manifest(bundle, source.config, recipe, cache, {name: entry})
+    cache = geometry(source.config, context, chunk, backend=backend.name)
+    settings = backend.lower(quantized, cache, out=bundle, float_bits=recipe.float_bits)
+    backend.check(quantized, cache, out=bundle, float_bits=recipe.float_bits)
+    write_manifest(bundle, source.config, recipe, cache, {backend.name: settings})
     return quantized, bundle
 
 

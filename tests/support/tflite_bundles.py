@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from gemma_edge.export.tflite import backend, tflite_runtime
+from gemma_edge.export.backend import exporter
 from gemma_edge.export.tflite.check import TFLite
 from gemma_edge.model.checkpoint import weight_shapes
 from gemma_edge.model.kv_cache import RingCache
@@ -19,14 +17,13 @@ from support.lowered import lower_bundle
 
 CHUNK = 16  # prefill signatures of 16 and 2 tokens; a ring of 8 + 15 slots in local layers
 UNEVEN = [7, 3, 1, 7, 2, *[1] * 12, 5, 6, 30, 9]  # 82 tokens, the 30 in several calls; chunks begin at any slot
-LOWER: dict[str, Callable[..., dict[str, Any]]] = {"tflite": backend.lower, "tflite-runtime": tflite_runtime.lower}
 
 
 def make_bundle(
     folder: Path, out: Path, recipe: Recipe, context: int, chunk: int = CHUNK, *, name: str = "tflite"
 ) -> tuple[QuantizedCheckpoint, Path]:
     """Quantize and lower a checkpoint; the bundle lies in `out`."""
-    return lower_bundle(LOWER[name], name, folder, out, recipe, context, chunk)
+    return lower_bundle(exporter(name), folder, out, recipe, context, chunk)
 
 
 def reference(quantized: QuantizedCheckpoint, ids: list[int], context: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from gemma_edge.bundle.geometry import CacheGeometry, LayerCache
 from gemma_edge.bundle.manifest import MANIFEST, BackendEntry, Manifest, list_files
 from gemma_edge.logits import Logits
-from gemma_edge.runtimes.engines.base import BaseRuntime
+from gemma_edge.runtimes.engines.base import Runtime
 from support.checkpoints import DEMO
 
 VOCAB = 4096  # the demo tokenizer's
@@ -61,7 +61,7 @@ def toy_manifest(**changes: Any) -> Manifest:
     return replace(manifest, **changes)
 
 
-class ToyRuntime(BaseRuntime):
+class ToyRuntime(Runtime):
     """Logits are random numbers seeded by all tokens fed since the reset, so any token lost or fed twice changes them."""
 
     def __init__(self, manifest: Manifest | None = None, allowed: range = range(7, VOCAB), stop_after: int = 0) -> None:

@@ -1,73 +1,196 @@
-"""The registry of backends: what each needs to make and to run a bundle, as data. No backend is imported here."""
+"""The registry of backends: one entry for each, with what it needs and where its two halves are. No backend is imported here.
+
+A backend's engine (runtimes/engines/base.py's `Runtime`) runs bundles, its exporter (export/backend.py's `Backend`) makes them.
+Another package adds a backend by an entry point in the group `gemma_edge.backends` that names a `BackendInfo`; a program by
+`register`.
+"""
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 import importlib.util
+import logging
+import sys
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from gemma_edge.bundle.manifest import Manifest
 from gemma_edge.errors import InputError
 
-# backend -> (module, class, the package it needs, the extra that installs it)
-RUNTIMES = {
-    "onnx": ("gemma_edge.runtimes.engines.onnx", "OnnxRuntime", "onnxruntime", "onnx"),
-    "executorch": ("gemma_edge.runtimes.engines.executorch", "ExecuTorchRuntime", "executorch", "executorch"),
-    "tflite": ("gemma_edge.runtimes.engines.litert", "TFLiteRuntime", "ai_edge_litert", "tflite"),
-    "tflite-runtime": (
-        "gemma_edge.runtimes.engines.tflite_runtime",
-        "InterpreterRuntime",
-        "tflite_runtime",
-        "tflite-runtime",
-    ),
-}
-APART = {"tflite-runtime": " in an environment of its own, of Python 3.11 and NumPy 1"}
+log = logging.getLogger(__name__)
 
-
-def how_to_install(backend: str) -> str | None:
-    """The command that installs a backend's package; None where it is installed."""
-    _, _, package, extra = RUNTIMES[backend]
-    if importlib.util.find_spec(package):
-        return None
-    return f"pip install 'gemma-edge[{extra}]'{APART.get(backend, '')}"
-
-
-def choose_backend(bundle: Path, manifest: Manifest, backend: str | None = None) -> str:
-    """The backend that will run a bundle: the one asked for, else the first that is installed.
-
-    Raises:
-        InputError: the bundle does not hold it, or none is installed.
-    """
-    missing = []
-    for name in [backend] if backend else list(manifest.backends):
-        if name not in manifest.backends:
-            raise InputError(f"{bundle} holds no {name!r} backend, only {', '.join(manifest.backends)}")
-        if name not in RUNTIMES:
-            raise InputError(
-                f"{bundle}: this gemma-edge cannot run the {name!r} backend; it runs {', '.join(RUNTIMES)}"
-            )
-        command = how_to_install(name)
-        if command is None:
-            return name
-        missing.append(f"{name}: {command}")
-    raise InputError(f"no runtime installed for {bundle}: {'; '.join(missing)}")
-
-
-KV_DTYPES = {8: "int8", 32: "float32"}  # numpy's name of the KV cache's elements, by their bits
-# backend -> the module whose `lower` makes its files, imported when it is needed
-BACKENDS = {
-    "onnx": "gemma_edge.export.onnx.backend",
-    "executorch": "gemma_edge.export.executorch.backend",
-    "tflite": "gemma_edge.export.tflite.backend",
-    "tflite-runtime": "gemma_edge.export.tflite.tflite_runtime",
-}
-ALL = "all"  # for --backend: these
-ALL_BACKENDS = ("onnx", "executorch", "tflite")
-MADE_WITH = {"tflite-runtime": "tflite"}  # backends that are made with another one's package, and run somewhere else
-INT8_CACHES = ("onnx",)  # backends that can keep the KV cache in int8
-# these write a chunk in one piece, for which a ring has as many slots behind its end as a chunk has tokens, less one
-UNWRAPPED_CACHES = ("tflite", "tflite-runtime")
+ALL = "all"  # the name for every backend with `in_all`
+ENTRY_POINTS = "gemma_edge.backends"  # group of the entry points that name a BackendInfo
+KV_DTYPES = {8: "int8", 32: "float32"}  # bits of the KV cache's elements -> numpy's name of them
 
 
 def bits_of(kv_dtype: str) -> int:
     """Inverse of KV_DTYPES."""
     return next(bits for bits, dtype in KV_DTYPES.items() if dtype == kv_dtype)
+
+
+@dataclass(frozen=True)
+class Package:
+    """Something that must be installed."""
+
+    module: str  # its import name
+    requirement: str  # what pip installs for it: gemma-edge[onnx]
+    remark: str = ""  # appended to the command: where to run it
+
+    def how_to_install(self) -> str | None:
+        """The command that installs it; None if it is installed."""
+        if importlib.util.find_spec(self.module):
+            return None
+        return f"pip install '{self.requirement}'{self.remark and ' ' + self.remark}"
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """One backend. Only text and numbers, so that naming a backend imports nothing of it."""
+
+    name: str  # in `backend`, on the command line and in manifests
+    engine: str  # "module:class" of the Runtime that runs its bundles
+    exporter: str  # "module:attribute" of the Backend that makes them
+    runs_with: Package
+    made_with: Package | None = None  # None: what it runs with
+    kv_dtypes: tuple[str, ...] = ("float32",)  # element types that its KV cache can have
+    in_all: bool = False  # belongs to ALL
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> BackendInfo:
+        """Inverse of `asdict` and JSON."""
+        made_with = data["made_with"]
+        packages = {"runs_with": Package(**data["runs_with"]), "made_with": made_with and Package(**made_with)}
+        return cls(**{**data, **packages, "kv_dtypes": tuple(data["kv_dtypes"])})
+
+    @property
+    def engine_module(self) -> str:
+        """Import name of the engine's module."""
+        return self.engine.partition(":")[0]
+
+    def how_to_install(self) -> str | None:
+        """The command that installs what runs its bundles; None if it is installed."""
+        return self.runs_with.how_to_install()
+
+    def how_to_install_for_export(self) -> str | None:
+        """The command that installs what makes its bundles; None if it is installed."""
+        return (self.made_with or self.runs_with).how_to_install()
+
+    def open(self, bundle: Path, manifest: Manifest, threads: int | None) -> Any:
+        """Import the engine and open a bundle in it.
+
+        Args:
+            bundle, manifest: the folder and its manifest, which holds this backend.
+            threads: None takes the target's.
+
+        Returns:
+            the `Runtime`.
+        """
+        return resolve(self.engine)(bundle, manifest, threads=threads)
+
+    def load_exporter(self) -> Any:
+        """Import the exporter: export/backend.py's `Backend`."""
+        return resolve(self.exporter)
+
+
+def resolve(place: str) -> Any:
+    """The object that "module:attribute" names."""
+    module, _, attribute = place.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+_ENGINES, _EXPORT = "gemma_edge.runtimes.engines", "gemma_edge.export"
+_LITERT = Package("ai_edge_litert", "gemma-edge[tflite]")
+_TFLITE_RUNTIME = Package(
+    "tflite_runtime", "gemma-edge[tflite-runtime]", "in an environment of its own, of Python 3.11 and NumPy 1"
+)
+_BUILT_IN = (
+    BackendInfo(
+        "onnx",
+        f"{_ENGINES}.onnx:OnnxRuntime",
+        f"{_EXPORT}.onnx.backend:BACKEND",
+        Package("onnxruntime", "gemma-edge[onnx]"),
+        kv_dtypes=("int8", "float32"),
+        in_all=True,
+    ),
+    BackendInfo(
+        "executorch",
+        f"{_ENGINES}.executorch:ExecuTorchRuntime",
+        f"{_EXPORT}.executorch.backend:BACKEND",
+        Package("executorch", "gemma-edge[executorch]"),
+        in_all=True,
+    ),
+    BackendInfo("tflite", f"{_ENGINES}.litert:TFLiteRuntime", f"{_EXPORT}.tflite.backend:LITERT", _LITERT, in_all=True),
+    BackendInfo(
+        "tflite-runtime",
+        f"{_ENGINES}.tflite_runtime:InterpreterRuntime",
+        f"{_EXPORT}.tflite.backend:TFLITE_RUNTIME",
+        runs_with=_TFLITE_RUNTIME,
+        made_with=_LITERT,
+    ),
+)
+_registered: dict[str, BackendInfo] = {info.name: info for info in _BUILT_IN}
+
+
+def register(info: BackendInfo) -> None:
+    """Add a backend for this process and for the gates that it starts.
+
+    Raises:
+        ValueError: another backend has its name.
+    """
+    if registered().get(info.name, info) != info:
+        raise ValueError(f"there is another backend {info.name!r}")
+    _registered[info.name] = info
+
+
+def registered() -> dict[str, BackendInfo]:
+    """Every backend by its name: the built-in ones first, then those that were registered, then those of entry points."""
+    return {
+        **_registered,
+        **{name: info for name, info in _entry_points(tuple(sys.path)).items() if name not in _registered},
+    }
+
+
+@lru_cache(1)
+def _entry_points(path: tuple[str, ...]) -> dict[str, BackendInfo]:
+    """The backends of the packages on sys.path. One that cannot be used is left out with a warning."""
+    infos: dict[str, BackendInfo] = {}
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        try:
+            info = entry.load()
+        except (ImportError, AttributeError) as error:
+            log.warning("the backend %s of %s cannot be used: %s", entry.name, entry.value, error)
+            continue
+        if not isinstance(info, BackendInfo) or info.name in _registered:
+            log.warning(
+                "the backend %s of %s is left out: no BackendInfo, or a name that is taken", entry.name, entry.value
+            )
+            continue
+        infos[info.name] = info
+    return infos
+
+
+def choose_backend(bundle: Path, manifest: Manifest, backend: str | None = None) -> str:
+    """The backend that will run a bundle: the requested one, else the first one that is installed.
+
+    Raises:
+        InputError: the bundle does not hold it, or none is installed.
+    """
+    known, missing = registered(), []
+    for name in [backend] if backend else list(manifest.backends):
+        if name not in manifest.backends:
+            raise InputError(
+                f"{bundle} holds no {name!r} backend, only {', '.join(manifest.backends)}",
+                field="backend",
+                value=name,
+            )
+        if name not in known:
+            raise InputError(f"{bundle}: this gemma-edge cannot run the {name!r} backend; it runs {', '.join(known)}")
+        command = known[name].how_to_install()
+        if command is None:
+            return name
+        missing.append(f"{name}: {command}")
+    raise InputError(f"no runtime installed for {bundle}: {'; '.join(missing)}")

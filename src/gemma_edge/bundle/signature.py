@@ -4,27 +4,40 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-FIXED_COST = 16  # of a call, in tokens: reading the weights takes as long as computing about that many tokens
-RESET = "reset"  # signature of a model whose caches are variables: makes them
+# FIXED_COST: what a call costs beside its tokens, in tokens. Reading the weights takes as long as computing about 16 tokens.
+FIXED_COST = 16
+RESET = "reset"  # name of the signature that makes the caches, in a model whose caches are variables
 
 
 @dataclass(frozen=True)
 class Signature:
-    """A function of the model."""
+    """A function of the model, for chunks of one size."""
 
     name: str
     role: str  # prefill, score or decode
     tokens: int  # in one call
-    longest: int | None = None  # text that it is right for, as it looks at so many slots; None: any
+    longest: int | None = None  # length of the longest text that it computes correctly; None: any length
 
     def to_json(self) -> list[str | int | None]:
         """What the manifest says of it, under its name."""
         return [self.role, self.tokens, self.longest]
 
     def is_right(self, position: int, tokens: int) -> bool:
-        """Whether it sees all of a text that so many tokens, or as many as it takes, continue at a position."""
+        """Whether it sees the whole text after a call at `position`.
+
+        Args:
+            position: of the first token of the call.
+            tokens: how many tokens wait; a call takes at most `self.tokens` of them.
+        """
         return self.longest is None or position + min(tokens, self.tokens) <= self.longest
 
     def worth(self, tokens: int) -> tuple[float, bool]:
-        """The more, the less time a token takes when so many wait; of two sizes alike, the one for short texts."""
+        """How quickly it works off the waiting tokens: the signature with the largest value is called.
+
+        Args:
+            tokens: how many tokens wait.
+
+        Returns:
+            tokens per unit of time, and whether it is for short texts only: of two equally quick signatures that one is quicker.
+        """
         return min(tokens, self.tokens) / (self.tokens + FIXED_COST), self.longest is not None

@@ -20,8 +20,8 @@ import gemma_edge
 from gemma_edge.errors import InputError
 from gemma_edge.export.api import Export
 from gemma_edge.export.executorch import check
-from gemma_edge.export.executorch.backend import FILE, METHODS, lower
-from gemma_edge.export.executorch.packing import CODES, SCALE, Constant, refuse_weight
+from gemma_edge.export.executorch.backend import BACKEND, FILE, KERNELS, METHODS
+from gemma_edge.export.executorch.packing import CODES, SCALE, Constant
 from gemma_edge.export.executorch.pte import Pte
 from gemma_edge.model.checkpoint import TABLE, weight_shapes
 from gemma_edge.model.kv_cache import RingCache
@@ -37,7 +37,7 @@ UNEVEN = [7, 3, 1, 7, 2, *[1] * 12, 5, 6]  # 43 tokens: the window of local laye
 
 
 def make_bundle(folder: Path, out: Path, recipe: Recipe, context: int) -> tuple[QuantizedCheckpoint, Runtime]:
-    quantized, bundle = lower_bundle(lower, "executorch", folder, out, recipe, context, CHUNK)
+    quantized, bundle = lower_bundle(BACKEND, folder, out, recipe, context, CHUNK)
     return quantized, gemma_edge.load(bundle)
 
 
@@ -136,14 +136,14 @@ def test_every_rewind_of_the_ring_is_exact_and_a_restored_state_gives_the_same_b
     [
         (QuantConfig(8, 32), 64, 32, "8 bits in groups of 32"),
         (QuantConfig(4, 0), 48, 32, "rows of 48"),
-        (None, 64, 16, "use --bits 32"),
+        (None, 64, 16, "use bits 32"),
     ],
 )
 def test_what_xnnpack_computes_wrongly_is_refused(
     config: QuantConfig | None, columns: int, float_bits: int, said: str
 ) -> None:
     with pytest.raises(InputError, match=said):
-        refuse_weight("model.layers.0.mlp.up_proj", config, columns, float_bits)
+        KERNELS.refuse_weight("model.layers.0.mlp.up_proj", config, columns, float_bits)
 
 
 def test_a_damaged_program_is_one_line(

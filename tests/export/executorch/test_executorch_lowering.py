@@ -19,7 +19,8 @@ from executorch.extension.pybindings.portable_lib import _load_for_executorch
 
 import gemma_edge
 from gemma_edge.bundle.geometry import CacheGeometry
-from gemma_edge.export.executorch import backend
+from gemma_edge.export.executorch import lowering
+from gemma_edge.export.executorch.backend import BACKEND
 from gemma_edge.export.executorch.compose import Composed, Embedding
 from gemma_edge.export.executorch.packing import Weight, halves, is_halved, packed_embedding
 from gemma_edge.export.executorch.seams import DECOMPOSITIONS, AttendHalf, Half, ProjectHalf, block_half, head_piece
@@ -78,9 +79,9 @@ def whole_model(checkpoint: QuantizedCheckpoint, cache: CacheGeometry) -> Compos
 
 def lowered_whole(model: Composed, cache: CacheGeometry) -> bytes:
     """What the library makes of it without templates."""
-    program = backend._trace(model, cache.prefill_chunk).run_decompositions(dict(DECOMPOSITIONS))
+    program = lowering._trace(model, cache.prefill_chunk).run_decompositions(dict(DECOMPOSITIONS))
     edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], compile_config=COMPILE)
-    return bytes(backend.finish(edge).buffer)
+    return bytes(lowering.finish(edge).buffer)
 
 
 def in_chunks(model: object, ids: list[int], chunks: Sequence[int]) -> Tensor:
@@ -101,7 +102,8 @@ def test_composed_equals_the_library_lowering_everything_at_once(tmp_path: Path)
     checkpoint = write_quantized(source, make_recipe(4, group_size=32, method="rtn"), tmp_path / "checkpoint")
     cache, bundle = geometry(source.config, 16, CHUNK), tmp_path / "bundle"
     bundle.mkdir()
-    settings = backend.lower(checkpoint, cache, bundle)
+    settings = BACKEND.lower(checkpoint, cache, out=bundle)
+    BACKEND.check(checkpoint, cache, out=bundle)
     write_manifest(bundle, source.config, make_recipe(4), cache, {"executorch": settings})
     runtime = gemma_edge.load(bundle)
     ids = [int(token) for token in np.random.default_rng(0).integers(3, source.config.vocab_size, sum(UNEVEN))]

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,16 +20,19 @@ from support.kv8 import kv_ranges
 from tokenizers import Tokenizer
 
 import gemma_edge
-from gemma_edge.bundle.manifest import MANIFEST, Manifest
+from gemma_edge.bundle.backends import BackendInfo
+from gemma_edge.bundle.manifest import MANIFEST, Manifest, check_hashes
 from gemma_edge.errors import InputError
 from gemma_edge.export import api as pipeline
 from gemma_edge.export.api import Export
 from gemma_edge.export.cli import main
+from gemma_edge.export.gate import verify
 from gemma_edge.export.onnx.check import check_graph
 from gemma_edge.export.onnx.weights import layout
 from gemma_edge.export.options import ExportOptions
-from gemma_edge.export.plan import MIB, choose_kv_dtype, geometry, make_plan
+from gemma_edge.export.plan import MIB, Requested, choose_kv_dtype, geometry, make_plan
 from gemma_edge.export.targets import TARGETS
+from gemma_edge.model import layerwise
 from gemma_edge.model.checkpoint import Checkpoint
 from gemma_edge.model.config import GEMMA2_2B
 from gemma_edge.quantize.checkpoint.kv_scales import KVRanges, write_kv_scales
@@ -188,10 +192,39 @@ def test_scales_that_clip_everything_fail_the_gate_and_the_default_goes_back_to_
     assert [stage.name for stage in done.stages] == ["quantize", *2 * ["lower onnx", "hash", "verify"]]
 
 
+def test_a_second_try_makes_and_judges_only_what_failed_by_the_same_references(
+    toy: BackendInfo, ranges: KVRanges, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything was lowered and judged again, and the references, most of the time, were computed again."""
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    write_kv_scales(folder, ranges.scales(0.05))
+    references, judged, judge, hidden_states = [], [], verify._judge, layerwise.hidden_states
+
+    def count_references(*args: Any, **options: Any) -> torch.Tensor:
+        references.append(args)
+        return hidden_states(*args, **options)
+
+    def count_judged(gate: Path, *args: Any) -> dict[str, Any]:
+        judged.append(json.loads((gate / "task.json").read_text())["backend"]["name"])
+        return judge(gate, *args)
+
+    monkeypatch.setattr(layerwise, "hidden_states", count_references)
+    monkeypatch.setattr(verify, "_judge", count_judged)
+    options = ExportOptions(model=str(folder), out=tmp_path / "out", backend="toy,onnx", context=512)
+    done = pipeline.export(options)
+    once = ["quantize", "lower toy", "lower onnx", "hash", "verify"]
+    assert [stage.name for stage in done.stages] == [*once, "lower onnx", "hash", "verify"]
+    assert judged == ["toy", "onnx", "onnx"] and len(references) == 2
+    assert list(done.manifest.verification) == list(done.manifest.backends) == ["toy", "onnx"]
+    assert all(result["passed"] for result in done.manifest.verification.values())
+    assert done.manifest.backends["onnx"].cache.dtype == "float32"
+    check_hashes(done.bundle, Manifest.load(done.bundle))
+
+
 def test_which_cache_is_taken() -> None:
     phone, desktop = TARGETS["android"], TARGETS["desktop"]
     found = {
-        (asked, target.name, calibrated): choose_kv_dtype(asked, target, "onnx", calibrated=calibrated, way_out="")
+        (asked, target.name, calibrated): choose_kv_dtype(asked, target, "onnx", calibrated=calibrated, hint="")
         for asked in (None, 8, 32)
         for target in (phone, desktop, TARGETS["raspberry-pi"])
         for calibrated in (False, True)
@@ -215,10 +248,12 @@ def test_plan_of_an_int8_cache_is_a_quarter_and_lets_a_larger_context_fit(model:
     whole, quarter = (geometry(GEMMA2_2B, 8192, 128, dtype).bytes for dtype in ("float32", "int8"))
     assert whole == 4 * quarter == 8192 * (13 * (4096 + 127) + 13 * (8192 + 127))
     source, recipe, desktop = QuantizedCheckpoint.open(model), make_recipe(8), TARGETS["desktop"]
-    int8, floats = (make_plan(source, recipe, desktop, "onnx", kv_dtype=dtype) for dtype in ("int8", "float32"))
+    int8, floats = (
+        make_plan(source, recipe, desktop, "onnx", Requested(kv_dtype=dtype)) for dtype in ("int8", "float32")
+    )
     assert floats.kv_bytes == 4 * int8.kv_bytes
     scales = 12 * 4096  # K and V of 6 layers, each 4 x 64 float32 in a page of its own
     assert floats.weights_bytes < int8.weights_bytes <= floats.weights_bytes + scales
     tight = replace(desktop, ram_bytes=int8.device_ram_bytes + 3 * MIB)
-    assert make_plan(source, recipe, tight, "onnx", kv_dtype="int8").context == 512
+    assert make_plan(source, recipe, tight, "onnx", Requested(kv_dtype="int8")).context == 512
     assert make_plan(source, recipe, tight, "onnx").context == 256

@@ -13,13 +13,13 @@ from support.checkpoints import SHAPES, hf_holding, hf_logits, hf_model, relativ
 from support.kv8 import kv_ranges, round_kv
 
 import gemma_edge
-from gemma_edge.export.onnx.backend import FLOAT_ACTIVATIONS, lower
+from gemma_edge.export.onnx.backend import FLOAT_ACTIVATIONS, OnnxBackend
 from gemma_edge.export.plan import geometry
 from gemma_edge.quantize.checkpoint.kv_scales import KVScales, write_kv_scales
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint, open_weights
 from gemma_edge.quantize.checkpoint.writer import write_quantized
 from gemma_edge.quantize.recipe import Recipe, make_recipe
-from gemma_edge.runtimes.engines.base import BaseRuntime, Runtime
+from gemma_edge.runtimes.engines.base import Runtime
 
 CONTEXT, CHUNK = 24, 7
 UNEVEN = [7, 3, 1, 7, 2, *[1] * 12, 5, 6]  # 43 tokens: the window is 8, its ring 14 slots, the context 24
@@ -42,7 +42,9 @@ def make_bundle(folder: Path, out: Path, recipe: Recipe, kv_margin: float | None
     bundle = out / "bundle"
     bundle.mkdir()
     cache = geometry(source.config, CONTEXT, CHUNK, dtype)
-    entry = lower(quantized, cache, bundle, float_bits=recipe.float_bits, accuracy_level=FLOAT_ACTIVATIONS)
+    backend = OnnxBackend(accuracy_level=FLOAT_ACTIVATIONS)
+    entry = backend.lower(quantized, cache, out=bundle, float_bits=recipe.float_bits)
+    backend.check(quantized, cache, out=bundle, float_bits=recipe.float_bits)
     write_manifest(bundle, source.config, recipe, cache, {"onnx": entry})
     return quantized
 
@@ -220,7 +222,7 @@ def test_positions_beyond_a_million_rotate_like_transformers(checkpoint: Callabl
     start, clean = 1_000_000, 4 * CONTEXT
     ids = some_ids(quantized.config.vocab_size, clean + CHUNK)
     runtime = gemma_edge.load(tmp_path / "bundle")
-    assert isinstance(runtime, BaseRuntime)
+    assert isinstance(runtime, Runtime)
     runtime._position = start
     found, positions = feed(runtime, ids, [*[4] * (clean // 4), *[1] * CHUNK])
     expected = reference(folder, quantized, ids, first_position=start)

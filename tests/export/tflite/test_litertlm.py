@@ -21,7 +21,7 @@ import litert_lm
 from gemma_edge.errors import InputError
 from gemma_edge.export.cli import main
 from gemma_edge.export.plan import geometry
-from gemma_edge.export.tflite.backend import lower
+from gemma_edge.export.tflite.backend import LITERT
 from gemma_edge.export.tflite.litertlm import turns_of, write_litertlm
 from gemma_edge.model.hub import copy_companions
 from gemma_edge.quantize.checkpoint.store import open_weights
@@ -43,7 +43,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     quantized = write_quantized(source, recipe, out / "checkpoint")
     (out / "bundle").mkdir()
     cache = geometry(source.config, CONTEXT, CHUNK, backend="tflite")
-    entry = lower(quantized, cache, out / "bundle")
+    entry = LITERT.lower(quantized, cache, out=out / "bundle")
     copy_companions(DEMO, out / "bundle")
     write_manifest(out / "bundle", source.config, recipe, cache, {"tflite": entry}, tokenizer=True)
     return out / "bundle"

@@ -23,7 +23,7 @@ from gemma_edge.errors import InputError
 from gemma_edge.export import api as pipeline
 from gemma_edge.export.options import ExportOptions
 from gemma_edge.export.plan import geometry
-from gemma_edge.export.tflite.backend import FILE
+from gemma_edge.export.tflite.backend import LITERT as BACKEND
 from gemma_edge.export.tflite.check import TFLite, check_tflite
 from gemma_edge.export.tflite.packing import LITERT
 from gemma_edge.export.tflite.seams import signatures
@@ -34,6 +34,8 @@ from gemma_edge.quantize.recipe import QuantConfig, Recipe, make_recipe
 from gemma_edge.runtimes.engines.base import Runtime
 from gemma_edge.runtimes.engines.litert import TFLiteRuntime
 from gemma_edge.user_cache import VARIABLE
+
+FILE = BACKEND.file
 
 
 def loaded(folder: Path, out: Path, recipe: Recipe, context: int, chunk: int = CHUNK) -> Runtime:
@@ -164,14 +166,14 @@ def test_a_file_that_holds_something_else_is_found_out(integers: tuple[Quantized
     [
         (QuantConfig(8, 32), 64, 32, "8 bits in groups of 32"),
         (QuantConfig(4, 0), 49, 32, "rows of 49"),
-        (None, 64, 16, "use --bits 32"),
+        (None, 64, 16, "use bits 32"),
     ],
 )
 def test_what_litert_computes_wrongly_is_refused(
     config: QuantConfig | None, columns: int, float_bits: int, said: str
 ) -> None:
     with pytest.raises(InputError, match=said):
-        LITERT.refuse_weight("model.layers.0.mlp.up_proj", config, columns, float_bits)
+        BACKEND.refuse_weight("model.layers.0.mlp.up_proj", config, columns, float_bits)
 
 
 def test_a_damaged_model_is_one_line(

@@ -26,16 +26,16 @@ from gemma_edge.export import api as pipeline
 from gemma_edge.export.cli import main
 from gemma_edge.export.options import ExportOptions
 from gemma_edge.export.plan import geometry
+from gemma_edge.export.tflite.backend import TFLITE_RUNTIME as BACKEND
 from gemma_edge.export.tflite.check import check_tflite
 from gemma_edge.export.tflite.packing import LITERT, TFLITE_RUNTIME
 from gemma_edge.export.tflite.seams import signatures
-from gemma_edge.export.tflite.tflite_runtime import FILE
 from gemma_edge.model.checkpoint import TABLE, weight_shapes
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
 from gemma_edge.quantize.options import QuantizeOptions
 from gemma_edge.quantize.recipe import QuantConfig, make_recipe
 
-NAME = "tflite-runtime"
+NAME, FILE = BACKEND.name, BACKEND.file
 PYTHON = ROOT / "out" / "tflite-runtime" / "bin" / "python"
 there = pytest.mark.skipif(not PYTHON.exists(), reason="no environment with tflite-runtime: make tflite-runtime")
 RECIPES = {"float": make_recipe(32), "int8": make_recipe(8, method="rtn")}
@@ -142,14 +142,14 @@ def test_a_file_that_holds_something_else_is_found_out(bundles: dict[str, tuple[
 @pytest.mark.parametrize(
     ("weight", "config", "said"),
     [
-        ("model.layers.0.mlp.up_proj", QuantConfig(4, 0), "4 bits.*multiplies 8 only; use --bits 8"),
-        ("model.layers.0.mlp.up_proj", QuantConfig(8, 64), "8 bits in groups of 64.*use --group-size 0"),
-        (TABLE, QuantConfig(4, 0), "use --table-bits 8"),
+        ("model.layers.0.mlp.up_proj", QuantConfig(4, 0), "4 bits.*multiplies 8 only; use bits 8"),
+        ("model.layers.0.mlp.up_proj", QuantConfig(8, 64), "8 bits in groups of 64.*use group_size 0"),
+        (TABLE, QuantConfig(4, 0), "use table_bits 8"),
     ],
 )
 def test_what_tflite_runtime_computes_wrongly_is_refused(weight: str, config: QuantConfig, said: str) -> None:
     with pytest.raises(InputError, match=said):
-        TFLITE_RUNTIME.refuse_weight(weight, config, 64, 32)
+        BACKEND.refuse_weight(weight, config, 64, 32)
 
 
 def options(tmp_path: Path, **changes: Any) -> ExportOptions:
@@ -182,7 +182,7 @@ def test_a_damaged_model_is_one_line(tmp_path: Path, bundles: dict[str, tuple[Qu
 
 
 def test_without_that_environment_an_export_says_how_to_make_it_or_is_not_verified(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"pip install 'gemma-edge\[tflite-runtime\]'.*--runtime-python.*NOT VERIFIED"):
+    with pytest.raises(InputError, match=r"pip install 'gemma-edge\[tflite-runtime\]'.*runtime_python.*NOT VERIFIED"):
         pipeline.open_model(options(tmp_path))
     with pytest.raises(InputError, match="nowhere/python cannot run tflite-runtime bundles.*No such file"):
         pipeline.open_model(options(tmp_path, runtime_python=Path("nowhere/python")))

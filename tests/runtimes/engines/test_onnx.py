@@ -11,11 +11,10 @@ import pytest
 from support.toys import CHUNK, VOCAB, WINDOWS, toy_backend, toy_graph, toy_logits, toy_manifest, write_toy_bundle
 
 import gemma_edge
-from gemma_edge import logits
 from gemma_edge.bundle.geometry import LayerCache
 from gemma_edge.bundle.manifest import Manifest
 from gemma_edge.errors import InputError
-from gemma_edge.runtimes.engines.base import BaseRuntime
+from gemma_edge.runtimes.engines.base import Runtime
 from gemma_edge.runtimes.engines.load import refuse_older
 from gemma_edge.runtimes.engines.onnx import OLDEST_ONNXRUNTIME, OnnxRuntime
 from gemma_edge.runtimes.generation.generate import GenerationOptions
@@ -62,7 +61,7 @@ def test_fewer_positions_are_scored_at_once_where_their_logits_are_large(
     """A chunk of 128 positions of 256,000 tokens is 131 MB, and the graph needs as much again."""
     ids = random_ids(20)
     for rows, expected in ((3, [3] * 6 + [2]), (1, [1] * 20), (0, [1] * 20), (100, [CHUNK] * 5)):
-        monkeypatch.setattr(logits, "SCORED_BYTES", 4 * VOCAB * rows)
+        monkeypatch.setattr("gemma_edge.logits.SCORED_BYTES", 4 * VOCAB * rows)
         chunks = list(runtime.score_chunks(ids))
         assert [len(chunk) for chunk in chunks] == expected
         np.testing.assert_allclose(np.concatenate(chunks), toy_logits(ids), atol=ATOL)
@@ -139,7 +138,7 @@ def test_threads_come_from_the_target_and_never_exceed_the_machine(bundle: Path)
 
 def test_load_opens_the_onnx_backend_and_times_it(bundle: Path) -> None:
     runtime = gemma_edge.load(bundle, threads=1)
-    assert isinstance(runtime, OnnxRuntime) and isinstance(runtime, BaseRuntime)
+    assert isinstance(runtime, OnnxRuntime) and isinstance(runtime, Runtime)
     assert runtime.stats.load_s > 0
     runtime.prefill([2, 3, 4, 5, 6])
     runtime.decode(7)

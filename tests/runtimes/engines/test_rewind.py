@@ -51,7 +51,7 @@ def test_a_rewind_beyond_what_is_remembered_is_refused_and_one_within_is_exact(
     runtime: OnnxRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only ids that the cache can depend on are kept, so that a text of a million tokens takes no more memory."""
-    monkeypatch.setattr(runtime, "_most_kept", runtime.reach + 10)
+    monkeypatch.setattr(runtime, "_max_remembered", runtime.reach + 10)
     expected = uninterrupted(runtime, IDS)
     assert len(runtime.ids) <= 2 * (runtime.reach + 10) < len(IDS)
     with pytest.raises(InputError, match=r"cannot rewind 40 tokens: the last \d+ are remembered"):
@@ -91,7 +91,7 @@ def test_align_keeps_the_common_beginning_and_leaves_a_token_to_feed(runtime: On
 def test_align_beyond_what_is_remembered_trusts_only_what_the_cache_depends_on(
     runtime: OnnxRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime, "_most_kept", runtime.reach + 10)
+    monkeypatch.setattr(runtime, "_max_remembered", runtime.reach + 10)
     runtime.prefill(IDS[:58])
     first = 58 - len(runtime.ids)
     assert first > 0

@@ -1,0 +1,180 @@
+"""What a backend must do to be exported for. Each one's half is `backend.py` in its own folder; bundle/backends.py names it.
+
+An exporter is imported to plan an export, so its module holds sizes and refusals, and imports what it lowers with inside
+`lower` and `check`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gemma_edge.bundle.backends import ALL, registered
+from gemma_edge.bundle.geometry import CacheGeometry
+from gemma_edge.errors import InputError
+from gemma_edge.model.checkpoint import TABLE, Weights, weight_shapes
+from gemma_edge.model.config import Gemma2Config
+from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
+from gemma_edge.quantize.recipe import QuantConfig
+
+Configs = Mapping[str, QuantConfig | None]  # weight -> its integers; None: it stays float
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """A model's weights as they will be stored: what sizes follow from."""
+
+    source: Weights  # float, or quantized already
+    configs: Configs
+    float_bits: int  # 16 or 32, of the weights that stay float
+    kv_dtype: str = "float32"  # of the KV cache: an int8 one has scales among the weights
+
+    @property
+    def config(self) -> Gemma2Config:
+        """The model's configuration."""
+        return self.source.config
+
+
+class Backend(ABC):
+    """The exporting half of a backend. Its integers are the quantizer's, unchanged."""
+
+    name: str  # as in its BackendInfo
+
+    def refuse_unsupported(self, config: Gemma2Config, configs: Configs, float_bits: int) -> None:
+        """Refuse a model with a weight that the backend would compute wrongly, or not at all.
+
+        Raises:
+            InputError: names the weight and the nearest choice that works.
+        """
+        for weight, (_, columns) in weight_shapes(config).items():
+            self.refuse_weight(weight, configs[weight], columns, float_bits)
+
+    def refuse_weight(self, weight: str, config: QuantConfig | None, columns: int, float_bits: int) -> None:  # noqa: B027
+        """The same for one weight of so many columns. Every weight is accepted here."""
+
+    @abstractmethod
+    def weights_bytes(self, weights: StoredWeights) -> int:
+        """Bytes of the weights in the bundle's files, exactly."""
+
+    def resident_bytes(self, weights: StoredWeights) -> int:
+        """Bytes of the weights in the engine's memory. As many as in the file, unless this is overridden."""
+        return self.weights_bytes(weights)
+
+    def own_ram(self, config: Gemma2Config, cache: CacheGeometry) -> int:
+        """Bytes that the engine takes beside weights, KV cache, activations and logits."""
+        return 0
+
+    def slots_behind(self, prefill_chunk: int) -> int:
+        """Slots of a layer's cache that lie behind the end of its ring."""
+        return 0
+
+    @abstractmethod
+    def lower(
+        self,
+        checkpoint: QuantizedCheckpoint,
+        cache: CacheGeometry,
+        *,
+        out: Path,
+        float_bits: int = 32,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> dict[str, Any]:
+        """Write the backend's files into a folder.
+
+        Args:
+            checkpoint: the integers.
+            cache: geometry of the KV cache, with `slots_behind`.
+            out: the folder, in which other backends may have written files of other names.
+            float_bits: 16 or 32, of the weights that stay float.
+            progress: called with the bytes of weights just written.
+
+        Returns:
+            the backend's `settings` in the manifest.
+
+        Raises:
+            InputError: a weight that the backend cannot compute exactly.
+        """
+
+    @abstractmethod
+    def check(self, checkpoint: QuantizedCheckpoint, cache: CacheGeometry, *, out: Path, float_bits: int = 32) -> None:
+        """Read back what `lower` wrote with the same arguments, and compare it with the model.
+
+        Raises:
+            RuntimeError: names what is not as it should be.
+        """
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What kernels with one 8-bit scale per channel, and floats of 32 bits, multiply correctly."""
+
+    backend: str
+    owner: str  # the library that they are part of
+    bits: tuple[int, ...] = (4, 8)  # of integers
+    multiple: int = 2  # columns of a 4-bit group, or of a row without groups, are a multiple of it
+
+    def refuse_weight(self, weight: str, config: QuantConfig | None, columns: int, float_bits: int) -> None:
+        """Refuse what they would compute wrongly, or not at all.
+
+        Raises:
+            InputError: names the weight and the nearest choice that works.
+        """
+        if config is None:
+            if float_bits == 16:
+                raise InputError(
+                    f"{weight} in 16 bits: the {self.backend} backend computes floats in 32; use `bits` 32",
+                    field="bits",
+                    value=16,
+                )
+            return
+        if config.bits not in self.bits:
+            field = "table_bits" if weight == TABLE else "bits"
+            raise InputError(
+                f"{weight} has {config.bits} bits: {self.owner} multiplies 8 only; use `{field}` 8",
+                field=field,
+                value=config.bits,
+            )
+        if config.bits == 8 and config.group_size:
+            raise InputError(
+                f"{weight} has 8 bits in groups of {config.group_size}: {self.owner} has 8-bit kernels with one scale per"
+                " channel only; use `group_size` 0 for 8 bits, or `backend` onnx",
+                field="group_size",
+                value=config.group_size,
+            )
+        if config.bits == 4 and (config.group_size or columns) % self.multiple:
+            need = "an even number" if self.multiple == 2 else f"a multiple of {self.multiple}"
+            raise InputError(
+                f"{weight} has rows of {columns}: {self.owner}'s 4-bit kernels need {need}; use `bits` 8, or `backend` onnx",
+                field="bits",
+                value=4,
+            )
+
+
+def exporter(name: str) -> Backend:
+    """The exporting half of a registered backend."""
+    backend: Backend = registered()[name].load_exporter()
+    return backend
+
+
+def choose_backends(requested: str) -> list[str]:
+    """The names in a list with commas; ALL means every backend that belongs to it.
+
+    Raises:
+        InputError: an unknown name, or a backend whose exporter is not installed.
+    """
+    known = registered()
+    every = [name for name, info in known.items() if info.in_all]
+    names = every if requested == ALL else list(dict.fromkeys(requested.split(",")))
+    for name in names:
+        if name not in known:
+            raise InputError(
+                f"`backend` {name}; supported: {', '.join(known)}, several with commas, or {ALL}",
+                field="backend",
+                value=name,
+            )
+        command = known[name].how_to_install_for_export()
+        if command is not None:
+            raise InputError(f"`backend` {name} is not installed: {command}", field="backend", value=name)
+    return names
