@@ -31,6 +31,7 @@ from gemma_edge.quantize.recipe import (
     default_method,
     make_recipe,
 )
+from gemma_edge.text import corpus
 from gemma_edge.text.tokenizer import TOKENIZER_FILE, WAY_OUT
 
 logger = logging.getLogger(__name__)
@@ -201,7 +202,7 @@ def make_checkpoint(
         ):
             reports, kv_scales = layerwise.calibrate(source, recipe, seen, folder, advance)
         layers = partial(layerwise.layer_file, folder)
-        texts = [path.name for path in options.text.paths] or list(calibration.SHIPPED)
+        texts = [path.name for path in options.text.paths] or list(corpus.CALIBRATION)
         learnt = {"tokens": seen.windows.numel(), "text": texts, "seed": options.text.seed}
         learnt["layers"] = [asdict(report) for report in reports]
     with stage(stages, "quantize"), progress("quantize", SOURCE_BYTES * source.config.num_parameters, True) as advance:
