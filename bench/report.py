@@ -22,7 +22,8 @@ TABLES = {  # heading -> metrics
 }  # fmt: skip
 BUSY_CORES = 0.1  # more than this disturbs what is measured
 KEYS = {"device": "device", "model": "model", "backend": "backend", "t": "threads", "p": "prefill", "n": "decode"}
-NAMES = ("model", "backend", "device")  # columns of text
+# TEXT_COLUMNS: the columns that hold text; the others hold numbers.
+TEXT_COLUMNS = ("model", "backend", "device")
 
 
 def spread(samples: Sequence[float], digits: int) -> str:
@@ -84,7 +85,7 @@ def print_tables(results: Sequence[Result]) -> None:
     for heading, metrics in TABLES.items():
         common, columns, rows = table(results, metrics)
         if rows:
-            print_table(f"{heading}: {common}" if common else heading, columns, rows, names=NAMES)
+            print_table(f"{heading}: {common}" if common else heading, columns, rows, names=TEXT_COLUMNS)
     for line in notes(results):
         say(line)
 

@@ -1,4 +1,4 @@
-"""What can be evaluated, behind one interface: a bundle in its own runtime, a Hugging Face folder in the torch reference."""
+"""A bundle as something to evaluate: it is computed by its own engine, without torch."""
 
 from __future__ import annotations
 
@@ -17,11 +17,16 @@ from gemma_edge.text.windows import Window
 
 
 class BundleModel:
-    """A bundle; opened when it is its turn, so that one is in memory at a time."""
+    """A `Model`. The bundle is loaded only while its logits are computed, so that one model is in memory at a time."""
 
     kind = "bundle"
 
     def __init__(self, path: Path, *, backend: str | None, threads: int | None) -> None:
+        """Read the manifest.
+
+        Raises:
+            InputError: the folder is no bundle, is damaged, or has no backend that can run here.
+        """
         self.path, self._threads = path, threads
         self.manifest = manifest = Manifest.load(path)
         self.backend = choose_backend(path, manifest, backend)
@@ -33,7 +38,7 @@ class BundleModel:
         self.bits_per_weight = 8 * sum(part["bytes"] for part in parts) / weights if weights else None
 
     def steps(self, windows: Sequence[Window]) -> int:
-        """Chunks of all windows."""
+        """How many chunks all windows have together."""
         chunk = scored_at_once(self._cache.prefill_chunk, int(self.config["vocab_size"]))
         return sum(-(-(len(window.ids) - 1) // chunk) for window in windows)
 
@@ -42,7 +47,7 @@ class BundleModel:
         runtime = self.runtime()
         for window in windows:
             position = 0
-            # the last token is only foretold
+            # The last token is a target only: it is not fed.
             for chunk in runtime.score_chunks(window.ids[:-1]):
                 rows = chunk[max(0, window.first - position) :]
                 position += len(chunk)
@@ -51,7 +56,7 @@ class BundleModel:
                 progress(1)
 
     def layer_errors(self, original: Model | None, ids: Sequence[int], progress: Progress) -> list[float]:
-        """What calibration wrote into the manifest."""
+        """The errors that calibration wrote into the manifest; [] for a bundle that was not calibrated."""
         layers = self.manifest.recipe.get("calibration", {}).get("layers", [])
         return [float(entry["relative_error"]) for entry in sorted(layers, key=lambda entry: entry["layer"])]
 
@@ -60,5 +65,5 @@ class BundleModel:
         return open_runtime(self.path, backend=self.backend, threads=self._threads)
 
     def tokenizer(self) -> Tokenizer | None:
-        """The bundle's; None for a token-level bundle."""
+        """The bundle's tokenizer; None for a token-level bundle."""
         return Tokenizer(self.path, self.manifest) if self.manifest.tokenizer else None

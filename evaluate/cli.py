@@ -1,4 +1,4 @@
-"""`gemma-eval`: parses, calls evaluate.py, prints with eval_report.py. Heavy imports are inside, for a quick --help."""
+"""`gemma-eval`: parses the options, calls `evaluate`, and shows the result. Heavy imports are inside, for a quick --help."""
 
 from __future__ import annotations
 
@@ -10,85 +10,102 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from gemma_edge.command import Command
 from gemma_edge.errors import InputError
 from gemma_edge.files import check_writable, need, write_whole
 
 if TYPE_CHECKING:
-    from gemma_edge.evaluate.evaluate import Evaluation
-    from gemma_edge.evaluate.lm_eval_adapter import Tasks
+    from gemma_edge.evaluate.result import Evaluation
 
 PATH = click.Path(path_type=Path)
+# NEEDED: options that have no effect unless another one is given.
+NEEDED = {"include_path": "tasks", "limit": "tasks"}
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("models", nargs=-1, required=True, type=PATH, metavar="BUNDLE|FOLDER...")
-@click.option("--reference", type=PATH, help="The original's folder: adds KL, top-1 agreement and perplexity change.")
-@click.option("--text", "texts", multiple=True, type=PATH, help="UTF-8 text; repeatable. Default: held-out texts.")
+@click.option(
+    "--reference", type=PATH, help="Folder of the original model. Adds KL, top-1 agreement and perplexity change."
+)
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    type=PATH,
+    help="UTF-8 file to measure on; repeatable. Default: the held-out texts.",
+)
 @click.option("--protocol", default="hf", show_default=True, help="How the text is cut and scored: hf or llama.cpp.")
 @click.option("--window", type=int, help="Tokens of a window, BOS included. Default: 512, or the smallest context.")
-@click.option("--max-tokens", type=int, default=4096, show_default=True, help="Of all texts together; 0 = all.")
-@click.option("--backend", help="Which backend of the bundles. Default: the first that is installed.")
-@click.option("--threads", type=int, help="For bundles. Default: the bundle's target's, at most what this machine has.")
-@click.option("--tasks", help="lm-eval tasks, comma-separated: names, or YAML files of your own.")
-@click.option("--include-path", type=PATH, help="Folder with further lm-eval task files.")
-@click.option("--limit", type=int, help="Most examples of each task.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of tables.")
-@click.option("--html", type=PATH, help="Also write a report with plots to this file.")
+@click.option(
+    "--max-tokens", type=int, default=4096, show_default=True, help="Tokens taken of all texts together; 0 takes all."
+)
+@click.option("--backend", help="Backend that runs the bundles. Default: the first of each bundle that is installed.")
+@click.option(
+    "--threads",
+    type=int,
+    help="Threads that run a bundle. Default: as its target says, but no more than this machine has.",
+)
+@click.option("--tasks", help="Tasks of lm-eval to score, comma-separated: names, or YAML files of your own.")
+@click.option("--include-path", type=PATH, help="Folder with further task files, which --tasks can then name.")
+@click.option("--limit", type=int, help="Number of examples taken of each task. Default: all.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout instead of tables.")
+@click.option("--html", type=PATH, help="Write a report with plots to this file, too.")
 @click.version_option(package_name="gemma-edge")
+@click.pass_context
 def main(
-    tasks: str | None, include_path: Path | None, limit: int | None, as_json: bool, html: Path | None, **choices: Any
+    context: click.Context,
+    /,
+    tasks: str | None,
+    include_path: Path | None,
+    limit: int | None,
+    as_json: bool,
+    html: Path | None,
+    **choices: Any,
 ) -> None:
     """Measure bundles and Hugging Face folders, side by side on the same tokens.
 
-    Perplexity on a text; with --reference also how far each is from the original; with --tasks lm-eval's scores.
-    A folder may be float or quantized in gemma-export's layout; it is computed with PyTorch.
+    Reports the perplexity on a text; with --reference also how far each model is from the original; with --tasks the scores of
+    lm-eval's tasks. A folder may hold float weights, or the integers that gemma-export writes. It is computed with PyTorch.
     """
-    # before torch is loaded: a thread that waits must not spin, which costs most of the time beside other work
+    refuse_unused(context)
+    # Before torch is loaded: a thread that waits must not spin, which would cost most of the time beside other work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if tasks is not None:
-        need("--tasks", "lm_eval")
     if html is not None:
         need("--html", "matplotlib")
         check_writable("--html", html)
-    from gemma_edge.evaluate import evaluate
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about its own defaults
+    from gemma_edge.evaluate.evaluate import evaluate
+    from gemma_edge.evaluate.options import EvaluationOptions, TaskOptions
     from gemma_edge.report.console import progress_bar
 
-    job = evaluate.prepare(evaluate.Options(**choices))
-    loaded = _load_tasks(tasks, include_path, limit)
-    done = evaluate.evaluate(job, progress_bar)
-    if loaded is not None:
-        for result, model in zip(done.results, job.models, strict=True):
-            result.tasks = loaded.run(model.runtime(), job.tokenizer, progress_bar, limit=limit)
-    _show(done, as_json, html)
+    names = None if tasks is None else tuple(name.strip() for name in tasks.split(",") if name.strip())
+    task_options = None if names is None else TaskOptions(names, include_path, limit)
+    _show(evaluate(EvaluationOptions(**choices, tasks=task_options), progress_bar), as_json, html)
 
 
-def _load_tasks(tasks: str | None, include_path: Path | None, limit: int | None) -> Tasks | None:
-    """Before any work: a task that cannot be loaded must not be found out after an hour."""
-    if tasks is None:
-        return None
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
-    if not names:
-        raise InputError("--tasks names no task; give names or YAML files, comma-separated")
-    if limit is not None and limit < 1:
-        raise InputError(f"--limit {limit} is below 1")
-    from gemma_edge.evaluate.lm_eval_adapter import Tasks
+def refuse_unused(context: click.Context) -> None:
+    """Refuse an option that has no effect because the option it belongs to is missing.
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings tell of its own defaults
-    return Tasks(names, include_path)
+    Raises:
+        InputError: with both options.
+    """
+    for name, other in NEEDED.items():
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE and context.params[other] is None:
+            raise InputError(f"`{name}` has no effect without `{other}`; leave it out", field=name)
 
 
-def _show(done: Evaluation, as_json: bool, html: Path | None) -> None:
-    from gemma_edge.evaluate import report as eval_report
+def _show(evaluation: Evaluation, as_json: bool, html: Path | None) -> None:
+    from gemma_edge.evaluate import report
 
-    for note in done.notes:
+    for note in evaluation.notes:
         click.echo(f"note: {note}", err=True)
     if html is not None:
-        from gemma_edge.evaluate import html as eval_html
+        from gemma_edge.evaluate.html import page
 
-        write_whole(html, eval_html.page(done))
+        write_whole(html, page(evaluation))
     if as_json:
-        click.echo(json.dumps(asdict(done), indent=1, ensure_ascii=False))
+        click.echo(json.dumps(asdict(evaluation), indent=1, ensure_ascii=False))
     else:
-        eval_report.print_tables(done)
+        report.print_tables(evaluation)

@@ -1,6 +1,7 @@
-"""A Hugging Face folder as something to evaluate: float, or the integers of our layout. The arithmetic is reference.py's.
+"""A Hugging Face folder as something to evaluate: float weights, or the integers that gemma-export wrote. It needs torch.
 
-Windows go through it layer by layer, one block of weights in memory at a time. Only tasks that generate load the whole model.
+The windows go through the model layer by layer (model/layerwise.py), with one layer's weights in memory at a time. Only tasks
+load the whole model.
 """
 
 from __future__ import annotations
@@ -26,20 +27,22 @@ from gemma_edge.runtimes.engines.base import Runtime
 from gemma_edge.text.tokenizer import TOKENIZER_FILE, Tokenizer
 from gemma_edge.text.windows import Window
 
-GROUP_TOKENS = 8192  # tokens whose hidden states are in memory at once: 75 MB for 2B
-CHUNK = 128  # tokens in one call when a model runs as a whole
+# GROUP_TOKENS: how many tokens' hidden states are in memory at once; for Gemma 2 2B they take 75 MB.
+GROUP_TOKENS = 8192
+# CHUNK: how many tokens are fed in one call when the whole model is loaded.
+CHUNK = 128
 
 
-class CheckpointModel:
-    """The folder's weights, and what they predict: a `Model` as in evaluate/bundle_model.py."""
+class FolderModel:
+    """A `Model`: the folder's weights, and what they predict."""
 
     kind, backend = "folder", "torch"
 
     def __init__(self, path: Path) -> None:
-        """Check the folder; reads headers only.
+        """Check the folder; only headers are read.
 
         Raises:
-            InputError: no Gemma 2 folder that can be read.
+            InputError: the folder is no Gemma 2 model, or cannot be read.
         """
         quantized_table = (path / TABLE_FILE).is_file()
         self.path = path
@@ -51,6 +54,7 @@ class CheckpointModel:
         self.bits_per_weight: float | None = 8 * self.size / sum(rows * columns for rows, columns in shapes.values())
 
     def _bytes(self, name: str, shape: tuple[int, int]) -> int:
+        """Bytes of one matrix as it is stored: its scales are counted, too."""
         rows, columns = shape
         weights = self.weights
         config = weights.configs[name]
@@ -60,13 +64,13 @@ class CheckpointModel:
         return rows * columns * config.bits // 8 + rows * groups * weights.scale_dtype(name).itemsize
 
     def steps(self, windows: Sequence[Window]) -> int:
-        """How often `rows` reports progress."""
+        """How many layers the groups of windows go through, and how many blocks of logits follow."""
         layers = self.weights.config.num_hidden_layers
         pieces = sum(-(-window.scored // reference.HEAD_POSITIONS) for window in windows)
         return layers * sum(1 for _ in _groups(windows)) + pieces
 
     def rows(self, windows: Sequence[Window], progress: Callable[[int], None]) -> Iterator[tuple[Window, int, Logits]]:
-        """Logits of every scored position: (window, position of the first row, (t, V)), in order."""
+        """See `Model.rows`."""
         for group in _groups(windows):
             sequences = [torch.tensor(window.ids[:-1]) for window in group]
             states = reference.final_states(self.weights, sequences, self.context, progress)
@@ -78,18 +82,18 @@ class CheckpointModel:
 
     @torch.no_grad()
     def layer_errors(self, original: Model | None, ids: Sequence[int], progress: Progress) -> list[float]:
-        """How far the residual stream is from the original's after each block.
+        """How far the residual stream is from the original's after each layer.
 
         Args:
-            original: the model it was made from; only a folder has blocks to compare with.
-            ids: (T,) tokens fed to both.
-            progress: shows how far it is.
+            original: the model that this one was made from; [] is returned unless it is a folder of the same shape.
+            ids: (T,) tokens that are fed to both.
+            progress: shows how far the work is.
 
         Returns:
-            per layer, as `stream_error` has it.
+            one number per layer, see `stream_error`.
         """
         shape = ("num_hidden_layers", "hidden_size")
-        if not isinstance(original, CheckpointModel) or any(original.config[k] != self.config[k] for k in shape):
+        if not isinstance(original, FolderModel) or any(original.config[k] != self.config[k] for k in shape):
             return []
         sequence = [torch.tensor(ids)]
         ours = reference.blocks(self.weights, sequence, self.context)
@@ -102,18 +106,18 @@ class CheckpointModel:
         return errors
 
     def runtime(self) -> Runtime:
-        """The whole model in float32 memory, to generate with."""
-        return CheckpointRuntime(self.weights)
+        """The whole model, loaded as float32."""
+        return FolderRuntime(self.weights)
 
     def tokenizer(self) -> Tokenizer | None:
-        """The folder's tokenizer.json, if it has one."""
+        """The folder's tokenizer; None where it has no tokenizer.json."""
         if not (self.path / TOKENIZER_FILE).is_file():
             return None
         return Tokenizer.of_folder(self.path, self.config)
 
 
-class CheckpointRuntime(Runtime):
-    """A folder behind the interface of the bundles: 4 bytes of memory per parameter."""
+class FolderRuntime(Runtime):
+    """A folder behind the interface of a bundle's runtime. It takes 4 bytes of memory per parameter."""
 
     def __init__(self, weights: Weights) -> None:
         config = weights.config
@@ -125,7 +129,7 @@ class CheckpointRuntime(Runtime):
 
     @torch.no_grad()
     def _forward(self, ids: NDArray[np.int64], *, every_position: bool) -> Logits:
-        """Logits (T, V), or (1, V) of the last."""
+        """See `BaseRuntime`: logits (T, V), or (1, V) of the last position."""
         x = self._model.model(torch.from_numpy(ids)[None], torch.tensor([self.position]), self._ring)
         logits: Logits = self._model.head(x if every_position else x[:, -1:])[0].numpy()
         return logits
@@ -135,7 +139,7 @@ class CheckpointRuntime(Runtime):
 
 
 def _manifest(weights: Weights) -> Manifest:
-    """As much of a manifest as a runtime reads."""
+    """The parts of a manifest that a runtime reads."""
     return Manifest(
         model={"name": weights.folder.name},
         config=weights.config.to_json(),
@@ -151,7 +155,7 @@ def _manifest(weights: Weights) -> Manifest:
 
 
 def _groups(windows: Sequence[Window]) -> Iterator[list[Window]]:
-    """Consecutive windows of together at most GROUP_TOKENS, or one that is longer."""
+    """Groups of consecutive windows: together at most GROUP_TOKENS long, or one window that is longer than that."""
     group: list[Window] = []
     tokens = 0
     for window in windows:

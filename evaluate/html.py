@@ -1,40 +1,37 @@
-"""gemma-eval's page: one HTML file with the tables and the plots. Needs matplotlib, of the `eval` extra."""
+"""gemma-eval's page: one HTML file with the tables and the plots. It needs matplotlib, which the `eval` extra installs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from html import escape
 from pathlib import Path
 
-from gemma_edge.evaluate.evaluate import Evaluation, Result
-from gemma_edge.evaluate.report import COLUMNS, NAMES, rows, task_rows
-from gemma_edge.report import html as html_page
-from gemma_edge.report.drawing import Figure, MaxNLocator
-from gemma_edge.report.html import axes, colored, finish
+from gemma_edge.evaluate.report import COLUMNS, TEXT_COLUMNS, rows, task_rows
+from gemma_edge.evaluate.result import Evaluation, Result
+from gemma_edge.report.drawing import Figure, MaxNLocator, axes, colored, finish, svg
+from gemma_edge.report.html import Plot, Table, render
 from gemma_edge.text.windows import PROTOCOLS
 
 
-def page(done: Evaluation) -> str:
+def page(evaluation: Evaluation) -> str:
     """The whole HTML text."""
-    texts = ", ".join(escape(Path(text).name) for text in done.texts)
-    parts = [
-        f"<p>{done.results[0].tokens} tokens of {texts} scored. Protocol <b>{escape(done.protocol)}</b>, windows of"
-        f" {done.window}: {escape(PROTOCOLS[done.protocol].what)}. KL is in nats per token, original || model; top-1 is how"
-        " often both find the same token the most likely.</p>",
-        *(f'<p class="note">Note: {escape(note)}.</p>' for note in done.notes),
-        html_page.table(COLUMNS, rows(done), names=NAMES),
-    ]
-    if scores := task_rows(done):
-        parts += [
-            "<h2>Tasks</h2>",
-            html_page.table(("task", "metric", *(r.name for r in done.results)), scores, names=NAMES),
-        ]
-    parts += [html_page.plot(*plot) for plot in plots(done.results)]
-    return html_page.page("gemma-eval", parts)
+    tables = [Table(COLUMNS, rows(evaluation), TEXT_COLUMNS)]
+    if scores := task_rows(evaluation):
+        columns = ("task", "metric", *(result.name for result in evaluation.results))
+        tables.append(Table(columns, scores, TEXT_COLUMNS, "Tasks"))
+    return render(
+        "gemma_edge.evaluate",
+        title="gemma-eval",
+        evaluation=evaluation,
+        tokens=evaluation.results[0].tokens,
+        texts=", ".join(Path(text).name for text in evaluation.texts),
+        protocol=PROTOCOLS[evaluation.protocol],
+        tables=tables,
+        plots=[Plot(heading, caption, svg(figure)) for heading, caption, figure in plots(evaluation.results)],
+    )
 
 
 def plots(results: Sequence[Result]) -> Iterator[tuple[str, str, Figure]]:
-    """(heading, caption, figure) of each plot that there are numbers for."""
+    """Heading, caption and figure of each plot that there are numbers for."""
     if any(result.kl is not None and result.bits_per_weight is not None for result in results):
         caption = "Down and to the left is better: smaller, and closer to the original."
         yield "Size and distance from the original", caption, _sizes(results)

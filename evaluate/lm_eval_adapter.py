@@ -1,7 +1,7 @@
-"""lm-eval's tasks on any `Runtime`. Needs the `eval` extra; everything else of gemma-eval works without this module.
+"""lm-eval's tasks on any `Runtime`. Only this module needs lm-eval, which the `eval` extra installs.
 
-lm-eval respects HF_HUB_OFFLINE, and tasks of one's own over JSONL files need no network. BOS begins every sequence: Gemma
-without it predicts nonsense. Source of the interface: lm_eval/api/model.py, `TemplateLM`.
+lm-eval respects HF_HUB_OFFLINE, and a task over a JSONL file needs no network. Every sequence begins with BOS, because Gemma
+predicts nonsense without it. Source of the interface: lm_eval/api/model.py, `TemplateLM`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # typ
 
 from gemma_edge.comparison import log_softmax
 from gemma_edge.errors import InputError
+from gemma_edge.evaluate.options import TaskOptions
 from gemma_edge.progress import Progress
 from gemma_edge.runtimes.engines.base import Runtime
 from gemma_edge.runtimes.generation.generate import GenerationOptions
@@ -26,14 +27,16 @@ from gemma_edge.runtimes.generation.sampling import SamplingParams
 from gemma_edge.runtimes.generation.text_generator import TextGenerator
 from gemma_edge.text.tokenizer import Tokenizer
 
-MAX_NEW_TOKENS = 256  # of an answer whose task sets no limit: lm-eval's own default
-BOOTSTRAPS = 1000  # resamplings for the standard errors that have no formula
-# what a task file, a data file or the hub can raise while tasks are loaded; yaml's and datasets' errors are among them
+# MAX_NEW_TOKENS: the length of an answer where the task sets no limit; lm-eval's own default.
+MAX_NEW_TOKENS = 256
+# BOOTSTRAPS: how many resamplings give the standard error of a metric that has no formula for it.
+BOOTSTRAPS = 1000
+# LOAD_ERRORS: what a task file, a data file or the hub can raise while tasks are loaded, errors of yaml and datasets included.
 LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, yaml.YAMLError)
 
 
 class RuntimeLM(TemplateLM):  # type: ignore[misc]
-    """A runtime and its tokenizer as lm-eval sees a model."""
+    """A runtime and its tokenizer behind lm-eval's interface of a model."""
 
     def __init__(self, runtime: Runtime, tokenizer: Tokenizer, progress: Progress) -> None:
         super().__init__()
@@ -46,12 +49,12 @@ class RuntimeLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def prefix_token_id(self) -> int:
-        """BOS, which an empty context stands for."""
+        """BOS: what is fed where the context is empty."""
         return self._tokenizer.bos_token_id
 
     @property
     def max_length(self) -> int:
-        """Tokens that the model looks back on."""
+        """How many tokens the model looks back on."""
         return self._runtime.cache.context
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
@@ -61,24 +64,28 @@ class RuntimeLM(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """(request, context, continuation) each -> log p of the continuation, and whether greedy decoding would give it."""
-        # Choices of one token share everything that is fed, the question: one run for all of them
+        """The log probability of each continuation, and whether greedy decoding would give it.
+
+        Args:
+            requests: (request, token ids of the context, token ids of the continuation) each.
+        """
+        # Answers of one token to the same question differ only in what is not fed: one run serves them all.
         same_feed: dict[tuple[int, ...], list[int]] = {}
         for index, (_, context, continuation) in enumerate(requests):
             same_feed.setdefault(self._feed(context, continuation), []).append(index)
-        found: dict[int, tuple[float, bool]] = {}
+        results: dict[int, tuple[float, bool]] = {}
         with self._progress("log-likelihoods", len(same_feed), False) as advance:
             for feed, indices in same_feed.items():
                 scores = self._score(feed, [requests[index][2] for index in indices])
-                found |= dict(zip(indices, scores, strict=True))
+                results |= dict(zip(indices, scores, strict=True))
                 advance(1)
-        return [found[index] for index in range(len(requests))]
+        return [results[index] for index in range(len(requests))]
 
     def _feed(self, context: list[int], continuation: list[int]) -> tuple[int, ...]:
-        """What must be fed to foretell the continuation: BOS first, the oldest tokens left out where it is too long.
+        """The tokens to feed so that every token of the continuation is predicted: BOS, then all of the rest that fits.
 
         Raises:
-            InputError: the continuation alone is too long.
+            InputError: the continuation alone does not fit into the context.
         """
         if len(continuation) > self.max_length:
             raise InputError(
@@ -86,13 +93,14 @@ class RuntimeLM(TemplateLM):  # type: ignore[misc]
             )
         bos = self.prefix_token_id
         rest = [*(context[1:] if context[:1] == [bos] else context), *continuation[:-1]]
-        # the first token of the continuation needs one before it, BOS at the least
+        # BOS always stays, so that the first token of the continuation has a token before it.
         return (bos, *rest[max(0, len(rest) + 1 - self.max_length) :])
 
     def _score(self, feed: tuple[int, ...], continuations: Sequence[list[int]]) -> list[tuple[float, bool]]:
-        """Sum of log p, and greediness, of continuations that all end one token after `feed`."""
+        """For continuations that all end one token after `feed`: their log probabilities, and whether they are greedy."""
         totals, greedy = [0.0] * len(continuations), [True] * len(continuations)
-        begins = [len(feed) - len(continuation) for continuation in continuations]  # position that foretells the first
+        # the position that predicts the first token of each continuation
+        begins = [len(feed) - len(continuation) for continuation in continuations]
         position = 0
         for chunk in self._runtime.score_chunks(feed):
             skip = max(0, min(begins) - position)
@@ -107,7 +115,7 @@ class RuntimeLM(TemplateLM):  # type: ignore[misc]
         return list(zip(totals, greedy, strict=True))
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log p of whole texts, in disjoint windows that each begin with BOS."""
+        """The log probabilities of whole texts, in disjoint windows that each begin with BOS."""
         windows: list[tuple[Any, list[int], list[int]]] = []
         owners = []
         for owner, request in enumerate(requests):
@@ -121,7 +129,7 @@ class RuntimeLM(TemplateLM):  # type: ignore[misc]
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Answers, greedy unless the task samples, ended by one of its stop texts, a stop token or its limit."""
+        """Answers: greedy unless the task samples, up to one of its stop texts, a stop token or its limit."""
         with self._progress("answers", len(requests), False) as advance:
             answers = []
             for request in requests:
@@ -137,49 +145,54 @@ class RuntimeLM(TemplateLM):  # type: ignore[misc]
         sampling = SamplingParams(temperature=temperature, top_p=float(settings.get("top_p") or 1.0), seed=0)
         options = GenerationOptions(max_tokens=limit, sampling=sampling, stop=tuple(filter(None, stops)))
         bos, *rest = self.tok_encode(context)
-        kept = rest[max(0, len(rest) + 1 - max(1, self.max_length - limit)) :]  # room for the answer
+        recent = rest[max(0, len(rest) + 1 - max(1, self.max_length - limit)) :]  # leaves room for the answer
         self._runtime.reset()
-        return "".join(TextGenerator(self._runtime, self._tokenizer).answer([bos, *kept], options))
+        return "".join(TextGenerator(self._runtime, self._tokenizer).answer([bos, *recent], options))
 
 
 class Tasks:
-    """lm-eval tasks, loaded and known to be there."""
+    """lm-eval tasks that have been loaded."""
 
-    def __init__(self, names: Sequence[str], include_path: Path | None) -> None:
-        """Find and load them, their data included.
+    def __init__(self, options: TaskOptions) -> None:
+        """Load the tasks and their data.
 
         Raises:
-            InputError: an unknown task, a broken file, or data that cannot be fetched.
+            InputError: a task is unknown, a file is broken, or data cannot be fetched.
         """
-        if include_path is not None and not include_path.is_dir():
-            raise InputError(f"--include-path {include_path} is not a folder")
-        self._names = list(names)
-        self._manager = _manager(names, include_path)
-        for name in names:
+        folder = options.include_path
+        if folder is not None and not folder.is_dir():
+            raise InputError(f"`include_path` {folder} is not a folder", field="include_path", value=folder)
+        self._names, self._limit = list(options.tasks), options.limit
+        self._manager = _manager(self._names, folder)
+        for name in self._names:
             if name not in self._manager.all_tasks and not Path(name).is_file():
                 raise InputError(
-                    f"--tasks {name}: lm-eval knows no such task and there is no such file; `lm-eval ls tasks` lists them"
+                    f"`tasks` {name}: lm-eval knows no such task, and there is no such file",
+                    field="tasks",
+                    value=name,
+                    hint="`lm-eval ls tasks` lists its tasks",
                 )
         try:
             self._manager.load(self._names)
         except LOAD_ERRORS as error:
-            raise InputError(f"--tasks {','.join(names)} cannot be loaded: {type(error).__name__}: {error}") from None
+            problem = f"`tasks` {','.join(self._names)} cannot be loaded: {type(error).__name__}: {error}"
+            raise InputError(problem, field="tasks", value=self._names) from None
 
-    def run(
-        self, runtime: Runtime, tokenizer: Tokenizer, progress: Progress, *, limit: int | None
-    ) -> dict[str, dict[str, float]]:
-        """Every task on one model: task -> metric -> value; `METRIC_stderr` is a metric's standard error.
+    def run(self, runtime: Runtime, tokenizer: Tokenizer, progress: Progress) -> dict[str, dict[str, float]]:
+        """Run every task on one model.
 
         Args:
             runtime, tokenizer: the model.
-            progress: shows how far it is.
-            limit: most examples of each task, None = all.
+            progress: shows how far the work is.
+
+        Returns:
+            task -> metric -> value; `METRIC_stderr` is the standard error of METRIC.
         """
-        found = lm_eval.simple_evaluate(
+        evaluated = lm_eval.simple_evaluate(
             model=RuntimeLM(runtime, tokenizer, progress),
             tasks=self._names,
             task_manager=self._manager,
-            limit=limit,
+            limit=self._limit,
             bootstrap_iters=BOOTSTRAPS,
             log_samples=False,
         )
@@ -189,12 +202,12 @@ class Tasks:
                 for key, value in values.items()
                 if "," in key and isinstance(value, int | float)
             }
-            for task, values in found["results"].items()
+            for task, values in evaluated["results"].items()
         }
 
 
 def _manager(names: Sequence[str], include_path: Path | None) -> TaskManager:
-    """lm-eval's own 14,000 tasks are indexed only when they are asked for: that takes seconds."""
+    """Find tasks by name. lm-eval's own 14,000 tasks are indexed only where one of them is needed, because that takes seconds."""
     own = TaskManager(include_path=include_path, include_defaults=False)
     if all(name in own.all_subtasks or Path(name).is_file() for name in names):
         return own

@@ -1,14 +1,11 @@
-"""What can be evaluated, behind one protocol: a bundle in its own engine, or a Hugging Face folder in torch."""
+"""What can be evaluated, as a protocol. A bundle is bundle_model.py's, a folder folder_model.py's; open_model.py tells which."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from gemma_edge.bundle.manifest import MANIFEST
-from gemma_edge.errors import InputError
 from gemma_edge.logits import Logits
 from gemma_edge.progress import Progress
 from gemma_edge.runtimes.engines.base import Runtime
@@ -17,51 +14,44 @@ from gemma_edge.text.windows import Window
 
 
 class Model(Protocol):
-    """Something that gives logits. `evaluate/folder_model.py` has the one for folders."""
+    """Something that predicts logits for tokens."""
 
     path: Path
     kind: str  # bundle or folder
-    backend: str  # what computes
-    config: dict[str, Any]  # Gemma2Config, HF's keys
-    context: int  # tokens it can look back on
-    size: int  # bytes: a bundle's files, a folder's matrices
-    bits_per_weight: float | None  # of the matrices, scales included
+    backend: str  # what computes: a bundle's backend, or torch
+    config: dict[str, Any]  # the model's configuration, with Hugging Face's keys
+    context: int  # tokens that the model looks back on
+    size: int  # bytes of a bundle's files, or of a folder's matrices
+    bits_per_weight: float | None  # bits per weight of the matrices, scales included
 
     def steps(self, windows: Sequence[Window]) -> int:
         """How often `rows` reports progress."""
 
     def rows(self, windows: Sequence[Window], progress: Callable[[int], None]) -> Iterator[tuple[Window, int, Logits]]:
-        """Logits of every scored position in order: the window, the position of the first row, and (t, V) rows."""
+        """Predict every scored position of every window, in order.
+
+        Args:
+            windows: what is fed; each begins from a reset state.
+            progress: called with 1 after each step.
+
+        Yields:
+            the window, the position of the first row in it, and the logits (t, V) of the positions from there on.
+        """
 
     def layer_errors(self, original: Model | None, ids: Sequence[int], progress: Progress) -> list[float]:
-        """Relative error of each layer's output, as far as it is known; [] where it is not."""
+        """The relative error of each layer's output.
+
+        Args:
+            original: the model to compare with.
+            ids: (T,) tokens that are fed to both.
+            progress: shows how far the work is.
+
+        Returns:
+            one number per layer; [] where they are not known.
+        """
 
     def runtime(self) -> Runtime:
-        """To score and generate freely, for tasks."""
+        """The model loaded, to generate with. Tasks need it."""
 
     def tokenizer(self) -> Tokenizer | None:
-        """Its own, if it has one."""
-
-
-def open_model(path: Path, *, backend: str | None = None, threads: int | None = None) -> Model:
-    """A bundle (it has a manifest) or a Hugging Face folder; only headers are read.
-
-    Raises:
-        InputError: neither, damaged, or a folder without torch installed.
-    """
-    if not path.is_dir():
-        raise InputError(f"{path} is not a folder; give a bundle or a Hugging Face model folder")
-    if (path / MANIFEST).is_file():
-        from gemma_edge.evaluate.bundle_model import BundleModel
-
-        return BundleModel(path, backend=backend, threads=threads)
-    if not (path / "config.json").is_file():
-        raise InputError(f"{path} is neither a bundle (no {MANIFEST}) nor a Hugging Face model folder (no config.json)")
-    if importlib.util.find_spec("torch") is None:
-        raise InputError(
-            f"{path} is a Hugging Face folder: evaluating one needs PyTorch, which this installation leaves out:"
-            " pip install 'gemma-edge[export]'"
-        )
-    from gemma_edge.evaluate.folder_model import CheckpointModel
-
-    return CheckpointModel(path)
+        """The model's own tokenizer; None where it has none."""

@@ -1,18 +1,19 @@
-"""What gemma-eval shows people: tables in the terminal. The page with plots is eval_html.py's."""
+"""The tables that gemma-eval shows in the terminal. Their rows are also html.py's."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from gemma_edge.evaluate.evaluate import Evaluation, Result
+from gemma_edge.evaluate.result import Evaluation, Result
 from gemma_edge.report.console import print_table, size
 
-COLUMNS = ("model", "bits/weight", "size", "ppl", "change", "KL", "top-1")  # what is the same for all is the title's
-NAMES = ("model", "task", "metric")  # columns of text
+COLUMNS = ("model", "bits/weight", "size", "ppl", "change", "KL", "top-1")
+# TEXT_COLUMNS: the columns that hold text; the others hold numbers.
+TEXT_COLUMNS = ("model", "task", "metric")
 
 
 def cells(result: Result) -> tuple[str, ...]:
-    """A row under COLUMNS."""
+    """The row of one model, with the cells of COLUMNS."""
     return (
         result.name,
         _or_dash(result.bits_per_weight, "{:.2f}"),
@@ -24,44 +25,46 @@ def cells(result: Result) -> tuple[str, ...]:
     )
 
 
-def rows(done: Evaluation) -> list[tuple[str, ...]]:
-    """The reference's row, if there is one, then the models'."""
-    first = [] if done.reference is None else [(f"{done.reference.name} (original)", *cells(done.reference)[1:])]
-    return [*first, *(cells(result) for result in done.results)]
+def rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
+    """The row of the reference, if there is one, and the rows of the models."""
+    reference = evaluation.reference
+    first = [] if reference is None else [(f"{reference.name} (original)", *cells(reference)[1:])]
+    return [*first, *(cells(result) for result in evaluation.results)]
 
 
-def task_rows(done: Evaluation) -> list[tuple[str, ...]]:
-    """(task, metric, value per model), with standard errors where there are any."""
-    found = {(task, metric): None for result in done.results for task in result.tasks for metric in result.tasks[task]}
+def task_rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
+    """Rows of task, metric and one score per model, with its standard error where it has one."""
+    results = evaluation.results
+    pairs = dict.fromkeys(
+        (task, metric) for result in results for task in result.tasks for metric in result.tasks[task]
+    )
     return [
-        (task, metric, *(_score(result.tasks.get(task, {}), metric) for result in done.results))
-        for task, metric in found
+        (task, metric, *(_score(result.tasks.get(task, {}), metric) for result in results))
+        for task, metric in pairs
         if "_stderr" not in metric
     ]
 
 
 def _score(metrics: dict[str, float], metric: str) -> str:
+    """A metric's value and standard error. lm-eval's filter may follow the metric's name: `exact_match (strict-match)`."""
     name, _, filtered = metric.partition(" ")
     error = metrics.get(f"{name}_stderr {filtered}".strip())
-    return _or_dash(metrics.get(metric), "{:.4f}") + _or_nothing(error, " ±{:.4f}")
+    return _or_dash(metrics.get(metric), "{:.4f}") + ("" if error is None else f" ±{error:.4f}")
 
 
-def title(done: Evaluation) -> str:
-    """What was fed and how it was counted."""
-    texts = ", ".join(Path(text).name for text in done.texts)
-    return f"{texts}: {done.results[0].tokens} tokens scored, protocol {done.protocol}, windows of {done.window}"
+def title(evaluation: Evaluation) -> str:
+    """Which text was fed, and how it was cut and scored."""
+    texts, tokens = ", ".join(Path(text).name for text in evaluation.texts), evaluation.results[0].tokens
+    return f"{texts}: {tokens} tokens scored, protocol {evaluation.protocol}, windows of {evaluation.window}"
 
 
 def _or_dash(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
 
 
-def _or_nothing(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
-
-
-def print_tables(done: Evaluation) -> None:
-    """The end of `gemma-eval`."""
-    print_table(title(done), COLUMNS, rows(done), names=NAMES)
-    if scores := task_rows(done):
-        print_table("tasks", ("task", "metric", *(result.name for result in done.results)), scores, names=NAMES)
+def print_tables(evaluation: Evaluation) -> None:
+    """Print the table of all models, and the table of tasks if there are any."""
+    print_table(title(evaluation), COLUMNS, rows(evaluation), names=TEXT_COLUMNS)
+    if scores := task_rows(evaluation):
+        columns = ("task", "metric", *(result.name for result in evaluation.results))
+        print_table("tasks", columns, scores, names=TEXT_COLUMNS)

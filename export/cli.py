@@ -21,6 +21,7 @@ from gemma_edge.errors import InputError
 from gemma_edge.export.gate.limits import LEVELS
 from gemma_edge.export.options import ExportOptions
 from gemma_edge.export.targets import DEFAULT_CHUNK, TARGETS
+from gemma_edge.files import check_writable, need, write_whole
 from gemma_edge.model.hub import DEFAULT_MODEL
 from gemma_edge.quantize.options import CalibrationText, QuantizeOptions
 from gemma_edge.quantize.recipe import BITS, DEFAULT_QUALITY, METHODS, QUALITIES
@@ -205,15 +206,19 @@ def plan(as_json: bool, save_recipe: Path | None, plot: Path | None, **choices: 
     from gemma_edge.quantize.checkpoint.store import final_configs
     from gemma_edge.quantize.mixed import table as layers
 
-    for path in filter(None, (save_recipe, plot)):
-        if not path.absolute().parent.is_dir():
-            raise InputError(f"cannot write {path}: {path.absolute().parent} is no folder")
+    if plot is not None:
+        need("--plot", "matplotlib")
+    for option, path in (("--save-recipe", save_recipe), ("--plot", plot)):
+        if path is not None:
+            check_writable(option, path)
     opened = pipeline.open_model(options, report.progress_bar, plan_only=True)
     configs = final_configs(opened.source, opened.recipe)
     if save_recipe is not None:
-        save_recipe.write_text(json.dumps(opened.recipe.to_json(), indent=1) + "\n", encoding="utf-8")
+        write_whole(save_recipe, json.dumps(opened.recipe.to_json(), indent=1) + "\n")
     if plot is not None:
-        plot.write_text(layers.svg(opened.recipe.name, configs), encoding="utf-8")
+        from gemma_edge.quantize.mixed.plot import svg
+
+        write_whole(plot, svg(opened.recipe.name, configs))
     if as_json:
         choice = {"mixed": opened.choice.to_json()} if opened.choice else {}
         plans = {backend: plan.to_json() for backend, plan in opened.plans.items()}

@@ -44,6 +44,7 @@ from gemma_edge.quantize.recipe import (
     default_method,
     make_recipe,
 )
+from gemma_edge.text import corpus
 from gemma_edge.text.tokenizer import TOKENIZER_FILE, WAY_OUT
 
 logger = logging.getLogger(__name__)
@@ -300,7 +301,7 @@ def make_checkpoint(
 def _learnt(text: CalibrationText, used: layerwise.Calibration, reports: list[layerwise.Report]) -> dict[str, Any]:
     return {
         "tokens": used.windows.numel(),
-        "text": [path.name for path in text.paths] or list(calibration.SHIPPED),
+        "text": [path.name for path in text.paths] or list(corpus.CALIBRATION),
         "seed": text.seed,
         "layers": [asdict(report) for report in reports],
     }

@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,8 @@ from gemma_edge.memory import give_back
 from gemma_edge.model import layerwise as reference
 from gemma_edge.model.checkpoint import Weights
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
+from gemma_edge.text import corpus
 from gemma_edge.text.tokenizer import TOKENIZER_FILE, WAY_OUT, open_tokenizer
-
-TEXTS = ("heldout_austen.txt", "heldout_kjv.txt")
 
 
 @dataclass(frozen=True)
@@ -64,18 +62,17 @@ def make_gate(tokenizer: Path | None, vocab_size: int, bos: int, context: int, l
     chosen = LEVELS[level]
     assert chosen is not None, "nothing is chosen for a gate that is not run"
     ids = [bos, *_tokens(tokenizer, vocab_size, chosen.tokens(context) - 1)]
-    text = ", ".join(TEXTS) if tokenizer else "random tokens: the model has no tokenizer"
+    text = ", ".join(corpus.HELD_OUT) if tokenizer else "random tokens: the model has no tokenizer"
     return Gate(level, text, ids, chosen.positions(context))
 
 
 def _tokens(tokenizer: Path | None, vocab_size: int, count: int) -> list[int]:
     if tokenizer is None:
         return [int(token) for token in np.random.default_rng(0).integers(0, vocab_size, count)]
-    texts = [(resources.files("gemma_edge.text") / "data" / name).read_text(encoding="utf-8") for name in TEXTS]
-    # half of each text, so that no book decides alone; encoded in pieces, only as much as is needed
-    encoder = open_tokenizer(tokenizer, WAY_OUT)
-    halves = [encoder.encode(text[: 8 * count], add_special_tokens=False).ids for text in texts]
-    half = count // 2
+    # Half of the tokens come from each text, so that no book decides alone. Only the beginning of each text is encoded.
+    encoder, half = open_tokenizer(tokenizer, WAY_OUT), count // 2
+    texts = [corpus.read(name)[: corpus.CHARACTERS_PER_TOKEN * (count - half)] for name in corpus.HELD_OUT]
+    halves = [encoder.encode(text, add_special_tokens=False).ids for text in texts]
     ids = [*halves[0][:half], *halves[1][: count - half]]
     if max(ids) >= vocab_size:
         raise InputError(

@@ -9,7 +9,6 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib import resources
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,16 +18,15 @@ from torch import Tensor
 
 from gemma_edge.errors import InputError
 from gemma_edge.quantize.options import CalibrationText
+from gemma_edge.text import corpus
 from gemma_edge.text.chat import ChatTemplate
 from gemma_edge.text.tokenizer import TOKENIZER_FILE, WAY_OUT, open_tokenizer
 
 logger = logging.getLogger(__name__)
 
-SHIPPED = ("calibration_austen.txt", "calibration_kjv.txt", "calibration_melville.txt", "calibration_presidents.txt")
 SUFFIXES = (".txt", ".md", ".jsonl")
 WINDOW = 512  # tokens; a shorter context takes its own length
 LEAST_TOKENS = 256  # second moments of fewer say nothing
-MOST_CHARACTERS = 32  # read of a file, per token asked for: a long one is not read, and kept in memory, to its end
 RARE = (
     0.25  # part of the tokens that are single bytes or unknown, from which on the text is hardly the model's language
 )
@@ -93,9 +91,9 @@ def _cut(ids: Sequence[Sequence[int]], bos: int, length: int, count: int, seed: 
 
 def _texts(source: CalibrationText, template: ChatTemplate) -> Iterator[str]:
     plain: list[str] = []
-    max_characters = MOST_CHARACTERS * source.tokens
+    max_characters = corpus.CHARACTERS_PER_TOKEN * source.tokens
     if not source.paths:
-        plain = [(resources.files("gemma_edge.text") / "data" / name).read_text(encoding="utf-8") for name in SHIPPED]
+        plain = [corpus.read(name) for name in corpus.CALIBRATION]
     for path in source.paths:
         for file in _files(path):
             if file.suffix == ".jsonl":

@@ -13,7 +13,7 @@ from gemma_edge.errors import InputError
 from gemma_edge.public import evaluate, export, inspect, load, plan, quantize
 
 if TYPE_CHECKING:
-    from gemma_edge.evaluate.evaluate import EvaluationOptions as EvaluationOptions
+    from gemma_edge.evaluate.options import EvaluationOptions as EvaluationOptions
     from gemma_edge.export.options import ExportOptions as ExportOptions
     from gemma_edge.quantize.options import CalibrationText as CalibrationText
     from gemma_edge.quantize.options import QuantizeOptions as QuantizeOptions
@@ -45,7 +45,7 @@ __all__ = [
 # class -> the module that defines it
 _CLASSES = {
     "CalibrationText": "gemma_edge.quantize.options",
-    "EvaluationOptions": "gemma_edge.evaluate.evaluate",
+    "EvaluationOptions": "gemma_edge.evaluate.options",
     "ExportOptions": "gemma_edge.export.options",
     "GenerationOptions": "gemma_edge.runtimes.generation.generate",
     "QuantizeOptions": "gemma_edge.quantize.options",

@@ -13,7 +13,8 @@ from gemma_edge.bundle.manifest import check_hashes as compare_hashes
 from gemma_edge.progress import Progress, no_progress
 
 if TYPE_CHECKING:
-    from gemma_edge.evaluate.evaluate import Evaluation, EvaluationOptions
+    from gemma_edge.evaluate.options import EvaluationOptions
+    from gemma_edge.evaluate.result import Evaluation
     from gemma_edge.export.api import Export
     from gemma_edge.export.options import ExportOptions
     from gemma_edge.export.plan import Plan

@@ -21,21 +21,20 @@ from transformers import AutoTokenizer
 import gemma_edge
 from gemma_edge.bundle.manifest import MANIFEST
 from gemma_edge.errors import InputError
-from gemma_edge.evaluate import evaluate
 from gemma_edge.evaluate import folder_model as scorer
-from gemma_edge.evaluate.evaluate import Evaluation, Options
-from gemma_edge.evaluate.model import open_model
+from gemma_edge.evaluate.evaluate import evaluate
+from gemma_edge.evaluate.open_model import open_model
+from gemma_edge.evaluate.options import EvaluationOptions
+from gemma_edge.evaluate.prepare import prepare
+from gemma_edge.evaluate.result import Evaluation
 from gemma_edge.export.api import Export
 from gemma_edge.model.checkpoint import norm_names, weight_shapes
+from gemma_edge.progress import no_progress
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
+from gemma_edge.text import corpus
 from gemma_edge.text.windows import PROTOCOLS, Window, cut
 
 BOS = 2
-
-
-@contextmanager
-def quiet(what: str, total: int, in_bytes: bool) -> Iterator[Callable[[int], None]]:
-    yield lambda done: None
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +53,7 @@ def hf_ids(text: Path, count: int) -> list[int]:
 
 
 def run(*models: Path, **options: Any) -> Evaluation:
-    return evaluate.evaluate(evaluate.prepare(Options(models=models, **options)), quiet)
+    return evaluate(EvaluationOptions(models=models, **options))
 
 
 def log_p(logits: Any) -> NDArray[np.float64]:
@@ -205,7 +204,7 @@ def test_layer_errors_are_those_of_transformers_hidden_states(demo: Export, text
 def test_layer_errors_of_a_bundle_are_what_calibration_recorded(tmp_path: Path) -> None:
     layers = [{"layer": 1, "relative_error": 0.5}, {"layer": 0, "relative_error": 0.25}]
     bundle = write_toy_bundle(tmp_path / "toy", recipe={"calibration": {"layers": layers}})
-    assert open_model(bundle).layer_errors(None, [2], quiet) == [0.25, 0.5]
+    assert open_model(bundle).layer_errors(None, [2], no_progress) == [0.25, 0.5]
 
 
 def test_windows_that_do_not_fit_together_in_memory_give_the_same_numbers(
@@ -227,31 +226,31 @@ def test_progress_ends_at_its_total(demo: Export, text: Path) -> None:
         bars.append([total, sum(done)])
 
     for protocol in PROTOCOLS:
-        options = Options(
+        options = EvaluationOptions(
             models=(demo.bundle, DEMO), reference=DEMO, texts=(text,), protocol=protocol, window=300, max_tokens=700
         )
-        evaluate.evaluate(evaluate.prepare(options), record)
+        evaluate(options, record)
     assert len(bars) == 8 and all(total == done > 0 for total, done in bars)
 
 
 def test_limit_is_shared_by_the_texts_and_windows_never_span_two(text: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.txt"
     other.write_text("Call me Ishmael. " * 200)
-    job = evaluate.prepare(Options(models=(DEMO,), texts=(text, other), window=50, max_tokens=81))
+    job = prepare(EvaluationOptions(models=(DEMO,), texts=(text, other), window=50, max_tokens=81))
     assert [len(window.ids) - 1 for window in job.windows] == [40, 40]
     assert list(job.windows[0].ids) == [BOS, *hf_ids(text, 40)]
     assert list(job.windows[1].ids) == [BOS, *hf_ids(other, 40)]
 
 
 def test_zero_takes_the_whole_text(text: Path) -> None:
-    job = evaluate.prepare(Options(models=(DEMO,), texts=(text,), max_tokens=0))
+    job = prepare(EvaluationOptions(models=(DEMO,), texts=(text,), max_tokens=0))
     assert sum(window.scored for window in job.windows) == len(hf_ids(text, 10**9))
 
 
 def test_a_text_of_long_tokens_still_fills_the_limit(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The part of a text that is tokenized first may not hold enough of them."""
-    monkeypatch.setattr(evaluate, "CHARACTERS_PER_TOKEN", 1)
-    job = evaluate.prepare(Options(models=(DEMO,), texts=(text,), max_tokens=300))
+    monkeypatch.setattr(corpus, "CHARACTERS_PER_TOKEN", 1)
+    job = prepare(EvaluationOptions(models=(DEMO,), texts=(text,), max_tokens=300))
     assert [token for window in job.windows for token in window.ids[1:]] == hf_ids(text, 300)
 
 
@@ -265,7 +264,7 @@ def test_a_bundle_without_tokenizer_is_fed_by_the_references(demo: Export, tmp_p
 
 def test_reference_logits_that_do_not_fit_the_disk_are_refused(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
-    with pytest.raises(InputError, match=r"need 0\.00 GB in .*lower --max-tokens, or name another disk in TMPDIR"):
+    with pytest.raises(InputError, match=r"need 0\.00 GB in .*lower max_tokens, or name another disk in TMPDIR"):
         run(DEMO, reference=DEMO, texts=(text,), max_tokens=100)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +12,8 @@ from support.checkpoints import DEMO
 from support.toys import ToyRuntime, toy_backend, toy_manifest
 
 from gemma_edge.errors import InputError
+from gemma_edge.evaluate.options import TaskOptions
+from gemma_edge.progress import no_progress
 from gemma_edge.text.tokenizer import Tokenizer
 
 pytest.importorskip("lm_eval", reason="needs the package lm-eval, of the eval extra")
@@ -23,16 +23,11 @@ from gemma_edge.evaluate.lm_eval_adapter import RuntimeLM, Tasks
 BOS = 2
 
 
-@contextmanager
-def quiet(what: str, total: int, in_bytes: bool) -> Iterator[Callable[[int], None]]:
-    yield lambda done: None
-
-
 class ToyLM(RuntimeLM):
     """Knows its toy."""
 
     def __init__(self, toy: ToyRuntime, tokenizer: Tokenizer) -> None:
-        super().__init__(toy, tokenizer, quiet)
+        super().__init__(toy, tokenizer, no_progress)
         self.toy = toy
 
 
@@ -160,9 +155,9 @@ def test_a_task_that_cannot_be_loaded_is_refused_before_any_work(tmp_path: Path,
     task = tmp_path / "task.yaml"
     task.write_text(yaml)
     with pytest.raises(InputError, match=said):
-        Tasks([str(task)], None)
+        Tasks(TaskOptions((str(task),)))
 
 
 def test_an_include_path_must_be_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--include-path .* is not a folder"):
-        Tasks(["mine"], tmp_path / "missing")
+    with pytest.raises(InputError, match="include_path .* is not a folder"):
+        Tasks(TaskOptions(("mine",), tmp_path / "missing"))

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from gemma_edge.errors import InputError
 from gemma_edge.quantize.calibration import cache
-from gemma_edge.quantize.calibration.text import SHIPPED, WINDOW, windows
+from gemma_edge.quantize.calibration.text import WINDOW, windows
 from gemma_edge.quantize.options import CalibrationText
+from gemma_edge.text import corpus
 
 BOS = 2
 AUSTEN = (TEXTS / "heldout_austen.txt").read_text()
@@ -68,7 +69,7 @@ def test_the_seed_draws_other_passages_and_only_that(austen: Path) -> None:
 
 
 def test_every_shipped_text_has_its_share() -> None:
-    texts = [(TEXTS / name).read_text() for name in SHIPPED]
+    texts = [(TEXTS / name).read_text() for name in corpus.CALIBRATION]
     found = pieces(cut(tokens=8192))
     assert [sum(piece in text for piece in found) for text in texts] == [4, 4, 4, 4]
 
