@@ -74,7 +74,7 @@ def test_rows_that_no_group_divides_are_refused(row: int) -> None:
     [
         (4, 48, True, r"group size 48 is not a multiple of 32.*use group_size (32|64), or 0"),
         (4, 1, True, r"group size 1 is not a multiple of 32.*use group_size 32"),
-        (4, 100, True, "use --group-size 96"),
+        (4, 100, True, "use group_size 96"),
         (4, -32, True, "group size -32"),
         (5, 32, True, "5 bits; quantized weights have 4 or 8"),
         (16, 0, True, "16 bits; quantized weights have 4 or 8"),
@@ -135,7 +135,7 @@ def test_16_and_32_bits_leave_everything_float(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [16, 32])
 def test_options_of_integers_do_not_go_with_floats(bits: int) -> None:
-    words = f"--bits {bits} leaves the weights float: --group-size, --method and --table-bits do not apply"
+    words = f"bits {bits} leaves the weights float: group_size, method and table_bits do not apply"
     with pytest.raises(InputError, match=words):
         make_recipe(bits, group_size=32)
     with pytest.raises(InputError, match=words):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from gemma_edge.quantize.checkpoint.safetensors_writer import DTYPE_NAMES, Spec, write_safetensors
+from gemma_edge.quantize.checkpoint.safetensors_writer import DTYPE_NAMES, Spec, plain_spec, write_safetensors
 
 NUMBERS = torch.arange(60).reshape(12, 5)
 
@@ -67,7 +67,8 @@ def test_only_one_slice_is_asked_for_at_a_time(tmp_path: Path) -> None:
 
     def data() -> Iterator[Tensor]:
         for _ in range(4):
-            sizes.append(path.stat().st_size)
+            (file,) = tmp_path.iterdir()  # under another name until it is complete
+            sizes.append(file.stat().st_size)
             yield torch.zeros(1, 1 << 16)  # larger than any buffer of the file
 
     write_safetensors(path, [Spec("a", torch.float32, (4, 1 << 16), data)])
@@ -86,3 +87,13 @@ def test_only_one_slice_is_asked_for_at_a_time(tmp_path: Path) -> None:
 def test_slices_that_do_not_make_up_the_tensor_are_a_bug(parts: list[Tensor], words: str, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=words):
         write_safetensors(tmp_path / "file", [Spec("a", torch.int64, (12, 5), lambda: iter(parts))])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_older_file_stays_when_the_new_one_fails(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_safetensors(path, [plain_spec("a", NUMBERS)])
+    before = path.read_bytes()
+    with pytest.raises(RuntimeError):
+        write_safetensors(path, [Spec("a", torch.int64, (12, 5), lambda: iter([]))])
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
