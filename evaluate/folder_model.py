@@ -33,7 +33,7 @@ GROUP_TOKENS = 8192
 CHUNK = 128
 
 
-class FolderModel:
+class CheckpointModel:
     """A `Model`: the folder's weights, and what they predict."""
 
     kind, backend = "folder", "torch"
@@ -93,7 +93,7 @@ class FolderModel:
             one number per layer, see `stream_error`.
         """
         shape = ("num_hidden_layers", "hidden_size")
-        if not isinstance(original, FolderModel) or any(original.config[k] != self.config[k] for k in shape):
+        if not isinstance(original, CheckpointModel) or any(original.config[k] != self.config[k] for k in shape):
             return []
         sequence = [torch.tensor(ids)]
         ours = reference.blocks(self.weights, sequence, self.context)
@@ -107,7 +107,7 @@ class FolderModel:
 
     def runtime(self) -> Runtime:
         """The whole model, loaded as float32."""
-        return FolderRuntime(self.weights)
+        return CheckpointRuntime(self.weights)
 
     def tokenizer(self) -> Tokenizer | None:
         """The folder's tokenizer; None where it has no tokenizer.json."""
@@ -116,8 +116,8 @@ class FolderModel:
         return Tokenizer.of_folder(self.path, self.config)
 
 
-class FolderRuntime(BaseRuntime):
-    """A folder behind the interface of a bundle's runtime. It takes 4 bytes of memory per parameter."""
+class CheckpointRuntime(BaseRuntime):
+    """A folder behind the interface of the bundles: 4 bytes of memory per parameter."""
 
     def __init__(self, weights: Checkpoint | QuantizedCheckpoint) -> None:
         config = weights.config
@@ -139,7 +139,7 @@ class FolderRuntime(BaseRuntime):
 
 
 def _manifest(weights: Checkpoint | QuantizedCheckpoint) -> Manifest:
-    """The parts of a manifest that a runtime reads."""
+    """As much of a manifest as a runtime reads."""
     return Manifest(
         model={"name": weights.folder.name},
         config=weights.config.to_json(),

@@ -143,10 +143,10 @@ class RuntimeLM(TemplateLM):  # type: ignore[misc]
         temperature = float(settings.get("temperature") or 0.0) if settings.get("do_sample") else 0.0
         params = SamplingParams(temperature=temperature, top_p=float(settings.get("top_p") or 1.0), seed=0)
         bos, *rest = self.tok_encode(context)
-        recent = rest[max(0, len(rest) + 1 - max(1, self.max_length - limit)) :]  # leaves room for the answer
+        kept = rest[max(0, len(rest) + 1 - max(1, self.max_length - limit)) :]  # room for the answer
         self._runtime.reset()
         tokens = generate(
-            self._runtime, [bos, *recent], Sampler(params), max_tokens=limit, stop_ids=self._tokenizer.stop_ids
+            self._runtime, [bos, *kept], Sampler(params), max_tokens=limit, stop_ids=self._tokenizer.stop_ids
         )
         text = ""
         for piece in self._tokenizer.stream(tokens):

@@ -20,7 +20,7 @@ from measure import Usage, describe, machine, run_measured, spread, table, versi
 from peers import GENAI, LLAMA_CPP_PYTHON, Genai, LlamaCpp, how_to_install
 from synthetic import shape_of, write_folder
 
-from gemma_edge.bench.machine import Foreign
+from gemma_edge.bench.machine import OtherProcesses
 
 CONTEXT = 2048
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
@@ -133,7 +133,7 @@ class Result:
 
     name: str
     usages: list[Usage]
-    foreign_cores: float = 0.0
+    others_cores: float = 0.0
     input_bytes: int = 0
     output_bytes: int = 0
     failure: str = ""
@@ -145,16 +145,16 @@ class Result:
         columns = (("peak_rss_mib", 0), ("peak_anon_mib", 0), ("wall_s", 0), ("cpu_s", 0))
         cells = [spread([getattr(usage, name) for usage in self.usages], digits) for name, digits in columns]
         sizes = [f"{count / 1e9:.2f}" for count in (self.input_bytes, self.output_bytes)]
-        return (self.name, *cells, *sizes, f"{self.foreign_cores:.2f}")
+        return (self.name, *cells, *sizes, f"{self.others_cores:.2f}")
 
 
 def measure_job(job: Job, result: Result) -> None:
     """One more round of a job, into its result."""
     warm(job.source)
     remove(job.output)
-    foreign = Foreign()
+    others = OtherProcesses()
     usage = job.run()
-    result.foreign_cores = max(result.foreign_cores, foreign.cores() or 0.0)
+    result.others_cores = max(result.others_cores, others.cores() or 0.0)
     if usage.returncode or not job.output.exists():
         result.failure = f"failed with exit status {usage.returncode}: see {job.source.parent / 'logs'}"
         return

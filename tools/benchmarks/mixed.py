@@ -29,8 +29,9 @@ from gemma_edge.quantize.calibration.layerwise import runner
 from gemma_edge.quantize.mixed import sensitivity
 from gemma_edge.quantize.mixed.choose import TOKENS
 from gemma_edge.quantize.recipe import QuantConfig, default_method
+from gemma_edge.text import corpus
 
-HELD_OUT = tuple(Path(calibration.__file__).parent / "data" / f"heldout_{name}.txt" for name in ("austen", "kjv"))
+HELD_OUT = tuple(Path(corpus.__file__).parent / "data" / name for name in corpus.HELD_OUT)
 RANKED = (QuantConfig(4, 0), QuantConfig(4, 32))
 GROUPS = (0, 128, 32)
 
