@@ -125,7 +125,7 @@ class Choices:
 @click.option("--csv", "as_csv", is_flag=True, help="Print one CSV line per measurement on stdout instead of tables.")
 @click.version_option(package_name="gemma-edge")
 @click.pass_context
-def main(context: click.Context, saved: tuple[Path, ...], compare: tuple[Path, Path] | None, **choices: Any) -> None:
+def main(context: click.Context, /, saved: tuple[Path, ...], compare: tuple[Path, Path] | None, **choices: Any) -> None:
     """Measure bundles: load time, speed of prompt and generation, latencies, memory, bandwidth.
 
     Each measurement runs in a process of its own: a prompt of -p random tokens, then -n tokens after it, -r times.

@@ -56,6 +56,7 @@ NEEDED = {"include_path": "tasks", "limit": "tasks"}
 @click.pass_context
 def main(
     context: click.Context,
+    /,
     tasks: str | None,
     include_path: Path | None,
     limit: int | None,
