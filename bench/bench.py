@@ -1,7 +1,7 @@
-"""gemma-bench's measurements on this machine: which processes run, in which order, and what is known of each.
+"""gemma-bench's measurements: which processes run, in which order, and what a result holds of each.
 
-A result is one process (bench_child.py); bench_process.py watches it. Numbers are drawn from results by bench_stats.py, shown by
-bench_report.py and bench_html.py. Peers are bench_peers.py's, phones are phones.py's: they are `Contender`s like a bundle.
+Each result is one process: child.py, watched by process.py. stats.py computes figures from results, report.py and html.py show
+them. A bundle on this machine is a `Contender`; so are the peers of peers.py and the phones of phones.py.
 """
 
 from __future__ import annotations
@@ -31,26 +31,29 @@ class Contender(Protocol):
 
     @property
     def tool(self) -> str:
-        """For the result."""
+        """`Result.tool`."""
 
     @property
     def model(self) -> dict[str, Any]:
-        """For the result; name and backend at least."""
+        """`Result.model`: at least name and backend."""
 
     def device(self, settings: Settings) -> dict[str, Any]:
-        """Where it runs; for the result."""
+        """`Result.device`: the machine or the phone that it runs on."""
 
     def measure(self, settings: Settings) -> dict[str, Any]:
-        """Fields of a result.
+        """Measure once.
+
+        Returns:
+            fields of a `Result`.
 
         Raises:
-            ChildFailed: why there are none, in one line.
+            ChildFailed: the measurement failed; the message says why in one line.
         """
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured, in this order: in every round each setting of each contender once, so that drift hits all alike."""
+    """What is measured: in every round each contender once with each of the settings, so that drift hits all alike."""
 
     contenders: Sequence[Contender]
     settings: Sequence[Settings]
@@ -60,7 +63,7 @@ class Plan:
         return len(self.contenders) * len(self.settings) * self.rounds
 
     def run(self) -> Iterator[Result]:
-        """Measure one after the other."""
+        """Measure one after the other, and yield each result when it is there."""
         for _ in range(self.rounds):
             for contender in self.contenders:
                 for settings in self.settings:
@@ -68,61 +71,62 @@ class Plan:
 
 
 def measure(contender: Contender, settings: Settings) -> Result:
-    """One result; of a contender that fails it says why."""
+    """Measure a contender once. The result of one that fails has `failure`, and no samples."""
     started = datetime.now(UTC).isoformat(timespec="seconds")
     result = Result(contender.tool, started, contender.model, settings, contender.device(settings))
     try:
-        found = contender.measure(settings)
+        measured = contender.measure(settings)
     except ChildFailed as error:
         result.failure = str(error)
         return result
     known = asdict(result)
-    for name, value in found.items():
+    for name, value in measured.items():
         setattr(result, name, {**known[name], **value} if isinstance(value, dict) else value)
     return result
 
 
 class Local:
-    """A model on this machine, in a process that speaks bench_child.py's protocol."""
+    """A model on this machine, which child.py measures in a process of its own."""
 
     def __init__(self, tool: str, model: dict[str, Any], job: dict[str, Any], files: Sequence[Path]) -> None:
         """Nothing is opened yet.
 
         Args:
-            tool: of bench_child.ENGINES.
-            job: path, module and what the engine wants beside the settings.
-            files: what a load reads, to be dropped from the system's cache for the cold one.
+            tool: a name in child.ENGINES.
+            model: see `Contender`.
+            job: what the engine needs beside the settings: path, module, ...
+            files: the files that loading reads; they are dropped from the system's cache before the cold load.
         """
         self.tool, self.model, self._job, self._files = tool, model, job, files
 
     def device(self, settings: Settings) -> dict[str, Any]:
-        """This machine, with the read bandwidth of as many threads."""
+        """This machine, and how fast that many threads read its memory."""
         return here(settings.threads)
 
     def measure(self, settings: Settings) -> dict[str, Any]:
-        """A process that only loads, after its files were dropped from the cache; then the one that measures."""
+        """Start two processes: one loads cold, after its files were dropped from the cache; the other one measures."""
         load = {}
         if drop_from_cache(self._files):
             load["cold_s"] = self._child(settings, load_only=True)[0]["load_s"]
-        before, foreign = machine.state(), machine.Foreign()
-        loaded, found = self._child(settings)
+        before, others = machine.state(), machine.OtherProcesses()
+        loaded, measured = self._child(settings)
         load["warm_s"] = loaded["load_s"]
-        model = {**self.model, "context": found.pop("context")}
-        memory = {"loaded_mib": loaded["loaded_mib"], **found.pop("memory")}
+        model = {**self.model, "context": measured.pop("context")}
+        memory = {"loaded_mib": loaded["loaded_mib"], **measured.pop("memory")}
         own = {"load": load, "memory": memory, "state": {"before": before, "after": machine.state()}}
-        return {**found, **own, "model": model, "others_cores": foreign.cores()}
+        return {**measured, **own, "model": model, "others_cores": others.cores()}
 
     def _child(self, settings: Settings, *, load_only: bool = False) -> list[dict[str, Any]]:
-        """What it printed; the samples of its memory go to the last line."""
-        asked = {**self._job, **asdict(settings), "tool": self.tool} | ({"repeat": 0} if load_only else {})
+        """The lines that a child printed, parsed; the samples of its memory are added to the last one."""
+        requested = {**self._job, **asdict(settings), "tool": self.tool} | ({"repeat": 0} if load_only else {})
 
         def command(started_s: float) -> list[str]:
-            job = json.dumps({**asked, "started_s": started_s})
+            job = json.dumps({**requested, "started_s": started_s})
             return python_command(sys.executable, ["-m", "gemma_edge.bench.child", job])
 
-        seen = watch(command)
-        lines = [json.loads(line) for _, line in seen.lines if line.startswith("{")]
-        lines[-1].setdefault("memory", {})["samples"] = seen.samples
+        watched = watch(command)
+        lines = [json.loads(line) for _, line in watched.lines if line.startswith("{")]
+        lines[-1].setdefault("memory", {})["samples"] = watched.samples
         return lines
 
 
@@ -143,14 +147,15 @@ class BundleContender(Local):
         self._cache = manifest.backends[backend].cache
 
     def measure(self, settings: Settings) -> dict[str, Any]:
-        """See Local; with the bytes that a token reads."""
-        found = super().measure(settings)
-        found["model"]["read_bytes_per_token"] = read_bytes_per_token(found["model"], self._cache, settings)
-        return found
+        """See `Local`; the bytes that a token reads are added."""
+        measured = super().measure(settings)
+        model = measured["model"]
+        model["read_bytes_per_token"] = read_bytes_per_token(model, self._cache, settings)
+        return measured
 
 
 def backend_facts(path: Path, manifest: Manifest, backend: str) -> dict[str, Any]:
-    """The `model` of a result, as far as the bundle itself tells."""
+    """`Result.model`, as far as the bundle itself tells."""
     sizes = [file.stat().st_size for file in backend_files(path, manifest, backend)]
     name, digest = path.resolve().name, sha256(path / MANIFEST)
     return {
@@ -163,12 +168,15 @@ def backend_facts(path: Path, manifest: Manifest, backend: str) -> dict[str, Any
 
 
 def read_bytes_per_token(model: dict[str, Any], cache: CacheGeometry, settings: Settings) -> int:
-    """Half-way, what a token must read at least: the largest file (the weights; the table is the head too), and the cache."""
+    """How many bytes the token in the middle of the answer must read at least: the weights file, and its part of the cache.
+
+    The weights file is the largest one. It is read whole, because the embedding table is the head, too.
+    """
     return int(model["weights_bytes"]) + kv_bytes(cache, settings.prefill + settings.decode // 2)
 
 
 def backend_files(path: Path, manifest: Manifest, backend: str) -> list[Path]:
-    """The files of one backend, as far as its entry in the manifest names them."""
+    """The files that a backend's entry in the manifest names."""
     names = [
         name
         for name in manifest.backends[backend].settings.values()
@@ -178,38 +186,45 @@ def backend_files(path: Path, manifest: Manifest, backend: str) -> list[Path]:
 
 
 def kv_bytes(cache: CacheGeometry, depth: int) -> int:
-    """Keys and values that a token sees when `depth` tokens are in the context."""
-    kept = sum(min(depth, layer.window) for layer in cache.layers) / sum(layer.slots for layer in cache.layers)
-    return round(cache.bytes * kept)
+    """How many bytes of keys and values a token sees when `depth` tokens are in the context."""
+    part = sum(min(depth, layer.window) for layer in cache.layers) / sum(layer.slots for layer in cache.layers)
+    return round(cache.bytes * part)
 
 
 def drop_from_cache(files: Sequence[Path]) -> bool:
-    """Ask the system to forget files, so that the next load reads the disk; False where it cannot be asked.
+    """Ask the system to drop files from its cache, so that the next load reads the disk; False where that is not possible.
 
-    It is the most that a user may do. What another process has mapped stays.
+    A user may do no more than ask: what another process has mapped stays in memory.
     """
     if not hasattr(os, "posix_fadvise"):
         return False
     for path in files:
         with path.open("rb") as file:
-            os.fsync(file.fileno())  # what is not written yet could not be dropped
+            os.fsync(file.fileno())  # pages that are not on the disk yet cannot be dropped
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return True
 
 
 @lru_cache
 def here(threads: int) -> dict[str, Any]:
-    """This machine, with what `threads` threads read: measured once."""
+    """This machine, and how fast `threads` threads read its memory, which is measured once."""
     return {**machine.describe(), "read_gb_per_s": round(machine.read_gb_per_s(threads), 1)}
 
 
 def bundle_contenders(paths: Sequence[Path], backend: str | None) -> tuple[list[Contender], list[str]]:
-    """Every backend of every bundle that can run here, and a note on each that cannot.
+    """Every backend of every bundle that can run here.
+
+    Args:
+        paths: the bundles.
+        backend: measure this backend only; None measures every one.
+
+    Returns:
+        the contenders, and a note on each backend that is left out because it is not installed.
 
     Raises:
-        InputError: no bundle, or one of which nothing can run here.
+        InputError: a path is no bundle, or no backend of a bundle can run here.
     """
-    found: list[Contender] = []
+    contenders: list[Contender] = []
     notes = []
     for path in paths:
         manifest = Manifest.load(path)
@@ -218,28 +233,39 @@ def bundle_contenders(paths: Sequence[Path], backend: str | None) -> tuple[list[
             if command := registered()[name].how_to_install():
                 notes.append(f"{path}: {name} is not installed and left out; {command}")
             else:
-                found.append(BundleContender(path, manifest, name))
-    return found, notes
+                contenders.append(BundleContender(path, manifest, name))
+    return contenders, notes
 
 
-def settings_of(
-    threads: Sequence[int], prefill: Sequence[int], *, decode: int, repeat: int, warmup: int, minutes: float, cores: int
-) -> list[Settings]:
-    """Every combination, threads outermost.
+@dataclass(frozen=True)
+class Sweep:
+    """Numbers of threads and lengths of prompts that are measured in every combination, and what they share."""
 
-    Raises:
-        InputError: a number out of range, or more threads than `cores`.
-    """
-    bounds = {
-        "-t": (threads, 1, cores, f"more threads than the {cores} cores only wait for each other"),
-        "-p": (prefill, 1, 1 << 20, "a prompt has at least one token"),
-        "-n": ([decode], 1, 1 << 20, "at least one token must be generated"),
-        "-r": ([repeat], 1, 10_000, "at least one repetition must count"),
-        "-w": ([warmup], 0, 10_000, "0 for none"),
-        "--minutes": ([minutes], 0, 24 * 60, "0 for none, a day at most"),
-    }
-    for option, (values, low, high, why) in bounds.items():
-        for value in values:
-            if not low <= value <= high:
-                raise InputError(f"{option} {value} is not within {low} and {high}: {why}")
-    return [Settings(count, tokens, decode, repeat, warmup, minutes) for count in threads for tokens in prefill]
+    threads: Sequence[int]
+    prefill: Sequence[int]  # tokens
+    decode: int  # tokens
+    repeat: int
+    warmup: int
+    minutes: float
+
+    def settings(self, cores: int) -> list[Settings]:
+        """Every combination; the number of threads changes least often.
+
+        Raises:
+            InputError: a number is out of range, or there are more threads than `cores`.
+        """
+        bounds: dict[str, tuple[Sequence[float], float, float, str]] = {
+            "threads": (self.threads, 1, cores, f"more threads than the {cores} cores only wait for each other"),
+            "prefill": (self.prefill, 1, 1 << 20, "a prompt has at least one token"),
+            "decode": ([self.decode], 1, 1 << 20, "at least one token must be generated"),
+            "repeat": ([self.repeat], 1, 10_000, "at least one repetition must count"),
+            "warmup": ([self.warmup], 0, 10_000, "0 for none"),
+            "minutes": ([self.minutes], 0, 24 * 60, "0 for none, a day at most"),
+        }
+        for name, (values, low, high, reason) in bounds.items():
+            for value in values:
+                if not low <= value <= high:
+                    problem = f"`{name}` {value} is not within {low} and {high}: {reason}"
+                    raise InputError(problem, field=name, value=value)
+        shared = (self.decode, self.repeat, self.warmup, self.minutes)
+        return [Settings(count, tokens, *shared) for count in self.threads for tokens in self.prefill]

@@ -1,7 +1,7 @@
-"""The process that is measured: loads one model, runs prompt and generation, prints one JSON line.
+"""The process that is measured: it loads one model, feeds a prompt, generates, and prints its times as JSON.
 
-bench.py starts it as `python -P -m gemma_edge.bench.child JOB`; each engine imports what it needs. Token ids are
-random; what is generated is thrown away.
+bench.py starts it as `python -P -m gemma_edge.bench.child JOB`, where JOB is JSON. The first line is printed when the model is
+loaded, the second one at the end. Token ids are random, and what is generated is thrown away.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ from gemma_edge.runtimes.engines.load import open_runtime
 
 
 class Engine(Protocol):
-    """The three things that are timed, and what is said of them."""
+    """What is measured. `prefill`, `first` and `decode` are timed."""
 
     vocab_size: int
-    context: int  # tokens its KV cache holds
+    context: int  # tokens that the KV cache holds
 
     @property
     def packages(self) -> Sequence[str]:
-        """Whose versions matter."""
+        """The packages whose versions belong to the result."""
 
     def reset(self) -> None:
-        """Forget the context; not timed."""
+        """Forget the context."""
 
     def prefill(self, ids: list[int]) -> None:
         """Feed a prompt."""
 
     def first(self) -> int:
-        """The likeliest token after it."""
+        """Return the most likely token after the prompt."""
 
     def decode(self, token: int) -> int:
-        """Feed one token, return the likeliest next one."""
+        """Feed one token and return the most likely next one."""
 
 
 class Bundle:
-    """A bundle in one of its backends."""
+    """A bundle in one of its backends: an `Engine`."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.runtime = open_runtime(job["path"], backend=job["backend"], threads=job["threads"])
@@ -79,7 +79,7 @@ class Bundle:
 
 
 class Genai:
-    """onnxruntime-genai, on a folder with a genai_config.json: its builder's, or a bundle of ours."""
+    """onnxruntime-genai, on a folder with a genai_config.json: a model of its own builder, or a bundle. An `Engine`."""
 
     packages = ("onnxruntime-genai", "onnxruntime")
 
@@ -87,12 +87,12 @@ class Genai:
         self.og: Any = importlib.import_module(job["module"])
         given = json.loads((Path(job["path"]) / "genai_config.json").read_text(encoding="utf-8"))["model"]
         self.vocab_size = int(given["vocab_size"])
-        # its windowed cache wants room for a whole window, whatever the prompt
+        # its cache with a sliding window needs room for a whole window, however short the prompt is
         window = int(given["decoder"].get("sliding_window", {}).get("window_size", 0))
-        asked = job["prefill"] + job["decode"] + 1
-        self.context = max(window, asked)
-        if asked > int(given["context_length"]):
-            raise InputError(f"onnxruntime-genai holds {given['context_length']} tokens here, {asked} are asked for")
+        needed = job["prefill"] + job["decode"] + 1
+        self.context = max(window, needed)
+        if needed > int(given["context_length"]):
+            raise InputError(f"onnxruntime-genai holds {given['context_length']} tokens here, {needed} are asked for")
         config = self.og.Config(job["path"])
         options = {"intra_op_num_threads": job["threads"]}
         config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
@@ -115,7 +115,7 @@ class Genai:
         return self.decode(0)
 
     def decode(self, token: int) -> int:
-        """See Engine; it appends the token it chose itself."""
+        """See Engine; genai feeds the token that it chose itself."""
         del token
         self.generator.generate_next_token()
         return int(self.generator.get_next_tokens()[0])
@@ -125,10 +125,18 @@ ENGINES: dict[str, Callable[[dict[str, Any]], Engine]] = {"gemma-bench": Bundle,
 
 
 def measure(engine: Engine, job: dict[str, Any]) -> dict[str, Any]:
-    """All repetitions; times in the fields of bench_result.Result."""
+    """Run all repetitions.
+
+    Args:
+        engine: the loaded model.
+        job: `Settings` as a dictionary, and `started_s`, when the process was started on the clock of time.monotonic.
+
+    Returns:
+        fields of `Result`: the times, and the energy where it can be measured.
+    """
     draw, meter = random.Random(0), Energy()
-    found: dict[str, Any] = {"energy": {"source": meter.source, "prefill_j": 0.0, "decode_j": 0.0}}
-    found |= {name: [] for name in ("prefill_s", "ttft_s", "decode_s", "decode_ms", "decode_at_s")}
+    fields: dict[str, Any] = {"energy": {"source": meter.source, "prefill_j": 0.0, "decode_j": 0.0}}
+    fields |= {name: [] for name in ("prefill_s", "ttft_s", "decode_s", "decode_ms", "decode_at_s")}
     until = time.monotonic() + 60 * job["minutes"]
     number = -job["warmup"]
     while number < job["repeat"] or time.monotonic() < until:
@@ -145,42 +153,42 @@ def measure(engine: Engine, job: dict[str, Any]) -> dict[str, Any]:
             token = engine.decode(token)
             ticks.append(time.perf_counter())
         number += 1
-        if number <= 0:  # it was a warm-up
+        if number <= 0:  # this repetition was a warm-up
             continue
-        found["energy"]["prefill_j"] += prefill_j
-        found["energy"]["decode_j"] += meter.joules()
-        found["prefill_s"].append(prefilled - start)
-        found["ttft_s"].append(ticks[0] - start)
-        found["decode_s"].append(ticks[-1] - ticks[0])
-        found["decode_ms"].append([1e3 * (after - before) for before, after in itertools.pairwise(ticks)])
-        found["decode_at_s"].append(at_s)
-    return found if meter.source else {**found, "energy": {}}
+        fields["energy"]["prefill_j"] += prefill_j
+        fields["energy"]["decode_j"] += meter.joules()
+        fields["prefill_s"].append(prefilled - start)
+        fields["ttft_s"].append(ticks[0] - start)
+        fields["decode_s"].append(ticks[-1] - ticks[0])
+        fields["decode_ms"].append([1e3 * (after - before) for before, after in itertools.pairwise(ticks)])
+        fields["decode_at_s"].append(at_s)
+    return fields if meter.source else {**fields, "energy": {}}
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:
-    """Of packages installed here; absent ones are left out."""
-    found = {}
+    """The versions of packages; one that is not installed is left out."""
+    installed = {}
     for package in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
+            installed[package] = metadata.version(package)
+    return installed
 
 
 def main() -> None:
-    """One line when the model is loaded, one with the measurements."""
+    """Load the model, measure it, and print a line after each of the two."""
     job = json.loads(sys.argv[1])
-    importlib.import_module(job["module"])  # not the model's time
+    importlib.import_module(job["module"])  # its time is not the model's
     start = time.perf_counter()
     engine = ENGINES[job["tool"]](job)
     load_s = time.perf_counter() - start
-    _tell({"load_s": load_s, "loaded_mib": memory_mib().get("rss")})
+    _print({"load_s": load_s, "loaded_mib": memory_mib().get("rss")})
     if job["repeat"]:
-        found = measure(engine, job)
+        measured = measure(engine, job)
         memory = {"end_mib": memory_mib().get("rss"), "peak_mib": peak_rss_mib() or None}
-        _tell({**found, "memory": memory, "context": engine.context, "versions": versions(engine.packages)})
+        _print({**measured, "memory": memory, "context": engine.context, "versions": versions(engine.packages)})
 
 
-def _tell(what: dict[str, Any]) -> None:
+def _print(what: dict[str, Any]) -> None:
     print(json.dumps(what), flush=True)  # noqa: T201 (this is the protocol)
 
 

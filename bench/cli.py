@@ -1,4 +1,4 @@
-"""`gemma-bench`: parses, calls bench.py, prints with bench_report.py. Heavy imports are inside, for a quick --help."""
+"""`gemma-bench`: parses the options, measures, and shows the results. Heavy imports are inside, for a quick --help."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from gemma_edge.command import Command
 from gemma_edge.errors import InputError
@@ -22,191 +23,304 @@ if TYPE_CHECKING:
 
 PATH = click.Path(path_type=Path)
 FAILED_EXIT_CODE = 1
-MOST_CORES = 64  # of a phone that was not asked yet
+# MAX_PHONE_CORES: the limit for --threads on phones, which have not told yet how many cores they have.
+MAX_PHONE_CORES = 64
 
 
-def numbers(option: str, text: str) -> list[int]:
-    """`128,512`: integers, comma-separated."""
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
-        raise InputError(f"{option} {text}: give integers, comma-separated: 128,512") from None
+@dataclass(frozen=True)
+class Mode:
+    """Something that `gemma-bench` does, and the parameters that have an effect on it."""
+
+    when: str  # ends the sentence "--keep has no effect ..."
+    heeds: frozenset[str]
+
+
+SHOWN = frozenset({"saved", "save", "html", "as_json", "as_csv"})
+MEASURED = SHOWN | {"prefill", "decode", "repeat", "warmup", "threads", "minutes", "rounds"}
+COMPARE = Mode("with `compare`", frozenset({"compare", "as_json"}))
+SHOW = Mode("when saved results are only shown", SHOWN)
+PEERS_ONLY = Mode("on peers", MEASURED | {"peers"})
+HERE = Mode("without `device` or `all_devices`", MEASURED | {"bundles", "backend", "peers"})
+# --peer and --backend are refused or checked by _phones
+PHONES = Mode("on phones", MEASURED | {"bundles", "backend", "peers", "device", "all_devices", "timeout", "keep"})
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The options of a measurement, as they were typed."""
+
+    bundles: tuple[Path, ...]
+    prefill: str
+    decode: int
+    repeat: int
+    warmup: int
+    threads: str | None
+    minutes: float
+    rounds: int
+    backend: str | None
+    peers: tuple[str, ...]
+    device: str | None
+    all_devices: bool
+    timeout: float
+    keep: bool
+
+    @property
+    def on_phones(self) -> bool:
+        """Whether phones are measured, and not this machine."""
+        return self.device is not None or self.all_devices
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("bundles", nargs=-1, type=PATH, metavar="BUNDLE...")
-@click.option("-p", "--prefill", metavar="N,N", default="128,512", show_default=True, help="Prompt tokens.")
-@click.option("-n", "--decode", type=int, default=64, show_default=True, help="Tokens generated after it.")
-@click.option("-r", "--repeat", type=int, default=5, show_default=True, help="Repetitions in one process.")
-@click.option("-w", "--warmup", type=int, default=1, show_default=True, help="Repetitions that do not count.")
-@click.option("-t", "--threads", metavar="N,N", help="Default: the target's, at most as many as cores.")
-@click.option("--minutes", type=float, default=0.0, help="Go on repeating for this long: shows throttling.")
-@click.option("--rounds", type=int, default=1, show_default=True, help="Measure everything so often, in turns.")
-@click.option("--backend", help="Only this one. Default: every backend of the bundles that is installed.")
 @click.option(
-    "--peer", "peers", multiple=True, metavar="NAME[:MODEL]", help="llama.cpp:FILE.gguf, genai or genai:FOLDER."
+    "-p", "--prefill", metavar="N,N", default="128,512", show_default=True, help="Lengths of the prompt, in tokens."
 )
-@click.option("--device", help="adb, or adb:SERIAL: on a phone with our app on it, over adb.")
-@click.option("--all-devices", is_flag=True, help="On every phone that adb sees.")
 @click.option(
-    "--timeout", type=float, default=900.0, show_default=True, help="Seconds a phone may take for one measurement."
+    "-n", "--decode", type=int, default=64, show_default=True, help="Number of tokens generated after the prompt."
+)
+@click.option(
+    "-r", "--repeat", type=int, default=5, show_default=True, help="Number of repetitions in one process that count."
+)
+@click.option(
+    "-w",
+    "--warmup",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Number of repetitions before them, which do not count.",
+)
+@click.option(
+    "-t",
+    "--threads",
+    metavar="N,N",
+    help="Numbers of threads. Default: as the first bundle's target says, but no more than there are cores.",
+)
+@click.option("--minutes", type=float, default=0.0, help="Go on repeating for so many minutes, which shows throttling.")
+@click.option(
+    "--rounds", type=int, default=1, show_default=True, help="Number of rounds: in each, everything is measured once."
+)
+@click.option("--backend", help="Measure this backend only. Default: every backend of the bundles that is installed.")
+@click.option(
+    "--peer",
+    "peers",
+    multiple=True,
+    metavar="NAME[:MODEL]",
+    help="Measure another program, too: llama.cpp:FILE.gguf, genai (on the bundles) or genai:FOLDER; repeatable.",
+)
+@click.option(
+    "--device", help="Measure on a phone with the gemma-edge app: adb, or adb:SERIAL where several are connected."
+)
+@click.option("--all-devices", is_flag=True, help="Measure on every phone that adb sees.")
+@click.option(
+    "--timeout", type=float, default=900.0, show_default=True, help="Seconds that a phone may take for one measurement."
 )
 @click.option("--keep", is_flag=True, help="Leave the bundles on the phones for the next time.")
-@click.option("--from", "saved", type=PATH, multiple=True, help="Also show results that --save wrote; repeatable.")
+@click.option("--from", "saved", type=PATH, multiple=True, help="Show the results in this file, too; repeatable.")
 @click.option(
-    "--compare", type=PATH, nargs=2, metavar="A B", help="What changed between two saved files, beyond noise."
+    "--compare", type=PATH, nargs=2, metavar="A B", help="Show what changed between two saved files, beyond noise."
 )
-@click.option("--save", type=PATH, help="Write the results to this JSON file.")
-@click.option("--html", type=PATH, help="Also write a report with plots to this file.")
-@click.option("--json", "as_json", is_flag=True, help="The results as JSON on stdout instead of tables.")
-@click.option("--csv", "as_csv", is_flag=True, help="One line per measurement on stdout instead of tables.")
+@click.option("--save", type=PATH, help="Write the results to this JSON file, for --from and --compare.")
+@click.option("--html", type=PATH, help="Write a report with plots to this file, too.")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON on stdout instead of tables.")
+@click.option("--csv", "as_csv", is_flag=True, help="Print one CSV line per measurement on stdout instead of tables.")
 @click.version_option(package_name="gemma-edge")
-def main(
-    bundles: tuple[Path, ...],
-    saved: tuple[Path, ...],
-    compare: tuple[Path, Path] | None,
-    save: Path | None,
-    html: Path | None,
-    as_json: bool,
-    as_csv: bool,
-    **choices: Any,
-) -> None:
-    """Measure bundles: load time, prompt and generation speed, latencies, memory, bandwidth.
+@click.pass_context
+def main(context: click.Context, /, saved: tuple[Path, ...], compare: tuple[Path, Path] | None, **choices: Any) -> None:
+    """Measure bundles: load time, speed of prompt and generation, latencies, memory, bandwidth.
 
     Each measurement runs in a process of its own: a prompt of -p random tokens, then -n tokens after it, -r times.
     """
-    if as_json and as_csv:
-        raise InputError("--json and --csv both want stdout; give one of them, and --save FILE for the JSON")
+    output = Output(*(choices.pop(name) for name in ("save", "html", "as_json", "as_csv")))
+    requested = Choices(**choices)
+    mode = mode_of(requested, saved, compare)
+    refuse_unused(context, mode)
+    output.check()
     if compare is not None:
-        return _compare(*compare, as_json=as_json)
-    measuring = bool(bundles or choices["peers"] or choices["device"] or choices["all_devices"])
-    if not measuring and not saved:
-        raise InputError(
-            "nothing to measure: give a bundle, made by gemma-export, or --from FILE to show saved results"
-        )
-    from gemma_edge.bench import report as bench_report
+        return _compare(*compare, as_json=output.as_json)
     from gemma_edge.bench import result as bench_result
 
-    for option, file in (("--save", save), ("--html", html)):
-        if file is not None:
-            check_writable(option, file)
-    if html is not None:
-        need("--html", "matplotlib")
-    earlier = bench_result.load(saved)
-    results = [*earlier, *_run(bundles, **choices)] if measuring else earlier
-    if save is not None:
-        write_whole(save, bench_result.to_json(results))
-    if html is not None:
-        from gemma_edge.bench import html as bench_html
-
-        write_whole(html, bench_html.page(results))
-    if as_json:
-        click.echo(bench_result.to_json(results), nl=False)
-    elif as_csv:
-        click.echo(bench_report.to_csv(results), nl=False)
-    else:
-        bench_report.print_tables(results)
-    failures = [result for result in results if result.failure]
-    for result in failures if as_json or as_csv else ():
-        click.echo(f"{result.model['name']} ({result.model['backend']}) failed: {result.failure}", err=True)
-    if failures:
+    results = bench_result.load(saved)
+    if mode is not SHOW:
+        results += _run(requested)
+    output.show(results)
+    if any(result.failure for result in results):
         raise click.exceptions.Exit(FAILED_EXIT_CODE)
 
 
+def mode_of(choices: Choices, saved: Sequence[Path], compare: tuple[Path, Path] | None) -> Mode:
+    """What the options ask for.
+
+    Raises:
+        InputError: they ask for nothing.
+    """
+    if compare is not None:
+        return COMPARE
+    if choices.on_phones:
+        return PHONES
+    if choices.bundles:
+        return HERE
+    if choices.peers:
+        return PEERS_ONLY
+    if saved:
+        return SHOW
+    raise InputError(
+        "nothing to measure: give a bundle, made by gemma-export, or --from FILE to show saved results", field="bundles"
+    )
+
+
+def refuse_unused(context: click.Context, mode: Mode) -> None:
+    """Refuse the first parameter that was typed and that a mode does not heed.
+
+    Raises:
+        InputError: with the parameter's name.
+    """
+    for name in context.params:
+        if name not in mode.heeds and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            if name == "bundles" and not context.params[name]:
+                continue  # click takes an argument that is absent for one that was typed
+            raise InputError(f"`{name}` has no effect {mode.when}; leave it out", field=name)
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where the results go."""
+
+    save: Path | None
+    html: Path | None
+    as_json: bool
+    as_csv: bool
+
+    def check(self) -> None:
+        """Refuse what could not be written, before any work.
+
+        Raises:
+            InputError: a file cannot be written, a package is missing, or two outputs need stdout.
+        """
+        if self.as_json and self.as_csv:
+            raise InputError("--json and --csv both print on stdout; give one of them, and --save FILE for the JSON")
+        for option, file in (("--save", self.save), ("--html", self.html)):
+            if file is not None:
+                check_writable(option, file)
+        if self.html is not None:
+            need("--html", "matplotlib")
+
+    def show(self, results: Sequence[Result]) -> None:
+        """Write the files, and print tables, JSON or CSV."""
+        from gemma_edge.bench import report
+        from gemma_edge.bench.result import to_json
+
+        if self.save is not None:
+            write_whole(self.save, to_json(results))
+        if self.html is not None:
+            from gemma_edge.bench.html import page
+
+            write_whole(self.html, page(results))
+        if not self.as_json and not self.as_csv:
+            return report.print_tables(results)
+        click.echo(to_json(results) if self.as_json else report.to_csv(results), nl=False)
+        for result in results:
+            if result.failure:
+                click.echo(f"{result.model['name']} ({result.model['backend']}) failed: {result.failure}", err=True)
+
+
 def _compare(before: Path, after: Path, *, as_json: bool) -> None:
-    from gemma_edge.bench import compare as bench_compare
-    from gemma_edge.bench import report as bench_report
+    from gemma_edge.bench import compare, report
     from gemma_edge.bench import result as bench_result
 
     both = [bench_result.load([path]) for path in (before, after)]
-    changes = bench_compare.compare(*both)
+    changes = compare.compare(*both)
     if as_json:
         click.echo(json.dumps([{**asdict(change), "change": change.change} for change in changes], indent=1))
-    else:
-        bench_report.print_changes(changes)
-        for path, results in zip((before, after), both, strict=True):
-            if (busy := bench_report.others_cores(results)) > bench_report.BUSY_CORES:
-                bench_report.say(f"{path}: other processes kept {busy:.1f} cores busy: what changed may be theirs")
+        return
+    report.print_changes(changes)
+    for path, results in zip((before, after), both, strict=True):
+        if (busy := report.others_cores(results)) > report.BUSY_CORES:
+            report.say(f"{path}: other processes kept {busy:.1f} cores busy, which may be what changed")
 
 
-def note(text: str) -> None:
-    """A line for people beside the results."""
-    click.echo(f"note: {text}", err=True)
+def _run(choices: Choices) -> list[Result]:
+    """Measure everything."""
+    from gemma_edge.report.console import progress_bar
+
+    results = []
+    with _plan(choices) as plan, progress_bar("measure", len(plan), False) as advance:
+        for result in plan.run():
+            results.append(result)
+            advance(1)
+    return results
 
 
 @contextmanager
-def _plan(bundles: tuple[Path, ...], **choices: Any) -> Iterator[Plan]:
-    """What is to be measured; phones are cleaned when the block ends."""
+def _plan(choices: Choices) -> Iterator[Plan]:
+    """What is measured. Bundles are removed from phones when the block ends."""
     from gemma_edge.bench import bench
 
-    rounds, on_phone = choices.pop("rounds"), choices["device"] is not None or choices["all_devices"]
-    if rounds < 1:
-        raise InputError(f"--rounds {rounds} is below 1")
-    prompts, threads = numbers("-p", choices.pop("prefill")), choices.pop("threads")
-    sizes = {name: choices.pop(name) for name in ("decode", "repeat", "warmup", "minutes")}
-    cores = MOST_CORES if on_phone else os.cpu_count() or 1
-    counts = [_default_threads(bundles, cores)] if threads is None else numbers("-t", threads)
-    settings = bench.settings_of(counts, prompts, **sizes, cores=cores)
-    with (_phones if on_phone else _local)(bundles, **choices) as contenders:
-        yield bench.Plan(contenders, settings, rounds)
+    if choices.rounds < 1:
+        raise InputError(f"`rounds` {choices.rounds} is below 1", field="rounds", value=choices.rounds)
+    cores = MAX_PHONE_CORES if choices.on_phones else os.cpu_count() or 1
+    typed = choices.threads
+    threads = [_default_threads(choices.bundles, cores)] if typed is None else numbers("threads", typed)
+    prompts = numbers("prefill", choices.prefill)
+    sweep = bench.Sweep(threads, prompts, choices.decode, choices.repeat, choices.warmup, choices.minutes)
+    settings = sweep.settings(cores)
+    with (_phones if choices.on_phones else _local)(choices) as contenders:
+        yield bench.Plan(contenders, settings, choices.rounds)
 
 
-def _default_threads(bundles: tuple[Path, ...], cores: int) -> int:
-    """The first bundle's target's."""
+def numbers(name: str, text: str) -> list[int]:
+    """Comma-separated integers, such as `128,512`.
+
+    Raises:
+        InputError: the text of the parameter `name` is something else.
+    """
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        hint = "give integers, comma-separated: 128,512"
+        raise InputError(field=name, value=text, hint=hint) from None
+
+
+def _default_threads(bundles: Sequence[Path], cores: int) -> int:
+    """The threads of the first bundle's target, or all cores where there is no bundle."""
     from gemma_edge.bundle.manifest import Manifest
 
     return min(int(Manifest.load(bundles[0]).target["threads"]), cores) if bundles else cores
 
 
-@contextmanager
-def _local(
-    bundles: tuple[Path, ...], *, peers: tuple[str, ...], backend: str | None, **_phones: Any
-) -> Iterator[list[Contender]]:
-    from gemma_edge.bench import bench
-    from gemma_edge.bench import peers as bench_peers
+def _note(text: str) -> None:
+    """Print a line for people beside the results."""
+    click.echo(f"note: {text}", err=True)
 
-    contenders, notes = bench.bundle_contenders(bundles, backend)
+
+@contextmanager
+def _local(choices: Choices) -> Iterator[Sequence[Contender]]:
+    """Bundles and peers on this machine."""
+    from gemma_edge.bench import bench, peers
+
+    contenders, notes = bench.bundle_contenders(choices.bundles, choices.backend)
     for text in notes:
-        note(text)
-    yield [*contenders, *bench_peers.contenders(peers, bundles)]
+        _note(text)
+    yield [*contenders, *peers.contenders(choices.peers, choices.bundles)]
 
 
 @contextmanager
-def _phones(
-    bundles: tuple[Path, ...],
-    *,
-    peers: tuple[str, ...],
-    backend: str | None,
-    device: str | None,
-    all_devices: bool,
-    timeout: float,
-    keep: bool,
-) -> Iterator[Sequence[Contender]]:
+def _phones(choices: Choices) -> Iterator[Sequence[Contender]]:
+    """Bundles on phones."""
     from gemma_edge.bench import adb, phones
     from gemma_edge.report.console import progress_bar
 
-    kind, _, serial = (device or "adb").partition(":")
+    kind, _, serial = (choices.device or "adb").partition(":")
     if kind != "adb":
-        raise InputError(f"--device {device}: only adb and adb:SERIAL are known; leave it out for this machine")
-    if peers or not bundles:
+        raise InputError(f"--device {choices.device}: only adb and adb:SERIAL are known; leave it out for this machine")
+    if choices.peers or not choices.bundles:
         raise InputError("phones measure bundles, and no --peer; give a bundle")
-    if backend not in (None, phones.BACKEND):
-        raise InputError(f"--backend {backend}: the app on the phone runs {phones.BACKEND}; leave it out")
-    if timeout <= 0:
-        raise InputError(f"--timeout {timeout:g} is not above 0")
-    if serial and all_devices:
-        raise InputError(f"--device {device} names one phone, --all-devices all of them; give one of the two")
-    found = adb.choose(adb.find_adb(), serial or None, every=all_devices, note=note)
-    with phones.on_phones(found, bundles, progress_bar, answer_s=timeout, keep=keep) as contenders:
+    if choices.backend not in (None, phones.BACKEND):
+        raise InputError(f"--backend {choices.backend}: the app on the phone runs {phones.BACKEND}; leave it out")
+    if choices.timeout <= 0:
+        raise InputError(f"--timeout {choices.timeout:g} is not above 0")
+    if serial and choices.all_devices:
+        raise InputError(f"--device {choices.device} names one phone, --all-devices all of them; give one of the two")
+    chosen = adb.choose(adb.find_adb(), serial or None, every=choices.all_devices, note=_note)
+    bundles, answer_s = choices.bundles, choices.timeout
+    with phones.on_phones(chosen, bundles, progress_bar, answer_s=answer_s, keep=choices.keep) as contenders:
         yield contenders
-
-
-def _run(bundles: tuple[Path, ...], **choices: Any) -> list[Result]:
-    from gemma_edge.report.console import progress_bar
-
-    results = []
-    with _plan(bundles, **choices) as plan, progress_bar("measure", len(plan), False) as advance:
-        for result in plan.run():
-            results.append(result)
-            advance(1)
-    return results

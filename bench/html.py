@@ -88,7 +88,7 @@ def _bars(measured: Groups, name: str) -> Figure:
         plane.barh(row, middle, xerr=reach, color=color, alpha=0.8, ecolor="#222", capsize=3)
         if name == "decode_tokens_per_s" and (limit := roofline_tokens_per_s(measured[label])):
             plane.plot([limit, limit], [row - 0.4, row + 0.4], "--", color="#222", linewidth=1)
-    plane.set_yticks(range(len(bars)), [label for label, _, _ in bars])
+    plane.set_yticks(range(len(bars)), [label for label, _, _ in bars], parse_math=False)
     plane.invert_yaxis()
     plane.set_xlim(left=0)
     return figure

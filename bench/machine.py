@@ -1,6 +1,6 @@
-"""What a benchmark must know of the machine it runs on: a description, read bandwidth, energy counters, who else was busy.
+"""What a benchmark must know of the machine it runs on: a description, read bandwidth, energy counters, other processes.
 
-Linux tells all of it; elsewhere what is not known is left out. Memory of processes is memory.py's, phones are adb.py's.
+Linux tells all of this; on another system, what is not known is left out. Processes' memory is memory.py's, phones are adb.py's.
 """
 
 from __future__ import annotations
@@ -14,44 +14,55 @@ from typing import Any
 
 import numpy as np
 
+# FLAGS: the instruction sets that matter for speed; a description names those that the processor has.
 FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm", "sve")
-READ_BYTES = 1 << 29  # larger than any cache, small enough for a Raspberry Pi
+# READ_BYTES: how much memory is read to measure its bandwidth: more than any cache holds, and less than a Raspberry Pi has.
+READ_BYTES = 1 << 29
 PROC, SYS = Path("/proc"), Path("/sys")
 
 
 def describe() -> dict[str, Any]:
-    """What a reader must know of this machine; nothing that identifies it. Units are in the names."""
+    """What a reader must know of this machine. Nothing in it identifies the machine. Units are in the names."""
     fields = _cpuinfo()
     present = fields.get("flags", fields.get("Features", "")).split()
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "name": fields.get("model name") or platform.processor() or platform.machine(),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "flags": [flag for flag in FLAGS if flag in present],
         "cores": os.cpu_count(),
     }
     if "SC_PHYS_PAGES" in os.sysconf_names:
-        found["ram_bytes"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        facts["ram_bytes"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     governor = _text(SYS / "devices/system/cpu/cpu0/cpufreq/scaling_governor")
-    return found if governor is None else {**found, "governor": governor}
+    return facts if governor is None else {**facts, "governor": governor}
 
 
 def state() -> dict[str, float]:
-    """What changes while one measures: temperature, clock, battery, load."""
+    """What changes during a measurement: temperature, clock, battery, load."""
     zones = [_text(zone) for zone in SYS.glob("class/thermal/thermal_zone*/temp")]
     clocks = [_text(clock) for clock in SYS.glob("devices/system/cpu/cpu*/cpufreq/scaling_cur_freq")]
     levels = [_text(level) for level in SYS.glob("class/power_supply/BAT*/capacity")]
-    found = {
+    readings = {
         "temperature_c": max((int(zone) / 1000 for zone in zones if zone), default=None),
         "cpu_mhz": max((int(clock) / 1000 for clock in clocks if clock), default=None),
         "battery_percent": min((float(level) for level in levels if level), default=None),
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     }
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: value for name, value in readings.items() if value is not None}
 
 
 def read_gb_per_s(threads: int, *, size: int = READ_BYTES, passes: int = 5) -> float:
-    """How fast `threads` threads read memory together: the best of some passes over `size` bytes, in 1e9 bytes a second."""
-    # one addend of a wide type: the sum is limited by reading, not by adding
+    """How fast `threads` threads together read memory: the best of several passes.
+
+    Args:
+        threads: how many threads share the bytes.
+        size: bytes that are read in one pass.
+        passes: how often they are read.
+
+    Returns:
+        1e9 bytes per second.
+    """
+    # a wide type and a cheap operation: reading limits the speed, not computing
     parts = np.array_split(np.ones(size // 8, np.uint64), threads)
     best = float("inf")
     with ThreadPoolExecutor(threads) as pool:
@@ -63,20 +74,20 @@ def read_gb_per_s(threads: int, *, size: int = READ_BYTES, passes: int = 5) -> f
 
 
 class Energy:
-    """The processor's own energy counters (RAPL), of all packages together: idle power and other processes are in it."""
+    """The processor's own energy counters (RAPL), all packages together. Idle power and other processes are included."""
 
     def __init__(self, root: Path = SYS / "class/powercap") -> None:
-        # packages only: cores and uncore are parts of them
+        # only whole packages: the zones of cores and uncore are parts of them
         self._zones = [zone for zone in sorted(root.glob("intel-rapl:*")) if zone.name.count(":") == 1]
         self._last = self._read()
 
     @property
     def source(self) -> str | None:
-        """Where the figures come from; None: there are none, or only root may read them."""
+        """Where the figures come from; None where there are no counters, or only root may read them."""
         return "RAPL packages" if self._last else None
 
     def joules(self) -> float:
-        """Since the last call, or since it was made; 0 without a source."""
+        """Joules since the last call, or since this object was made; 0 without a source."""
         now = self._read()
         used = 0
         for zone, value in now.items():
@@ -90,8 +101,8 @@ class Energy:
         return {zone: int(value) for zone, value in values.items() if value is not None}
 
 
-class Foreign:
-    """How many cores other processes kept busy, and the host took away, while something ran here. Linux only."""
+class OtherProcesses:
+    """How many cores other processes kept busy, or the host took away, since this object was made. Linux only."""
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
@@ -112,7 +123,10 @@ class Foreign:
         return used.user + used.system + used.children_user + used.children_system
 
     def cores(self) -> float | None:
-        """Cores not ours since the start; call it after the children were waited for."""
+        """Cores that were busy with other work than this process and its children; None where the system does not tell.
+
+        Call it when the children have been waited for: only then is their time known.
+        """
         busy = self._busy()
         if busy is None or self.busy is None:
             return None
@@ -121,14 +135,14 @@ class Foreign:
 
 
 def _cpuinfo() -> dict[str, str]:
-    """Of the first processor."""
+    """The fields of the first processor in /proc/cpuinfo."""
     lines = (_text(PROC / "cpuinfo") or "").splitlines()
     pairs = (line.split(":", 1) for line in reversed(lines) if ":" in line)
     return {key.strip(): value.strip() for key, value in pairs}
 
 
 def _text(path: Path) -> str | None:
-    """A file of the kernel's; None where it is missing or not to be read."""
+    """The text of one of the kernel's files; None where it is missing or cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:

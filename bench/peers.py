@@ -1,4 +1,4 @@
-"""Other programs, measured in the same session by their own means: llama.cpp's llama-bench, onnxruntime-genai's package."""
+"""Other programs, measured in the same run as bundles: llama.cpp by its llama-bench, onnxruntime-genai by its package."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from gemma_edge.errors import InputError
 
 @dataclass(frozen=True)
 class LlamaBench:
-    """A GGUF file in llama-bench. It tells sums of decoding only; memory is watched from outside, mapped pages included."""
+    """A GGUF file in llama-bench, which tells the time of all decoded tokens together, not of each.
+
+    Its memory is read from outside the process, mapped pages included.
+    """
 
     program: str
     path: Path
@@ -27,7 +30,7 @@ class LlamaBench:
 
     @property
     def model(self) -> dict[str, Any]:
-        """See Contender."""
+        """See `Contender`."""
         return {"name": self.path.name, "backend": "llama.cpp", "bytes": self.path.stat().st_size}
 
     def device(self, settings: Settings) -> dict[str, Any]:
@@ -35,19 +38,19 @@ class LlamaBench:
         return here(settings.threads)
 
     def measure(self, settings: Settings) -> dict[str, Any]:
-        """Two calls: the prompt alone, then decoding behind as many tokens."""
+        """Run llama-bench twice: the prompt alone, then decoding after as many tokens of context."""
         if settings.minutes:
-            raise ChildFailed("llama-bench cannot go on for --minutes; leave one of them out")
-        before, foreign = machine.state(), machine.Foreign()
-        seen, prompt = self._run(settings, "-p", settings.prefill, "-n", 0)
-        behind, decode = self._run(settings, "-p", 0, "-n", settings.decode, "-d", settings.prefill)
+            raise ChildFailed("llama-bench cannot go on for some minutes; leave out either this peer or the minutes")
+        before, others = machine.state(), machine.OtherProcesses()
+        prefilling, prompt = self._run(settings, "-p", settings.prefill, "-n", 0)
+        decoding, decode = self._run(settings, "-p", 0, "-n", settings.decode, "-d", settings.prefill)
         prefill_s, decode_s = ([ns / 1e9 for ns in row["samples_ns"]] for row in (prompt, decode))
-        loaded_at_s = next(at_s for at_s, line in seen.lines if "benchmark 1/" in line and "run" in line)
-        samples = seen.samples + behind.samples
+        loaded_at_s = next(at_s for at_s, line in prefilling.lines if "benchmark 1/" in line and "run" in line)
+        samples = prefilling.samples + decoding.samples
         memory = {
-            "loaded_mib": next((mib for at_s, mib in seen.samples if at_s >= loaded_at_s), None),
+            "loaded_mib": next((mib for at_s, mib in prefilling.samples if at_s >= loaded_at_s), None),
             "peak_mib": max((mib for _, mib in samples), default=None),
-            "samples": behind.samples,
+            "samples": decoding.samples,
         }
         context = settings.prefill + settings.decode
         return {
@@ -58,39 +61,43 @@ class LlamaBench:
             "decode_s": decode_s,
             "memory": memory,
             "state": {"before": before, "after": machine.state()},
-            "others_cores": foreign.cores(),
+            "others_cores": others.cores(),
         }
 
     def _run(self, settings: Settings, *tests: str | int) -> tuple[Watched, dict[str, Any]]:
-        """What was seen, and the one result."""
+        """Run llama-bench with one test; what was seen of the process, and the result it printed."""
         command = [self.program, "-m", self.path, "-t", settings.threads, *tests, "-r", settings.repeat, "-o", "json"]
         command += ["--progress"] if settings.warmup else ["--progress", "--no-warmup"]
-        seen = watch(lambda started_s: [str(word) for word in command], stream="stderr")
+        watched = watch(lambda started_s: [str(word) for word in command], stream="stderr")
         try:
-            (row,) = json.loads(seen.output)
+            (row,) = json.loads(watched.output)
         except ValueError:
-            raise ChildFailed(f"{self.program} printed no result: {seen.output[:100]!r}") from None
-        return seen, row
+            raise ChildFailed(f"{self.program} printed no result: {watched.output[:100]!r}") from None
+        return watched, row
 
 
-def llama_cpp(given: str, bundles: Sequence[Path]) -> list[Contender]:
-    """`--peer llama.cpp:FILE.gguf`."""
-    if not given:
-        raise InputError("--peer llama.cpp wants a model: --peer llama.cpp:FILE.gguf")
+def llama_cpp(model: str, bundles: Sequence[Path]) -> list[Contender]:
+    """The peer `llama.cpp:FILE.gguf`."""
+    if not model:
+        raise InputError("`peers` llama.cpp needs a model: `peers` llama.cpp:FILE.gguf", field="peers")
     program = find_program("llama-bench")
     if program is None:
-        raise InputError("--peer llama.cpp needs llama-bench on the PATH; python tools/benchmarks/peers.py builds it")
-    path = Path(given)
+        problem = "`peers` llama.cpp needs llama-bench on the PATH"
+        raise InputError(problem, field="peers", hint="python tools/benchmarks/peers.py builds it")
+    path = Path(model)
     if not path.is_file():
-        raise InputError(f"--peer llama.cpp: there is no file {path}")
+        raise InputError(f"`peers` llama.cpp: there is no file {path}", field="peers", value=model)
     return [LlamaBench(program, path.absolute())]
 
 
-def genai(given: str, bundles: Sequence[Path]) -> list[Contender]:
-    """`--peer genai:FOLDER`; without a folder the bundles themselves, which onnxruntime-genai runs as they are."""
+def genai(model: str, bundles: Sequence[Path]) -> list[Contender]:
+    """The peer `genai:FOLDER`; `genai` alone runs the bundles, which onnxruntime-genai can open as they are."""
     if importlib.util.find_spec("onnxruntime_genai") is None:
-        raise InputError("--peer genai needs onnxruntime-genai, which is not installed: pip install onnxruntime-genai")
-    return [_genai(folder) for folder in ([Path(given)] if given else bundles)]
+        problem = "`peers` genai needs onnxruntime-genai, which is not installed: pip install onnxruntime-genai"
+        raise InputError(problem, field="peers")
+    if not model and not bundles:
+        raise InputError("`peers` genai needs a model: give a bundle, or `peers` genai:FOLDER", field="peers")
+    return [_genai(folder) for folder in ([Path(model)] if model else bundles)]
 
 
 def _genai(folder: Path) -> Contender:
@@ -109,19 +116,24 @@ def _genai(folder: Path) -> Contender:
     return Local("onnxruntime-genai", model, {"path": str(folder.absolute()), "module": "onnxruntime_genai"}, files)
 
 
+# PEERS: name -> a function of the model in NAME:MODEL ("" for NAME alone) and the bundles.
 PEERS: dict[str, Callable[[str, Sequence[Path]], list[Contender]]] = {"llama.cpp": llama_cpp, "genai": genai}
 
 
 def contenders(peers: Sequence[str], bundles: Sequence[Path]) -> list[Contender]:
-    """Those named by `NAME` or `NAME:MODEL`.
+    """The peers to measure.
+
+    Args:
+        peers: `NAME` or `NAME:MODEL` each.
+        bundles: the bundles that are measured, too.
 
     Raises:
-        InputError: an unknown name, one that is not installed, or a model that is not there.
+        InputError: a name is unknown, a program is not installed, or a model is missing.
     """
-    found = []
+    contenders: list[Contender] = []
     for peer in peers:
-        name, _, given = peer.partition(":")
+        name, _, model = peer.partition(":")
         if name not in PEERS:
-            raise InputError(f"--peer {peer}: {name!r} is none of {', '.join(PEERS)}")
-        found += PEERS[name](given, bundles)
-    return found
+            raise InputError(f"`peers` {peer}: {name!r} is none of {', '.join(PEERS)}", field="peers", value=peer)
+        contenders += PEERS[name](model, bundles)
+    return contenders

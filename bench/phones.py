@@ -1,6 +1,6 @@
-"""gemma-bench on phones: checks before anything is sent, the bundle sent once, the app's benchmark run, its JSON read back.
+"""Bundles measured on phones: the phone is checked, the bundle is sent, the app runs the benchmark, its JSON is read back.
 
-The app's side is described in docs/benchmarking.md. adb.py talks to the phone.
+docs/benchmarking.md describes the app's side. adb.py talks to the phone.
 """
 
 from __future__ import annotations
@@ -25,20 +25,25 @@ from gemma_edge.progress import Progress
 PACKAGE = "gemma.edge.app"
 ACTIVITY = f"{PACKAGE}/.BenchmarkActivity"
 RESULTS = f"/sdcard/Android/data/{PACKAGE}/files/bench"
-BUNDLES = "/data/local/tmp/gemma-edge"  # readable by apps, and nobody else's
-BACKEND = "onnx"  # what the app runs
+# BUNDLES: the folder for bundles on the phone. Apps can read it, and no other program uses it.
+BUNDLES = "/data/local/tmp/gemma-edge"
+# BACKEND: the backend that the app runs.
+BACKEND = "onnx"
+# ABIS, MIN_SDK: the ABIs and the oldest Android version that the app is built for.
 ABIS = ("arm64-v8a", "x86_64")
-OLDEST_SDK = 26
+MIN_SDK = 26
 MIB = 1 << 20
-SPARE_BYTES = 64 * MIB  # to leave on the phone
+# SPARE_BYTES: how much storage must stay free on the phone.
+SPARE_BYTES = 64 * MIB
+# POLL_S: how often the phone is asked whether the result is there.
 POLL_S = 1.0
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is asked of a phone before anything is sent."""
+    """What a phone tells about itself before anything is sent."""
 
-    device: dict[str, Any]  # for the result
+    device: dict[str, Any]  # `Result.device`
     sdk: int
     abis: tuple[str, ...]
     ram_bytes: int
@@ -46,7 +51,11 @@ class Facts:
 
 
 def facts(phone: Device) -> Facts:
-    """Ask."""
+    """Ask a phone about itself.
+
+    Raises:
+        AdbError: the phone is gone or stuck.
+    """
     names = ("ro.product.manufacturer", "ro.product.model", "ro.soc.manufacturer", "ro.soc.model", "ro.board.platform",
              "ro.build.version.release", "ro.build.version.sdk", "ro.product.cpu.abilist", "ro.product.cpu.abi")  # fmt: skip
     values = phone.shell("; ".join(f'echo "$(getprop {name})"' for name in names)).splitlines()
@@ -73,78 +82,82 @@ def facts(phone: Device) -> Facts:
 
 
 def state(phone: Device) -> dict[str, Any]:
-    """What changes while one measures; what the phone does not tell is left out."""
+    """What changes during a measurement: battery, temperature, clock. What the phone does not tell is left out."""
     battery = phone.shell("dumpsys battery", check=False)
     thermal = phone.shell("dumpsys thermalservice", check=False)
     clocks = phone.shell("cat /sys/devices/system/cpu/cpu*/cpufreq/scaling_cur_freq 2>/dev/null", check=False)
-    found: dict[str, Any] = {}
+    readings: dict[str, Any] = {}
     for name, pattern, text, scale in (
         ("battery_percent", r"^\s*level: (\d+)", battery, 1),
         ("battery_temperature_c", r"^\s*temperature: (-?\d+)", battery, 10),
         ("thermal_status", r"Thermal Status: (\d)", thermal, 1),
     ):
         if match := re.search(pattern, text, re.MULTILINE):
-            found[name] = int(match[1]) / scale if scale > 1 else int(match[1])
+            readings[name] = int(match[1]) / scale if scale > 1 else int(match[1])
     if "powered:" in battery:
-        found["plugged"] = bool(re.search(r"powered: true", battery))
+        readings["plugged"] = bool(re.search(r"powered: true", battery))
     if numbers := [int(word) for word in clocks.split() if word.isdigit()]:
-        found["cpu_mhz"] = max(numbers) / 1000
-    return found
+        readings["cpu_mhz"] = max(numbers) / 1000
+    return readings
 
 
 def check(phone: Device, known: Facts, manifest: Manifest, missing_bytes: int) -> None:
-    """Refuse what cannot run, before a byte is sent.
+    """Refuse a bundle that a phone cannot run, before a byte is sent.
+
+    Args:
+        known: what the phone tells about itself.
+        missing_bytes: bytes of the bundle that the phone does not have yet.
 
     Raises:
-        AdbError: ABI, Android version, memory, storage or the app.
+        AdbError: the phone has another ABI, too old an Android, too little memory or storage, or not the app.
     """
-    need_bytes = int(manifest.backends[BACKEND].plan.get("device_ram_bytes", 0))
-    send_bytes = missing_bytes + SPARE_BYTES
-    ram, needed, free, wanted = (
-        f"{count / MIB:.0f} MiB" for count in (known.ram_bytes, need_bytes, known.free_bytes, send_bytes)
+    ram_bytes = int(manifest.backends[BACKEND].plan.get("device_ram_bytes", 0))
+    storage_bytes = missing_bytes + SPARE_BYTES
+    ram, needed_ram, free, needed = (
+        f"{count / MIB:.0f} MiB" for count in (known.ram_bytes, ram_bytes, known.free_bytes, storage_bytes)
     )
     abis = ", ".join(known.abis) or "unknown"
     refusals = (
-        (not set(known.abis) & set(ABIS), f"its ABI is {abis}, the app has {' and '.join(ABIS)}"),
-        (known.sdk < OLDEST_SDK, f"its SDK is {known.sdk}, the app needs {OLDEST_SDK} (Android 8) or newer"),
+        (not set(known.abis) & set(ABIS), f"its ABI is {abis}, the app is built for {' and '.join(ABIS)}"),
+        (known.sdk < MIN_SDK, f"its SDK is {known.sdk}, the app needs {MIN_SDK} (Android 8) or newer"),
         (
-            known.ram_bytes < need_bytes,
-            f"it has {ram} of memory, the bundle's plan says {needed}; export with a smaller --context",
+            known.ram_bytes < ram_bytes,
+            f"it has {ram} of memory, the bundle's plan says {needed_ram}; export with a smaller --context",
         ),
-        (known.free_bytes < send_bytes, f"{free} are free in /data/local/tmp, {wanted} are needed; free some"),
+        (known.free_bytes < storage_bytes, f"{free} are free in /data/local/tmp, {needed} are needed; free some"),
     )
-    for refused, why in refusals:
+    for refused, reason in refusals:
         if refused:
-            raise AdbError(f"{phone.serial}: {why}")
+            raise AdbError(f"{phone.serial}: {reason}")
     if not phone.shell(f"pm path {PACKAGE}", check=False).startswith("package:"):
         raise AdbError(f"{phone.serial}: the app {PACKAGE} is not installed: adb -s {phone.serial} install -g APK")
 
 
 class PhoneBundle:
-    """A bundle on a phone: a `Contender` of bench.py."""
+    """A bundle on a phone: a `Contender`."""
 
     tool = "gemma-edge-android"
 
     def __init__(self, phone: Device, path: Path, manifest: Manifest, *, answer_s: float) -> None:
-        """Nothing is asked yet.
+        """The phone is not asked anything yet.
 
         Args:
-            answer_s: a measurement that takes longer, --minutes aside, is given up.
+            answer_s: after how many seconds a measurement is given up, beside the minutes that it is asked to go on.
         """
         self.model = backend_facts(path, manifest, BACKEND)
-        self.failure = ""  # why it was never sent
+        self.failure = ""  # why the bundle was not sent; "" where it was
         self._phone, self._path, self._manifest, self._answer_s = phone, path, manifest, answer_s
         self._folder = f"{BUNDLES}/{self.model['manifest_sha256'][:16]}"
         self._device: dict[str, Any] = {"name": phone.serial}
 
     def send(self, progress: Progress) -> None:
-        """Check the phone, then bring it what it does not have.
+        """Check the phone, then send the files that it does not have.
 
         Raises:
-            AdbError: why not.
+            AdbError: the phone cannot run the bundle, or the files could not be sent.
         """
         entry = FileEntry((self._path / MANIFEST).stat().st_size, str(self.model["manifest_sha256"]))
-        # the manifest last: a folder without it is no bundle
+        # The manifest comes last, because a folder without it is no bundle.
         files = {**self._manifest.files, MANIFEST: entry}
         known = facts(self._phone)
         self._device = known.device
@@ -159,20 +172,20 @@ class PhoneBundle:
                 self._phone.send(local, f"{self._folder}/{name}", file, advance)
 
     def remove(self) -> None:
-        """Leave nothing on the phone, as far as it can still be reached."""
+        """Stop the app and delete the bundle, if the phone can still be reached."""
         with suppress(AdbError):
             self._phone.shell(f"am force-stop {PACKAGE}", check=False)
             self._phone.shell(f"rm -rf {self._folder}; rmdir {BUNDLES} 2>/dev/null", check=False)
 
     def device(self, settings: Settings) -> dict[str, Any]:
-        """See Contender."""
+        """See `Contender`."""
         return self._device
 
     def measure(self, settings: Settings) -> dict[str, Any]:
-        """See Contender: one start of the app.
+        """See `Contender`. The app is started once.
 
         Raises:
-            AdbError: it cannot be started, dies, or gives no result in time.
+            AdbError: the app cannot be started, dies, or gives no result in time.
         """
         if self.failure:
             raise AdbError(self.failure)
@@ -191,38 +204,39 @@ class PhoneBundle:
         extras = f"--es bundle {self._folder} --es result {name} --ef minutes {settings.minutes}"
         numbers = {key: value for key, value in asdict(settings).items() if key != "minutes"}
         extras += "".join(f" --ei {key} {value}" for key, value in numbers.items())
-        said = self._phone.shell(f"am start -W -n {ACTIVITY} {extras} 2>&1", check=False, timeout_s=120)
-        if errors := [line for line in said.splitlines() if line.startswith("Error")]:
+        printed = self._phone.shell(f"am start -W -n {ACTIVITY} {extras} 2>&1", check=False, timeout_s=120)
+        if errors := [line for line in printed.splitlines() if line.startswith("Error")]:
             raise AdbError(f"{self._phone.serial}: the app cannot be started: {errors[-1]}")
 
     def _wait(self, result: str, limit_s: float) -> str:
+        """The text of the app's result file, when it is there."""
         until = time.monotonic() + limit_s
         gone = 0
         while time.monotonic() < until:
-            # one call: a result that comes between two would be missed
+            # First whether the app is alive, then its result: an app that has just ended has left one.
             alive = self._phone.shell(f"pidof {PACKAGE}", check=False)
             if text := self._phone.shell(f"cat {result} 2>/dev/null", check=False, timeout_s=120):
                 return text
             gone = 0 if alive else gone + 1
             if gone > 1:
-                raise AdbError(f"{self._phone.serial}: {self._why_it_died()}")
+                raise AdbError(f"{self._phone.serial}: {self._reason_of_death()}")
             time.sleep(POLL_S)
         raise AdbError(
             f"{self._phone.serial}: no result after {limit_s:.0f} s; ask for less, or allow more with --timeout"
         )
 
-    def _why_it_died(self) -> str:
-        """By Android's own record of it, from Android 11 on."""
-        said = self._phone.shell(f"dumpsys activity exit-info {PACKAGE}", check=False)
-        match = re.search(r"reason=\d+ \((.+?)\)", said)
+    def _reason_of_death(self) -> str:
+        """Why the app died, by Android's own record of it, which it keeps from version 11 on."""
+        record = self._phone.shell(f"dumpsys activity exit-info {PACKAGE}", check=False)
+        match = re.search(r"reason=\d+ \((.+?)\)", record)
         if match is None:
             return f"the app died without a result; see adb -s {self._phone.serial} logcat"
-        if match[1] == "LOW MEMORY" or match[1] == "LOW_MEMORY":
+        if match[1] in ("LOW MEMORY", "LOW_MEMORY"):
             return "the phone killed the app for its memory; close other apps, or export with a smaller --context"
         return f"the app died without a result: {match[1]}; see adb -s {self._phone.serial} logcat"
 
     def _fields(self, text: str, states: dict[str, dict[str, Any]], settings: Settings) -> dict[str, Any]:
-        """Of the app's own result; what this side knows better, or the app does not tell, is added."""
+        """The fields of the app's result, with what is known better on this side, or what the app does not tell."""
         try:
             found = bench_result.read(text, f"{self._phone.serial}: the app's result")[0]
         except InputError as error:
@@ -242,30 +256,40 @@ class PhoneBundle:
 def on_phones(
     phones: Sequence[Device], paths: Sequence[Path], progress: Progress, *, answer_s: float, keep: bool
 ) -> Iterator[list[PhoneBundle]]:
-    """Every bundle on every phone, sent; removed again at the end, unless `keep`.
+    """Send every bundle to every phone, and remove them at the end.
+
+    Args:
+        phones: the phones.
+        paths: the bundles.
+        progress: shows how far sending is.
+        answer_s: see `PhoneBundle`.
+        keep: leave the bundles on the phones.
+
+    Yields:
+        a contender for every bundle on every phone; where it could not be sent, measuring it fails with the reason.
 
     Raises:
-        InputError: a bundle that the app cannot run, or no phone on which any could be sent.
+        InputError: the app cannot run one of the bundles, or no bundle could be sent to any phone.
     """
-    found = []
+    contenders = []
     for phone in phones:
         for path in paths:
             manifest = Manifest.load(path)
             if BACKEND not in manifest.backends:
-                held = ", ".join(manifest.backends)
-                raise InputError(f"{path} holds no {BACKEND!r} backend, which is what the app runs, only {held}")
-            found.append(PhoneBundle(phone, path, manifest, answer_s=answer_s))
+                names = ", ".join(manifest.backends)
+                raise InputError(f"{path} holds no {BACKEND!r} backend, which is what the app runs, only {names}")
+            contenders.append(PhoneBundle(phone, path, manifest, answer_s=answer_s))
     try:
-        for one in found:
+        for contender in contenders:
             try:
-                one.send(progress)
+                contender.send(progress)
             except AdbError as error:
-                one.failure = str(error)
-                one.remove()
-        if all(one.failure for one in found):
-            raise InputError("; ".join(dict.fromkeys(one.failure for one in found)))
-        yield found
+                contender.failure = str(error)
+                contender.remove()
+        if all(contender.failure for contender in contenders):
+            raise InputError("; ".join(dict.fromkeys(contender.failure for contender in contenders)))
+        yield contenders
     finally:
-        for one in found:
+        for contender in contenders:
             if not keep:
-                one.remove()
+                contender.remove()

@@ -1,4 +1,4 @@
-"""What gemma-bench prints: tables for people, CSV for spreadsheets. JSON is bench_result.py's, the page bench_html.py's."""
+"""What gemma-bench prints: tables for people, CSV for spreadsheets. The JSON is result.py's, the page is html.py's."""
 
 from __future__ import annotations
 
@@ -8,26 +8,34 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from statistics import median
 
-from gemma_edge.bench.compare import STATISTICS, Change
+from gemma_edge.bench.compare import ALPHA, MIN_CHANGE, MIN_SAMPLES, Change
 from gemma_edge.bench.result import Result
 from gemma_edge.bench.stats import METRICS, Key, groups, roofline_tokens_per_s, summary, throttling
 from gemma_edge.report.console import OUT, print_table
 
-TABLES = {  # heading -> metrics
+# TABLES: heading -> the metrics in its columns.
+TABLES = {
     "speed": ("prefill_tokens_per_s", "decode_tokens_per_s", "ttft_s"),
     "latency of a token, and memory bandwidth": (
         "token_p50_ms", "token_p95_ms", "token_p99_ms", "read_gb_per_s", "bandwidth_percent", "energy_j",
     ),
     "load and resident memory": ("load_cold_s", "load_warm_s", "rss_loaded_mib", "rss_end_mib", "rss_peak_mib"),
 }  # fmt: skip
-BUSY_CORES = 0.1  # more than this disturbs what is measured
+# STATISTICS: how it is decided what has changed, for the end of a comparison.
+STATISTICS = (
+    f"Changed: medians differ by more than {MIN_CHANGE:.0%} and p < {ALPHA} in a two-sided exact Mann-Whitney test. Each process"
+    f" is one sample; each side needs at least {MIN_SAMPLES}: --rounds {MIN_SAMPLES}."
+)
+# BUSY_CORES: how many cores other processes may keep busy before a measurement counts as disturbed.
+BUSY_CORES = 0.1
+# KEYS: the heading of a column -> the field of `Key` in it.
 KEYS = {"device": "device", "model": "model", "backend": "backend", "t": "threads", "p": "prefill", "n": "decode"}
 # TEXT_COLUMNS: the columns that hold text; the others hold numbers.
 TEXT_COLUMNS = ("model", "backend", "device")
 
 
 def spread(samples: Sequence[float], digits: int) -> str:
-    """The median, and how far the farthest sample lies from it, as a table cell."""
+    """A table cell: the median, and how far the farthest sample lies from it."""
     if not samples:
         return "-"
     middle = median(samples)
@@ -37,19 +45,26 @@ def spread(samples: Sequence[float], digits: int) -> str:
 
 
 def table(results: Sequence[Result], metrics: Sequence[str]) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
-    """What is the same for all, columns and rows; metrics of which nobody has a sample are left out."""
-    found = groups(result for result in results if not result.failure)
-    keys = {name: [str(getattr(key, field)) for key in found] for name, field in KEYS.items()}
+    """A table of the groups that were measured. A metric without any sample is left out.
+
+    Args:
+        metrics: names in METRICS.
+
+    Returns:
+        what is the same for all groups, for the heading; the columns; the rows, which are empty where no metric has a sample.
+    """
+    measured = groups(result for result in results if not result.failure)
+    keys = {name: [str(getattr(key, field)) for key in measured] for name, field in KEYS.items()}
     same = {name for name, values in keys.items() if name != "model" and len(set(values)) == 1}
-    shown = [METRICS[name] for name in metrics if any(METRICS[name].samples(group) for group in found.values())]
-    cells = {metric.heading: [spread(metric.samples(g), metric.digits) for g in found.values()] for metric in shown}
+    shown = [METRICS[name] for name in metrics if any(METRICS[name].samples(group) for group in measured.values())]
+    cells = {metric.heading: [spread(metric.samples(g), metric.digits) for g in measured.values()] for metric in shown}
     columns = {**{name: values for name, values in keys.items() if name not in same}, **cells}
     common = ", ".join(f"{name} {values[0]}" for name, values in keys.items() if name in same - {"device"})
     return common, tuple(columns), list(zip(*columns.values(), strict=True)) if shown else []
 
 
 def machine_line(result: Result) -> str:
-    """What was measured on, in one line."""
+    """The machine that a result was measured on, in one line."""
     device = result.device
     parts = [str(device.get("name", "?"))]
     if device.get("cores"):
@@ -63,12 +78,12 @@ def machine_line(result: Result) -> str:
 
 
 def others_cores(results: Sequence[Result]) -> float:
-    """Cores that other processes kept busy, at worst."""
+    """How many cores other processes kept busy: the largest number of all results."""
     return max((result.others_cores or 0.0 for result in results), default=0.0)
 
 
 def notes(results: Sequence[Result]) -> list[str]:
-    """What a reader must know before quoting: the machines, failures, who else was busy, throttling."""
+    """What a reader must know before quoting a figure: machines, failures, other processes, throttling."""
     lines = list(dict.fromkeys(machine_line(result) for result in results))
     for key, group in groups(results).items():
         name = f"{key.model} ({key.backend}, {key.threads} threads, prompt {key.prefill})"
@@ -81,7 +96,7 @@ def notes(results: Sequence[Result]) -> list[str]:
 
 
 def print_tables(results: Sequence[Result]) -> None:
-    """The end of `gemma-bench`."""
+    """Print every table that has rows, and the notes."""
     for heading, metrics in TABLES.items():
         common, columns, rows = table(results, metrics)
         if rows:
@@ -91,21 +106,23 @@ def print_tables(results: Sequence[Result]) -> None:
 
 
 def print_changes(changes: Sequence[Change]) -> None:
-    """The end of `gemma-bench --compare`: what changed, and how much else was compared."""
+    """Print a comparison: everything that was compared, then what changed."""
     names = ("group", "metric", "")
     columns = ("group", "metric", "before", "after", "change", "p", "")
     rows = [change_cells(change) for change in changes]
     print_table("all that was compared", columns, rows, names=names)
-    told = [change for change in changes if change.verdict in ("better", "worse")]
-    for change in told:
+    beyond_noise = [change for change in changes if change.verdict in ("better", "worse")]
+    for change in beyond_noise:
         _, metric, before, after, difference, _, verdict = change_cells(change)
         say(f"{verdict}: {metric} {before} -> {after} ({difference}), {change.group}")
     unknown = sum(change.verdict == "unknown" for change in changes)
-    say(f"{len(told)} of {len(changes)} changed beyond noise, {unknown} have too few samples to tell. {STATISTICS}")
+    say(
+        f"{len(beyond_noise)} of {len(changes)} changed beyond noise, {unknown} have too few samples to tell. {STATISTICS}"
+    )
 
 
 def change_cells(change: Change) -> tuple[str, ...]:
-    """A row of the comparison."""
+    """A row of the table of changes."""
     metric = METRICS[change.metric]
     middles = (f"{value:.{metric.digits}f}" for value in (change.before, change.after))
     p = "-" if change.p is None else f"{change.p:.2g}"
@@ -114,12 +131,12 @@ def change_cells(change: Change) -> tuple[str, ...]:
 
 
 def say(line: str) -> None:
-    """A line on stdout, not folded and not coloured."""
+    """Print a line on stdout, not folded and not coloured."""
     OUT.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def to_csv(results: Sequence[Result]) -> str:
-    """One line per group: what was measured, the median of each metric, the number of repetitions, the failure."""
+    """CSV with one line per group: its key, the number of repetitions, the median of each metric, the failure."""
     out = io.StringIO()
     names = [field.name for field in fields(Key)]
     writer = csv.DictWriter(

@@ -1,7 +1,7 @@
 """The result of a benchmark, and its JSON: the same whether gemma-bench, the Android app or a peer's tool was measured.
 
-Only what was measured stands in it, sample by sample; medians and percentiles are bench_stats.py's. docs/benchmarking.md says
-what each field means: whoever writes this JSON follows that page.
+A result holds measurements only, sample by sample; medians and percentiles are stats.py's. docs/benchmarking.md says what each
+field means, for every program that writes this JSON.
 """
 
 from __future__ import annotations
@@ -19,68 +19,74 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Settings:
-    """What was asked for."""
+    """What one process is asked to do."""
 
     threads: int
     prefill: int  # tokens of the prompt
-    decode: int  # tokens generated after it
-    repeat: int = 5
-    warmup: int = 1  # repetitions before the first one that counts
-    minutes: float = 0.0  # go on repeating for this long
+    decode: int  # tokens generated after the prompt
+    repeat: int = 5  # repetitions that count
+    warmup: int = 1  # repetitions before them, which do not count
+    minutes: float = 0.0  # how long the process goes on repeating, beyond `repeat`
 
 
 @dataclass
 class Result:
     """One process that loaded one model and ran prompt and generation `repeat` times."""
 
-    tool: str  # what was measured: gemma-bench, gemma-edge-android, llama-bench, onnxruntime-genai
+    tool: str  # gemma-bench, gemma-edge-android, llama-bench or onnxruntime-genai
     started: str  # ISO 8601, UTC
     model: dict[str, Any]  # name, backend; bytes, context, read_bytes_per_token, manifest_sha256 where they are known
     settings: Settings
     device: dict[str, Any]  # name, system, cores, ...; read_gb_per_s
-    versions: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)  # package -> version
     load: dict[str, float] = field(default_factory=dict)  # warm_s, cold_s
-    prefill_s: list[float] = field(default_factory=list)  # per repetition
+    prefill_s: list[float] = field(default_factory=list)  # per repetition: until the prompt's logits
     ttft_s: list[float] = field(default_factory=list)  # per repetition: until the first token is chosen
     decode_s: list[float] = field(default_factory=list)  # per repetition: all its tokens
-    decode_ms: list[list[float]] = field(
+    # per repetition: the latency of each token; [] for a tool that tells only their sum
+    decode_ms: list[list[float]] = field(default_factory=list)
+    decode_at_s: list[float] = field(
         default_factory=list
-    )  # per repetition, of each token; [] where a tool tells sums only
-    decode_at_s: list[float] = field(default_factory=list)  # when each decode began, since the process started
-    memory: dict[str, Any] = field(
-        default_factory=dict
-    )  # loaded_mib, end_mib, peak_mib, samples [[at_s, rss_mib], ...]
-    state: dict[str, dict[str, Any]] = field(
-        default_factory=dict
-    )  # before, after: temperature, clock, battery, thermal status
-    energy: dict[str, Any] = field(default_factory=dict)  # source, prefill_j, decode_j: of all repetitions
-    others_cores: float | None = None  # that other processes kept busy meanwhile
-    failure: str = ""  # one line; the samples are then empty
+    )  # per repetition: when decoding began, since the process started
+    # loaded_mib, end_mib, peak_mib; samples: [[at_s, rss_mib], ...]
+    memory: dict[str, Any] = field(default_factory=dict)
+    # before and after: temperature, clock, battery, thermal status
+    state: dict[str, dict[str, Any]] = field(default_factory=dict)
+    energy: dict[str, Any] = field(default_factory=dict)  # source; prefill_j, decode_j: sums of all repetitions
+    others_cores: float | None = None  # cores that other processes kept busy meanwhile
+    failure: str = ""  # why there is no measurement, in one line; the samples are then empty
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Result:
-        """Inverse of `asdict`; keys that are not known are left out, so that a newer writer can be read.
+        """The inverse of `asdict`. Unknown keys are ignored, so that what a newer program wrote can be read.
 
         Raises:
             TypeError: a key is missing.
         """
-        known = {name.name for name in fields(cls)} & data.keys()
-        asked = {name.name for name in fields(Settings)} & data["settings"].keys()
-        settings = Settings(**{name: data["settings"][name] for name in asked})
-        return cls(**{**{name: data[name] for name in known}, "settings": settings})
+        known = {name: data[name] for name in _names(cls) & data.keys()}
+        settings = {name: data["settings"][name] for name in _names(Settings) & data["settings"].keys()}
+        return cls(**{**known, "settings": Settings(**settings)})
+
+
+def _names(kind: type[Result] | type[Settings]) -> set[str]:
+    return {part.name for part in fields(kind)}
 
 
 def to_json(results: Iterable[Result]) -> str:
-    """The document: its version and every result."""
+    """The JSON document: the version of its schema, and every result."""
     document = {"schema_version": SCHEMA_VERSION, "results": [asdict(result) for result in results]}
     return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
 
 
 def read(text: str, source: str) -> list[Result]:
-    """The results of a document.
+    """The results in a JSON document.
+
+    Args:
+        text: the document.
+        source: where it comes from, for the error.
 
     Raises:
-        InputError: no document of this schema; `source` is named.
+        InputError: the text is no document of this schema.
     """
     try:
         data = json.loads(text)
@@ -93,23 +99,23 @@ def read(text: str, source: str) -> list[Result]:
     except InputError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{source} holds no results of gemma-bench ({error!r}); write them with --save") from None
+        raise InputError(f"{source} holds no results of gemma-bench ({error!r}); write them with `save`") from None
     if not results:
         raise InputError(f"{source} holds no result; measure again")
     return results
 
 
 def load(paths: Sequence[Path]) -> list[Result]:
-    """The results of several files, one after the other.
+    """The results in several files, one after the other.
 
     Raises:
-        InputError: a file is missing or not of this schema.
+        InputError: a file cannot be read, or is no document of this schema.
     """
-    found = []
+    results = []
     for path in paths:
         try:
-            found += read(path.read_text(encoding="utf-8"), str(path))
+            results += read(path.read_text(encoding="utf-8"), str(path))
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-            raise InputError(f"cannot read {path}: {reason}; give a file that gemma-bench --save wrote") from None
-    return found
+            raise InputError(f"cannot read {path}: {reason}; give a file that gemma-bench has saved") from None
+    return results

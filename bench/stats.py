@@ -1,4 +1,4 @@
-"""Numbers drawn from results: samples of each metric, medians, percentiles, speed by position and by minute. Shows nothing."""
+"""Figures computed from results: samples of each metric, medians, percentiles, speed by position and by minute."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import numpy as np
 
 from gemma_edge.bench.result import Result
 
-Group = Sequence[Result]  # the same model, device and settings, in one or more processes
+# Group: results of the same model, device and settings, one for each process.
+Group = Sequence[Result]
 
 
 @dataclass(frozen=True)
@@ -19,20 +20,22 @@ class Metric:
     """One figure of a group."""
 
     heading: str
-    samples: Callable[[Group], list[float]]  # one per repetition, or per process; pooled percentiles are one
-    digits: int = 1
+    samples: Callable[
+        [Group], list[float]
+    ]  # one per repetition or per process; a percentile of all tokens is one sample
+    digits: int = 1  # after the decimal point
     more_is_better: bool = False
-    what: str = ""  # goes before the heading where no table's title says it
+    what: str = ""  # put before the heading where no table's title says it
 
     @property
     def title(self) -> str:
-        """The heading, for a place of its own."""
+        """The heading where it stands alone, without a table around it."""
         return f"{self.what} {self.heading}".strip()
 
 
 @dataclass(frozen=True)
 class Key:
-    """What tells two groups apart."""
+    """What tells groups apart."""
 
     device: str
     model: str
@@ -51,56 +54,56 @@ def key(result: Result) -> Key:
 
 def groups(results: Iterable[Result]) -> dict[Key, list[Result]]:
     """Results by key, in the order in which they came."""
-    found: dict[Key, list[Result]] = {}
+    grouped: dict[Key, list[Result]] = {}
     for result in results:
-        found.setdefault(key(result), []).append(result)
-    return found
+        grouped.setdefault(key(result), []).append(result)
+    return grouped
 
 
 def _each(
     name: str, scale: Callable[[Result, float], float] = lambda result, value: value
 ) -> Callable[[Group], list[float]]:
-    """Of a list that has one value per repetition."""
+    """Samples from a field that has one value per repetition."""
     return lambda group: [scale(result, value) for result in group for value in getattr(result, name)]
 
 
 def _of(part: str, name: str) -> Callable[[Group], list[float]]:
-    """Of one value per process."""
+    """Samples from a field that has one value per process."""
 
-    def found(group: Group) -> list[float]:
+    def samples(group: Group) -> list[float]:
         values = (getattr(result, part).get(name) for result in group)
         return [float(value) for value in values if value is not None]
 
-    return found
+    return samples
 
 
 def _percentile(percent: float) -> Callable[[Group], list[float]]:
-    """Of all tokens of all repetitions together."""
+    """The percentile of the latencies of all tokens of all repetitions together, as one sample."""
 
-    def found(group: Group) -> list[float]:
+    def samples(group: Group) -> list[float]:
         latencies = token_ms(group)
         return [float(np.percentile(latencies, percent))] if latencies else []
 
-    return found
+    return samples
 
 
 def token_ms(group: Group) -> list[float]:
-    """Latency of every token of every repetition."""
+    """The latency of every token of every repetition, in ms."""
     return list(chain.from_iterable(row for result in group for row in result.decode_ms))
 
 
 def _read_speed(result: Result, decode_s: float) -> float:
-    """1e9 bytes a second."""
+    """How fast a repetition read memory while it decoded, in 1e9 bytes per second."""
     return float(result.model["read_bytes_per_token"]) * result.settings.decode / decode_s / 1e9
 
 
 def read_gb_per_s(group: Group) -> list[float]:
-    """What decoding read, per repetition."""
+    """How fast decoding read memory, per repetition, in 1e9 bytes per second."""
     return [_read_speed(r, s) for r in group if r.model.get("read_bytes_per_token") for s in r.decode_s]
 
 
 def bandwidth_share(group: Group) -> list[float]:
-    """The same as a part of what the machine was measured to read, in percent."""
+    """How fast decoding read memory, per repetition, in percent of what the machine was measured to read."""
     limits = {id(result): result.device.get("read_gb_per_s") for result in group}
     return [
         100 * _read_speed(result, decode_s) / float(limit)
@@ -111,17 +114,18 @@ def bandwidth_share(group: Group) -> list[float]:
 
 
 def roofline_tokens_per_s(group: Group) -> float | None:
-    """The most that the machine's read bandwidth allows."""
+    """The speed of decoding that the machine's read bandwidth allows; None where it is not known."""
     limit, needed = group[0].device.get("read_gb_per_s"), group[0].model.get("read_bytes_per_token")
     return 1e9 * float(limit) / float(needed) if limit and needed else None
 
 
 def _energy(group: Group) -> list[float]:
-    """Joule per generated token, per process."""
+    """Joules per generated token, per process."""
     counted = [result for result in group if result.energy]
     return [float(r.energy["decode_j"]) / (r.settings.decode * len(r.decode_s)) for r in counted if r.decode_s]
 
 
+# METRICS: name -> metric, in the order in which they are shown.
 METRICS = {
     "prefill_tokens_per_s": Metric(
         "prefill, tok/s", _each("prefill_s", lambda r, s: r.settings.prefill / s), more_is_better=True
@@ -146,12 +150,12 @@ METRICS = {
 
 def summary(group: Group) -> dict[str, float | None]:
     """The median of each metric; None where there is no sample."""
-    found = {name: metric.samples(group) for name, metric in METRICS.items()}
-    return {name: median(samples) if samples else None for name, samples in found.items()}
+    every = {name: metric.samples(group) for name, metric in METRICS.items()}
+    return {name: median(samples) if samples else None for name, samples in every.items()}
 
 
 def by_position(group: Group) -> list[tuple[int, float]]:
-    """(position in the context, tokens per second): the median token latency over all repetitions at each position."""
+    """Position in the context, and tokens per second there: from the median latency of all repetitions."""
     rows = [row for result in group for row in result.decode_ms if row]
     if not rows:
         return []
@@ -160,7 +164,7 @@ def by_position(group: Group) -> list[tuple[int, float]]:
 
 
 def by_minute(group: Group) -> list[tuple[int, float]]:
-    """(minute, tokens per second while decoding) since the process started: a phone that throttles falls off."""
+    """Minute since the process started, and tokens per second of decoding in it. A phone that throttles falls off."""
     tokens: dict[int, int] = {}
     seconds: dict[int, float] = {}
     for result in group:
@@ -173,6 +177,6 @@ def by_minute(group: Group) -> list[tuple[int, float]]:
 
 
 def throttling(group: Group) -> float | None:
-    """How much slower the slowest minute was than the first one: 0.2 is a fifth; None for less than two minutes."""
+    """How much slower the slowest minute was than the first one: 0.2 is a fifth. None for less than two minutes."""
     minutes = [speed for _, speed in by_minute(group)]
     return 1 - min(minutes) / minutes[0] if len(minutes) > 1 else None

@@ -33,7 +33,7 @@ GROUP_TOKENS = 8192
 CHUNK = 128
 
 
-class FolderModel:
+class CheckpointModel:
     """A `Model`: the folder's weights, and what they predict."""
 
     kind, backend = "folder", "torch"
@@ -93,7 +93,7 @@ class FolderModel:
             one number per layer, see `stream_error`.
         """
         shape = ("num_hidden_layers", "hidden_size")
-        if not isinstance(original, FolderModel) or any(original.config[k] != self.config[k] for k in shape):
+        if not isinstance(original, CheckpointModel) or any(original.config[k] != self.config[k] for k in shape):
             return []
         sequence = [torch.tensor(ids)]
         ours = reference.blocks(self.weights, sequence, self.context)
@@ -107,7 +107,7 @@ class FolderModel:
 
     def runtime(self) -> Runtime:
         """The whole model, loaded as float32."""
-        return FolderRuntime(self.weights)
+        return CheckpointRuntime(self.weights)
 
     def tokenizer(self) -> Tokenizer | None:
         """The folder's tokenizer; None where it has no tokenizer.json."""
@@ -116,7 +116,7 @@ class FolderModel:
         return Tokenizer.of_folder(self.path, self.config)
 
 
-class FolderRuntime(Runtime):
+class CheckpointRuntime(Runtime):
     """A folder behind the interface of a bundle's runtime. It takes 4 bytes of memory per parameter."""
 
     def __init__(self, weights: Weights) -> None:

@@ -145,9 +145,9 @@ class RuntimeLM(TemplateLM):  # type: ignore[misc]
         sampling = SamplingParams(temperature=temperature, top_p=float(settings.get("top_p") or 1.0), seed=0)
         options = GenerationOptions(max_tokens=limit, sampling=sampling, stop=tuple(filter(None, stops)))
         bos, *rest = self.tok_encode(context)
-        recent = rest[max(0, len(rest) + 1 - max(1, self.max_length - limit)) :]  # leaves room for the answer
+        kept = rest[max(0, len(rest) + 1 - max(1, self.max_length - limit)) :]  # room for the answer
         self._runtime.reset()
-        return "".join(TextGenerator(self._runtime, self._tokenizer).answer([bos, *recent], options))
+        return "".join(TextGenerator(self._runtime, self._tokenizer).answer([bos, *kept], options))
 
 
 class Tasks:

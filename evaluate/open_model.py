@@ -33,6 +33,6 @@ def open_model(path: Path, *, backend: str | None = None, threads: int | None = 
             f"{path} is a Hugging Face folder: evaluating it needs PyTorch, which this installation leaves out:"
             " pip install 'gemma-edge[export]'"
         )
-    from gemma_edge.evaluate.folder_model import FolderModel
+    from gemma_edge.evaluate.folder_model import CheckpointModel
 
-    return FolderModel(path)
+    return CheckpointModel(path)

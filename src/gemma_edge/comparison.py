@@ -1,4 +1,4 @@
-"""Two models' logits over the same tokens: KL, same top token, perplexity. The gate and gemma-eval both count with it."""
+"""Compares the logits of two models over the same tokens: KL, same top token, perplexity. The gate and gemma-eval use it."""
 
 from __future__ import annotations
 
@@ -10,36 +10,37 @@ from numpy.typing import NDArray
 
 from gemma_edge.logits import Logits
 
-ROWS = 16  # positions whose distributions are in memory at once
+# ROWS: how many positions' distributions are in memory at once.
+ROWS = 16
 
 
 @dataclass
 class Comparison:
-    """Sums over positions."""
+    """What has been found so far: sums over positions, and extremes."""
 
-    tokens: int = 0
-    kl: float = 0.0
-    same_top1: int = 0
-    nll: float = 0.0
-    nll_reference: float = 0.0
-    max_difference: float = 0.0
-    low: float = float("inf")
-    high: float = float("-inf")
+    tokens: int = 0  # positions
+    kl: float = 0.0  # nats
+    same_top1: int = 0  # positions where both find the same token the most likely
+    nll: float = 0.0  # nats, of the candidate
+    nll_reference: float = 0.0  # nats
+    max_difference: float = 0.0  # of a logit
+    low: float = float("inf")  # the reference's smallest logit
+    high: float = float("-inf")  # the reference's largest logit
 
-    def add(self, found: Logits, expected: Logits, targets: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Compare logits (T, V) with a reference's.
+    def add(self, candidate: Logits, expected: Logits, targets: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Compare a candidate's logits with the reference's.
 
         Args:
-            found, expected: (T, V) of the candidate and of the reference.
-            targets: (T,) the tokens that really followed.
+            candidate, expected: (T, V) logits of the candidate and of the reference.
+            targets: (T,) the tokens that follow in the text.
 
         Returns:
             (T,) the KL divergence at each position, reference || candidate, in nats.
         """
-        kl = np.empty(len(found))
-        for start in range(0, len(found), ROWS):
-            q, p = found[start : start + ROWS], expected[start : start + ROWS]
-            # np.maximum and not max: a NaN must stay
+        kl = np.empty(len(candidate))
+        for start in range(0, len(candidate), ROWS):
+            q, p = candidate[start : start + ROWS], expected[start : start + ROWS]
+            # np.maximum, because max would lose a NaN
             self.max_difference = float(np.maximum(self.max_difference, np.abs(q - p).max()))
             self.low, self.high = min(self.low, float(p.min())), max(self.high, float(p.max()))
             self.same_top1 += int((q.argmax(-1) == p.argmax(-1)).sum())
@@ -53,7 +54,7 @@ class Comparison:
         return kl
 
     def to_json(self) -> dict[str, Any]:
-        """Means over the positions."""
+        """The means over all positions, and the extremes."""
         ppl, ppl_reference = (float(np.exp(nll / self.tokens)) for nll in (self.nll, self.nll_reference))
         return {
             "tokens": self.tokens,
@@ -68,14 +69,19 @@ class Comparison:
 
 
 def log_softmax(logits: Logits) -> Logits:
-    """Over the last axis, in float32."""
+    """The logarithm of the softmax over the last axis, in float32."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     out: Logits = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return out
 
 
 def negative_log_likelihood(logits: Logits, targets: NDArray[np.int64]) -> float:
-    """Sum over positions of -log p(target), for logits (T, V) and targets (T,)."""
+    """The sum over positions of -log p(target), in nats.
+
+    Args:
+        logits: (T, V).
+        targets: (T,) the tokens that follow in the text.
+    """
     total = 0.0
     for start in range(0, len(logits), ROWS):
         log_p, target = log_softmax(logits[start : start + ROWS]), targets[start : start + ROWS]

@@ -1,4 +1,4 @@
-"""The memory of a process, the most that this one ever held, and giving back what it no longer uses."""
+"""The memory of processes: how much one has, the peak of this one, and how it returns what it no longer uses."""
 
 from __future__ import annotations
 
@@ -8,11 +8,19 @@ import gc
 import sys
 from pathlib import Path
 
+# NAMES: a key of /proc/PID/status -> its name in `memory_mib`.
 NAMES = {"VmRSS": "rss", "RssAnon": "anon", "RssFile": "file", "VmHWM": "peak"}
 
 
 def memory_mib(pid: int | str = "self") -> dict[str, float]:
-    """Resident set of a process, its parts and its peak, in MiB; {} when the process has gone, or without /proc."""
+    """The resident memory of a process in MiB: `rss`, its parts `anon` and `file`, and its `peak`.
+
+    Args:
+        pid: of the process; "self" for this one.
+
+    Returns:
+        {} when the process has ended, or where the system has no /proc.
+    """
     try:
         lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace").splitlines()
     except (FileNotFoundError, ProcessLookupError):
@@ -22,31 +30,38 @@ def memory_mib(pid: int | str = "self") -> dict[str, float]:
 
 
 def peak_rss_mib() -> float:
-    """Peak resident memory in MiB; 0 where the system does not tell (Windows)."""
-    # not getrusage: there Linux counts what the parent held before exec
+    """The peak of this process's resident memory in MiB; 0 where the system does not tell (Windows)."""
+    # On Linux getrusage would also count what the parent process had before it started this program.
     if (peak := memory_mib().get("peak")) is not None:
         return peak
     if sys.platform == "win32":
         return 0.0
     import resource
 
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+    peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak_rss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 
 def give_back() -> None:
-    """Return freed memory to the system. Only glibc can be told to; it keeps what is free between blocks in use."""
+    """Return freed memory to the system. Without this, glibc keeps the free memory between blocks that are in use.
+
+    Other C libraries cannot be asked to do it.
+    """
     gc.collect()
     if sys.platform == "linux":
-        with contextlib.suppress(AttributeError):  # another C library
+        with contextlib.suppress(AttributeError):  # the C library is another one
             ctypes.CDLL(None).malloc_trim(0)
 
 
-MADV_DONTNEED = 4  # Linux': of a mapped file, pages that are read again when they are needed
+# MADV_DONTNEED: Linux's advice to drop pages of a mapped file, which are read again when they are needed.
+MADV_DONTNEED = 4
 
 
 def release(path: Path) -> None:
-    """Let the system take back what this process has read of a mapped file and locked in memory; nothing but on Linux."""
+    """Take the pages of a mapped file out of this process's memory, locked ones included. Works on Linux only.
+
+    The file stays mapped: a page that is needed later is read again.
+    """
     if sys.platform != "linux":
         return
     library, real = ctypes.CDLL(None), str(path.resolve())
@@ -59,22 +74,25 @@ def release(path: Path) -> None:
 
 
 class MappedTable:
-    """A mapped model file of which each token needs one row of the embedding table, and little else.
+    """A mapped model file from which each token reads one row of the embedding table, and little else.
 
-    The system maps up to a megabyte around each row: without end, all of the file. So its pages are let go now and then.
+    The system loads up to a megabyte around each row, so that in the end the whole file would be in memory. Therefore its pages
+    are released now and then.
     """
 
-    RELEASE_AFTER = 128  # tokens
+    # RELEASE_AFTER: after how many tokens the pages are released.
+    RELEASE_AFTER = 128
 
     def __init__(self, path: Path) -> None:
-        """Let go what loading has read."""
+        """Release what loading has read."""
         self._path, self._since = path, 0
         release(path)
 
     def count(self, tokens: int) -> None:
-        """Rows of so many tokens were read."""
+        """Tell that the rows of so many tokens were read. Releases the pages when it is time."""
         self._since += tokens
         if self._since >= self.RELEASE_AFTER:
-            # addresses are not kept: another model of the same file may have gone, and they be somebody else's memory
+            # The addresses are looked up each time. Remembered ones could belong to other memory by now: where two models map
+            # the same file, one of them may have been closed.
             release(self._path)
             self._since = 0

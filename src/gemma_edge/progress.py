@@ -1,4 +1,4 @@
-"""How long work tells what it is doing: a progress callback, and the time and memory of each stage."""
+"""How a long task reports what it is doing: a progress callback, and the time and memory of each stage."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from dataclasses import dataclass
 
 from gemma_edge.memory import peak_rss_mib
 
-# (what, total, in bytes or in steps) -> a context that yields a function to call with what was done
+# Progress: called with what is being done, the total, and whether the total counts bytes (else steps). It returns a context whose
+# value is a function, to be called with the number of bytes or steps done since the last call.
 Progress = Callable[[str, int, bool], AbstractContextManager[Callable[[int], None]]]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """How long a stage took, and the highest memory until its end."""
+    """How long a stage took, and the process's peak memory at its end."""
 
     name: str
     seconds: float
@@ -24,7 +25,7 @@ class Stage:
 
 @contextmanager
 def stage(stages: list[Stage], name: str) -> Iterator[None]:
-    """Time what is inside, and append it."""
+    """Measure the block inside, and append it to the stages."""
     start = time.perf_counter()
     yield
     stages.append(Stage(name, time.perf_counter() - start, int(peak_rss_mib() * (1 << 20))))
@@ -32,5 +33,5 @@ def stage(stages: list[Stage], name: str) -> Iterator[None]:
 
 @contextmanager
 def no_progress(what: str, total: int, in_bytes: bool) -> Iterator[Callable[[int], None]]:
-    """For callers that do not look."""
+    """Show nothing: the default of every function that takes a `Progress`."""
     yield lambda done: None

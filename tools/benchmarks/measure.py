@@ -1,7 +1,7 @@
 """What the benchmark scripts share: a child process measured by the operating system, the machine's description, tables.
 
-The resident set counts file pages a process has mapped and touched; the kernel can drop those under pressure. The anonymous
-part, which it cannot, is sampled separately. Linux only: reads /proc.
+The resident set includes pages of mapped files, which the kernel can drop when memory is short. The anonymous part, which
+it cannot drop, is sampled separately. Works on Linux only, because it reads /proc.
 """
 
 from __future__ import annotations
@@ -21,23 +21,25 @@ from typing import Any
 
 from gemma_edge.bench.machine import describe as describe_machine
 from gemma_edge.bench.machine import state
+from gemma_edge.files import write_whole
 from gemma_edge.memory import memory_mib
 
+# SAMPLE_S: how often the anonymous memory is read.
 SAMPLE_S = 0.1
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What a finished command has used."""
+    """The time and memory that a finished command has used."""
 
     returncode: int
     wall_s: float
     cpu_s: float
-    peak_rss_mib: float  # the largest single process
-    peak_anon_mib: float  # sampled, all processes of the command together
+    peak_rss_mib: float  # of its largest process
+    peak_anon_mib: float  # of all its processes together, sampled
 
     def then(self, later: Usage) -> Usage:
-        """The two as stages of one job."""
+        """The usage of two commands that run one after the other."""
         return Usage(
             self.returncode or later.returncode,
             self.wall_s + later.wall_s,
@@ -48,16 +50,16 @@ class Usage:
 
 
 def _tree(pid: int) -> list[int]:
-    """A process and everything below it."""
-    found = [pid]
+    """A process and all processes below it."""
+    pids = [pid]
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         try:
             children = task.read_text().split()
         except (FileNotFoundError, ProcessLookupError):
             continue
         for child in children:
-            found += _tree(int(child))
-    return found
+            pids += _tree(int(child))
+    return pids
 
 
 class _AnonPeak(threading.Thread):
@@ -75,7 +77,7 @@ class _AnonPeak(threading.Thread):
 
 
 def run_measured(command: Sequence[str | Path], *, log: Path, env: Mapping[str, str] | None = None) -> Usage:
-    """Run a command to its end with both outputs in `log`; the peak and the CPU time are the kernel's own."""
+    """Run a command to its end, and write both its outputs to `log`. The kernel tells the peak and the CPU time."""
     log.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     with log.open("w") as out:
@@ -97,19 +99,19 @@ def run_measured(command: Sequence[str | Path], *, log: Path, env: Mapping[str, 
 
 
 def machine() -> dict[str, Any]:
-    """What a reader must know of the machine, and when."""
+    """What a reader must know of the machine, and the date."""
     return {**describe_machine(), **state(), "date": datetime.now(UTC).date().isoformat()}
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Versions of packages installed here; absent ones are left out."""
-    found = {}
+    """The versions of packages; one that is not installed is left out."""
+    installed = {}
     for package in packages:
         try:
-            found[package] = metadata.version(package)
+            installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def warm(path: Path) -> None:
@@ -122,7 +124,7 @@ def warm(path: Path) -> None:
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
-    """Median and range, as a table cell."""
+    """A table cell: the median and the range."""
     if not values:
         return "-"
     middle = f"{median(values):.{digits}f}"
@@ -138,11 +140,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def describe(facts: Mapping[str, Any]) -> str:
-    """Machine, versions and settings, one line each."""
+    """Facts such as machine, versions and settings, one on each line."""
     return "\n".join(f"{key}: {', '.join(v) if isinstance(v, list) else v}" for key, v in facts.items())
 
 
 def write_json(path: Path | None, data: Mapping[str, Any]) -> None:
-    """Write the raw figures, if a file was asked for."""
+    """Write the figures to a file, if there is one."""
     if path is not None:
-        path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(data, indent=1) + "\n")

@@ -89,7 +89,7 @@ class LlamaCpp:
 
     @property
     def ready(self) -> bool:
-        """Whether everything is there."""
+        """Whether all of it is installed."""
         return all(path.is_file() for path in (self.python, self.convert, self.quantize, self.bench))
 
 
@@ -111,7 +111,7 @@ class Genai:
 
 
 def how_to_install(root: Path | None, name: str) -> str:
-    """What to tell a user whose peer is missing."""
+    """The hint for a user who lacks a peer."""
     return f"not installed: python tools/benchmarks/peers.py {root or 'FOLDER'} --only {name}"
 
 
@@ -151,7 +151,7 @@ def install_llama_cpp(root: Path, *, jobs: int) -> LlamaCpp:
 
 
 def _without_amx() -> list[str]:
-    """This version's AMX kernels crash (llama-bench, Q4_1, in ggml_backend_amx_mul_mat): there AVX-512 VNNI is used."""
+    """Options that leave out AMX, whose kernels crash in this version (llama-bench, Q4_1, in ggml_backend_amx_mul_mat)."""
     if "amx_int8" not in machine()["flags"]:
         return []
     return [f"-DCMAKE_{language}_FLAGS=-mno-amx-int8 -mno-amx-tile -mno-amx-bf16" for language in ("C", "CXX")]
@@ -177,8 +177,8 @@ PEERS = ("llama-cpp", "genai", *QUANTIZERS)
 
 @click.command(help=__doc__)
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--only", type=click.Choice(PEERS), multiple=True, help="Install only this one (repeatable).")
-@click.option("--jobs", default=2, show_default=True, help="Compiler processes at once.")
+@click.option("--only", type=click.Choice(PEERS), multiple=True, help="Install only this peer; repeatable.")
+@click.option("--jobs", default=2, show_default=True, help="Number of compiler processes at once.")
 def main(folder: Path, only: tuple[str, ...], jobs: int) -> None:
     """Install the peers into FOLDER."""
     for name in only or PEERS:

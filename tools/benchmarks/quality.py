@@ -1,9 +1,10 @@
-"""How far 4-bit weights are from the float model: ours and every peer's, on one real language model and the same tokens.
+"""Measures how far 4-bit weights are from the float model: ours and every peer's, on one real model and the same tokens.
 
-Linears only; embedding, head, norms and activations stay float32. The yardstick is KL(float || quantized) per token, in nats: it
-separates what perplexity on few tokens cannot. Calibrated contenders, peers too, see the same windows of other domains, drawn
-anew for every draw. Peers run in their own interpreters (quality_child.py); what is not installed is named and left out.
-Needs what smollm2.py and corpora.py wrote into WORK. Scores are kept in WORK/quality-cache.json, by all that they depend on.
+Only linears are quantized; embedding, head, norms and activations stay float32. The measure is KL(float || quantized) per
+token, in nats, which tells apart what perplexity on few tokens cannot. All calibrated contenders see the same windows of
+text from other domains, and other windows for every draw. Peers run in their own interpreters (quality_child.py). A peer
+that is not installed is named and left out. Needs what smollm2.py and corpora.py write into WORK. Scores are saved in
+WORK/quality-cache.json, under a hash of everything that they depend on.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ from smollm2 import FOLDER
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from gemma_edge.files import write_whole
+
 
 @dataclass(frozen=True)
 class Row:
@@ -57,30 +60,30 @@ class Row:
 
 
 class Cache:
-    """Scores in a JSON file, by hash of everything they depend on."""
+    """Scores in a JSON file, by a hash of everything that they depend on."""
 
     def __init__(self, path: Path, *, fresh: bool) -> None:
         self.path = path
         self.fresh = fresh
 
-    def kept(self) -> dict[str, Any]:
-        """What the file holds now: another run may have added to it."""
+    def saved(self) -> dict[str, Any]:
+        """What the file contains now, because another run may have added to it."""
         return json.loads(self.path.read_text()) if self.path.exists() else {}
 
     def score(self, key: str, judge: Judge, change: Callable[[], float]) -> Score:
-        """A kept score, or that of the model after `change`, which returns its CPU seconds."""
-        kept = self.kept()
-        if not self.fresh and key in kept:
-            return Score(**kept[key])
+        """The saved score, or else the score of the model after `change`, which returns the CPU seconds that it took."""
+        saved = self.saved()
+        if not self.fresh and key in saved:
+            return Score(**saved[key])
         _ = judge.reference  # computed while the model is still the float one
         score = judge.score(cpu_s=change())
         judge.restore()
-        self.path.write_text(json.dumps({**self.kept(), key: asdict(score)}, indent=1) + "\n", encoding="utf-8")
+        write_whole(self.path, json.dumps({**self.saved(), key: asdict(score)}, indent=1) + "\n")
         return score
 
 
 def digest(*parts: bytes | str) -> str:
-    """Short hash of several things."""
+    """A short hash of several texts."""
     total = hashlib.sha256()
     for part in parts:
         total.update(hashlib.sha256(part if isinstance(part, bytes) else part.encode()).digest())
@@ -88,7 +91,7 @@ def digest(*parts: bytes | str) -> str:
 
 
 def sources(*modules: ModuleType) -> str:
-    """What modules compute, of packages all their files: comments and layout do not count."""
+    """The code of modules, and of all files of packages, without comments and layout."""
     files: list[Path] = []
     for module in modules:
         file = Path(module.__file__ or "")
@@ -97,14 +100,14 @@ def sources(*modules: ModuleType) -> str:
 
 
 def installed(peer: Peer, root: Path) -> dict[str, str]:
-    """Versions of a peer's packages; empty if one is missing."""
+    """The versions of a peer's packages; {} if one is missing."""
     places = [str(path) for path in (root / peer.home).glob("venv/lib/python*/site-packages")]
-    found = {name: d.version for name in peer.packages for d in Distribution.discover(name=name, path=places)}
-    return found if len(found) == len(peer.packages) else {}
+    versions = {name: d.version for name in peer.packages for d in Distribution.discover(name=name, path=places)}
+    return versions if len(versions) == len(peer.packages) else {}
 
 
 def run_peer(name: str, root: Path, folder: Path, windows: Tensor, judge: Judge) -> float:
-    """Put the linears that a peer made into the model; return its CPU seconds."""
+    """Put the linears that a peer has quantized into the model; return the CPU seconds that it took."""
     with tempfile.TemporaryDirectory() as place:
         out, data = Path(place, "out.safetensors"), Path(place, "windows.safetensors")
         save_file({"windows": windows}, data)
@@ -127,7 +130,7 @@ def run_peer(name: str, root: Path, folder: Path, windows: Tensor, judge: Judge)
 
 
 def run_ours(contender: Contender, windows: Tensor, judge: Judge) -> float:
-    """Let one of ours change the model; return its CPU seconds."""
+    """Let one of our contenders change the model; return the CPU seconds that it took."""
     start = time.process_time()
     contender.run(judge.model, windows)
     return time.process_time() - start
@@ -154,18 +157,18 @@ class Bench:
         return scores
 
     def peer(self, name: str) -> Row | None:
-        """A peer's row, if it is installed."""
+        """The row of a peer; None where it is not installed."""
         peer = PEERS[name]
-        found = installed(peer, self.peers) if self.peers else {}
-        if self.peers is None or not found:
+        packages = installed(peer, self.peers) if self.peers else {}
+        if self.peers is None or not packages:
             return None
         root = self.peers
-        origin = (name, json.dumps(found), sources(quality_child))
+        origin = (name, json.dumps(packages), sources(quality_child))
         scores = self._scores(peer.calibrated, origin, lambda w: run_peer(name, root, self.folder, w, self.judge))
         return Row(peer.weight_bits, True, peer.calibrated, scores)
 
     def ours(self, name: str) -> Row:
-        """A row of ours."""
+        """The row of one of our contenders."""
         contender = OURS[name]
         origin = (
             name,
@@ -181,7 +184,7 @@ def _mean_and_range(values: Sequence[float]) -> str:
 
 
 def as_table(rows: Mapping[str, Row]) -> str:
-    """The rows, best first; ours in bold."""
+    """A table of the rows, the best first, ours in bold."""
     peers = [row.kl for row in rows.values() if row.peer]
     header = (
         "4-bit linears",
@@ -208,7 +211,7 @@ def as_table(rows: Mapping[str, Row]) -> str:
 
 
 def verdicts(rows: Mapping[str, Row]) -> list[str]:
-    """One line for each of ours that has a bar."""
+    """One line for each of our contenders that has a bar to reach."""
     lines = []
     for name, row in rows.items():
         bar = None if row.peer else OURS[name].bar
@@ -233,12 +236,12 @@ def prepare(work: Path, peers: Path | None, *, windows: int, draws: int, calibra
     bos = json.loads((folder / "config.json").read_text())["bos_token_id"]
 
     def ids(name: str) -> list[int]:
-        found: list[int] = tokenizer.encode((text / name).read_text(encoding="utf-8"), add_special_tokens=False).ids
-        return found
+        tokens: list[int] = tokenizer.encode((text / name).read_text(encoding="utf-8"), add_special_tokens=False).ids
+        return tokens
 
     evaluation = cut(ids(EVALUATION), bos, count=windows, length=WINDOW + 1)
-    seen = ids(CALIBRATION)
-    data = [cut(seen, bos, count=calibration, length=WINDOW, seed=seed) for seed in range(draws)]
+    calibration_ids = ids(CALIBRATION)
+    data = [cut(calibration_ids, bos, count=calibration, length=WINDOW, seed=seed) for seed in range(draws)]
     model = b"".join(file.read_bytes() for file in sorted(folder.glob("*.safetensors")))
     inputs = digest(model, evaluation.numpy().tobytes(), sources(quality_judge))
     cache = Cache(work / "quality-cache.json", fresh=fresh)
@@ -247,16 +250,27 @@ def prepare(work: Path, peers: Path | None, *, windows: int, draws: int, calibra
 
 @click.command(help=__doc__)
 @click.argument("work", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--peers", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Where peers.py put them.")
-@click.option("--only", multiple=True, help="Only contenders whose name contains this (repeatable).")
-@click.option("--windows", default=20, show_default=True, help=f"Evaluation windows of {WINDOW} positions.")
-@click.option("--draws", default=3, show_default=True, help="Draws of calibration windows.")
-@click.option("--calibration", default=32, show_default=True, help=f"Calibration windows of {WINDOW} tokens per draw.")
-@click.option("--fresh", is_flag=True, help="Ignore kept scores.")
-@click.option("--json", "out", type=click.Path(path_type=Path, dir_okay=False), help="Write the figures here as well.")
+@click.option(
+    "--peers",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder of the peers that peers.py installed.",
+)
+@click.option("--only", multiple=True, help="Measure only contenders whose name contains this; repeatable.")
+@click.option("--windows", default=20, show_default=True, help=f"Number of evaluation windows of {WINDOW} positions.")
+@click.option("--draws", default=3, show_default=True, help="Number of draws of calibration windows.")
+@click.option(
+    "--calibration",
+    default=32,
+    show_default=True,
+    help=f"Number of calibration windows of {WINDOW} tokens in each draw.",
+)
+@click.option("--fresh", is_flag=True, help="Measure again what has a saved score.")
+@click.option(
+    "--json", "out", type=click.Path(path_type=Path, dir_okay=False), help="Write the figures to this JSON file, too."
+)
 @torch.no_grad()
 def main(work: Path, peers: Path | None, only: tuple[str, ...], out: Path | None, **settings: Any) -> None:
-    """Print one table of ours and the peers."""
+    """Print one table of our contenders and the peers."""
     bench = prepare(work, peers, **settings)
     rows: dict[str, Row] = {}
     for name in [*PEERS, *OURS]:

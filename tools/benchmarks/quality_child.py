@@ -1,7 +1,7 @@
-"""One peer, one process: round a model's linears with another project's quantizer and write what it makes of them, as floats.
+"""Quantizes a model's linears with another project's quantizer, in a process of its own, and writes them back as floats.
 
-quality.py starts it with the peer's own interpreter (peers.py installs them), so this file imports nothing of the project. It
-judges nothing: the floats go back into the same model in quality.py. Every peer gets groups of 32, else its own defaults.
+quality.py starts it with the peer's own interpreter (peers.py installs them), so this file imports nothing of this project.
+quality.py puts the floats into the same model and judges them. Every peer uses groups of 32, and its own defaults for all else.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# GROUP: how many weights share a scale.
 GROUP = 32
 LINEAR = re.compile(r"model\.layers\.\d+\..*_proj\.weight")
 
@@ -48,7 +49,7 @@ def torchao(weight: Tensor, algorithm: str) -> Tensor:
 
 
 def onnxruntime(weight: Tensor, algorithm: str) -> Tensor:
-    """What MatMulNBits multiplies with: the product with the identity, for weights rounded by onnxruntime's own tool."""
+    """Weights rounded by onnxruntime's own tool: what MatMulNBits multiplies with, found by multiplying the identity."""
     import onnx
     import onnxruntime as ort  # type: ignore[import-untyped]
     from onnx import TensorProto, helper, numpy_helper
@@ -133,9 +134,9 @@ def llm_compressor(settings: dict[str, Any], folder: Path, windows: Tensor | Non
 class Peer:
     """One row of the table."""
 
-    packages: tuple[str, ...]  # whose versions matter; the first one is the peer
-    home: str  # its folder below the folder of peers
-    weight_bits: float  # per weight: 4, and the group's scale (16) and zero point
+    packages: tuple[str, ...]  # the packages whose versions matter; the first one is the peer
+    home: str  # its folder, below the folder of all peers
+    weight_bits: float  # bits per weight: 4, and a share of the group's scale (16 bits) and zero point
     quantize: Callable[[Path, Tensor | None], dict[str, Tensor]]
     calibrated: bool = False
 
@@ -164,14 +165,16 @@ PEERS = {
 
 
 def main() -> None:
-    """Write the rounded linears, and what they took into the file's metadata."""
+    """Write the rounded linears, with the CPU seconds that they took in the file's metadata."""
     from safetensors.torch import load_file, save_file
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("peer", choices=PEERS)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--windows", type=Path, help="Safetensors file with the calibration ids as `windows`, (N, T).")
+    parser.add_argument(
+        "--windows", type=Path, help="Safetensors file with the calibration ids under `windows`, (N, T)."
+    )
     options = parser.parse_args()
     windows = load_file(options.windows)["windows"] if options.windows else None
     start = time.process_time()

@@ -1,4 +1,4 @@
-"""How far a changed model is from the float one, on windows of text. What changes it is not its business."""
+"""Tells how far a changed model is from the float one, on windows of text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from quality_child import LINEAR
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-WINDOW = 256  # positions
+# WINDOW: how many positions of a window are judged.
+WINDOW = 256
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Score:
     kl: float  # KL(float || quantized), nats per token
     top1: float  # share of positions with the float model's likeliest token
     ppl: float
-    cpu_s: float  # of quantizing
+    cpu_s: float  # CPU seconds that quantizing took
 
 
 def linears(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -57,7 +58,7 @@ class Judge:
 
     @cached_property
     def reference(self) -> list[Tensor]:
-        """Log probabilities of the float model; first asked for before the model is changed."""
+        """Log probabilities of the float model. Call it before the model is changed for the first time."""
         return list(self._log_probs())
 
     def score(self, *, cpu_s: float = 0.0) -> Score:
@@ -72,14 +73,14 @@ class Judge:
 
 
 def cut(ids: Sequence[int], bos: int, *, count: int, length: int, seed: int | None = None) -> Tensor:
-    """Windows spread over a text, one from each of `count` equal stretches, so that every part of it has its share.
+    """Cut windows from a text: one from each of `count` equal stretches, so that all parts of the text have the same share.
 
     Args:
         ids: the text's tokens.
-        bos: put before each window.
-        count: windows.
-        length: tokens of a window with BOS.
-        seed: draws the place within each stretch; None takes its beginning.
+        bos: the token that begins each window.
+        count: how many windows.
+        length: tokens of a window, BOS included.
+        seed: for drawing the place within each stretch; None takes the beginning of the stretch.
 
     Returns:
         (count, length) int64.

@@ -22,7 +22,7 @@ class Bar:
     """What a contender has to reach: at most `limit` times the KL of the best peer."""
 
     limit: float
-    data_free: bool = False  # of the best one that needs no data
+    data_free: bool = False  # True: of the best peer that needs no data
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,14 @@ class Contender:
 
 
 def round_all(model: PreTrainedModel, windows: Tensor, *, group_size: int, method: str) -> None:
-    """Every linear by itself, without data."""
+    """Round every linear by itself, without data."""
     for weight in linears(model).values():
         config = QuantConfig(4, group_size).fit(weight.shape[1])
         weight.copy_(quantize(weight, config, method).dequantize())
 
 
 def llama_topology(config: PretrainedConfig) -> Topology:
-    """A Llama block: its norms multiply by w, and there are no post-norms."""
+    """The topology of a Llama block: its norms multiply by w, and it has no post-norms."""
     return decoder_topology(
         "input_layernorm",
         "post_attention_layernorm",
@@ -54,16 +54,16 @@ def llama_topology(config: PretrainedConfig) -> Topology:
 
 
 class _Reached(Exception):
-    """The first block: the model need not go on."""
+    """Stops the model when it reaches its first block."""
 
 
 def first_inputs(model: PreTrainedModel, windows: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """What enters the first block, (N, T, hidden), and what every block is given besides."""
-    seen: list[Tensor] = []
+    """The input of the first block, (N, T, hidden), and the other arguments that every block is given."""
+    inputs: list[Tensor] = []
     besides: dict[str, Any] = {}
 
     def stop(_block: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        seen.append(args[0].clone())
+        inputs.append(args[0].clone())
         besides.update({name: value for name, value in kwargs.items() if not name.startswith("past")})
         raise _Reached
 
@@ -74,11 +74,11 @@ def first_inputs(model: PreTrainedModel, windows: Tensor) -> tuple[Tensor, dict[
         except _Reached:
             continue
     hook.remove()
-    return torch.cat(seen), besides
+    return torch.cat(inputs), besides
 
 
 def calibrate_all(model: PreTrainedModel, windows: Tensor, *, group_size: int, method: str, rounds: int) -> None:
-    """The pass of layerwise.py, on a Llama: every block is fed by the quantized blocks before it."""
+    """Calibrate a Llama as layerwise.py does a Gemma: each block is fed by the quantized blocks before it."""
     x, besides = first_inputs(model, windows)
     topology = llama_topology(model.config)
 
@@ -103,10 +103,10 @@ def _data_free(method: str, group_size: int) -> Contender:
 
 
 def _calibrated(quality: str, group_size: int, bar: Bar | None = None, method: str | None = None) -> Contender:
-    """What `--quality` means for the linears; a Llama has no post-norms to refit. Everybody sees the same windows."""
-    wanted = QUALITIES[quality]
+    """What `--quality` means for the linears. A Llama has no post-norms to refit. All contenders see the same windows."""
+    chosen = QUALITIES[quality]
     run = partial(
-        calibrate_all, group_size=group_size, method=method or wanted.method(group_size), rounds=wanted.rounds
+        calibrate_all, group_size=group_size, method=method or chosen.method(group_size), rounds=chosen.rounds
     )
     return Contender(run, group_size, calibrated=True, bar=bar)
 

@@ -110,7 +110,7 @@ def make(gguf: Path, out: Path, *, seed: int) -> float:
 
 @click.command(help=__doc__)
 @click.argument("work", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--seed", default=0, show_default=True, help="Of the permutations.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the permutations.")
 def main(work: Path, seed: int) -> None:
     """Write WORK/smollm2-permuted."""
     out = work / FOLDER

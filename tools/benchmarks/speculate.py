@@ -1,8 +1,8 @@
-"""What prompt lookup gains where a text repeats itself, and costs where every guess is wrong.
+"""Measures what prompt lookup gains where a text repeats itself, and what it costs where every guess is wrong.
 
     python tools/benchmarks/speculate.py BUNDLE... [--backend NAME] [--tokens 200] [--repeats 5]
 
-Both on the same bundle and prompt, plain and speculating in turns; median decode speed.
+Plain and speculative decoding run in turns on the same bundle and prompt. The figures are median speeds.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from gemma_edge.text.tokenizer import Tokenizer
 PROMPT = "And the LORD spake unto Moses, saying, Speak unto the children of Israel, and say unto them, "
 CASES = {
     "repeats": SamplingParams(),
-    # the most unlikely choices: what occurred before is followed by something else
+    # at this temperature tokens are nearly random, so that what follows a repeated word is different each time
     "never repeats": SamplingParams(temperature=50, seed=1),
 }
 
 
 class Wrong(Speculation):
-    """Guesses something at every chance it gives itself, always wrong."""
+    """Guesses at every chance, and is always wrong."""
 
     def _guess(self) -> list[int]:
         if self._pause:
@@ -38,7 +38,7 @@ class Wrong(Speculation):
 
 
 def decoded(runtime: Runtime, ids: list[int], params: SamplingParams, tokens: int, way: Speculation | None) -> Stats:
-    """What one answer took."""
+    """The statistics of one answer alone."""
     runtime.reset()
     before = copy(runtime.stats)
     state = GenerationState(Sampler(params), speculation=way)
@@ -57,21 +57,21 @@ def main() -> None:
     parser.add_argument("--backend")
     parser.add_argument("--mode", action="append", choices=MODES)
     parser.add_argument("--text", action="append", choices=CASES)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     print("| bundle | text | mode | plain tokens/s | speculating | change | guesses right |")
     print("|---|---|---|---|---|---|---|")
-    for bundle in asked.bundles:
-        for mode in asked.mode or MODES:
-            runtime = gemma_edge.load(bundle, backend=asked.backend, threads=asked.threads)
+    for bundle in options.bundles:
+        for mode in options.mode or MODES:
+            runtime = gemma_edge.load(bundle, backend=options.backend, threads=options.threads)
             ids = Tokenizer(bundle, runtime.manifest).encode(PROMPT)
-            for name, params in ((name, CASES[name]) for name in asked.text or CASES):
+            for name, params in ((name, CASES[name]) for name in options.text or CASES):
                 kind = Speculation if params.temperature == 0 else Wrong
                 way = kind(runtime, mode)
                 runs: list[list[Stats]] = [[], []]
-                for _ in range(asked.repeats):
-                    for found, how in zip(runs, (None, way), strict=True):
-                        found.append(decoded(runtime, ids, params, asked.tokens, how))
-                plain, fast = (median(run.decode_tokens_per_s for run in found) for found in runs)
+                for _ in range(options.repeats):
+                    for stats, speculation in zip(runs, (None, way), strict=True):
+                        stats.append(decoded(runtime, ids, params, options.tokens, speculation))
+                plain, fast = (median(run.decode_tokens_per_s for run in stats) for stats in runs)
                 last = runs[1][-1]
                 engine = type(runtime).__name__
                 print(

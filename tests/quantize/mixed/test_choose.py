@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.checkpoints import DEMO, hf_holding, hf_logits, hf_model
+from support.checkpoints import DEMO, TEXTS, hf_holding, hf_logits, hf_model
 from support.commands import refused, run
 from torch import Tensor
 
@@ -26,9 +27,9 @@ from gemma_edge.quantize.mixed import sensitivity
 from gemma_edge.quantize.mixed import table as layers
 from gemma_edge.quantize.options import CalibrationText, QuantizeOptions
 from gemma_edge.quantize.recipe import INT8_ROW, QuantConfig, Recipe, make_recipe
-from gemma_edge.text import chat
+from gemma_edge.text import corpus
 
-HELD_OUT = tuple(Path(chat.__file__).parent / "data" / f"heldout_{name}.txt" for name in ("austen", "kjv"))
+HELD_OUT = tuple(TEXTS / name for name in corpus.HELD_OUT)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -130,6 +131,7 @@ def test_a_bundle_is_made_of_it_and_its_manifest_is_a_recipe(tmp_path: Path) -> 
 
 
 def test_plan_shows_draws_and_saves_the_bits_of_every_layer(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs the package matplotlib, of the eval extra")
     recipe, drawing = tmp_path / "recipe.json", tmp_path / "bits.svg"
     shown = run("plan", DEMO, "--bpw", "4.9", "--save-recipe", recipe, "--plot", drawing)
     assert shown.exit_code == 0 and "8/row" in shown.stdout and "4/32" in shown.stdout
@@ -142,6 +144,34 @@ def test_plan_shows_draws_and_saves_the_bits_of_every_layer(tmp_path: Path) -> N
     labels = {layers.label(QuantConfig(row["bits"], row["group_size"])) for row in as_json["mixed"]["weights"].values()}
     assert labels <= set(texts) and {"embed_tokens", "5", "q", "down"} <= set(texts)
     assert "4/32" in run("plan", DEMO, "--recipe", recipe).stdout
+
+
+def test_a_drawing_without_matplotlib_is_refused_with_the_way_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
+    drawing = tmp_path / "bits.svg"
+    refused(run("plan", DEMO, "--plot", drawing), "--plot needs matplotlib", "pip install 'gemma-edge[eval]'")
+    assert not drawing.exists()
+
+
+@pytest.mark.parametrize("option", ["--save-recipe", "--plot"])
+def test_an_interrupted_plan_leaves_the_file_that_was_there(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both were written in place: an interruption left half of a recipe."""
+    pytest.importorskip("matplotlib", reason="needs the package matplotlib, of the eval extra")
+    file = tmp_path / "file"
+    file.write_text("old")
+
+    def interrupt(self: Path, target: Path) -> Path:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", interrupt)
+        assert run("plan", DEMO, option, file).exit_code == 130
+    assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
 
 
 @pytest.mark.parametrize(
