@@ -66,7 +66,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     recorded: list[Any] = []
 
     def record(name: str, result: Any = None) -> Callable[..., Any]:
-        return lambda *args, **kwargs: recorded.append((name, args, sorted(kwargs.items()))) or result
+        def call(*args: Any, **kwargs: Any) -> Any:
+            recorded.append((name, args, sorted(kwargs.items())))
+            return result
+
+        return call
 
     monkeypatch.setattr(load, "open_runtime", record("open", "runtime"))
     monkeypatch.setattr(prefix, "load", record("load", "prefix "))
