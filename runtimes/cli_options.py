@@ -35,7 +35,8 @@ class Choice:
 
     def option(self, *, hidden: bool) -> click.Option:
         """The option for click."""
-        return click.Option(list(self.names), hidden=hidden, **self.settings)
+        settings = {**self.settings, "required": self.settings.get("required", False) and not hidden}
+        return click.Option(list(self.names), hidden=hidden, **settings)
 
 
 def _choice(commands: tuple[str, ...], *names: str, **settings: Any) -> Choice:
@@ -43,12 +44,13 @@ def _choice(commands: tuple[str, ...], *names: str, **settings: Any) -> Choice:
 
 
 FILE = click.Path(path_type=Path)
+# A command takes the row that names it, else it knows the option by the first row.
 CHOICES = (
     _choice((RUN,), "-p", "--prompt", help="Text to continue; '-' reads stdin. Default: stdin, if it is piped."),
     _choice((CHAT,), "-p", "--prompt", help="The only turn; '-' reads stdin. Default: every line of stdin is a turn."),
     _choice((PREFIX,), "-p", "--prompt", help="Text to save; '-' reads stdin. Default: stdin, if it is piped."),
-    _choice((PREFIX,), "-o", "--save", "save", type=FILE, metavar="FILE", required=True, help="The file to write."),
     _choice((), "--save-prefix", "save", type=FILE, metavar="FILE"),
+    _choice((PREFIX,), "-o", "--save", "save", type=FILE, metavar="FILE", required=True, help="The file to write."),
     _choice((PREFIX,), "--chat", is_flag=True, help="The text will begin the first turn of a chat."),
     _choice(
         ANSWERING,

@@ -9,8 +9,10 @@ import time
 import click
 from click.testing import CliRunner
 
-from gemma_edge.command import Command, Group
+from gemma_edge.command import Command, Group, spelled
 from gemma_edge.errors import InputError
+
+NOTE = "use `speculate`=close"
 
 
 def interrupted_in_an_extension() -> None:
@@ -48,6 +50,14 @@ def test_the_command_line_spells_parameters_its_own_way() -> None:
     result = CliRunner().invoke(main, ["refuses", "--bits", "5", "x"])
     assert result.exit_code == 2
     assert result.stderr == "error: --bits 5; supported: 4, 8; BUNDLE and `plan --json` and other stay\n"
+
+
+def test_a_note_is_spelled_as_the_command_that_runs_spells_it() -> None:
+    command = click.Command(
+        "run", params=[click.Option(["--speculate"])], callback=lambda **_: click.echo(spelled(NOTE))
+    )
+    assert CliRunner().invoke(command).stdout == "use --speculate=close\n"
+    assert spelled(NOTE) == "use speculate=close"
 
 
 def test_the_library_names_parameters_as_python_does() -> None:

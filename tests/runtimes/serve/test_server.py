@@ -29,7 +29,7 @@ from gemma_edge.runtimes.generation.session import Session
 from gemma_edge.runtimes.generation.text_generator import until_stop
 from gemma_edge.runtimes.serve import api
 from gemma_edge.runtimes.serve import engine as queue
-from gemma_edge.runtimes.serve.api import application
+from gemma_edge.runtimes.serve.api import application, chat_page
 from gemma_edge.runtimes.serve.engine import Engine, Job
 from gemma_edge.runtimes.serve.openai import messages_of
 
@@ -275,6 +275,12 @@ def test_a_stop_text_is_found_however_the_pieces_fall(size: int) -> None:
     assert "".join(piece for piece, _ in until_stop(iter(pieces), ["<|stop|>", "zzz"])) == "abcabcabdend"
     assert "".join(piece for piece, _ in until_stop(iter(pieces), ["abcabd"])) == "abc"
     assert "".join(piece for piece, _ in until_stop(iter(pieces), ["rest!"])) == text
+
+
+def test_the_page_is_a_file_of_the_package(port: int) -> None:
+    status, page = send(port, "/")
+    assert status == 200 and page == chat_page() and page.startswith("<!doctype html>")
+    assert 'split("\\n\\n")' in page, "an escape of JavaScript, not a line end"
 
 
 @needs_browser
