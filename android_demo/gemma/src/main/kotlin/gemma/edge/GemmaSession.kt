@@ -1,5 +1,8 @@
 package gemma.edge
 
+import gemma.edge.state.SavedConversation
+import gemma.edge.text.IntList
+import java.io.File
 import kotlinx.coroutines.CoroutineDispatcher
 import kotlinx.coroutines.Dispatchers
 import kotlinx.coroutines.channels.Channel
@@ -13,9 +16,6 @@ import kotlinx.coroutines.flow.flowOn
 import kotlinx.coroutines.sync.Mutex
 import kotlinx.coroutines.sync.withLock
 import kotlinx.coroutines.withContext
-import gemma.edge.state.SavedConversation
-import gemma.edge.text.IntList
-import java.io.File
 
 /**
  * A conversation on one runtime. The session keeps the cache between turns, so each turn feeds only its new tokens.
@@ -38,7 +38,7 @@ public class GemmaSession(
 ) : AutoCloseable {
     private val turn = Mutex()
     private var cached = CachedText.NOTHING
-    private val fed = IntList() // ids of all tokens in the cache
+    private val fed = IntList() // ids of all tokens fed since the cache was empty
     private val seen = HashSet<Int>() // distinct ids of the context, for the repetition penalty
 
     /** The bundle of the runtime. */
