@@ -1,7 +1,7 @@
-// Not run in CI, see settings.gradle.kts.
+// CI does not run this file; see settings.gradle.kts.
 buildscript {
     dependencies {
-        classpath(libs.kotlin.gradle.plugin) // in place of the older one that the Android plugin brings
+        classpath(libs.kotlin.gradle.plugin) // newer than the version that the Android plugin brings
     }
 }
 

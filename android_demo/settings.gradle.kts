@@ -1,5 +1,5 @@
-// For Android Studio. Not run in CI: the mirror has no Gradle. `make android` builds the same APK without it; tests/test_gradle.py
-// compares these files with what is built.
+// These Gradle files are for Android Studio. Our own build and CI have no Gradle and never run them: `make android` builds the same
+// APK without it. tests/test_gradle.py compares the versions, modules and names in these files with those of our build.
 pluginManagement {
     repositories {
         google()

@@ -1,4 +1,4 @@
-"""Gradle files for Android Studio, which nothing here can run, against what is built: pom.xml, pins.toml, the scripts."""
+"""The Gradle files for Android Studio, which we cannot run, agree with our own build: pom.xml, pins.toml and tools/apk."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def build_file(module: str) -> str:
 
 
 def said(text: str, pattern: str) -> list[str]:
-    """What a pattern's group holds, wherever it matches."""
+    """The group of a pattern, for each of its matches."""
     return re.findall(pattern, text)
 
 
@@ -33,11 +33,11 @@ def pom_versions() -> dict[str, str]:
     space = "{http://maven.apache.org/POM/4.0.0}"
     root = ElementTree.parse(ANDROID / "gemma" / "pom.xml").getroot()
     properties = {node.tag.removeprefix(space): node.text or "" for node in root.findall(f"{space}properties/*")}
-    found = {}
+    versions = {}
     for node in root.findall(f"{space}dependencies/{space}dependency"):
         group, artifact, version = (node.findtext(f"{space}{tag}", "") for tag in ("groupId", "artifactId", "version"))
-        found[f"{group}:{artifact}"] = properties.get(version.strip("${}"), version)
-    return found
+        versions[f"{group}:{artifact}"] = properties.get(version.strip("${}"), version)
+    return versions
 
 
 def pinned_versions() -> dict[str, str]:
@@ -49,16 +49,16 @@ def pinned_versions() -> dict[str, str]:
 def test_every_library_of_the_catalog_has_the_version_that_is_built_and_tested() -> None:
     built = pinned_versions() | pom_versions()
     built |= {
-        # made by npm's compiler of the same version, and the AAR of the desktop jar's version
+        # npm's compiler has the version of the Kotlin plugin, and the desktop jar that of the AAR
         "org.jetbrains.kotlin:kotlin-gradle-plugin": PINS["npm"]["kotlin"].partition("@")[2],
         "com.microsoft.onnxruntime:onnxruntime-android": built["com.microsoft.onnxruntime:onnxruntime"],
     }
-    found = {entry["module"]: VERSIONS[entry["version"]["ref"]] for entry in CATALOG["libraries"].values()}
-    assert found == {module: built[module] for module in found}
+    catalog = {entry["module"]: VERSIONS[entry["version"]["ref"]] for entry in CATALOG["libraries"].values()}
+    assert catalog == {module: built[module] for module in catalog}
 
 
 def test_what_is_built_twice_has_one_version() -> None:
-    """Maven compiles the library, the scripts the app: both with the versions of the catalog."""
+    """Maven compiles the library and tools/apk compiles the app, both with the versions of the catalog."""
     pinned = pinned_versions()
     different = {module: (version, pinned[module]) for module, version in pom_versions().items() if module in pinned}
     assert different
@@ -75,7 +75,7 @@ def test_sdk_versions_are_the_apks() -> None:
         str(PINS["versions"][key]) for key in ("min_sdk", "target_sdk")
     )
     assert int(VERSIONS["compile-sdk"]) >= int(VERSIONS["target-sdk"])
-    # what Maven compares the library's classes with
+    # Maven checks the library's classes against this version of Android
     pom = (ANDROID / "gemma" / "pom.xml").read_text(encoding="utf-8")
     assert f"<artifactId>gummy-bears-api-{VERSIONS['min-sdk']}</artifactId>" in pom
 
@@ -97,12 +97,14 @@ def test_modules_and_names_are_those_of_the_scripts(monkeypatch: pytest.MonkeyPa
     assert said(app, r'project\(":(\w+)"\)') == ["gemma"]
     for module, sources in (("app", "app/src/main/kotlin"), ("gemma", "gemma/src/main/kotlin")):
         (namespace,) = said(build_file(module), r'namespace = "([\w.]+)"')
-        packages = {path.read_text(encoding="utf-8").split()[1] for path in (ANDROID / sources).rglob("*.kt")}
-        assert packages == {namespace}
+        root = ANDROID / sources
+        packages = {path: path.read_text(encoding="utf-8").split()[1] for path in root.rglob("*.kt")}
+        assert packages == {path: ".".join(path.parent.relative_to(root).parts) for path in packages}
+        assert all(f"{package}.".startswith(f"{namespace}.") for package in packages.values())
 
 
 def test_the_manifest_leaves_its_package_to_the_build() -> None:
-    """The Android plugin refuses a package in a source manifest; names in it are whole, so that none is needed."""
+    """The Android plugin refuses a package in a source manifest, so every class in it is named with its package."""
     manifest = ElementTree.parse(ANDROID / "app" / "src" / "main" / "AndroidManifest.xml").getroot()
     assert "package" not in manifest.attrib
     name = "{http://schemas.android.com/apk/res/android}name"
@@ -110,6 +112,15 @@ def test_the_manifest_leaves_its_package_to_the_build() -> None:
     for activity in activities:
         path = ANDROID / "app" / "src" / "main" / "kotlin" / Path(*activity.split(".")).with_suffix(".kt")
         assert path.is_file(), activity
+    (application,) = (node.attrib[name] for node in manifest.iter("application"))
+    package, _, class_name = application.rpartition(".")
+    sources = (ANDROID / "app" / "src" / "main" / "kotlin" / Path(*package.split("."))).glob("*.kt")
+    assert any(f"class {class_name} " in path.read_text(encoding="utf-8") for path in sources)
+
+
+def test_both_builds_generate_view_bindings() -> None:
+    assert "viewBinding = true" in build_file("app")
+    assert "write_bindings(" in (ROOT / "tools" / "apk" / "build_apk.py").read_text(encoding="utf-8")
 
 
 def test_every_file_that_is_named_is_there() -> None:

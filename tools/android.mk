@@ -1,21 +1,22 @@
-# The Kotlin library and the app, without Android SDK, Gradle or phone. Included by the Makefile at the top.
-# Needs JDK 17, Maven and npm; everything else comes from their registries, by the versions of pins.toml.
+# Builds and tests the Kotlin library and the app without Android SDK, Gradle or phone. The Makefile at the top includes it.
+# It needs JDK 17, Maven and npm; everything else comes from their registries, in the versions of tools/apk/pins.toml.
 ANDROID_BUILD := android_demo/build
 MVN ?= mvn -B -q -Dkotlin.compiler.daemon=false
-# A folder with Gemma's own tokenizer.json, which is not ours to ship: make android-test GEMMA_TOKENIZER=FOLDER
+# GEMMA_TOKENIZER: a folder with Gemma's own tokenizer.json, which we may not distribute: make android-test GEMMA_TOKENIZER=FOLDER
 GEMMA_TOKENIZER ?=
 
-# Kotlin and Python must run the same ONNX Runtime to be compared bit for bit: the newest one for Java, so not the .venv's.
+# Kotlin and Python are compared bit for bit, so both must run the same ONNX Runtime. The newest release for Java is another one
+# than the .venv's, so the fixtures have a Python environment of their own.
 FIXTURE_PYTHON := $(ANDROID_BUILD)/python
 FIXTURES := $(ANDROID_BUILD)/fixtures
 FIXTURE_BUNDLES := $(BUNDLE) $(ANDROID_BUILD)/bundles/float-cache $(ANDROID_BUILD)/bundles/random
 
-# The library's classes go into the APK as Maven compiled them
+# Maven compiles the library's classes for the tests and for the APK.
 GEMMA := android_demo/gemma/target
 
-.PHONY: android-test android-screenshots
+.PHONY: android android-test android-screenshots
 
-$(GEMMA)/.compiled: android_demo/gemma/pom.xml $(wildcard android_demo/gemma/src/main/kotlin/gemma/edge/*.kt)
+$(GEMMA)/.compiled: android_demo/gemma/pom.xml $(shell find android_demo/gemma/src/main -name '*.kt')
 	$(MVN) -f android_demo/gemma/pom.xml compile
 	@touch $@
 
@@ -26,11 +27,11 @@ android-test: $(FIXTURES)/.made
 	PYTHONPATH=src $(FIXTURE_PYTHON)/bin/python tools/kotlin_fixtures/check_states.py $(FIXTURES)
 	$(BIN)/python tools/apk/test_app.py $(BUNDLE)
 
-# The pictures in docs/android, from the tests of the screens
+# Takes the screenshots of docs/android: the tests of the screens draw them.
 android-screenshots: $(FIXTURES)/.made $(GEMMA)/.compiled
 	$(BIN)/python tools/apk/test_app.py $(BUNDLE) --screenshots docs/android
 
-$(FIXTURES)/.made: $(FIXTURE_PYTHON)/.set-up $(FIXTURE_BUNDLES:=/manifest.json) $(wildcard android_demo/scripts/*fixtures.py)
+$(FIXTURES)/.made: $(FIXTURE_PYTHON)/.set-up $(FIXTURE_BUNDLES:=/manifest.json) $(wildcard tools/kotlin_fixtures/*fixtures.py)
 	PYTHONPATH=src $(FIXTURE_PYTHON)/bin/python tools/kotlin_fixtures/fixtures.py $(FIXTURES) demo/tiny-gemma2 $(FIXTURE_BUNDLES) \
 		$(if $(GEMMA_TOKENIZER),--gemma $(GEMMA_TOKENIZER))
 	@touch $@
@@ -46,19 +47,17 @@ $(FIXTURE_PYTHON)/.set-up: $(STAMP) tools/kotlin_fixtures/fixtures-requirements.
 $(BUNDLE)/manifest.json:
 	$(MAKE) demo
 
-# A float32 cache whose context ends soon
+# A bundle with a float32 cache and a short context
 $(ANDROID_BUILD)/bundles/float-cache/manifest.json: $(STAMP)
 	$(BIN)/gemma-export demo/tiny-gemma2 --target android --bits 8 --kv-bits 32 --context 128 --prefill-chunk 16 --verify none \
 		-o $(@D) --force
 
-# Another shape: three layers, windows of 8 and 24
+# A bundle of another shape: three layers, windows of 8 and 24 tokens
 $(ANDROID_BUILD)/bundles/random/manifest.json: $(STAMP) tools/kotlin_fixtures/random_checkpoint.py
 	$(BIN)/python tools/kotlin_fixtures/random_checkpoint.py $(ANDROID_BUILD)/random
 	$(BIN)/gemma-export $(ANDROID_BUILD)/random --target android --bits 4 --method rtn --kv-bits 32 --context 24 --prefill-chunk 5 \
 		--verify none -o $(@D) --force
 
-.PHONY: android
-
-# The APK, with the demo's bundle in it; ORT_AAR=FILE takes ONNX Runtime's official AAR, SHRINK=1 lets R8 shrink it.
+# The APK with the demo's bundle in it. ORT_AAR=FILE takes ONNX Runtime's official AAR; SHRINK=1 shrinks the app with R8.
 android: $(STAMP) $(BUNDLE)/manifest.json $(GEMMA)/.compiled
 	$(BIN)/python tools/apk/build_apk.py $(BUNDLE) $(if $(ORT_AAR),--ort-aar $(ORT_AAR)) $(if $(SHRINK),--shrink)

@@ -1,9 +1,9 @@
-// Not run in CI, see settings.gradle.kts.
+// CI does not run this file; see settings.gradle.kts.
 plugins {
     alias(libs.plugins.android.application)
 }
 
-// The model that the app brings along: `make demo` makes it
+// The model that comes with the app; `make demo` exports it.
 val demo = tasks.register<Sync>("demo") {
     from(rootDir.resolve("../out/tiny-gemma2"))
     into(layout.buildDirectory.dir("demo/tiny-gemma2"))
@@ -27,6 +27,7 @@ android {
             proguardFiles(getDefaultProguardFile("proguard-android-optimize.txt"), "proguard-rules.pro")
         }
     }
+    buildFeatures { viewBinding = true } // our own build generates the same classes with tools/apk/bindings.py
     compileOptions {
         sourceCompatibility = JavaVersion.VERSION_17
         targetCompatibility = JavaVersion.VERSION_17
@@ -48,5 +49,5 @@ dependencies {
     implementation(libs.recyclerview)
     testImplementation(libs.junit)
     testImplementation(libs.robolectric)
-    testImplementation(libs.onnxruntime.desktop) // the AAR's classes with natives for this machine
+    testImplementation(libs.onnxruntime.desktop) // the classes of the AAR, with native libraries for desktops
 }

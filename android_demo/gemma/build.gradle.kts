@@ -1,4 +1,4 @@
-// The library as an Android module; the same sources as pom.xml's. Not run in CI, see settings.gradle.kts.
+// The library as an Android module, from the same sources as pom.xml. CI does not run this file; see settings.gradle.kts.
 plugins {
     alias(libs.plugins.android.library)
 }
@@ -23,5 +23,5 @@ kotlin {
 dependencies {
     api(libs.coroutines.core)
     implementation(libs.onnxruntime.android)
-    testImplementation(libs.junit) // the tests need what `make android-test` writes
+    testImplementation(libs.junit) // the tests need the fixtures that `make android-test` writes
 }

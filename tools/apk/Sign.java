@@ -8,7 +8,7 @@ import java.security.PrivateKey;
 import java.security.cert.X509Certificate;
 import java.util.List;
 
-/** Sign an APK by schemes v2 and v3 and verify it: java -cp apksig.jar Sign.java KEYSTORE PASSWORD ALIAS IN OUT MIN_SDK */
+/** Signs an APK with schemes v2 and v3 and verifies it: java -cp apksig.jar Sign.java KEYSTORE PASSWORD ALIAS IN OUT MIN_SDK */
 public class Sign {
     public static void main(String[] args) throws Exception {
         File keystore = new File(args[0]);

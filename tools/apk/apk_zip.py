@@ -1,4 +1,7 @@
-"""The APK as a zip: what the system maps is stored and aligned, the rest is compressed. Signing is Sign.java's."""
+"""Write and check the APK as a zip file.
+
+Files that Android maps into memory are stored uncompressed and aligned; all others are compressed. Sign.java signs.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,16 @@ import struct
 import zipfile
 from pathlib import Path
 
-PAGE = 16384  # Android 15's largest page: a library that is mapped from the APK begins at a multiple of it
+# PAGE: Android 15's largest memory page, in bytes. A library that is mapped from the APK begins at a multiple of it.
+PAGE = 16384
+# WORD: the alignment of every other stored file, in bytes.
 WORD = 4
-ZIP_HEADER = 30  # bytes of a local file header before the name
+# ZIP_HEADER: bytes of a local file header before the name.
+ZIP_HEADER = 30
 
 
 def _alignment(name: str) -> int | None:
-    """What an entry's data is aligned to; None: it is compressed."""
+    """The alignment of an entry's data in bytes; None for an entry that is compressed."""
     if name.endswith(".so"):
         return PAGE
     return WORD if name == "resources.arsc" else None
@@ -22,9 +28,9 @@ def write_apk(out: Path, linked: Path, files: dict[str, Path]) -> None:
     """Write an unsigned APK.
 
     Args:
-        out: the file.
-        linked: what aapt2 linked: manifest and resources.
-        files: by name in the APK, what else goes in.
+        out: the file to write.
+        linked: the manifest and resources that aapt2 linked.
+        files: all other files, by their names in the APK.
     """
     with zipfile.ZipFile(linked) as base, zipfile.ZipFile(out, "w") as apk:
         for entry in base.infolist():
@@ -34,7 +40,7 @@ def write_apk(out: Path, linked: Path, files: dict[str, Path]) -> None:
 
 
 def _add(apk: zipfile.ZipFile, name: str, data: bytes, *, stored: bool) -> None:
-    # the same date always: the same inputs give the same bytes
+    # a fixed date, so that the same inputs give the same bytes
     info = zipfile.ZipInfo(name, (2010, 1, 1, 0, 0, 0))
     info.external_attr = 0o644 << 16
     alignment = _alignment(name) or (WORD if stored else None)
@@ -47,11 +53,11 @@ def _add(apk: zipfile.ZipFile, name: str, data: bytes, *, stored: bool) -> None:
 
 
 def check_apk(path: Path, abis: tuple[str, ...]) -> None:
-    """Look again at what the system will look at.
+    """Check what Android requires of the native libraries in an APK.
 
     Raises:
-        SystemExit: a library is compressed, not aligned in the file, or its segments are not aligned for pages of 16 KiB; an
-            ABI's libraries are missing.
+        SystemExit: a library is compressed, is not aligned in the file, or has segments that are not aligned for pages of
+            16 KiB; or the APK holds libraries for other ABIs than `abis`.
     """
     data = path.read_bytes()
     with zipfile.ZipFile(path) as apk:
@@ -67,11 +73,14 @@ def check_apk(path: Path, abis: tuple[str, ...]) -> None:
             raise SystemExit(f"{path}: {entry.filename} was linked for smaller pages than {PAGE} bytes")
     libraries = {name.split("/")[1] for entry in entries if (name := entry.filename).startswith("lib/")}
     if libraries != set(abis):
-        raise SystemExit(f"{path} holds libraries for {sorted(libraries)}, {sorted(abis)} are wanted")
+        raise SystemExit(f"{path} holds libraries for {sorted(libraries)}, {sorted(abis)} are expected")
 
 
 def _segment_alignment(elf: bytes) -> int:
-    """The smallest alignment of the loaded segments of a 64-bit library. Source: elf.h, Elf64_Ehdr and Elf64_Phdr."""
+    """The smallest alignment of the loaded segments of a 64-bit library, in bytes.
+
+    Source: elf.h, Elf64_Ehdr and Elf64_Phdr.
+    """
     (table,) = struct.unpack_from("<Q", elf, 32)
     size, count = struct.unpack_from("<HH", elf, 54)
     load = 1

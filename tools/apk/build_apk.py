@@ -1,7 +1,7 @@
-"""The app without Android SDK and Gradle: resources, classes, dex, a signed APK, and a look at the result.
+"""Build the app's signed APK without Android SDK and Gradle, and check the finished file.
 
-Each stage is skipped when it was made from the same inputs before. Needs JDK 17, Maven, npm; `make android` compiles the
-library first, with Maven: the APK holds the classes that were tested.
+The stages are resources, classes, dex and packaging; a stage is skipped when its inputs have not changed. This needs
+JDK 17, Maven and npm. `make android` compiles the library first, with Maven, so the APK holds the classes that were tested.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from apk_zip import check_apk, write_apk
+from bindings import write_bindings
 from r_classes import write_r_classes
 from toolchain import (
     ANDROID,
@@ -38,26 +39,28 @@ ABIS = ("arm64-v8a", "x86_64")
 MIN_SDK, TARGET_SDK = str(PINS["versions"]["min_sdk"]), str(PINS["versions"]["target_sdk"])
 VERSION_CODE, VERSION_NAME = "1", "0.1.0"
 APK = BUILD / "gemma-edge.apk"
-# A key for trying the app: anybody can make the same. To publish, sign build/apk/unsigned.apk with a key of your own.
+# A key for trying the app: anybody can make the same. To publish, sign UNSIGNED with a key of your own.
 KEYSTORE, PASSWORD, ALIAS = BUILD / "debug.p12", "android", "debug"
+UNSIGNED = BUILD / "unsigned.apk"
+NEW_KEY = "keytool -genkeypair -storetype PKCS12 -keyalg RSA -keysize 2048 -validity 10000 -dname CN=debug".split()
 
 
 @dataclass(frozen=True)
 class Libraries:
     """What the app is linked with."""
 
-    plain: Path  # folder of jars and AARs
-    aars: list[Path]  # unpacked
-    onnxruntime: Path  # unpacked, also one of aars
+    plain: Path  # folder of the jars and AARs as downloaded
+    aars: list[Path]  # folders of the unpacked AARs, ONNX Runtime's included
+    onnxruntime: Path  # folder of ONNX Runtime's unpacked AAR
 
     @property
     def jars(self) -> list[Path]:
-        """All classes."""
+        """The jars with the classes of all libraries."""
         return jars_of(self.plain, self.aars)
 
 
 def libraries(ort_aar: Path | None) -> Libraries:
-    """Fetch and unpack."""
+    """Download the libraries and unpack their AARs."""
     plain = maven("libraries")
     aars = unpacked(sorted(plain.glob("*.aar")), "aars")
     onnxruntime = unpacked([onnxruntime_aar(ort_aar)], "onnxruntime-aar")
@@ -67,6 +70,18 @@ def libraries(ort_aar: Path | None) -> Libraries:
 def sources(folder: Path) -> list[Path]:
     """Every file below a folder."""
     return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def java_tool(jars: object, main: object, *arguments: object, heap: str = "2g") -> str:
+    """Run a Java program of the tool chain and return its output.
+
+    Args:
+        jars: its class path.
+        main: its main class, or a Java source file.
+        arguments: what it is given.
+        heap: its largest heap, as `-Xmx` takes it.
+    """
+    return run(["java", f"-Xmx{heap}", "-cp", jars, main, *arguments])
 
 
 def compiled_resources(linked: Libraries) -> list[Path]:
@@ -80,54 +95,67 @@ def compiled_resources(linked: Libraries) -> list[Path]:
     return sorted(once("library-resources", [aar.name for aar in with_resources], compile_all).glob("*.zip"))
 
 
+def merged_manifest(linked: Libraries, out: Path) -> Path:
+    """Merge the app's manifest with those of the libraries."""
+    manifests = class_path(aar / "AndroidManifest.xml" for aar in linked.aars)
+    arguments: list[object] = [
+        "--log",
+        "ERROR",
+        "--out",
+        out,
+        "--main",
+        APP / "AndroidManifest.xml",
+        "--libs",
+        manifests,
+    ]
+    properties = {"PACKAGE": PACKAGE, "MIN_SDK_VERSION": MIN_SDK, "TARGET_SDK_VERSION": TARGET_SDK}
+    for key, value in properties.items():
+        arguments += ["--property", f"{key}={value}"]
+    java_tool(f"{maven('tools')}/*", "com.android.manifmerger.Merger", *arguments)
+    return out
+
+
+def generated_jar(linked: Libraries, java: Path, symbols: Path) -> None:
+    """Compile the generated classes, R and the view bindings, into `R.jar` beside the symbols.
+
+    Args:
+        java: folder of the sources; it holds aapt2's R class of the app.
+        symbols: the R.txt of the linked app.
+    """
+    write_r_classes(symbols, linked.aars, java)
+    write_bindings(APP / "res", PACKAGE, java)
+    classes = symbols.with_name("R")
+    jars = class_path([*linked.jars, framework()])
+    run(["javac", "-nowarn", "--release", "17", "-cp", jars, "-d", classes, *sources(java)])
+    run(["jar", "cf", symbols.with_name("R.jar"), "-C", classes, "."])
+
+
 def link(linked: Libraries) -> Path:
-    """The merged manifest, app.ap_ (manifest and resources) and R.jar, in one folder."""
+    """One folder with the merged manifest, app.ap_ (manifest and resources) and R.jar (R and view binding classes)."""
     flat = compiled_resources(linked)
 
     def make(folder: Path) -> None:
-        merged = folder / "AndroidManifest.xml"
-        manifests = [aar / "AndroidManifest.xml" for aar in linked.aars]
-        properties = {"PACKAGE": PACKAGE, "MIN_SDK_VERSION": MIN_SDK, "TARGET_SDK_VERSION": TARGET_SDK}
-        merge = [
-            "java",
-            "-cp",
-            f"{maven('tools')}/*",
-            "com.android.manifmerger.Merger",
-            "--log",
-            "ERROR",
-            "--out",
-            merged,
-        ]
-        merge += ["--main", APP / "AndroidManifest.xml", "--libs", class_path(manifests)]
-        run([*merge, *(word for key, value in properties.items() for word in ("--property", f"{key}={value}"))])
+        merged = merged_manifest(linked, folder / "AndroidManifest.xml")
         run([aapt2(), "compile", "--dir", APP / "res", "-o", folder / "app.zip"])
         command: list[object] = [aapt2(), "link", "-I", framework(), "--manifest", merged, "-o", folder / "app.ap_"]
         command += ["--auto-add-overlay", "--no-version-vectors", "--min-sdk-version", MIN_SDK]
         command += ["--target-sdk-version", TARGET_SDK, "--version-code", VERSION_CODE, "--version-name", VERSION_NAME]
-        command += [
-            "--java",
-            folder / "java",
-            "--output-text-symbols",
-            folder / "R.txt",
-            "--proguard",
-            folder / "aapt.pro",
-        ]
+        command += ["--java", folder / "java", "--output-text-symbols", folder / "R.txt"]
+        command += ["--proguard", folder / "aapt.pro"]
         for path in [*flat, folder / "app.zip"]:
             command += ["-R", path]
         run(command)
-        write_r_classes(folder / "R.txt", linked.aars, folder / "java")
-        run(["javac", "-nowarn", "--release", "17", "-d", folder / "R", *sources(folder / "java")])
-        run(["jar", "cf", folder / "R.jar", "-C", folder / "R", "."])
+        generated_jar(linked, folder / "java", folder / "R.txt")
 
-    inputs = [APP / "AndroidManifest.xml", *sources(APP / "res"), PINS, Path(__file__)]
-    return once("linked", inputs, make)
+    scripts = sorted(Path(__file__).parent.glob("*.py"))
+    return once("linked", [APP / "AndroidManifest.xml", *sources(APP / "res"), PINS, *scripts], make)
 
 
 def compile_app(linked: Libraries, resources: Path) -> Path:
-    """app.jar."""
+    """Compile the app's own sources into app.jar."""
     files = sources(APP / "kotlin")
     jars = [*linked.jars, resources / "R.jar", GEMMA_CLASSES]
-    inputs = [*files, resources / "R.txt", *sources(GEMMA_CLASSES), PINS]
+    inputs = [*files, *sources(resources / "java"), *sources(GEMMA_CLASSES), PINS]
     return once("app-classes", inputs, lambda folder: kotlinc(files, jars, folder / "app.jar")) / "app.jar"
 
 
@@ -143,45 +171,34 @@ def gemma_jar() -> Path:
     return once("gemma", inputs, pack) / "gemma.jar"
 
 
+def r8(tool: str, out: Path, arguments: list[object], heap: str) -> None:
+    """Run D8 or R8, which come in one jar, on class files for the oldest Android that the app supports."""
+    command: list[object] = ["--release", "--min-api", MIN_SDK, "--lib", framework(), "--lib", java_home()]
+    jar = next(maven("tools").glob("r8-*.jar"))
+    java_tool(jar, f"com.android.tools.r8.{tool}", *command, "--output", out, *arguments, heap=heap)
+
+
 def dex(name: str, jars: list[Path], beside: list[Path]) -> list[Path]:
-    """Dex files of some jars, which may use those beside them."""
+    """Dex files of some jars, whose classes may use those of the jars beside them."""
 
     def make(folder: Path) -> None:
-        command: list[object] = [
-            "java",
-            "-Xmx2g",
-            "-cp",
-            next(maven("tools").glob("r8-*.jar")),
-            "com.android.tools.r8.D8",
-        ]
-        command += ["--release", "--min-api", MIN_SDK, "--lib", framework(), "--lib", java_home(), "--output", folder]
-        for path in beside:
-            command += ["--classpath", path]
-        run([*command, *jars])
+        class_paths = [part for path in beside for part in ("--classpath", path)]
+        r8("D8", folder, [*class_paths, *jars], heap="2g")
 
     return sorted(once(name, [*jars, *(path.name for path in beside), MIN_SDK], make).glob("*.dex"))
 
 
 def shrunk(jars: list[Path], linked: Libraries, resources: Path) -> list[Path]:
-    """Dex files of everything, by R8: minutes, and a third of the size."""
+    """Dex files of everything, shrunk by R8. This takes minutes and gives a third of the size."""
+    rules = [aar / "proguard.txt" for aar in linked.aars] + [
+        resources / "aapt.pro",
+        ANDROID / "app" / "proguard-rules.pro",
+        ANDROID / "gemma" / "consumer-rules.pro",
+    ]
 
     def make(folder: Path) -> None:
-        rules = [aar / "proguard.txt" for aar in linked.aars] + [
-            resources / "aapt.pro",
-            ANDROID / "app" / "proguard-rules.pro",
-            ANDROID / "gemma" / "consumer-rules.pro",
-        ]
-        command: list[object] = [
-            "java",
-            "-Xmx3g",
-            "-cp",
-            next(maven("tools").glob("r8-*.jar")),
-            "com.android.tools.r8.R8",
-        ]
-        command += ["--release", "--min-api", MIN_SDK, "--lib", framework(), "--lib", java_home(), "--output", folder]
-        for path in rules:
-            command += ["--pg-conf", path] if path.is_file() else []
-        run([*command, *jars])
+        configurations = [part for path in rules if path.is_file() for part in ("--pg-conf", path)]
+        r8("R8", folder, [*configurations, *jars], heap="3g")
 
     return sorted(once("dex-shrunk", [*jars, MIN_SDK], make).glob("*.dex"))
 
@@ -192,91 +209,57 @@ def asset_files(bundle: Path) -> dict[str, Path]:
 
 
 def package(linked: Libraries, resources: Path, dexes: list[Path], assets: Path, abis: tuple[str, ...]) -> Path:
-    """The signed APK."""
+    """Pack and sign the APK."""
     files = {f"classes{number if number > 1 else ''}.dex": path for number, path in enumerate(dexes, 1)}
     for abi in abis:
         files |= {f"lib/{abi}/{path.name}": path for path in sorted((linked.onnxruntime / "jni" / abi).glob("*.so"))}
     files |= asset_files(assets)
-    unsigned = BUILD / "unsigned.apk"
-    write_apk(unsigned, resources / "app.ap_", files)
+    write_apk(UNSIGNED, resources / "app.ap_", files)
     if not KEYSTORE.exists():
-        make_key: list[object] = [
-            "keytool",
-            "-genkeypair",
-            "-keystore",
-            KEYSTORE,
-            "-storetype",
-            "PKCS12",
-            "-storepass",
-            PASSWORD,
-        ]
-        run(
-            [
-                *make_key,
-                "-alias",
-                ALIAS,
-                "-keyalg",
-                "RSA",
-                "-keysize",
-                "2048",
-                "-validity",
-                "10000",
-                "-dname",
-                "CN=debug",
-            ]
-        )
+        run([*NEW_KEY, "-keystore", KEYSTORE, "-storepass", PASSWORD, "-alias", ALIAS])
     apksig = next(maven("tools").glob("apksig-*.jar"))
-    print(
-        run(
-            [
-                "java",
-                "-cp",
-                apksig,
-                Path(__file__).with_name("Sign.java"),
-                KEYSTORE,
-                PASSWORD,
-                ALIAS,
-                unsigned,
-                APK,
-                MIN_SDK,
-            ]
-        ).strip()
-    )
+    signer = Path(__file__).with_name("Sign.java")
+    print(java_tool(apksig, signer, KEYSTORE, PASSWORD, ALIAS, UNSIGNED, APK, MIN_SDK).strip())
     check_apk(APK, abis)
     return APK
 
 
 def check_badging(apk: Path, abis: tuple[str, ...]) -> None:
-    """What aapt2 reads from the finished APK.
+    """Check what aapt2 reads from the finished APK.
 
     Raises:
-        SystemExit: the package, an SDK version or an ABI is another one, or a permission is asked for that needs no asking.
+        SystemExit: the package, an SDK version, the launcher activity or an ABI is not the expected one, or the APK asks
+            for the INTERNET permission.
     """
     badging = run([aapt2(), "dump", "badging", apk])
-    wanted = {
+    expected = {
         "package": rf"^package: name='{PACKAGE}'",
         "minSdk": rf"^(minSdkVersion|sdkVersion):'{MIN_SDK}'",
         "targetSdk": rf"^targetSdkVersion:'{TARGET_SDK}'",
         "launcher": rf"^launchable-activity: name='{PACKAGE}\.ChatActivity'",
         **{abi: rf"^native-code:.*'{abi}'" for abi in abis},
     }
-    for what, pattern in wanted.items():
+    for what, pattern in expected.items():
         if not re.search(pattern, badging, re.MULTILINE):
-            raise SystemExit(f"{apk}: {what} is not as wanted ({pattern})\n{badging}")
+            raise SystemExit(f"{apk}: {what} is not as expected ({pattern})\n{badging}")
     if "android.permission.INTERNET" in badging:
         raise SystemExit(f"{apk} asks for the INTERNET permission: a library's manifest brought it in")
 
 
 def main() -> None:
-    """Build; say how long each stage took."""
+    """Build the APK and print how long each stage took."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("assets", type=Path, help="the bundle that the app starts with")
+    parser.add_argument("assets", type=Path, help="the bundle that the app comes with")
     parser.add_argument(
-        "--ort-aar", type=Path, help="onnxruntime-android from Maven Central, in place of the pinned repack"
+        "--ort-aar", type=Path, help="onnxruntime-android from Maven Central, instead of the pinned repack"
     )
-    parser.add_argument("--shrink", action="store_true", help="R8 in place of D8: smaller, minutes")
-    parser.add_argument("--abi", action="append", choices=ABIS, help="only these; default all")
-    parser.add_argument("--classes-only", action="store_true", help="stop before dex: what the tests need")
+    parser.add_argument(
+        "--shrink", action="store_true", help="shrink with R8, which takes minutes, instead of using D8"
+    )
+    parser.add_argument(
+        "--abi", action="append", choices=ABIS, help="an ABI to build for, may be repeated; default: all"
+    )
+    parser.add_argument("--classes-only", action="store_true", help="stop after compiling the app's classes")
     options = parser.parse_args()
     abis = tuple(options.abi or ABIS)
     start = time.monotonic()

@@ -1,6 +1,6 @@
-"""Small R classes, one for each library: only the names in its own R.txt, with the ids of the linked app.
+"""A small R class for each library: it has only the names of the library's own R.txt, with the ids of the linked app.
 
-`aapt2 --extra-packages` would copy all ids into each of them: ten times the fields, minutes of dexing.
+`aapt2 --extra-packages` would copy every id into every class. That is ten times as many fields, and minutes of dexing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def _rows(path: Path) -> list[list[str]]:
-    """Lines of an R.txt: type, kind, name, value."""
+    """The lines of an R.txt, each as type, kind, name and value."""
     if not path.is_file():
         return []
     rows = [line.split(" ", 3) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -19,12 +19,15 @@ def _rows(path: Path) -> list[list[str]]:
 
 
 def write_r_classes(app: Path, libraries: list[Path], out: Path) -> None:
-    """Write R.java of every library's package.
+    """Write an R.java for the package of every library.
 
     Args:
         app: the R.txt of the linked app.
         libraries: folders of unpacked AARs.
         out: folder of the Java sources.
+
+    Raises:
+        SystemExit: the manifest of a library names no package.
     """
     linked = {(kind, name): (type_, value) for type_, kind, name, value in _rows(app)}
     for library in libraries:

@@ -1,7 +1,8 @@
-"""Robolectric tests of the app on the JVM, offline: the APK's classes and resources, and the runtime itself behind them.
+"""Test the app on the JVM with Robolectric, offline.
 
-One JVM for each test class: native graphics and ONNX Runtime's library in one JVM ended in a segmentation fault.
-Screenshots are written where --screenshots says.
+The tests use the classes and resources of the APK and answer with the real model on ONNX Runtime. Each test class runs
+in a JVM of its own, because a JVM that ran several classes, with native graphics and ONNX Runtime, ended in a
+segmentation fault.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ TESTS = ANDROID / "app" / "src" / "test" / "kotlin"
 
 
 def properties(resource_apk: Path, resources: Path) -> str:
-    """What Robolectric asks of a build system."""
+    """The properties file in which Robolectric expects a build system to name the app's files."""
     return "\n".join(
         [
             f"android_resource_apk={resource_apk}",
@@ -29,19 +30,46 @@ def properties(resource_apk: Path, resources: Path) -> str:
     )
 
 
+def test_classes() -> list[str]:
+    """The names of all test classes."""
+    tests = [path for path in sources(TESTS) if path.stem.endswith("Test")]
+    return [".".join(path.relative_to(TESTS).with_suffix("").parts) for path in tests]
+
+
+def run_class(name: str, junit: list[str]) -> None:
+    """Run one test class and print its result.
+
+    Args:
+        name: of the class.
+        junit: the command that runs JUnit, without the class.
+
+    Raises:
+        SystemExit: a test failed.
+    """
+    print(f"-- {name}", flush=True)
+    result = subprocess.run(
+        [*junit, name], capture_output=True, text=True, check=False, env={**os.environ, "TZ": "UTC"}
+    )
+    lines = result.stdout.splitlines()
+    if result.returncode:
+        print("\n".join(lines[:80]), flush=True)
+        raise SystemExit(f"{result.stderr[-2000:]}\n{name} failed with {result.returncode}")
+    print("\n".join(line for line in lines if line.startswith("OK")), flush=True)
+
+
 def main() -> None:
-    """Compile and run."""
+    """Compile and run the tests."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("bundle", type=Path, help="the bundle that the app starts with")
-    parser.add_argument("--screenshots", type=Path, default=BUILD / "screenshots")
-    parser.add_argument("--only", help="a test class")
+    parser.add_argument("bundle", type=Path, help="the bundle that the app comes with")
+    parser.add_argument("--screenshots", type=Path, default=BUILD / "screenshots", help="folder for the screenshots")
+    parser.add_argument("--only", help="the one test class to run; default: all")
     options = parser.parse_args()
     linked = libraries(None)
     resources = link(linked)
     app = compile_app(linked, resources)
     test_libraries = maven("test")
     test_aars = unpacked(sorted(test_libraries.glob("*.aar")), "test-aars")
-    # the Android library's classes stay out: the desktop's are the same and have natives for this machine
+    # ONNX Runtime's classes come from the desktop jar instead of the AAR: that one has native libraries for this machine
     app_jars = jars_of(linked.plain, [aar for aar in linked.aars if aar != linked.onnxruntime])
     jars = [app, GEMMA_CLASSES, resources / "R.jar", *app_jars, *jars_of(test_libraries, test_aars)]
     with_assets = BUILD / "test.ap_"
@@ -62,22 +90,9 @@ def main() -> None:
         "gemma.screenshots": options.screenshots.resolve(),
         "gemma.demo.bundle": options.bundle.resolve(),
     }
-    found = [
-        ".".join(path.relative_to(TESTS).with_suffix("").parts) for path in sources(TESTS) if path.stem.endswith("Test")
-    ]
-    for name in found if options.only is None else [options.only]:
+    for name in test_classes() if options.only is None else [options.only]:
         command = ["java", "-Xmx2g", *(f"-D{key}={value}" for key, value in flags.items())]
-        command += ["-cp", class_path([classes, *jars, framework()]), "org.junit.runner.JUnitCore", name]
-        print(f"-- {name}", flush=True)
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "TZ": "UTC"})
-        tail = (
-            done.stdout.splitlines()
-            if done.returncode
-            else [line for line in done.stdout.splitlines() if line.startswith("OK")]
-        )
-        print("\n".join(tail[:80]), flush=True)
-        if done.returncode:
-            raise SystemExit(f"{done.stderr[-2000:]}\n{name} failed with {done.returncode}")
+        run_class(name, [*command, "-cp", class_path([classes, *jars, framework()]), "org.junit.runner.JUnitCore"])
 
 
 if __name__ == "__main__":

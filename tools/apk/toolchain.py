@@ -1,4 +1,7 @@
-"""Bring what the APK is made of, by the exact versions of pins.toml, through Maven's and npm's own clients. Once per version."""
+"""Download what the APK is made of, in the exact versions of pins.toml, with Maven's and npm's own clients.
+
+Each version is downloaded once.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +32,12 @@ POM = """<project xmlns="http://maven.apache.org/POM/4.0.0">
 
 
 def run(command: Sequence[object], **options: Any) -> str:
-    """Run a program; its output when it ends well.
+    """Run a program and return its output.
 
     Raises:
-        SystemExit: it failed; its last lines are the message.
+        SystemExit: the program failed; the message holds its last lines.
     """
-    done = subprocess.run(
+    result = subprocess.run(
         [str(part) for part in command],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -42,31 +45,38 @@ def run(command: Sequence[object], **options: Any) -> str:
         check=False,
         **options,
     )
-    if done.returncode:
-        last = "\n".join(done.stdout.splitlines()[-30:])
-        raise SystemExit(f"{last}\n{' '.join(map(str, command[:3]))[:200]} ... failed with {done.returncode}")
-    output: str = done.stdout
+    if result.returncode:
+        last = "\n".join(result.stdout.splitlines()[-30:])
+        raise SystemExit(f"{last}\n{' '.join(map(str, command[:3]))[:200]} ... failed with {result.returncode}")
+    output: str = result.stdout
     return output
 
 
 def digest(parts: Iterable[object]) -> str:
-    """A short hash of files (their contents) and of anything else (its text)."""
-    found = hashlib.sha256()
+    """A short hash of the parts: a file counts by its contents, anything else by its text."""
+    sha256 = hashlib.sha256()
     for part in parts:
-        found.update(part.read_bytes() if isinstance(part, Path) else repr(part).encode())
-    return found.hexdigest()[:16]
+        sha256.update(part.read_bytes() if isinstance(part, Path) else repr(part).encode())
+    return sha256.hexdigest()[:16]
 
 
 def once(name: str, inputs: Iterable[object], make: Callable[[Path], None], under: Path = BUILD) -> Path:
-    """The folder `name`, made by `make` unless it was made from the same inputs before; emptied first."""
+    """The folder `name`, filled by `make` unless it was filled from the same inputs before.
+
+    Args:
+        name: of the folder.
+        inputs: what the contents depend on.
+        make: fills the folder, which is empty.
+        under: where the folder lies.
+    """
     folder, stamp = under / name, under / f".{name}.stamp"
-    wanted = digest(inputs)
-    if not (folder.is_dir() and stamp.is_file() and stamp.read_text() == wanted):
+    expected = digest(inputs)
+    if not (folder.is_dir() and stamp.is_file() and stamp.read_text() == expected):
         shutil.rmtree(folder, ignore_errors=True)
         stamp.unlink(missing_ok=True)
         folder.mkdir(parents=True)
         make(folder)
-        stamp.write_text(wanted)
+        stamp.write_text(expected)
     return folder
 
 
@@ -92,7 +102,12 @@ def maven(name: str) -> Path:
 
 
 def npm(name: str, only: str | None = None) -> Path:
-    """The folder with an npm package of the pins, unpacked; of it a single entry, if asked."""
+    """The folder with an npm package of the pins, unpacked.
+
+    Args:
+        name: of the pin.
+        only: the one entry to unpack; None unpacks all.
+    """
     package = PINS["npm"][name]
 
     def fetch(folder: Path) -> None:
@@ -107,10 +122,13 @@ def npm(name: str, only: str | None = None) -> Path:
 
 
 def onnxruntime_aar(official: Path | None) -> Path:
-    """ONNX Runtime's Android library: a file of the caller's, else the pinned repack.
+    """ONNX Runtime's Android library.
+
+    Args:
+        official: a file that the caller has; None takes the pinned repack.
 
     Raises:
-        SystemExit: the repack has another hash, or the file is missing.
+        SystemExit: the caller's file is missing, or the repack has another hash than the pinned one.
     """
     if official:
         if not official.is_file():
@@ -118,9 +136,11 @@ def onnxruntime_aar(official: Path | None) -> Path:
         return official
     entry, sha256 = PINS["onnxruntime"]["entry"], PINS["onnxruntime"]["sha256"]
     path: Path = npm("onnxruntime", entry) / entry
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != sha256:
-        raise SystemExit(f"{path}: sha256 {found}, {sha256} is pinned; do not use it, or pass --ort-aar FILE")
+    actual = hashlib.sha256(path.read_bytes()).hexdigest()
+    if actual != sha256:
+        raise SystemExit(
+            f"{path}: sha256 {actual}, but {sha256} is pinned; do not use the file, or pass --ort-aar FILE"
+        )
     return path
 
 
@@ -142,7 +162,7 @@ def framework() -> Path:
 
 
 def unpacked(archives: Sequence[Path], name: str) -> list[Path]:
-    """A folder for each AAR."""
+    """The folders of some AARs, unpacked, in the same order."""
 
     def unpack(folder: Path) -> None:
         for archive in archives:
@@ -154,20 +174,20 @@ def unpacked(archives: Sequence[Path], name: str) -> list[Path]:
 
 
 def jars_of(libraries: Path, aars: Sequence[Path]) -> list[Path]:
-    """The classes of plain jars and of unpacked AARs."""
-    found = sorted(libraries.glob("*.jar"))
+    """The jars in a folder and those of unpacked AARs."""
+    jars = sorted(libraries.glob("*.jar"))
     for aar in aars:
-        found += [path for path in (aar / "classes.jar", *sorted(aar.glob("libs/*.jar"))) if path.is_file()]
-    return found
+        jars += [path for path in (aar / "classes.jar", *sorted(aar.glob("libs/*.jar"))) if path.is_file()]
+    return jars
 
 
 def class_path(jars: Iterable[Path]) -> str:
-    """As the Java tools take it."""
+    """Some jars in one text, as the Java tools take a class path."""
     return os.pathsep.join(map(str, jars))
 
 
 def kotlinc(sources: Sequence[Path], jars: Sequence[Path], out: Path) -> None:
-    """Compile Kotlin for Android; `out` is a jar or a folder."""
+    """Compile Kotlin for Android into `out`, a jar or a folder."""
     compiler = npm("kotlin") / "package" / "bin" / "kotlinc"
     flags = ["-Xjdk-release=17", "-jvm-target", "17", "-nowarn", "-Xnullability-annotations=@android.annotation:ignore"]
     command = ["bash", compiler, *flags, "-classpath", class_path([*jars, framework()]), "-d", out, *sources]
@@ -175,7 +195,7 @@ def kotlinc(sources: Sequence[Path], jars: Sequence[Path], out: Path) -> None:
 
 
 def java_home() -> Path:
-    """Of the JDK on the path."""
+    """The folder of the JDK on the path."""
     properties = run(["java", "-XshowSettings:properties", "-version"])
     line = next(line for line in properties.splitlines() if "java.home" in line)
     return Path(line.partition("=")[2].strip())

@@ -1,4 +1,7 @@
-"""Load in Python what the Kotlin tests saved: `check_states.py FIXTURES`, after `mvn test`. Next logits must be the same bits."""
+"""Load in Python the states that the Kotlin tests saved, and require the same bits of the logits that follow.
+
+Run it after the Kotlin tests: `check_states.py FIXTURES`.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,16 @@ from gemma_edge.text.tokenizer import Tokenizer
 
 
 def check_state(runtime: Runtime, answers: dict[str, Any], expected: Path, saved: Path) -> None:
-    """What follows the state is what Python computed without a break.
+    """Check that the logits after a saved state are those that Python computed without a break.
+
+    Args:
+        runtime: of the bundle.
+        answers: the fixtures of the bundle, from answers.json.
+        expected: file with the logits after every call, (calls, V) float32.
+        saved: file with the state that Kotlin saved.
 
     Raises:
-        SystemExit: it is not.
+        SystemExit: the notes, the position or the logits differ.
     """
     state, notes = read_state(saved)
     runtime.restore(state)
@@ -32,17 +41,17 @@ def check_state(runtime: Runtime, answers: dict[str, Any], expected: Path, saved
     at = sum(answers["calls"][:before])
     if notes != {"kept": "by Kotlin"} or runtime.position != at:
         raise SystemExit(f"{saved}: notes {notes} and position {runtime.position}, {at} expected")
-    found = logits_of(runtime, answers["tokens"][at:], answers["calls"][before:])
-    wanted = np.fromfile(expected, "<f4").reshape(len(answers["calls"]), -1)[before:]
-    if not np.array_equal(found, wanted):
-        raise SystemExit(f"{saved}: the logits after it differ by up to {np.abs(found - wanted).max()}")
+    logits = logits_of(runtime, answers["tokens"][at:], answers["calls"][before:])
+    unbroken = np.fromfile(expected, "<f4").reshape(len(answers["calls"]), -1)[before:]
+    if not np.array_equal(logits, unbroken):
+        raise SystemExit(f"{saved}: the logits after it differ by up to {np.abs(logits - unbroken).max()}")
 
 
 def check_conversation(runtime: Runtime, answers: dict[str, Any], saved: Path) -> None:
-    """The last turn is answered as without a break, and feeds as little.
+    """Check that a saved conversation goes on with the answer, and the number of tokens fed, of one without a break.
 
     Raises:
-        SystemExit: it is not.
+        SystemExit: the answer or the position differs.
     """
     session = Session(runtime, Tokenizer(runtime.bundle, runtime.manifest), ChatTemplate.from_bundle(runtime.bundle))
     session.restore(saved)
@@ -54,7 +63,7 @@ def check_conversation(runtime: Runtime, answers: dict[str, Any], saved: Path) -
 
 
 def main() -> None:
-    """Check every bundle, and that another one's state is refused."""
+    """Check the states of every bundle, and that a bundle refuses the state of another one."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("fixtures", type=Path)
     fixtures: Path = parser.parse_args().fixtures
@@ -70,7 +79,7 @@ def main() -> None:
                 runtime.restore(read_state(foreign)[0])
             except InputError:
                 continue
-            raise SystemExit(f"{foreign} was taken by {folder.name}")
+            raise SystemExit(f"{folder.name} accepted {foreign}, the state of another bundle")
         states.append(saved / "state.safetensors")
     print(f"states saved by Kotlin go on in Python: {len(states)} bundles")
 

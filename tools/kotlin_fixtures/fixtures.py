@@ -1,4 +1,7 @@
-"""Write what the Kotlin tests compare with: `fixtures.py OUT DEMO BUNDLE... [--gemma FOLDER]`. See Makefile, android-fixtures."""
+"""Write the answers of Python that the Kotlin tests compare with: `fixtures.py OUT DEMO BUNDLE... [--gemma FOLDER]`.
+
+`make android-test` runs it when the fixtures are missing or older than their sources.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +12,21 @@ import model_fixtures
 import onnxruntime  # type: ignore[import-untyped]
 import tokenizer_fixtures
 
-ONNXRUNTIME = "1.29.0"  # the newest Java release; results differ between releases by more than nothing
+# ONNXRUNTIME: the version of the Java library. Logits are compared bit for bit, and other versions round differently.
+ONNXRUNTIME = "1.29.0"
 
 
 def main() -> None:
-    """Parse and write."""
+    """Write all fixtures."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("demo", type=Path)
-    parser.add_argument("bundles", type=Path, nargs="+")
-    parser.add_argument("--gemma", type=Path, help="a folder with Gemma's own tokenizer.json")
+    parser.add_argument("out", type=Path, help="folder to write into")
+    parser.add_argument("demo", type=Path, help="the demo's checkpoint")
+    parser.add_argument("bundles", type=Path, nargs="+", help="bundles with an ONNX backend")
+    parser.add_argument("--gemma", type=Path, help="folder with Gemma's own tokenizer.json")
     options = parser.parse_args()
     if onnxruntime.__version__ != ONNXRUNTIME:
         raise SystemExit(
-            f"onnxruntime {onnxruntime.__version__} here, {ONNXRUNTIME} is needed: run make android-fixtures"
+            f"onnxruntime {onnxruntime.__version__} is installed, {ONNXRUNTIME} is needed: run make android-test"
         )
     tokenizer_fixtures.write_tokenizers(options.out / "tokenizers", options.demo, options.gemma)
     for bundle in options.bundles:

@@ -1,6 +1,7 @@
-"""What the Python runtime computes from a bundle, on the same ONNX Runtime as the JVM's, for the Kotlin runtime to be equal to.
+"""Write what the Python runtime computes from a bundle, on the ONNX Runtime version of the Kotlin library.
 
-`runtime.f32` is bit for bit what Kotlin must compute, `state.f32` what it must from `state.safetensors`; the rest is text.
+The Kotlin runtime must compute the logits in `runtime.f32` bit for bit, and those in `state.f32` after it has loaded
+`state.safetensors`. `answers.json` holds everything that is text.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ BLANKS = "".join(chr(code) for code in range(0x3100) if chr(code).isspace())
 
 
 def fed(runtime: Runtime) -> tuple[list[int], list[int]]:
-    """Tokens, and how many of them in each call: uneven chunks, then single steps, past the end of the context."""
+    """The tokens to feed, and how many of them in each call: uneven chunks, then single steps past the end of the context."""
     cache = runtime.cache
     calls = [1, 3, cache.prefill_chunk, 1, 2 * cache.prefill_chunk + 3]
     steps = max(40, cache.context - sum(calls) + 40)
@@ -44,7 +45,7 @@ def fed(runtime: Runtime) -> tuple[list[int], list[int]]:
 
 
 def logits_of(runtime: Runtime, tokens: list[int], calls: list[int]) -> Logits:
-    """(calls, V), after each call, from where the runtime is."""
+    """The logits after each call, (calls, V); feeding begins at the runtime's position."""
     rows, start = [], 0
     for length in calls:
         ids = tokens[start : start + length]
@@ -54,12 +55,12 @@ def logits_of(runtime: Runtime, tokens: list[int], calls: list[int]) -> Logits:
 
 
 def state_calls(calls: list[int]) -> int:
-    """How many calls come before a state is saved: the window has moved by then, and single steps follow."""
+    """How many calls come before a state is saved. By then the windows have slid, and only single steps follow."""
     return len(calls) - 30
 
 
 def write_rewound_state(out: Path, runtime: Runtime, tokens: list[int], calls: list[int]) -> None:
-    """`state.safetensors`, of a runtime that has taken a token back, and `state.f32`, what follows it."""
+    """Write `state.safetensors`, the state after a token was taken back, and `state.f32`, the logits that follow it."""
     before = state_calls(calls)
     at = sum(calls[:before])
     runtime.reset()
@@ -70,7 +71,7 @@ def write_rewound_state(out: Path, runtime: Runtime, tokens: list[int], calls: l
 
 
 def greedy(runtime: Runtime, tokenizer: Tokenizer, prompt: str) -> str:
-    """What follows the prompt."""
+    """The greedy continuation of a prompt."""
     runtime.reset()
     options = GenerationOptions(max_tokens=60)
     tokens = generate(runtime, tokenizer.encode(prompt), options, stop_ids=tokenizer.stop_ids)
@@ -78,7 +79,10 @@ def greedy(runtime: Runtime, tokenizer: Tokenizer, prompt: str) -> str:
 
 
 def conversation(runtime: Runtime, tokenizer: Tokenizer, saved: Path) -> list[dict[str, Any]]:
-    """Greedy answers in turn, and what the cache holds after each; the conversation before the last turn is saved."""
+    """Greedy answers to all turns, with the runtime's position after each.
+
+    The conversation is saved to `saved` before each turn, so the file holds all turns but the last.
+    """
     session = Session(runtime, tokenizer, ChatTemplate.from_bundle(runtime.bundle))
     session.reset()
     rows = []
@@ -90,7 +94,7 @@ def conversation(runtime: Runtime, tokenizer: Tokenizer, saved: Path) -> list[di
 
 
 def chats(bundle: Path) -> list[dict[str, Any]]:
-    """Conversations and their text."""
+    """Conversations, and the text that the bundle's chat template makes of them."""
     template = ChatTemplate.from_bundle(bundle)
     rows = []
     for turns in (
@@ -105,7 +109,7 @@ def chats(bundle: Path) -> list[dict[str, Any]]:
 
 
 def filters() -> list[dict[str, Any]]:
-    """Logits with ties, and what every filter leaves of them."""
+    """Logits with ties, and the distribution that each set of filters leaves of them."""
     rng = np.random.default_rng(0)
     rows = []
     for params in FILTERS:
@@ -114,20 +118,13 @@ def filters() -> list[dict[str, Any]]:
         seen = [1, 5, 77]
         sampler.observe(seen)
         ids, probabilities = sampler.distribution(logits)
-        rows.append(
-            {
-                "params": params,
-                "seen": seen,
-                "logits": logits.tolist(),
-                "ids": ids.tolist(),
-                "probabilities": probabilities.tolist(),
-            }
-        )
+        arrays = {"logits": logits, "ids": ids, "probabilities": probabilities}
+        rows.append({"params": params, "seen": seen, **{name: array.tolist() for name, array in arrays.items()}})
     return rows
 
 
 def write_answers(out: Path, bundle: Path) -> None:
-    """`answers.json` and `runtime.f32` in `out`, of a bundle."""
+    """Write all fixtures of a bundle into the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
     runtime = gemma_edge.load(bundle, threads=1)
     tokenizer = Tokenizer(bundle, runtime.manifest)

@@ -1,4 +1,7 @@
-"""A random Gemma 2 of an odd small shape, whose windows are full after a few tokens: `random_checkpoint.py OUT`."""
+"""Write a random Gemma 2 checkpoint of a small, unusual shape: `random_checkpoint.py OUT`.
+
+Its sliding windows are full after eight tokens.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ LAYERS = 3
 
 
 def main(out: Path) -> None:
-    """Write the folder anew."""
+    """Write the checkpoint into a new folder; an older one is removed first."""
     preset = PRESETS["gemma2-2b"]
     config = replace(
         preset,

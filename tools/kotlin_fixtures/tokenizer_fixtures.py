@@ -1,9 +1,8 @@
-"""What Hugging Face tokenizers make of many texts, for the Kotlin tokenizer to be compared with.
+"""Write the token ids of Hugging Face tokenizers for many texts; the Kotlin tokenizer must give the same ids.
 
-Three tokenizers: the demo's, one of 256,000 tokens with random merges, and
-tools/benchmarks/synthetic_tokenizer.py's without merges;
-a fourth, Gemma's own, where its folder is named. Texts: lines of many scripts, code, emoji, control tokens and bytes, then
-random strings of such parts.
+There are three tokenizers: the demo's, one of 256,000 tokens with random merges, and the one without merges of
+tools/benchmarks/synthetic_tokenizer.py. Gemma's own is the fourth if its folder is given. The texts mix many scripts,
+code, emoji, control tokens and bytes; most of them are random strings of these parts.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ BLANKS = [" ", "  ", "     ", "\n", "\n\n\n", "\t", "\t\t", "\r\n"]
 
 
 def lines() -> list[str]:
-    """A thousand texts: every part alone, between others, doubled, and long mixtures."""
+    """A thousand texts: every part alone, between others and repeated, then long mixtures."""
     parts = [*WORDS, *CONTROL, *BLANKS]
     texts = [
         "",
@@ -55,7 +54,7 @@ def lines() -> list[str]:
 
 
 def fuzzed() -> list[str]:
-    """Short random strings, of parts and of any characters but surrogates."""
+    """Short random strings of parts and of any characters except surrogates."""
     rng = random.Random(2)
     parts = [*WORDS, *CONTROL, *BLANKS, *"abcdefghijklmnopqrstuvwxyz"]
 
@@ -70,7 +69,7 @@ def fuzzed() -> list[str]:
 
 
 def write_random_bpe(folder: Path) -> None:
-    """The synthetic tokenizer with its fillers replaced by merges of random tokens that are there already."""
+    """Write the synthetic tokenizer with random merges of its tokens in place of its filler tokens."""
     write_tokenizer(folder, VOCAB)
     path = folder / "tokenizer.json"
     data = json.loads(path.read_text(encoding="utf-8"))
@@ -97,14 +96,14 @@ def write_random_bpe(folder: Path) -> None:
 
 
 def write_answers(folder: Path) -> None:
-    """`texts.json` beside a tokenizer.json: text, its ids without BOS, and the text of the ids."""
+    """Write `texts.json` beside a tokenizer.json: each text, its ids without BOS, and the text of these ids."""
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_truncation()
     rows: list[dict[str, Any]] = []
     for text in [*lines(), *fuzzed()]:
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         rows.append({"text": text, "ids": ids, "decoded": tokenizer.decode(ids, skip_special_tokens=True)})
-    # ids that no text gives: bytes that are no UTF-8, special tokens between them
+    # ids that no text encodes to: bytes that are not valid UTF-8, with special tokens between them
     rng = random.Random(4)
     size = tokenizer.get_vocab_size()
     first_byte = tokenizer.token_to_id("<0x00>") or 0
@@ -115,12 +114,12 @@ def write_answers(folder: Path) -> None:
 
 
 def write_tokenizers(out: Path, demo: Path, gemma: Path | None) -> None:
-    """All of it into `out`, a folder for each tokenizer.
+    """Write tokenizers and texts into `out`, one folder for each tokenizer.
 
     Args:
-        out: made; removed first.
+        out: the folder, which is removed first if it exists.
         demo: the demo's checkpoint.
-        gemma: a folder with Gemma's own tokenizer.json.
+        gemma: a folder with Gemma's own tokenizer.json, or None.
     """
     shutil.rmtree(out, ignore_errors=True)
     for name in ("demo", "random", "plain"):

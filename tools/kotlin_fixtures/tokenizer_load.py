@@ -1,8 +1,8 @@
-"""How long the Kotlin library takes to load a tokenizer: the first time in a fresh JVM, and again in the same one.
+"""Measure how long the Kotlin library takes to load a tokenizer, for the first time in a fresh JVM and again in the same one.
 
     make android && python tools/kotlin_fixtures/tokenizer_load.py TOKENIZER.JSON [--jvms 10]
 
-Needs JDK and Maven, and the library compiled, which `make android` and `make android-test` do.
+This needs a JDK, Maven and the compiled library; `make android` and `make android-test` compile it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "apk"))
 from toolchain import ANDROID, MAVEN, class_path, run
 
 GEMMA = ANDROID / "gemma"
-AGAIN = 20
+# REPEATS: how often the tokenizer is loaded again in the same JVM.
+REPEATS = 20
 LOAD = """
 import java.io.File;
 import java.util.Set;
@@ -37,11 +38,11 @@ class Load {
 
 @click.command(help=__doc__.splitlines()[0] if __doc__ else "")
 @click.argument("tokenizer", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--jvms", default=10, show_default=True)
+@click.option("--jvms", default=10, show_default=True, help="Number of fresh JVMs to load the tokenizer in.")
 def main(tokenizer: Path, jvms: int) -> None:
-    """Compile the few lines of Java, then run them."""
+    """Compile a small Java program that loads the tokenizer, and run it."""
     if not (GEMMA / "target/classes").is_dir():
-        raise click.ClickException("the Kotlin library is not compiled: make android")
+        raise click.ClickException("the Kotlin library is not compiled; run make android")
     with TemporaryDirectory() as name:
         folder = Path(name)
         paths = folder / "paths"
@@ -52,8 +53,8 @@ def main(tokenizer: Path, jvms: int) -> None:
         run(["javac", "-cp", classes, "-d", folder, folder / "Load.java"])
         load = ["java", "-cp", classes, "Load", tokenizer]
         fresh = [float(run([*load, 1])) for _ in range(jvms)]
-        again = [float(line) for line in run([*load, AGAIN + 1]).split()][1:]
-    for label, times in ((f"first time, {jvms} fresh JVMs", fresh), (f"again, {AGAIN} times in one", again)):
+        again = [float(line) for line in run([*load, REPEATS + 1]).split()][1:]
+    for label, times in ((f"first time, {jvms} fresh JVMs", fresh), (f"again, {REPEATS} times in one JVM", again)):
         click.echo(f"{label}: median {median(times):.0f} ms ({min(times):.0f} to {max(times):.0f})")
 
 

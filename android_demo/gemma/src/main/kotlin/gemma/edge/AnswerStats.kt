@@ -1,12 +1,12 @@
 package gemma.edge
 
 /**
- * One answer in numbers.
+ * The speed and length of one answer.
  *
- * @property promptTokens tokens read before it.
+ * @property promptTokens tokens that were fed before the answer.
  * @property newTokens tokens of the answer, without the stop token.
- * @property ttftMs milliseconds from the beginning to its first token; to its end where it has none.
- * @property decodeTokensPerS tokens per second after the first one; 0 when there was at most one.
+ * @property ttftMs milliseconds until the first token, or until the end of an answer without tokens.
+ * @property decodeTokensPerS tokens per second after the first one; 0 if there was at most one.
  */
 public data class AnswerStats(
     public val promptTokens: Int,
@@ -14,18 +14,18 @@ public data class AnswerStats(
     public val ttftMs: Double,
     public val decodeTokensPerS: Double,
 ) {
-    /** Prompt tokens per second, the first token's sampling included. */
+    /** Prompt tokens per second; the time includes the sampling of the first token. */
     public val prefillTokensPerS: Double get() = promptTokens * 1e3 / ttftMs
 }
 
-/** Takes the times of one answer, from when it is made. */
+/** Measures one answer; the time starts when the clock is created. */
 internal class AnswerClock(private val promptTokens: Int) {
     private val start = System.nanoTime()
     private var first = 0L
     private var last = 0L
     private var tokens = 0
 
-    /** A token was chosen. */
+    /** Count a token, which was sampled just now. */
     fun token() {
         last = System.nanoTime()
         if (tokens++ == 0) first = last

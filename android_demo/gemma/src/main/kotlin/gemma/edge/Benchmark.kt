@@ -8,14 +8,15 @@ import java.time.temporal.ChronoUnit
 import kotlin.random.Random
 
 /**
- * What to measure.
+ * The settings of a benchmark.
  *
- * @property threads null takes one for each big core, at most the target's.
- * @property prefill tokens of the prompt.
- * @property decode tokens generated after it.
- * @property repeat repetitions that count.
- * @property warmup repetitions before them.
- * @property minutes go on repeating for that long.
+ * @property threads number of threads; null takes one per big core, but no more than the bundle's target has.
+ * @property prefill number of tokens in the prompt.
+ * @property decode number of tokens to generate after the prompt.
+ * @property repeat number of repetitions that are measured.
+ * @property warmup number of repetitions before them that are not measured.
+ * @property minutes the benchmark keeps repeating until this many minutes have passed.
+ * @throws InputException a number is out of range.
  */
 public data class BenchmarkSettings(
     public val threads: Int? = null,
@@ -32,16 +33,18 @@ public data class BenchmarkSettings(
 }
 
 /**
- * Measures a bundle as gemma-bench does, and writes the same JSON (docs/benchmarking.md): one model loaded, a prompt of random
- * tokens, tokens generated greedily after it, repeated. Every repetition and every token's latency is kept; nothing is averaged.
+ * Measures a bundle as gemma-bench does and writes the same JSON (docs/benchmarking.md). The model is loaded once. Each repetition
+ * feeds a prompt of random tokens and generates greedily after it. The document holds every repetition and the latency of every
+ * token; nothing is averaged.
  */
 public class Benchmark(private val system: BenchmarkSystem = BenchmarkSystem()) {
     /**
-     * Measure. Takes minutes, so not on a main thread; interrupting the thread ends it.
+     * Run the benchmark. This takes minutes, so do not call it on a main thread. Interrupting the thread ends it.
      *
-     * @param folder of the bundle.
-     * @param progress told after each repetition how many are done, warm-ups counted too; may throw to end it.
-     * @return the document, ready to be written. What cannot be measured is a result too, with `failure`.
+     * @param folder the bundle's folder.
+     * @param progress called after each repetition with the number of repetitions so far, warm-ups included. It may throw to end the
+     *   benchmark.
+     * @return the JSON document. If the bundle cannot be measured, the document says why in `failure`.
      */
     public fun run(folder: File, settings: BenchmarkSettings, progress: (done: Int) -> Unit = {}): String {
         val before = system.state()
@@ -76,7 +79,7 @@ public class Benchmark(private val system: BenchmarkSystem = BenchmarkSystem()) 
             val memory = ArrayList<List<Double?>>()
             var number = -settings.warmup
             while (number < settings.repeat || secondsSince(start) < 60 * settings.minutes) {
-                if (Thread.interrupted()) throw InterruptedException("the benchmark was ended")
+                if (Thread.interrupted()) throw InterruptedException("the benchmark was interrupted")
                 val ids = IntArray(settings.prefill) { random.nextInt(bundle.vocabSize) }
                 repeat(runtime, ids, settings.decode, if (number < 0) null else times)
                 memory += listOf(secondsSince(start), system.residentMib())
@@ -99,7 +102,7 @@ public class Benchmark(private val system: BenchmarkSystem = BenchmarkSystem()) 
         }
     }
 
-    /** Prompt and generation, from an empty cache; [times] is null for a warm-up. */
+    /** Feed a prompt into an empty cache and generate after it; [times] is null for a warm-up. */
     private fun repeat(runtime: GemmaRuntime, ids: IntArray, decode: Int, times: Times?) {
         runtime.reset()
         val start = System.nanoTime()
@@ -137,7 +140,7 @@ public class Benchmark(private val system: BenchmarkSystem = BenchmarkSystem()) 
         "minutes" to settings.minutes,
     )
 
-    /** The samples of all repetitions, in seconds and milliseconds. */
+    /** The times of all repetitions: keys that end in `_s` are seconds, `decode_ms` is milliseconds. */
     private class Times(private val origin: Long) {
         val lists = listOf("prefill_s", "ttft_s", "decode_s", "decode_ms", "decode_at_s").associateWith { ArrayList<Any>() }
 
@@ -151,7 +154,7 @@ public class Benchmark(private val system: BenchmarkSystem = BenchmarkSystem()) 
     }
 
     public companion object {
-        /** Of this library. */
+        /** The version of this library. */
         public const val VERSION: String = "0.1.0"
         private const val TOOL = "gemma-edge-android"
         private const val SCHEMA_VERSION = 1
@@ -161,7 +164,7 @@ public class Benchmark(private val system: BenchmarkSystem = BenchmarkSystem()) 
         private fun sha256(file: File): String =
             MessageDigest.getInstance("SHA-256").digest(file.readBytes()).joinToString("") { "%02x".format(it) }
 
-        /** `Benchmark BUNDLE RESULT.json THREADS PREFILL DECODE REPEAT WARMUP MINUTES`: for a JVM without the app. */
+        /** Run a benchmark without the app: `Benchmark BUNDLE RESULT.json THREADS PREFILL DECODE REPEAT WARMUP MINUTES`. */
         @JvmStatic
         public fun main(args: Array<String>) {
             val (threads, prefill, decode, repeat, warmup) = args.slice(2..6).map { it.toInt() }
@@ -169,11 +172,11 @@ public class Benchmark(private val system: BenchmarkSystem = BenchmarkSystem()) 
             writeWhole(File(args[1]), Benchmark().run(File(args[0]), settings))
         }
 
-        /** Write a file so that whoever waits for it never reads a half. */
+        /** Write a file in one step, so that nobody can read an unfinished one. */
         public fun writeWhole(file: File, text: String) {
-            val half = File(file.parentFile, ".${file.name}.partial")
-            half.writeText(text)
-            check(half.renameTo(file)) { "cannot write $file" }
+            val partial = File(file.parentFile, ".${file.name}.partial")
+            partial.writeText(text)
+            check(partial.renameTo(file)) { "cannot write $file" }
         }
     }
 }

@@ -4,11 +4,11 @@ import java.io.File
 import java.io.IOException
 
 /**
- * What a benchmark notes of the system it runs on, from /proc and /sys. The app adds what only Android knows: battery, thermal
- * status, PSS. Keys and units are those of docs/benchmarking.md.
+ * The facts about the system that a benchmark notes, read from /proc and /sys. The app adds what only Android knows: battery,
+ * thermal status and PSS. Keys and units are those of docs/benchmarking.md.
  */
 public open class BenchmarkSystem {
-    /** What a reader must know of the machine; nothing that identifies it. `name` is always there. */
+    /** Facts about the machine that matter for its speed; nothing identifies the machine or its owner. `name` is always there. */
     public open fun device(): Map<String, Any> = buildMap {
         put("name", processor() ?: System.getProperty("os.arch"))
         put("system", "${System.getProperty("os.name")} ${System.getProperty("os.arch")}, Java ${System.getProperty("java.version")}")
@@ -17,20 +17,20 @@ public open class BenchmarkSystem {
         text("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")?.let { put("governor", it) }
     }
 
-    /** What changes while one measures. */
+    /** Facts that change during a benchmark. */
     public open fun state(): Map<String, Any> = buildMap {
         val cores = File("/sys/devices/system/cpu").listFiles().orEmpty().map { it.path }
         cores.mapNotNull { text("$it/cpufreq/scaling_cur_freq")?.toLongOrNull() }.maxOrNull()?.let { put("cpu_mhz", it / 1e3) }
         text("/proc/loadavg")?.substringBefore(' ')?.toDoubleOrNull()?.let { put("load_average", it) }
     }
 
-    /** Resident memory of this process in MiB, mapped pages of files included; null where nobody tells. */
+    /** Resident memory of this process in MiB, including the mapped pages of files; null if the system does not tell. */
     public fun residentMib(): Double? = field("/proc/self/status", "VmRSS")?.let { it.kib() / 1024.0 }
 
-    /** The most that was ever resident. */
+    /** The highest resident memory so far, in MiB; null if the system does not tell. */
     public fun peakMib(): Double? = field("/proc/self/status", "VmHWM")?.let { it.kib() / 1024.0 }
 
-    /** Proportional set size in MiB; null where nobody tells. */
+    /** Proportional set size in MiB; null if the system does not tell. */
     public open fun pssMib(): Double? = null
 
     private fun processor(): String? = field("/proc/cpuinfo", "model name") ?: field("/proc/cpuinfo", "Hardware")
@@ -43,6 +43,6 @@ public open class BenchmarkSystem {
     private fun text(path: String): String? = try {
         File(path).takeIf { it.canRead() }?.readText()?.trim()
     } catch (_: IOException) {
-        null // a core that is switched off
+        null // the core is switched off
     }
 }

@@ -4,28 +4,31 @@ import java.io.IOException
 import java.security.MessageDigest
 
 /**
- * One turn of a conversation.
+ * One message of a conversation.
  *
- * @property role who said it: `user` or `assistant`.
- * @property content what was said.
+ * @property role its author: `user` or `assistant`.
+ * @property content its text.
  */
 public data class Message(public val role: String, public val content: String)
 
-/** A conversation as text, with its special tokens written out. Give one of your own to a session whose bundle has another. */
+/**
+ * Writes a conversation as text with special tokens. If a bundle has a chat template that this library does not know, give the session
+ * a `ChatTemplate` of your own.
+ */
 public fun interface ChatTemplate {
     /**
-     * The prompt that asks the model for the next answer.
+     * The prompt to which the model's next answer is the continuation.
      *
-     * @param messages from the oldest to the newest.
-     * @throws InputException it cannot express this conversation.
+     * @param messages the conversation, oldest message first.
+     * @throws InputException the template cannot express this conversation.
      */
     public fun render(messages: List<Message>): String
 
     public companion object {
-        /** Gemma 2's format: user and assistant in turn, the user first, no system role. */
+        /** Gemma 2's format: user and assistant take turns, the user first; there is no system role. */
         public val GEMMA2: ChatTemplate = ChatTemplate(::renderGemma2)
 
-        // Templates that render as GEMMA2 does what it accepts; their text is a program, which this library does not run.
+        // Hashes of templates that render like GEMMA2. A template is a program, and this library has no interpreter for it.
         private val SAME_AS_GEMMA2 = setOf(
             "ecd6ae513fe103f0eb62e8ab5bfa8d0fe45c1074fa398b089c93a7e70c15cfd6", // google/gemma-2-2b-it, -9b-it, -27b-it
             "cd6c106411f99be366e6fb668a90454316370b3ceab71ccb6a684b710f908241", // demo/tiny-gemma2
@@ -33,10 +36,10 @@ public fun interface ChatTemplate {
         )
 
         /**
-         * The format of a bundle, as the Python runtime finds it: Gemma 2's where the checkpoint has none.
+         * The template of a bundle; Gemma 2's if the checkpoint had none. The Python runtime chooses in the same way.
          *
          * @throws BundleException tokenizer_config.json is damaged.
-         * @throws UnsupportedException the checkpoint has a template of its own, which this library cannot run.
+         * @throws UnsupportedException the checkpoint has another template, which this library cannot run.
          */
         public fun of(bundle: Bundle): ChatTemplate {
             val source = source(bundle) ?: return GEMMA2
@@ -44,7 +47,7 @@ public fun interface ChatTemplate {
             if (hash in SAME_AS_GEMMA2) return GEMMA2
             throw UnsupportedException(
                 "${bundle.folder}: its chat template is not Gemma 2's (sha256 ${hash.take(16)}...); " +
-                    "give the session a ChatTemplate, ChatTemplate.GEMMA2 if the format is the same",
+                    "pass a ChatTemplate to the session, for example ChatTemplate.GEMMA2 if the format is the same",
             )
         }
 
@@ -61,7 +64,7 @@ public fun interface ChatTemplate {
             }
         }
 
-        /** A string, or the default one of a list of named templates. */
+        /** The template in the tokenizer's configuration: a string, or a list of named templates with one named `default`. */
         private fun templateIn(config: Any?): String? {
             val root = Node(config, CONFIG_FILE)
             if ("chat_template" !in root) return null
@@ -69,7 +72,7 @@ public fun interface ChatTemplate {
             return when (template.value) {
                 null -> null
                 is List<*> -> template.list.firstOrNull { it["name"].value == "default" }?.get("template")?.string
-                    ?: throw JsonException("no default chat template")
+                    ?: throw JsonException("none of the chat templates is named default")
                 else -> template.string
             }
         }
@@ -92,7 +95,8 @@ public fun interface ChatTemplate {
     }
 }
 
-private const val NEXT_LINE = '\u0085' // a blank to Python, and so to a template; none to Java
+// NEXT_LINE: a blank for Python, and therefore for a template's `trim`, but not for Java.
+private const val NEXT_LINE = '\u0085'
 
-/** What a template's `trim` leaves. */
+/** The text as a template's `trim` returns it. */
 internal fun String.trimmed(): String = trim { it.isWhitespace() || it == NEXT_LINE }

@@ -4,16 +4,16 @@ import java.io.File
 import java.io.IOException
 
 /**
- * What matters of the device: free memory and processor cores. Read from /proc and /sys, which Android apps may read too.
+ * The free memory and the processor cores of the device, read from /proc and /sys. Android apps may read these files too.
  *
- * @property availableBytes what the system can give without killing other apps; [UNKNOWN] where it does not tell.
- * @property bigCores cores that are not of the slowest kind; all of them where there is one kind.
+ * @property availableBytes memory that the system can give without killing other apps; [UNKNOWN] if it does not tell.
+ * @property bigCores number of cores that are not of the slowest kind; all cores if there is only one kind.
  */
 public data class Device(public val availableBytes: Long, public val bigCores: Int) {
     /**
-     * Refuse a bundle that will not fit, before the system kills the app for it.
+     * Check that a bundle fits into the free memory. If it did not fit, the system would kill the app.
      *
-     * @throws NotEnoughMemoryException with both numbers.
+     * @throws NotEnoughMemoryException the bundle needs more memory than is free; the message has both numbers.
      */
     public fun requireMemoryFor(bundle: Bundle) {
         val needed = bundle.residentBytes
@@ -26,17 +26,17 @@ public data class Device(public val availableBytes: Long, public val bigCores: I
         )
     }
 
-    /** Threads for a bundle: one for each big core, no more than its target has. */
+    /** The number of threads for a bundle: one per big core, but no more than the bundle's target has. */
     public fun threadsFor(bundle: Bundle): Int = minOf(bundle.threads, bigCores)
 
     public companion object {
-        /** The system does not tell how much memory is free: nothing is refused. */
+        /** The value of [availableBytes] if the system does not tell. Then no bundle is refused. */
         public const val UNKNOWN: Long = -1
 
-        /** This device, now. */
+        /** This device, with the memory that is free now. */
         public fun current(): Device = read(File("/"), Runtime.getRuntime().availableProcessors())
 
-        /** A device whose /proc and /sys lie below [root]. */
+        /** The device whose /proc and /sys are in [root]. */
         internal fun read(root: File, processors: Int): Device {
             val available = lines(File(root, "proc/meminfo")).firstOrNull { it.startsWith("MemAvailable:") }
                 ?.split(Regex("\\s+"))?.getOrNull(1)?.toLongOrNull()?.times(1024)
@@ -51,7 +51,7 @@ public data class Device(public val availableBytes: Long, public val bigCores: I
         private fun lines(file: File): List<String> = try {
             if (file.canRead()) file.readLines() else emptyList()
         } catch (_: IOException) {
-            emptyList() // a core that is switched off
+            emptyList() // the core is switched off
         }
 
         private fun mib(bytes: Long) = bytes shr 20

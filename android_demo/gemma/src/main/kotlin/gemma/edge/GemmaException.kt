@@ -1,25 +1,28 @@
 package gemma.edge
 
-/** What this library throws for what it cannot use. The message is one line: what was found, what is allowed, the way out. */
+/**
+ * The error that this library throws when it cannot use its input, a bundle or the device. The message is one line that says what is
+ * wrong, what is allowed, and what to do.
+ */
 public sealed class GemmaException(message: String, cause: Throwable? = null) : RuntimeException(message, cause)
 
-/** The folder is no bundle, was damaged or changed, or is of another schema version: import or export it again. */
+/** The folder is not a bundle, was damaged or changed, or has another schema version. Import or export the bundle again. */
 public class BundleException(message: String, cause: Throwable? = null) : GemmaException(message, cause)
 
-/** The bundle is intact and needs something that this library cannot do: another backend, tokenizer or chat template. */
+/** The bundle is intact but needs another backend, tokenizer or chat template than this library has. */
 public class UnsupportedException(message: String) : GemmaException(message)
 
-/** A saved state that is damaged, or of another bundle or backend: feed its text again. */
+/** A saved state is damaged or belongs to another bundle or backend. Feed the text again. */
 public class StateException(message: String, cause: Throwable? = null) : GemmaException(message, cause)
 
-/** A prompt, token or setting that cannot be used. */
+/** A prompt, a token or a setting cannot be used. */
 public class InputException(message: String) : GemmaException(message)
 
 /**
- * The device has too little free memory, found before anything was loaded.
+ * The device has too little free memory for the bundle. It is thrown before anything is loaded.
  *
- * @property neededBytes what the bundle's plan says will be resident while it generates.
- * @property availableBytes what the system could give without killing other apps, at that moment.
+ * @property neededBytes memory that will be resident while the model generates, according to the bundle's plan.
+ * @property availableBytes memory that the system could give at that moment without killing other apps.
  */
 public class NotEnoughMemoryException(
     public val neededBytes: Long,

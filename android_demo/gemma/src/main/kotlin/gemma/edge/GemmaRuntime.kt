@@ -3,49 +3,49 @@ package gemma.edge
 import java.io.File
 
 /**
- * A loaded bundle with one KV cache: tokens in, logits out, in a memory that never grows. Past the bundle's context the oldest
- * tokens fall out of the cache; nothing else changes. Calls from several threads wait for each other.
+ * A loaded bundle with one KV cache: you feed tokens and get logits. Its memory never grows. Once more tokens were fed than the
+ * bundle's context holds, the oldest fall out of the cache. Calls from several threads wait for each other.
  */
 public interface GemmaRuntime : AutoCloseable {
-    /** What was loaded. */
+    /** The loaded bundle. */
     public val bundle: Bundle
 
-    /** Tokens fed since the last reset, also those that have fallen out of the cache. */
+    /** The number of tokens fed since the last reset, including those that have fallen out of the cache. */
     public val position: Int
 
-    /** The last tokens fed: all of them, up to a few thousand. */
+    /** The ids of the tokens fed since the last reset; only the last few thousand are kept. */
     public val ids: IntArray
 
     /**
      * Append tokens at the current position, in chunks of at most the bundle's `prefillChunk`.
      *
      * @param ids at least one token, each below the vocabulary's size.
-     * @return logits after the last of them, one for each token of the vocabulary; overwritten by the next call.
-     * @throws InputException no token, or one that the vocabulary does not hold; the cache is then as before.
+     * @return the logits after the last token, one for each token of the vocabulary. The next call overwrites this array.
+     * @throws InputException there is no token, or one that is not in the vocabulary. The cache is unchanged.
      */
     public fun prefill(ids: IntArray): FloatArray
 
-    /** Append one token; as [prefill] otherwise. */
+    /** Append one token and return the logits after it, like [prefill]. */
     public fun decode(token: Int): FloatArray
 
-    /** Forget everything: the next token is at position 0. */
+    /** Forget all tokens. The next token is fed at position 0. */
     public fun reset()
 
     /**
-     * Write the state, tokens and cache, to a file that this bundle can [load] again, here or in the Python runtime. As large as the
-     * rows of the cache in use; the file appears whole or not at all.
+     * Write the state, which is the tokens and the cache, to a file. The same bundle can [load] it again, here or in the Python runtime.
+     * The file holds only the rows of the cache that are in use, and is written whole or not at all.
      *
-     * @param notes more to keep with it, as a JSON object.
-     * @throws java.io.IOException it cannot be written.
+     * @param notes a JSON object that is saved with the state.
+     * @throws java.io.IOException the file cannot be written.
      */
     public fun save(file: File, notes: String = "{}")
 
     /**
-     * Go on from a saved state; nothing is fed.
+     * Continue from a saved state; nothing is fed.
      *
-     * @return the notes that were kept with it.
-     * @throws StateException no such file, damaged, or another bundle's; the runtime is then as before, or empty if the file could not
-     *   be read to its end.
+     * @return the notes that were saved with the state.
+     * @throws StateException the file is missing, damaged or of another bundle. The runtime is unchanged, or empty if the file could
+     *   not be read to its end.
      */
     public fun load(file: File): String
 }

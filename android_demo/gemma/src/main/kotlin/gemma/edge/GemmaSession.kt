@@ -1,5 +1,8 @@
 package gemma.edge
 
+import gemma.edge.state.SavedConversation
+import gemma.edge.text.IntList
+import java.io.File
 import kotlinx.coroutines.CoroutineDispatcher
 import kotlinx.coroutines.Dispatchers
 import kotlinx.coroutines.channels.Channel
@@ -13,19 +16,18 @@ import kotlinx.coroutines.flow.flowOn
 import kotlinx.coroutines.sync.Mutex
 import kotlinx.coroutines.sync.withLock
 import kotlinx.coroutines.withContext
-import java.io.File
-import java.util.concurrent.atomic.AtomicInteger
 
 /**
- * A conversation on one runtime. The cache is kept between turns, so a turn costs only its own tokens.
+ * A conversation on one runtime. The session keeps the cache between turns, so each turn feeds only its new tokens.
  *
- * Answers are cold flows: nothing is computed before somebody collects, at most one token ahead of the collector, and cancelling
- * the collector's coroutine ends the answer within one token (within one chunk while the prompt is read). What was said by then
- * stands, and the conversation goes on from there. Work runs on [dispatcher], never on the caller's thread; answers wait for each other.
+ * Answers are cold flows. Nothing is computed before the flow is collected, and the model is at most one token ahead of the collector.
+ * Cancelling the collector's coroutine ends the answer within one token, or within one chunk while the prompt is read. The text
+ * received by then stays in the conversation. The model runs on [dispatcher], never on the caller's thread, and gives one answer at a
+ * time.
  *
- * @param runtime used by this session alone.
- * @param tokenizer of the same bundle.
- * @param template null where only [complete] is used.
+ * @param runtime the runtime, which nothing else may use.
+ * @param tokenizer the tokenizer of the same bundle.
+ * @param template the chat format; it may be null if only [complete] is used.
  * @param dispatcher where the model runs.
  */
 public class GemmaSession(
@@ -36,41 +38,43 @@ public class GemmaSession(
 ) : AutoCloseable {
     private val turn = Mutex()
     private var cached = CachedText.NOTHING
-    private val fed = IntList() // since the cache was empty
-    private val seen = HashSet<Int>() // tokens of the context, for the repetition penalty
+    private val fed = IntList() // ids of all tokens fed since the cache was empty
+    private val seen = HashSet<Int>() // distinct ids of the context, for the repetition penalty
 
-    /** The bundle that talks. */
+    /** The bundle of the runtime. */
     public val bundle: Bundle get() = runtime.bundle
 
-    /** The conversation so far, the answer that is being given not included. */
+    /** The conversation so far, without the answer that is being given. */
     @Volatile
     public var messages: List<Message> = emptyList()
         private set
 
-    /** What the last answer took; null before the first one. */
+    /** The speed and length of the last answer; null before the first one. */
     @Volatile
     public var stats: AnswerStats? = null
         private set
 
     /**
-     * Say something; the answer comes piece by piece.
+     * Send the user's next message. The flow emits the answer piece by piece.
      *
-     * @param text the user's turn.
-     * @param params how tokens are chosen.
-     * @param maxTokens most tokens of the answer.
-     * @return a flow that throws [InputException] when the template cannot express the turn; the conversation is then as before.
+     * @param text the message.
+     * @param params how the tokens of the answer are chosen.
+     * @param maxTokens the answer ends after this many tokens at the latest.
+     * @return the answer. Collecting it throws [InputException] if the template cannot express the message; the conversation is then
+     *   unchanged.
      */
     public fun send(text: String, params: SamplingParams = SamplingParams(), maxTokens: Int = 512): Flow<String> = answer(maxTokens) {
-        val template = template ?: throw UnsupportedException("this session has no chat template; use complete, or give it one")
+        val template = template
+            ?: throw UnsupportedException("this session has no chat template; call complete, or pass a template to the session")
         val asked = messages + Message("user", text)
         val prompt = template.render(asked)
         generate(newTokens(prompt), params, maxTokens, prompt, it) { answer -> remember(asked + Message("assistant", answer)) }
     }
 
     /**
-     * Continue a text as it stands, without the chat format. Ends the conversation: the cache holds this text instead.
+     * Continue a text without the chat format. This ends the conversation, because the cache now holds the text.
      *
-     * @return a flow of what follows; see [send].
+     * @return the continuation; see [send].
      */
     public fun complete(prompt: String, params: SamplingParams = SamplingParams(), maxTokens: Int = 512): Flow<String> = answer(maxTokens) {
         val ids = tokenizer.encode(prompt)
@@ -79,7 +83,7 @@ public class GemmaSession(
         generate(ids, params, maxTokens, prompt, it) {}
     }
 
-    /** Put a conversation in place of the present one, for instance a saved one; it is read again with the next turn. */
+    /** Replace the conversation, for example by a saved one. The next turn feeds all of it. */
     public suspend fun restore(messages: List<Message>): Unit = withContext(dispatcher) {
         turn.withLock {
             forget()
@@ -88,9 +92,10 @@ public class GemmaSession(
     }
 
     /**
-     * Write conversation and cache to one file, for [load] here and `Session.restore` in Python. Waits for an answer that is being given.
+     * Write the conversation and the cache to one file, for [load] here and `Session.restore` in Python. If an answer is being given,
+     * this waits until it ends.
      *
-     * @throws java.io.IOException it cannot be written.
+     * @throws java.io.IOException the file cannot be written.
      */
     public suspend fun save(file: File): Unit = withContext(dispatcher) {
         turn.withLock {
@@ -101,27 +106,28 @@ public class GemmaSession(
     }
 
     /**
-     * Take up a conversation where it was saved, nothing fed again.
+     * Continue a saved conversation; nothing is fed again.
      *
-     * @throws StateException no such file, damaged, of another bundle, or no conversation; the present one is then as before.
+     * @throws StateException the file is missing, is damaged, is of another bundle, or holds no conversation. If the runtime could not
+     *   load it, the present conversation is unchanged.
      */
     public suspend fun load(file: File): Unit = withContext(dispatcher) {
         turn.withLock {
             val notes = runtime.load(file)
             forgetTokens()
-            val said = try {
+            val saved = try {
                 SavedConversation.of(notes)
             } catch (error: JsonException) {
                 throw StateException("$file holds no conversation (${error.message}); save one with GemmaSession.save", error)
             }
-            remember(said.messages)
+            remember(saved.messages)
             val position = runtime.position
             val last = runtime.ids
-            // else a part of the text was taken back, or is of another conversation: read again with the next turn
-            if (position in last.size..said.ids.size && last contentEquals said.ids.copyOfRange(position - last.size, position)) {
-                fed.addAll(said.ids.copyOf(position))
-                seen.addAll(said.ids.asList())
-                cached = CachedText(said.texts, position, said.ids.copyOfRange(position, said.ids.size))
+            // if tokens were taken back, the cache holds other tokens than the conversation; then the next turn feeds all again
+            if (position in last.size..saved.ids.size && last contentEquals saved.ids.copyOfRange(position - last.size, position)) {
+                fed.addAll(saved.ids.copyOf(position))
+                seen.addAll(saved.ids.asList())
+                cached = CachedText(saved.texts, position, saved.ids.copyOfRange(position, saved.ids.size))
             }
         }
     }
@@ -129,21 +135,21 @@ public class GemmaSession(
     /** Start a new conversation. */
     public suspend fun reset(): Unit = restore(emptyList())
 
-    /** Free the model's memory. Waits for the token that is being computed. */
+    /** Free the model's memory. If a token is being computed, this waits for it. */
     override fun close(): Unit = runtime.close()
 
     private fun answer(maxTokens: Int, run: suspend FlowCollector<String>.(Handover) -> Unit): Flow<String> = flow {
         if (maxTokens < 1) throw InputException("maxTokens $maxTokens is below 1")
         val handover = Handover()
         val pieces = flow { turn.withLock { run(handover) } }.buffer(Channel.RENDEZVOUS).flowOn(dispatcher)
-        pieces.collect { piece -> if (handover.take()) emit(piece) }
+        pieces.collect { piece -> if (handover.receive()) emit(piece) }
     }
 
-    /** The tokens of [prompt] that the cache does not hold yet; empties it where it holds something else. */
+    /** The tokens of [prompt] that must be fed. If the cache holds anything but the beginning of [prompt], it is emptied. */
     private fun newTokens(prompt: String): IntArray {
-        // another position: someone else used the runtime meanwhile
-        val held = cached.texts.firstOrNull { prompt.startsWith(it) && runtime.position == cached.position }
-        if (held != null) return cached.pending + tokenizer.encode(prompt.removePrefix(held), bos = false)
+        // the position differs if the runtime was used by something else in the meantime
+        val beginning = cached.texts.firstOrNull { prompt.startsWith(it) && runtime.position == cached.position }
+        if (beginning != null) return cached.pending + tokenizer.encode(prompt.removePrefix(beginning), bos = false)
         forget()
         return tokenizer.encode(prompt)
     }
@@ -164,9 +170,12 @@ public class GemmaSession(
     }
 
     /**
-     * Feed and answer. A token is fed after its text was emitted, so that text and cache stay the same however the answer ends.
+     * Feed [ids], then choose tokens and emit their text until the answer ends. A token is fed only after its text was emitted.
+     * Therefore the cache and the text of the conversation agree, no matter how the answer ends.
      *
-     * @param done is told the answer, also one that was cancelled; not told anything when the prompt was not read to its end.
+     * @param prompt the text of everything in the cache after [ids].
+     * @param done called with the complete answer, or with the received part of a cancelled one. It is not called if the prompt was not
+     *   fed completely, or if the model failed.
      */
     private suspend fun FlowCollector<String>.generate(
         ids: IntArray,
@@ -179,50 +188,51 @@ public class GemmaSession(
         val clock = AnswerClock(ids.size)
         val sampler = Sampler(params, seen)
         val stream = tokenizer.stream()
-        var said = IntArray(0) // but not fed yet
-        var piece = "" // what the last token added
+        var unfed = IntArray(0) // the last token, until it is fed
+        var piece = "" // the text that the last token added
         var finished = false
-        var known = false // what the cache holds: not while the model runs, for that may fail
+        var cacheIsKnown = false // false while the model runs, because it may fail
         cached = CachedText.NOTHING
         ids.forEach(sampler::observe)
         var logits = feed(ids)
         fed.addAll(ids)
         try {
             for (count in 1..maxTokens) {
-                known = true
+                cacheIsKnown = true
                 val token = sampler.sample(logits)
                 if (token in tokenizer.stopIds) break
                 clock.token()
-                said = intArrayOf(token)
+                unfed = intArrayOf(token)
                 piece = stream.push(token)
                 if (piece.isNotEmpty()) emit(handover.offer(piece))
                 sampler.observe(token)
                 currentCoroutineContext().ensureActive()
-                if (count == maxTokens) break // the next logits would be computed for nothing
-                known = false
+                if (count == maxTokens) break // nobody needs the next logits
+                cacheIsKnown = false
                 logits = runtime.decode(token)
                 fed.add(token)
-                said = IntArray(0)
+                unfed = IntArray(0)
             }
             finished = true
         } finally {
             stats = clock.stats()
-            if (known) {
-                val unseen = if (finished) 0 else handover.cut()
-                val unseenIsUnfed = unseen == 1 && piece.isNotEmpty() && said.isNotEmpty()
-                if (unseenIsUnfed) said = IntArray(0)
-                said.forEach(sampler::observe)
+            if (cacheIsKnown) {
+                val dropped = if (finished) 0 else handover.cut()
+                // a dropped piece whose token was not fed leaves nothing in the cache
+                val droppedIsUnfed = dropped == 1 && piece.isNotEmpty() && unfed.isNotEmpty()
+                if (droppedIsUnfed) unfed = IntArray(0)
+                unfed.forEach(sampler::observe)
                 val answer = handover.text.toString()
-                // Gemma's template trims an answer; the blanks around it stay in the cache, where the model wrote them
-                if (unseen == 0 || unseenIsUnfed) {
-                    cached = CachedText(setOf(prompt + answer, prompt + answer.trimmed()), runtime.position, said)
+                // the cache holds the blanks around the answer, which Gemma's template trims when it renders the next prompt
+                if (dropped == 0 || droppedIsUnfed) {
+                    cached = CachedText(setOf(prompt + answer, prompt + answer.trimmed()), runtime.position, unfed)
                 }
                 done(answer)
             }
         }
     }
 
-    /** Read the prompt chunk by chunk, so that it can be cancelled between two of them. */
+    /** Feed tokens chunk by chunk, so that feeding can be cancelled between two chunks. */
     private suspend fun feed(ids: IntArray): FloatArray {
         var logits = FloatArray(0)
         for (start in ids.indices step bundle.cache.prefillChunk) {
@@ -234,11 +244,11 @@ public class GemmaSession(
 
     public companion object {
         /**
-         * Open a bundle and start a conversation. Takes seconds, on a thread of its own.
+         * Open a bundle and start a conversation. This takes seconds and does not block the caller's thread.
          *
-         * @param folder of the bundle.
-         * @param threads null takes one for each big core, at most the target's.
-         * @param template null takes the bundle's.
+         * @param folder the bundle's folder.
+         * @param threads number of threads; null takes one per big core, but no more than the bundle's target has.
+         * @param template the chat format; null takes the bundle's.
          * @throws GemmaException the bundle cannot be used here; see [Bundle.open], [OnnxRuntime.open], [Tokenizer.open], [ChatTemplate.of].
          */
         public suspend fun open(folder: File, threads: Int? = null, template: ChatTemplate? = null): GemmaSession =
@@ -252,45 +262,14 @@ public class GemmaSession(
 }
 
 /**
- * What the cache holds.
+ * The text in the cache.
  *
- * @property texts the text of it, in the ways a template may write it; none where it is not known.
- * @property position the runtime's position with it.
- * @property pending tokens of the text that were not fed yet.
+ * @property texts the text, in every form in which a template may write it; empty if the text is not known.
+ * @property position the runtime's position after the text.
+ * @property pending the last tokens of the text, which were not fed yet.
  */
 private class CachedText(val texts: Set<String>, val position: Int, val pending: IntArray) {
     companion object {
         val NOTHING = CachedText(emptySet(), 0, IntArray(0))
-    }
-}
-
-/**
- * An answer on its way to the collector. When it is cancelled its maker cannot know whether the last piece was taken: the handover may
- * have succeeded and be reported as cancelled all the same. So the collector's side counts.
- */
-private class Handover {
-    /** What was offered. */
-    val text = StringBuilder()
-    private val ends = ArrayList<Int>() // of the text, after each piece
-    private val taken = AtomicInteger()
-
-    fun offer(piece: String): String {
-        text.append(piece)
-        ends += text.length
-        return piece
-    }
-
-    /** The collector is about to get a piece; false where the answer has ended without it. */
-    fun take(): Boolean = taken.updateAndGet { if (it < 0) it else it + 1 } > 0
-
-    /** The answer is cancelled: it ends behind the last piece that was taken, and no other is. Pieces that were not. */
-    fun cut(): Int {
-        val seen = taken.getAndSet(ENDED)
-        text.setLength(if (seen == 0) 0 else ends[seen - 1])
-        return ends.size - seen
-    }
-
-    private companion object {
-        const val ENDED = -1
     }
 }

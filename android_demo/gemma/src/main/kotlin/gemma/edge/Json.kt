@@ -1,16 +1,18 @@
 package gemma.edge
 
-/** [JsonReader] met something that is not the JSON it was asked for. */
+import gemma.edge.text.TextHash
+
+/** The text is not valid JSON, or not the JSON that the caller expects. */
 internal class JsonException(message: String) : Exception(message)
 
 /**
- * A pull reader of JSON over UTF-8 bytes, without copies: a tokenizer.json has a million strings, which must not become objects.
- * Strict enough for files that a JSON library wrote. Source: RFC 8259.
+ * A pull reader of JSON over UTF-8 bytes. It does not copy strings, because a tokenizer.json has a million of them. It is strict enough
+ * for files that a JSON library wrote, and does not detect every violation of the standard. Source: RFC 8259.
  */
 internal class JsonReader(private val bytes: ByteArray, private val rawNumbers: Boolean = false) {
     private var position = 0
 
-    /** Where the last string that was scanned lies: in [text], from [start] until [end], unescaped. */
+    /** The last scanned string, unescaped: the bytes of [text] from [start] up to, but not including, [end]. */
     var text: ByteArray = bytes
         private set
     var start = 0
@@ -18,13 +20,13 @@ internal class JsonReader(private val bytes: ByteArray, private val rawNumbers: 
     var end = 0
         private set
 
-    /** [TextHash] of that string, made on the way: a second pass over 10 MB would be felt. */
+    /** The [TextHash] of the last scanned string. It is computed while scanning, which saves a second pass over 10 MB. */
     var hash = 0L
         private set
 
     private var scratch = ByteArray(64)
 
-    /** Go through an object; [each] must read the value of every key. */
+    /** Read an object; [each] is called after every key and must read its value. */
     inline fun readObject(each: (key: String) -> Unit) {
         expect('{')
         if (taken('}')) return
@@ -36,7 +38,7 @@ internal class JsonReader(private val bytes: ByteArray, private val rawNumbers: 
         expect('}')
     }
 
-    /** Go through an object whose keys stay bytes, see [text]; [each] must read every value. */
+    /** Read an object without making strings of its keys, which are in [text]; [each] must read the colon and the value. */
     inline fun readRawObject(each: () -> Unit) {
         expect('{')
         if (taken('}')) return
@@ -47,7 +49,7 @@ internal class JsonReader(private val bytes: ByteArray, private val rawNumbers: 
         expect('}')
     }
 
-    /** Go through an array; [each] must read every element. */
+    /** Read an array; [each] is called for every element and must read it. */
     inline fun readArray(each: () -> Unit) {
         expect('[')
         if (taken(']')) return
@@ -60,7 +62,7 @@ internal class JsonReader(private val bytes: ByteArray, private val rawNumbers: 
         return String(text, start, end - start, Charsets.UTF_8)
     }
 
-    /** Move past a whole number of at most nine digits. */
+    /** Read a whole number of at most nine digits. */
     fun readInt(): Int {
         skipBlanks()
         val first = position
@@ -70,7 +72,7 @@ internal class JsonReader(private val bytes: ByteArray, private val rawNumbers: 
         return value
     }
 
-    /** Any value as Map, List, String, Long, Double, Boolean or null; at most [depth] levels of it. */
+    /** Read any value, as Map, List, String, Long, Double, Boolean or null, of at most [depth] nested levels. */
     fun readValue(depth: Int = DEEPEST): Any? = when (peek()) {
         '{' -> LinkedHashMap<String, Any?>().also { map -> readObject { key -> map[key] = readValue(deeper(depth)) } }
         '[' -> ArrayList<Any?>().also { list -> readArray { list.add(readValue(deeper(depth))) } }
@@ -81,25 +83,26 @@ internal class JsonReader(private val bytes: ByteArray, private val rawNumbers: 
         else -> readNumber()
     }
 
-    /** The next character that is no blank; a NUL at the end. */
+    /** The next character that is not a blank; NUL at the end of the text. */
     fun peek(): Char {
         skipBlanks()
         return if (position < bytes.size) bytes[position].toInt().toChar() else '\u0000'
     }
 
-    /** Nothing but blanks may follow. */
+    /** Check that only blanks follow. */
     fun expectEnd() {
         skipBlanks()
         if (position != bytes.size) fail("the end")
     }
 
+    /** Move past a character if it is the next one, and say whether it was. */
     fun taken(character: Char): Boolean = (peek() == character).also { if (it) position++ }
 
     fun expect(character: Char) {
         if (!taken(character)) fail("'$character'")
     }
 
-    /** Read a string into [text], [start], [end] and [hash]. */
+    /** Read a string and describe it in [text], [start], [end] and [hash]. */
     fun scanString() {
         expect('"')
         val first = position
@@ -108,7 +111,7 @@ internal class JsonReader(private val bytes: ByteArray, private val rawNumbers: 
             val byte = bytes[at]
             if (byte == QUOTE) {
                 position = at + 1
-                return found(bytes, first, at, hashed)
+                return scanned(bytes, first, at, hashed)
             }
             if (byte == BACKSLASH) return unescape(first)
             hashed = TextHash.next(hashed, byte)
@@ -117,7 +120,7 @@ internal class JsonReader(private val bytes: ByteArray, private val rawNumbers: 
         fail("the end of a string")
     }
 
-    private fun found(text: ByteArray, start: Int, end: Int, hash: Long) {
+    private fun scanned(text: ByteArray, start: Int, end: Int, hash: Long) {
         this.text = text
         this.start = start
         this.end = end
@@ -151,7 +154,7 @@ internal class JsonReader(private val bytes: ByteArray, private val rawNumbers: 
                 else -> fail("an escape")
             }
         }
-        found(scratch, 0, length, TextHash.of(scratch, 0, length))
+        scanned(scratch, 0, length, TextHash.of(scratch, 0, length))
     }
 
     private fun codePoint(): Int {
@@ -213,7 +216,10 @@ internal class RawNumber(private val text: String) {
     override fun toString(): String = text
 }
 
-/** JSON of maps, lists, strings, numbers, booleans and null, as Python's `json.dumps` writes it; numbers that JSON cannot say become null. */
+/**
+ * A value of maps, lists, strings, numbers, booleans and null as JSON, in the format of Python's `json.dumps`. Infinities and NaN, for
+ * which JSON has no text, become null.
+ */
 internal fun toJson(value: Any?): String = buildString { appendJson(value) }
 
 private fun StringBuilder.appendJson(value: Any?) {

@@ -7,6 +7,14 @@ import ai.onnxruntime.OrtException
 import ai.onnxruntime.OrtLoggingLevel
 import ai.onnxruntime.OrtSession
 import ai.onnxruntime.TensorInfo
+import gemma.edge.onnx.OnnxCache
+import gemma.edge.onnx.direct
+import gemma.edge.onnx.endAt
+import gemma.edge.onnx.goTo
+import gemma.edge.state.StateFile
+import gemma.edge.state.StateHeader
+import gemma.edge.state.StateTensor
+import gemma.edge.text.IntList
 import java.io.File
 import java.nio.ByteBuffer
 import java.nio.ByteOrder
@@ -14,9 +22,9 @@ import java.nio.FloatBuffer
 import java.nio.LongBuffer
 
 /**
- * A bundle's ONNX backend on the CPU. Every cache tensor is input and pinned output of a step, so the graph writes it in place.
- * The graph's contract is in docs/bundle-format.md; the window slides inside the graph, which reads only rows that it has written,
- * so positions never end and a reset leaves the buffers as they are.
+ * Runs a bundle's ONNX backend on the CPU. Every tensor of the cache is both an input and a pinned output of a step, so the graph
+ * updates it in place. The graph moves the window itself and reads only rows that it has written. Therefore there is no last position,
+ * and a reset does not have to clear the buffers. The inputs and outputs of the graph are described in docs/bundle-format.md.
  */
 public class OnnxRuntime private constructor(override val bundle: Bundle, private val environment: OrtEnvironment, threads: Int) :
     GemmaRuntime {
@@ -26,12 +34,12 @@ public class OnnxRuntime private constructor(override val bundle: Bundle, privat
     private val pinned = HashMap<String, OnnxTensor>()
     private val inputPos: LongBuffer = direct(Long.SIZE_BYTES).asLongBuffer()
     private val idBuffer: LongBuffer = direct(Long.SIZE_BYTES * bundle.cache.prefillChunk).asLongBuffer()
-    private val idTensors = HashMap<Int, OnnxTensor>() // by length: one token, a whole chunk, and the last chunk of the moment
+    private val idTensors = HashMap<Int, OnnxTensor>() // by length: one token, a whole chunk, and the last chunk of a prompt
     private val logitsBuffer: FloatBuffer = direct(Float.SIZE_BYTES * bundle.vocabSize).asFloatBuffer()
     private val logits = FloatArray(bundle.vocabSize)
     private val cache: OnnxCache
-    private val kept = IntList(most = maxOf(LEAST_KEPT, bundle.cache.reach + bundle.cache.context))
-    private var written = 0 // the highest position written with what the cache holds; a saved state may have been rewound
+    private val kept = IntList(keep = maxOf(MIN_KEPT_IDS, bundle.cache.reach + bundle.cache.context))
+    private var written = 0 // highest position written so far; larger than `position` after loading a state that was rewound
     private var closed = false
 
     override var position: Int = 0
@@ -52,7 +60,7 @@ public class OnnxRuntime private constructor(override val bundle: Bundle, privat
             checkContract()
         } catch (error: OrtException) {
             resources.close()
-            throw BundleException("${bundle.generateGraph} is damaged or no graph of this bundle: ${error.message}", error)
+            throw BundleException("${bundle.generateGraph} is damaged or is not the graph of this bundle: ${error.message}", error)
         } catch (error: GemmaException) {
             resources.close()
             throw error
@@ -78,7 +86,7 @@ public class OnnxRuntime private constructor(override val bundle: Bundle, privat
 
     @Synchronized
     override fun reset() {
-        position = 0 // where no row of the cache is read before it is written
+        position = 0 // from here on, no row of the cache is read before it is written
         written = 0
         kept.clear()
     }
@@ -106,18 +114,19 @@ public class OnnxRuntime private constructor(override val bundle: Bundle, privat
                 )
             }
             val last = idsIn(state)
-            val wanted = cache.saved(header.written)
-            val odd = (state.tensors.filter { it.name != StateFile.IDS } - wanted.toSet() + (wanted - state.tensors.toSet())).firstOrNull()
-            if (odd != null) throw StateException("$file is damaged: ${odd.name} is not what this bundle has; save it again")
-            var whole = false
+            val expected = cache.saved(header.written)
+            val saved = state.tensors.filter { it.name != StateFile.IDS }
+            val different = (saved - expected.toSet() + (expected - saved.toSet())).firstOrNull()
+            if (different != null) throw StateException("$file is damaged: ${different.name} is not what this bundle has; save it again")
+            var complete = false
             try {
-                cache.fill(wanted, state::read)
-                whole = true
+                cache.fill(expected, state::read)
+                complete = true
             } catch (error: JsonException) {
                 throw StateException("$file is damaged (${error.message}); save it again", error)
             } finally {
                 bindCache()
-                if (!whole) reset() // nobody knows what the cache holds
+                if (!complete) reset() // the contents of the cache are unknown
             }
             kept.clear()
             kept.addAll(last)
@@ -127,7 +136,7 @@ public class OnnxRuntime private constructor(override val bundle: Bundle, privat
         }
     }
 
-    /** Waits for a step that another thread is in. */
+    /** Free the model's memory. If another thread is in a step, this waits until the step ends. */
     @Synchronized
     override fun close() {
         if (closed) return
@@ -138,7 +147,7 @@ public class OnnxRuntime private constructor(override val bundle: Bundle, privat
 
     private fun check(ids: IntArray) {
         check(!closed) { "the runtime was closed" }
-        if (ids.isEmpty()) throw InputException("no token to feed: give at least one token id")
+        if (ids.isEmpty()) throw InputException("there is no token to feed; give at least one token id")
         val bad = ids.firstOrNull { it !in 0 until bundle.vocabSize }
         if (bad != null) throw InputException("token id $bad is not below the vocabulary size ${bundle.vocabSize}")
     }
@@ -147,7 +156,7 @@ public class OnnxRuntime private constructor(override val bundle: Bundle, privat
         for (i in start until end) idBuffer.put(i - start, tokens[i].toLong())
         inputPos.put(0, position.toLong())
         inputs["input_ids"] = idTensor(end - start)
-        session.run(inputs, emptySet(), pinned).close() // pinned values stay open
+        session.run(inputs, emptySet(), pinned).close() // this leaves the pinned outputs open
         position += end - start
         written = maxOf(written, position)
         for (i in start until end) kept.add(tokens[i])
@@ -169,7 +178,7 @@ public class OnnxRuntime private constructor(override val bundle: Bundle, privat
         return bytes
     }
 
-    /** The first [length] ids as a tensor, over the same buffer whatever the length. */
+    /** A tensor of the first [length] ids; the tensors of all lengths share one buffer. */
     private fun idTensor(length: Int): OnnxTensor = idTensors.getOrPut(length) {
         val rare = idTensors.keys.filter { it != 1 && it != bundle.cache.prefillChunk }
         rare.forEach { idTensors.remove(it)?.close() }
@@ -187,7 +196,7 @@ public class OnnxRuntime private constructor(override val bundle: Bundle, privat
         options.setIntraOpNumThreads(threads)
         options.setInterOpNumThreads(1)
         options.setSessionLogLevel(OrtLoggingLevel.ORT_LOGGING_LEVEL_ERROR)
-        // activations go back to the system after each step: less resident, no difference in speed (runtimes/engines/onnx.py)
+        // without an arena, activations are freed after each step: less memory at the same speed (runtimes/engines/onnx.py)
         options.setCPUArenaAllocator(false)
         options.setMemoryPatternOptimization(false)
         environment.createSession(graph.path, options)
@@ -200,18 +209,20 @@ public class OnnxRuntime private constructor(override val bundle: Bundle, privat
         }
     }
 
-    /** Names, types and shapes of the graph against the manifest: a buffer of another shape would crash the process. */
+    /** Compare the graph's names, types and shapes with the manifest. A buffer of another shape would crash the process. */
     private fun checkContract() {
-        val found = (session.inputInfo + session.outputInfo).mapValues { it.value.info as? TensorInfo }
-        val wanted = HashMap<String, Pair<OnnxJavaType, LongArray>>()
-        for ((name, tensor) in inputs + pinned) wanted[name] = tensor.info.type to tensor.info.shape
-        wanted["input_ids"] = OnnxJavaType.INT64 to longArrayOf(1, ANY)
-        val odd = (found.keys - wanted.keys + (wanted.keys - found.keys)).minOrNull()
+        val actual = (session.inputInfo + session.outputInfo).mapValues { it.value.info as? TensorInfo }
+        val expected = HashMap<String, Pair<OnnxJavaType, LongArray>>()
+        for ((name, tensor) in inputs + pinned) expected[name] = tensor.info.type to tensor.info.shape
+        expected["input_ids"] = OnnxJavaType.INT64 to longArrayOf(1, ANY)
+        val unmatched = (actual.keys - expected.keys + (expected.keys - actual.keys)).minOrNull()
         val graph = bundle.generateGraph
-        if (odd != null) throw BundleException("$graph is no graph of this bundle: $odd is only in one of them; export it again")
-        for ((name, expected) in wanted.toSortedMap()) {
-            val (type, shape) = expected
-            val info = found[name]
+        if (unmatched != null) {
+            throw BundleException("$graph is not the graph of this bundle: only one of them has $unmatched; export the bundle again")
+        }
+        for ((name, typeAndShape) in expected.toSortedMap()) {
+            val (type, shape) = typeAndShape
+            val info = actual[name]
             val same = info != null && info.type == type && info.shape.size == shape.size &&
                 shape.indices.all { info.shape[it] == ANY || shape[it] == ANY || info.shape[it] == shape[it] }
             if (!same) {
@@ -223,7 +234,7 @@ public class OnnxRuntime private constructor(override val bundle: Bundle, privat
         }
     }
 
-    /** What must be closed, the last first. */
+    /** Resources that are closed together, in the reverse order of their creation. */
     private class Resources : AutoCloseable {
         private val open = ArrayList<AutoCloseable>()
 
@@ -233,19 +244,24 @@ public class OnnxRuntime private constructor(override val bundle: Bundle, privat
     }
 
     public companion object {
-        private const val ANY = -1L // a size that the graph leaves open
-        private const val LEAST_KEPT = 1 shl 13 // token ids remembered at least, as the Python runtime does
+        // ANY: a size that the graph does not fix.
+        private const val ANY = -1L
+
+        // MIN_KEPT_IDS: how many of the last token ids are kept at least, as in the Python runtime.
+        private const val MIN_KEPT_IDS = 1 shl 13
+
+        // ENVIRONMENT_STACK: stack of the thread that starts ONNX Runtime, in bytes.
         private const val ENVIRONMENT_STACK = 16L shl 20
 
         /**
-         * Load a bundle: seconds, so not on a main thread.
+         * Load a bundle. This takes seconds, so do not call it on a main thread.
          *
-         * @param threads null takes one for each big core, at most the target's.
-         * @param device free memory is compared with the bundle's plan before anything is loaded.
+         * @param threads number of threads; null takes one per big core, but no more than the bundle's target has.
+         * @param device the device, whose free memory is compared with the bundle's plan before anything is loaded.
          * @throws BundleException the files are not what the manifest says.
          * @throws NotEnoughMemoryException the device has too little free memory.
-         * @throws UnsupportedException ONNX Runtime does not run on this device, or is too old.
-         * @throws InputException fewer than one thread.
+         * @throws UnsupportedException ONNX Runtime does not run on this device.
+         * @throws InputException [threads] is below 1.
          */
         public fun open(bundle: Bundle, threads: Int? = null, device: Device = Device.current()): OnnxRuntime {
             if (threads != null && threads < 1) throw InputException("threads $threads is below 1")
@@ -255,7 +271,8 @@ public class OnnxRuntime private constructor(override val bundle: Bundle, privat
 
         private fun environment(): OrtEnvironment {
             var made: Result<OrtEnvironment>? = null
-            // looking for devices, it matches regular expressions by recursion: 12,000 frames deep on one machine, too many for 1 MiB
+            // while it looks for devices, ONNX Runtime matches regular expressions recursively; on one machine that was 12,000 frames
+            // deep, too deep for a stack of 1 MiB
             val thread = Thread(null, { made = runCatching { OrtEnvironment.getEnvironment() } }, "onnxruntime", ENVIRONMENT_STACK)
             thread.start()
             thread.join()

@@ -4,15 +4,15 @@ import kotlin.math.exp
 import kotlin.random.Random
 
 /**
- * How the next token is chosen; the default takes the most likely one.
+ * How the next token is chosen. By default the most likely token is chosen.
  *
- * @property temperature 0 is greedy, and the filters are then without effect; else at least 0.000001.
- * @property topK keep that many of the most likely; 0 keeps all.
- * @property topP keep the fewest most likely whose probabilities reach it; 1 keeps all.
- * @property minP drop what is less likely than this times the most likely; 0 drops nothing.
- * @property repetitionPenalty above 1 makes what the context holds less likely, greedy or not; 1 is off.
- * @property seed makes sampling repeatable; null is different every time.
- * @throws InputException a number that no filter can take.
+ * @property temperature 0 always chooses the most likely token and ignores the filters; any other value must be at least 0.000001.
+ * @property topK only this many of the most likely tokens are kept; 0 keeps all.
+ * @property topP only the most likely tokens whose probabilities sum to this are kept; 1 keeps all.
+ * @property minP tokens are dropped whose probability is below this fraction of the highest one; 0 drops none.
+ * @property repetitionPenalty a value above 1 makes tokens of the context less likely, at any temperature; 1 has no effect.
+ * @property seed the same seed gives the same tokens; null gives different ones each time.
+ * @throws InputException a number is out of range.
  */
 public data class SamplingParams(
     public val temperature: Double = 0.0,
@@ -23,15 +23,15 @@ public data class SamplingParams(
     public val seed: Long? = null,
 ) {
     init {
-        // written as `allowed or refuse`, so that NaN is refused too
-        require(temperature == 0.0 || temperature in COLDEST..HOTTEST) {
-            "temperature $temperature is neither 0, which is greedy, nor at least $COLDEST"
+        // each condition says what is allowed, so that NaN is refused too
+        require(temperature == 0.0 || temperature in MIN_TEMPERATURE..MAX_NUMBER) {
+            "temperature $temperature is neither 0, which is greedy, nor at least $MIN_TEMPERATURE"
         }
         require(topK >= 0) { "topK $topK is below 0; 0 keeps every token" }
         require(topP > 0 && topP <= 1) { "topP $topP is not above 0 and at most 1; 1 keeps every token" }
         require(minP in 0.0..1.0) { "minP $minP is not between 0 and 1; 0 keeps every token" }
-        require(repetitionPenalty > 0 && repetitionPenalty <= HOTTEST) {
-            "repetitionPenalty $repetitionPenalty is not a number above 0; 1 is off"
+        require(repetitionPenalty > 0 && repetitionPenalty <= MAX_NUMBER) {
+            "repetitionPenalty $repetitionPenalty is not a number above 0; 1 has no effect"
         }
     }
 
@@ -40,34 +40,37 @@ public data class SamplingParams(
     }
 
     private companion object {
-        const val COLDEST = 1e-6 // logits / temperature must stay finite
-        const val HOTTEST = 1e38
+        // MIN_TEMPERATURE: the smallest temperature above 0; logits / temperature must stay finite.
+        const val MIN_TEMPERATURE = 1e-6
+
+        // MAX_NUMBER: the largest temperature and penalty; it still fits into a float.
+        const val MAX_NUMBER = 1e38
     }
 }
 
-/** Tokens that pass every filter, and their probabilities, which sum to 1. */
+/** The tokens that pass every filter, and their probabilities, which sum to 1. */
 internal class Distribution(val ids: IntArray, val probabilities: DoubleArray)
 
 /**
- * From logits to one token: repetition penalty, temperature, top-k, top-p and min-p, in that order, as transformers does. Nothing
- * sorts the vocabulary; only the tokens that stay are sorted. Source of the semantics: transformers/generation/logits_process.py.
+ * Chooses a token by its logits. It applies repetition penalty, temperature, top-k, top-p and min-p in this order, like transformers.
+ * It never sorts the whole vocabulary. Source of the semantics: transformers/generation/logits_process.py.
  *
- * @param seen tokens that the context holds already.
+ * @param seen ids of the tokens in the context.
  */
 internal class Sampler(private val params: SamplingParams, private val seen: MutableSet<Int> = HashSet()) {
     private val random = params.seed?.let(::Random) ?: Random.Default
 
-    /** Tell which token was added to the context. */
+    /** Note that a token was added to the context. */
     fun observe(id: Int) {
         seen.add(id)
     }
 
-    /** Choose the next token; the logits are left as they are. */
+    /** Choose the next token. The logits are not changed. */
     fun sample(logits: FloatArray): Int {
         val scores = penalized(logits)
         val best = scores.indexOfLargest()
         if (!scores[best].isFinite()) {
-            throw BundleException("the bundle computes logits that are no finite numbers; its weights are damaged")
+            throw BundleException("the bundle computes logits that are not finite; its weights are damaged")
         }
         if (params.temperature == 0.0) return best
         val kept = kept(scores)
@@ -80,7 +83,7 @@ internal class Sampler(private val params: SamplingParams, private val seen: Mut
         return kept.ids.last()
     }
 
-    /** What [sample] draws from at a temperature above 0. */
+    /** The distribution from which [sample] draws at a temperature above 0. */
     fun distribution(logits: FloatArray): Distribution = kept(penalized(logits))
 
     private fun penalized(logits: FloatArray): FloatArray {
@@ -103,33 +106,33 @@ internal class Sampler(private val params: SamplingParams, private val seen: Mut
         }
         if (params.topP < 1) keep(topP(weights, params.topP))
         if (params.minP > 0) {
-            val least = params.minP.toFloat() * weights.max()
-            keep(weights.indices.filter { weights[it] >= least }.toIntArray())
+            val minWeight = params.minP.toFloat() * weights.max()
+            keep(weights.indices.filter { weights[it] >= minWeight }.toIntArray())
         }
         val total = weights.sumOf { it.toDouble() }
         return Distribution(ids, DoubleArray(weights.size) { weights[it] / total })
     }
 
-    /** Indices of the [k] largest and of what ties with the last of them, as transformers does. */
+    /** Indices of the [k] largest scores and of all that equal the smallest of these, like transformers. */
     private fun topK(scores: FloatArray, k: Int): IntArray {
-        val heap = FloatArray(k) { Float.NEGATIVE_INFINITY } // of the largest so far, the least at the top
+        val heap = FloatArray(k) { Float.NEGATIVE_INFINITY } // the largest scores so far; the smallest of them is at the top
         for (score in scores) if (score > heap[0]) heap.replaceTop(score)
         return scores.indicesAtLeast(heap[0])
     }
 
-    /** Indices of the fewest largest weights whose sum reaches [p] of the whole, the largest first. */
+    /** Indices of the fewest largest weights whose sum reaches the fraction [p] of all, the largest weight first. */
     private fun topP(weights: FloatArray, p: Double): IntArray {
         val total = weights.sumOf { it.toDouble() }
-        // less than V x this, so less than (1 - p) of the whole, is left out here: only what is near gets sorted
-        val near = weights.indicesAtLeast(((1 - p) * total / weights.size).toFloat())
-        val sorted = near.sortedByDescending { weights[it] } // stable, as numpy's
+        // V weights below this bound sum to less than (1 - p) * total, so none of them is needed, and only the others are sorted
+        val candidates = weights.indicesAtLeast(((1 - p) * total / weights.size).toFloat())
+        val sorted = candidates.sortedByDescending { weights[it] } // stable, like numpy's
         var sum = 0.0
         val count = sorted.indexOfFirst { sum += weights[it]; sum >= p * total }
         return (if (count < 0) sorted else sorted.subList(0, count + 1)).toIntArray()
     }
 }
 
-/** The index of the largest, the first of equals; the first NaN if there is one. */
+/** The index of the largest number, or of the first NaN if there is one. Of equal numbers the first counts. */
 internal fun FloatArray.indexOfLargest(): Int {
     var best = 0
     for (i in indices) {
@@ -139,16 +142,16 @@ internal fun FloatArray.indexOfLargest(): Int {
     return best
 }
 
-private fun FloatArray.indicesAtLeast(least: Float): IntArray {
+private fun FloatArray.indicesAtLeast(bound: Float): IntArray {
     var count = 0
-    for (value in this) if (value >= least) count++
-    val found = IntArray(count)
+    for (value in this) if (value >= bound) count++
+    val result = IntArray(count)
     count = 0
-    for (i in indices) if (this[i] >= least) found[count++] = i
-    return found
+    for (i in indices) if (this[i] >= bound) result[count++] = i
+    return result
 }
 
-/** Put [value] in the place of the least, in a heap whose top is the least. */
+/** Replace the smallest number, which is at the top of this heap, by [value]. */
 private fun FloatArray.replaceTop(value: Float) {
     var at = 0
     while (true) {

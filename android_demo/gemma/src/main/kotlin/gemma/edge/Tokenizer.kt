@@ -1,5 +1,8 @@
 package gemma.edge
 
+import gemma.edge.text.AddedToken
+import gemma.edge.text.IntList
+import gemma.edge.text.TokenizerFile
 import java.io.ByteArrayOutputStream
 import java.io.File
 import java.io.IOException
@@ -9,10 +12,11 @@ import java.nio.charset.CharacterCodingException
 import java.util.PriorityQueue
 
 /**
- * Text to token ids and back, from a bundle's tokenizer.json; the same ids as Hugging Face tokenizers. Safe for several threads.
+ * Encodes text as token ids and decodes it again, as a bundle's tokenizer.json says. The ids are those of Hugging Face tokenizers.
+ * Several threads may use one tokenizer.
  *
- * @property bosTokenId first token of every text.
- * @property stopIds tokens that end an answer: the model's own, and the end of a turn.
+ * @property bosTokenId the first token of every text.
+ * @property stopIds the tokens that end an answer: those of the model, and the end of a turn.
  */
 public class Tokenizer private constructor(file: TokenizerFile, public val bosTokenId: Int, eosTokenIds: Set<Int>) {
     private val vocabulary = file.vocabulary
@@ -26,15 +30,15 @@ public class Tokenizer private constructor(file: TokenizerFile, public val bosTo
 
     public val stopIds: Set<Int> = eosTokenIds + listOfNotNull(idOf(END_OF_TURN))
 
-    /** The id of a token by its text, or null. */
+    /** The id of the token with this text; null if there is none. */
     public fun idOf(token: String): Int? = added.values.firstOrNull { String(it.content) == token }?.id
         ?: vocabulary.find(token).takeIf { it >= 0 }
 
     /**
-     * Token ids of a text; special tokens written in it, such as `<start_of_turn>`, become their ids.
+     * The token ids of a text. A special token in the text, for example `<start_of_turn>`, becomes its id.
      *
-     * @param bos begin with the BOS id, unless the text itself begins with it.
-     * @throws InputException the text holds half a surrogate pair, so it is no Unicode text.
+     * @param bos put the BOS id first, unless the text begins with it.
+     * @throws InputException the text has half a surrogate pair, so it is not valid Unicode.
      */
     public fun encode(text: String, bos: Boolean = true): IntArray {
         val bytes = utf8(text)
@@ -43,7 +47,7 @@ public class Tokenizer private constructor(file: TokenizerFile, public val bosTo
         return if (bos && ids.firstOrMinus1() != bosTokenId) intArrayOf(bosTokenId) + ids.toArray() else ids.toArray()
     }
 
-    /** Text of token ids, without special tokens; bytes that are no UTF-8 become U+FFFD. */
+    /** The text of token ids. Special tokens are left out, and bytes that are not valid UTF-8 become U+FFFD. */
     public fun decode(ids: IntArray): String {
         val text = StringBuilder()
         val bytes = ByteRun()
@@ -54,24 +58,24 @@ public class Tokenizer private constructor(file: TokenizerFile, public val bosTo
         return text.append(bytes.take()).toString()
     }
 
-    /** A decoder of tokens as they come. */
+    /** A decoder for tokens that are generated one after the other. */
     public fun stream(): TextStream = TextStream(this)
 
-    /** What a token adds to a text: a byte (0 to 255), or null where it is no byte token. */
+    /** The byte of a byte token (0 to 255); null for any other token. */
     internal fun byteOf(id: Int): Int? = byteOf[id]
 
-    /** The text of a token that is no byte; empty for a special token, and for an id that is none. */
+    /** The text of a token that is not a byte token; empty for a special token and for an id without a token. */
     internal fun textOf(id: Int): String {
         val token = added[id]
         if (token?.special == true) return ""
         return String(token?.content ?: vocabulary.bytes(id) ?: return "").replace(String(blank), " ")
     }
 
-    /** The token of a byte; -1 where none is needed: Gemma's own vocabulary has a tab, and therefore no token for its byte. */
+    /** The token of a byte; -1 if none is needed. Gemma's vocabulary has a tab, for example, and no byte token for it. */
     private fun byteId(byte: Int): Int {
-        val id = vocabulary.find("<0x${HEX[byte shr 4]}${HEX[byte and 0xF]}>") // format() takes 10 ms for all of them
+        val id = vocabulary.find("<0x${HEX[byte shr 4]}${HEX[byte and 0xF]}>") // format() would take 10 ms for all 256
         if (id < 0 && (byte >= 0x80 || vocabulary.find(byte.toChar().toString()) < 0)) {
-            throw UnsupportedException("tokenizer.json has no token for the byte 0x%02X; Gemma's own has one for every byte".format(byte))
+            throw UnsupportedException("tokenizer.json has no token for the byte 0x%02X; Gemma's tokenizer has one for every byte".format(byte))
         }
         return id
     }
@@ -92,7 +96,7 @@ public class Tokenizer private constructor(file: TokenizerFile, public val bosTo
         return replaced
     }
 
-    /** Byte pair encoding of one piece. Source: huggingface/tokenizers, models/bpe/word.rs, `merge_all`. */
+    /** Append the byte pair encoding of one word to [out]. Source: huggingface/tokenizers, models/bpe/word.rs, `merge_all`. */
     private fun merge(word: ByteArray, out: IntList) {
         val symbols = symbols(word)
         val count = symbols.size
@@ -100,18 +104,18 @@ public class Tokenizer private constructor(file: TokenizerFile, public val bosTo
         val next = IntArray(count) { if (it + 1 < count) it + 1 else -1 }
         val queue = PriorityQueue<Candidate>()
         fun offer(left: Int, right: Int) {
-            val found = merges.find(symbols[left], symbols[right])
-            if (found >= 0) queue.add(Candidate((found ushr 32).toInt(), left, found.toInt()))
+            val merge = merges.find(symbols[left], symbols[right])
+            if (merge >= 0) queue.add(Candidate((merge ushr 32).toInt(), left, merge.toInt()))
         }
         for (i in 0 until count - 1) offer(i, i + 1)
         while (true) {
             val candidate = queue.poll() ?: break
             val left = candidate.position
             val right = next[left]
-            // the pair may be another one by now
+            // an earlier merge may have changed the pair
             if (symbols[left] == GONE || right < 0) continue
-            val found = merges.find(symbols[left], symbols[right])
-            if (found < 0 || found.toInt() != candidate.merged) continue
+            val merge = merges.find(symbols[left], symbols[right])
+            if (merge < 0 || merge.toInt() != candidate.merged) continue
             symbols[left] = candidate.merged
             symbols[right] = GONE
             next[left] = next[right]
@@ -122,7 +126,7 @@ public class Tokenizer private constructor(file: TokenizerFile, public val bosTo
         for (symbol in symbols) if (symbol != GONE) out.add(symbol)
     }
 
-    /** A token for each character; several byte tokens for one that the vocabulary does not hold. */
+    /** One token per character, or the tokens of its bytes if the character is not in the vocabulary. */
     private fun symbols(word: ByteArray): IntArray {
         val ids = IntList()
         var start = 0
@@ -148,22 +152,24 @@ public class Tokenizer private constructor(file: TokenizerFile, public val bosTo
         private const val GONE = -1
         private const val HEX = "0123456789ABCDEF"
         private const val BLOCK = 1 shl 16
-        private const val MOST_BYTES = 1 shl 28
+
+        // MAX_BYTES: the largest tokenizer.json that is read.
+        private const val MAX_BYTES = 1 shl 28
 
         /**
-         * The tokenizer of a bundle.
+         * Open the tokenizer of a bundle.
          *
-         * @throws BundleException the file is damaged.
-         * @throws UnsupportedException the bundle has none, or one that is not of Gemma's kind.
+         * @throws BundleException tokenizer.json is damaged.
+         * @throws UnsupportedException the bundle has no tokenizer, or not one of Gemma's kind.
          */
         public fun open(bundle: Bundle): Tokenizer {
             if (!bundle.has(FILE)) {
-                throw UnsupportedException("${bundle.folder} is a token-level bundle, without $FILE; give token ids instead of text")
+                throw UnsupportedException("${bundle.folder} has no $FILE; feed token ids instead of text")
             }
             return open(bundle.file(FILE), bundle.bosTokenId, bundle.eosTokenIds)
         }
 
-        /** The tokenizer in a file; errors as above. */
+        /** Open the tokenizer in a file; the errors are the same. */
         internal fun open(file: File, bosTokenId: Int, eosTokenIds: Set<Int>): Tokenizer = try {
             Tokenizer(TokenizerFile.parse(read(file)), bosTokenId, eosTokenIds)
         } catch (error: JsonException) {
@@ -172,10 +178,13 @@ public class Tokenizer private constructor(file: TokenizerFile, public val bosTo
             throw BundleException("$file cannot be read (${error.message}); import the bundle again", error)
         }
 
-        /** All of a file in half the time of `readBytes`, which asks for it in one block: Java makes as large a one outside the heap. */
+        /**
+         * Read a file in half the time of `readBytes`. That function reads one block of the file's size, for which Java allocates a second
+         * one outside the heap.
+         */
         private fun read(file: File): ByteArray {
             val size = file.length()
-            if (size > MOST_BYTES) throw IOException("it has $size bytes, at most $MOST_BYTES are read")
+            if (size > MAX_BYTES) throw IOException("it has $size bytes; at most $MAX_BYTES are allowed")
             val bytes = ByteArray(size.toInt())
             file.inputStream().use { input ->
                 var at = 0
@@ -189,21 +198,22 @@ public class Tokenizer private constructor(file: TokenizerFile, public val bosTo
         }
 
         private fun utf8(text: String): ByteArray = try {
-            val buffer = Charsets.UTF_8.newEncoder().encode(CharBuffer.wrap(text)) // reports, where String replaces by '?'
+            val buffer = Charsets.UTF_8.newEncoder().encode(CharBuffer.wrap(text)) // throws, while String.toByteArray writes a '?'
             ByteArray(buffer.remaining()).also { buffer.get(it) }
         } catch (error: CharacterCodingException) {
-            throw InputException("the text holds half a surrogate pair; give valid Unicode text")
+            throw InputException("the text has half a surrogate pair; pass valid Unicode text")
         }
     }
 }
 
 /**
- * Text of tokens as they come, piece by piece. A character spelled in several byte tokens comes whole. Not for several threads.
+ * Decodes tokens one after the other. The text of a character that takes several byte tokens is returned with the last of them. Only one
+ * thread may use a stream.
  */
 public class TextStream internal constructor(private val tokenizer: Tokenizer) {
     private val bytes = ByteRun()
 
-    /** The text that a token completes; empty where it completes none. */
+    /** Add a token and return the text that it completes; empty if it completes none. */
     public fun push(id: Int): String {
         val byte = tokenizer.byteOf(id) ?: return bytes.textBefore(tokenizer.textOf(id))
         bytes.add(byte)
@@ -211,7 +221,10 @@ public class TextStream internal constructor(private val tokenizer: Tokenizer) {
     }
 }
 
-/** Byte tokens in a row: text if all of them together are UTF-8, else U+FFFD for each, as Hugging Face's ByteFallback has it. */
+/**
+ * Successive byte tokens. They become text if together they are valid UTF-8; otherwise each becomes U+FFFD, as in Hugging Face's
+ * ByteFallback.
+ */
 private class ByteRun {
     private val bytes = ByteArrayOutputStream()
 
@@ -219,10 +232,10 @@ private class ByteRun {
 
     fun isText(): Boolean = decoded() != null
 
-    /** The text of the run, which is then empty. */
+    /** Return the text of the run and empty it. */
     fun take(): String = (decoded() ?: "\uFFFD".repeat(bytes.size())).also { bytes.reset() }
 
-    /** The run ends before [text]; a special token, which has none, does not end it. */
+    /** End the run with [text], the next token's, and return both. A special token has no text and does not end the run. */
     fun textBefore(text: String): String = if (text.isEmpty()) "" else take() + text
 
     private fun decoded(): String? = try {
@@ -232,11 +245,11 @@ private class ByteRun {
     }
 }
 
-/** Finds added tokens in a text: from left to right, the longest one first. */
+/** Finds added tokens in a text from left to right. If several match, the longest is taken. */
 private class AddedTokens(tokens: List<AddedToken>) {
     private val byFirst = tokens.groupBy { it.content[0] }.mapValues { (_, same) -> same.sortedByDescending { it.content.size } }
 
-    /** Append the ids of the tokens in [text] to [ids], and give every piece between them to [between]. */
+    /** Append the ids of the added tokens in [text] to [ids], and call [between] for every piece between them, in order. */
     inline fun split(text: ByteArray, ids: IntList, between: (ByteArray) -> Unit) {
         var start = 0
         var at = 0

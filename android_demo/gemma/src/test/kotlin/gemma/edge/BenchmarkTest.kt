@@ -39,7 +39,7 @@ class BenchmarkTest {
     @Test
     fun bytes_read_per_token_are_the_weights_and_what_the_windows_see() {
         val found = result(Benchmark().run(Fixtures.demoBundle, BenchmarkSettings(prefill = 150, decode = 10, repeat = 1, warmup = 0)))
-        // int8, 4 heads of 64, keys and values; three layers see 128 tokens, three all 155
+        // keys and values in int8, 4 heads of 64; three layers see 128 tokens, the other three see all 155
         val cache = 2L * 4 * 64 * (3 * 128 + 3 * 155)
         assertEquals(File(Fixtures.demoBundle, "model.onnx.data").length() + cache, found["model"]["read_bytes_per_token"].long)
     }

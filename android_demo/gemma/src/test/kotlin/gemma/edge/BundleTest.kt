@@ -11,7 +11,7 @@ class BundleTest {
     @get:Rule
     val temporary = TemporaryFolder()
 
-    /** The demo's bundle with its manifest's text changed. */
+    /** A copy of the demo's bundle, with a text in its manifest replaced. */
     private fun changed(old: String, new: String): File {
         val folder = Fixtures.copyOfDemo(temporary.newFolder())
         val manifest = File(folder, Bundle.MANIFEST)

@@ -41,7 +41,7 @@ class ChatTemplateTest {
         assertRefuses<BundleException>("tokenizer_config.json") { ChatTemplate.of(Bundle.open(folder)) }
     }
 
-    /** Change a file, and its size in the manifest. */
+    /** Replace the text of a file, and its size in the manifest. */
     private fun write(folder: File, file: File, text: String) {
         val manifest = File(folder, Bundle.MANIFEST)
         val size = Regex("(\"${file.name}\": \\{\\s*\"bytes\": )\\d+")

@@ -6,7 +6,7 @@ import java.nio.ByteOrder
 import org.junit.Assert.assertThrows
 import org.junit.Assert.assertTrue
 
-/** What `make android-fixtures` wrote: Python's answers. */
+/** The answers of Python that `make android-test` wrote. */
 internal object Fixtures {
     private val root = File(System.getProperty("gemma.fixtures"))
 
@@ -17,12 +17,12 @@ internal object Fixtures {
     val models: List<Model> get() = folders("models").map(::Model)
 
     private fun folders(name: String): List<File> {
-        val found = File(root, name).listFiles().orEmpty().sorted()
-        check(found.isNotEmpty()) { "nothing in ${File(root, name)}: run make android-fixtures" }
-        return found
+        val folders = File(root, name).listFiles().orEmpty().sorted()
+        check(folders.isNotEmpty()) { "${File(root, name)} is empty or missing: run make android-test" }
+        return folders
     }
 
-    /** One bundle and what Python's runtime computed from it. */
+    /** One bundle, and what the Python runtime computed from it. */
     class Model(private val folder: File) {
         private val answers = json(File(folder, "answers.json"))
         val name: String get() = folder.name
@@ -39,13 +39,13 @@ internal object Fixtures {
         val state = File(folder, "state.safetensors")
         val savedConversation = File(folder, "conversation.safetensors")
 
-        /** Where Python looks for what Kotlin saved. */
+        /** The folder in which Python looks for the states that Kotlin saved. */
         val fromKotlin = File(root, "from-kotlin/$name").also { it.mkdirs() }
 
-        /** Logits after each call, one after the other. */
+        /** The logits after every call, joined. */
         fun logits(): FloatArray = floats("runtime.f32")
 
-        /** Logits after each call that follows the state. */
+        /** The logits after every call that follows the state, joined. */
         fun logitsAfterState(): FloatArray = floats("state.f32")
 
         private fun floats(file: String): FloatArray {
@@ -58,21 +58,21 @@ internal object Fixtures {
 
     fun ints(node: Node): IntArray = node.list.map { it.int(0..Int.MAX_VALUE) }.toIntArray()
 
-    /** A copy of the demo's bundle to damage. */
+    /** A copy of the demo's bundle, which a test may damage. */
     fun copyOfDemo(folder: File): File = File(folder, "bundle").also { demoBundle.copyRecursively(it) }
 }
 
-/** An error whose message has all of [parts] in it. */
+/** Assert that [act] throws a `T` whose message is one line with all [parts] in it. */
 internal inline fun <reified T : Throwable> assertRefuses(vararg parts: String, noinline act: () -> Unit) {
     val message = assertThrows(T::class.java, act).message.orEmpty()
     for (part in parts) assertTrue("'$part' is not in: $message", part in message)
     assertTrue("more than one line: $message", '\n' !in message)
 }
 
-/** A number of a JSON file, written with or without a point. */
+/** A number in a JSON file, with or without a decimal point. */
 internal val Node.double: Double get() = (value as Number).toDouble()
 
-/** Feed a model's tokens call by call, as Python did; logits after each of [calls], one after the other. */
+/** Feed a model's tokens call by call, as Python did, and return the logits after each of [calls], joined. */
 internal fun OnnxRuntime.run(model: Fixtures.Model, calls: IntRange = model.calls.indices): FloatArray {
     val all = FloatArray(calls.count() * bundle.vocabSize)
     var start = model.calls.take(calls.first).sum()

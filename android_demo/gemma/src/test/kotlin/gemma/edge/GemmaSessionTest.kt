@@ -18,7 +18,7 @@ import org.junit.Test
 class GemmaSessionTest {
     private val demo = Fixtures.models.first { it.name == "tiny-gemma2" }
 
-    /** Counts what a runtime is asked, and can fail. */
+    /** A runtime that counts the tokens it is fed, and that can fail. */
     private class Watched(private val runtime: GemmaRuntime) : GemmaRuntime by runtime {
         val decoded = AtomicInteger()
         val prefilled = AtomicInteger()
@@ -88,7 +88,7 @@ class GemmaSessionTest {
             said += piece.toByteArray().size
             delay(20)
             val fed = runtime.decoded.get()
-            // a token says at least a byte; the next character, of at most four byte tokens, waits to be collected
+            // each token adds at least one byte; the next character, of up to four byte tokens, is waiting for the collector
             assertTrue("$fed tokens fed, $said bytes taken", fed <= said + 4)
         }
         assertEquals(11, runtime.decoded.get())
@@ -121,7 +121,7 @@ class GemmaSessionTest {
         assertTrue("only the new turn is fed, not $freshlyFed tokens", freshlyFed < 30)
         val messages = session.messages
         assertEquals(cut, messages[1].content)
-        // the same conversation, read at once into an empty cache
+        // the same conversation, fed at once into an empty cache
         session.restore(messages.take(2))
         assertEquals(second, session.say("And then?"))
     }

@@ -16,7 +16,7 @@ class OnnxRuntimeTest {
 
     @Test
     fun logits_are_pythons_bit_for_bit_past_the_end_of_the_context() {
-        assertEquals("what the fixtures were made with", "1.29.0", OrtEnvironment.getEnvironment().version)
+        assertEquals("the version with which the fixtures were made", "1.29.0", OrtEnvironment.getEnvironment().version)
         for (model in Fixtures.models) {
             open(model.bundle).use { runtime ->
                 check(model.tokens.size > runtime.bundle.cache.context)

@@ -21,12 +21,12 @@ class SamplerTest {
         for (row in Fixtures.models.first().filters) {
             val sampler = Sampler(params(row["params"]))
             Fixtures.ints(row["seen"]).forEach(sampler::observe)
-            val found = sampler.distribution(row["logits"].list.map { it.double.toFloat() }.toFloatArray())
+            val actual = sampler.distribution(row["logits"].list.map { it.double.toFloat() }.toFloatArray())
             val name = row["params"].value.toString()
-            // numpy and Java round exp differently in the last place
-            val wanted = Fixtures.ints(row["ids"]).zip(row["probabilities"].list.map { it.double }).toMap()
-            assertEquals(name, wanted.keys, found.ids.toSet())
-            for (i in found.ids.indices) assertEquals(name, wanted.getValue(found.ids[i]), found.probabilities[i], 1e-6)
+            // numpy and Java round exp differently in the last digit
+            val expected = Fixtures.ints(row["ids"]).zip(row["probabilities"].list.map { it.double }).toMap()
+            assertEquals(name, expected.keys, actual.ids.toSet())
+            for (i in actual.ids.indices) assertEquals(name, expected.getValue(actual.ids[i]), actual.probabilities[i], 1e-6)
         }
     }
 
@@ -51,7 +51,7 @@ class SamplerTest {
         val expected = Sampler(params).distribution(logits)
         assertEquals(setOf(1, 3, 4), drawn.toSet())
         for (i in expected.ids.indices) {
-            // 4 standard deviations of a frequency
+            // the tolerance is 4 standard deviations of a frequency
             assertEquals(expected.probabilities[i], drawn.count { it == expected.ids[i] } / 20_000.0, 4 * 0.5 / Math.sqrt(20_000.0))
         }
         val again = Sampler(params)

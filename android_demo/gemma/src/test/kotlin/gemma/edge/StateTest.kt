@@ -12,7 +12,7 @@ import org.junit.Rule
 import org.junit.Test
 import org.junit.rules.TemporaryFolder
 
-/** Saved states, both ways: scripts/check_states.py loads in Python what is saved here. */
+/** Tests saved states in both directions. tools/kotlin_fixtures/check_states.py loads in Python the states that are saved here. */
 class StateTest {
     @get:Rule
     val temporary = TemporaryFolder()
@@ -42,7 +42,7 @@ class StateTest {
     @Test
     fun what_python_saved_goes_on_with_pythons_bits() {
         for (model in Fixtures.models) withRuntime(model) { runtime ->
-            runtime.prefill(intArrayOf(2, 9, 9)) // to be forgotten
+            runtime.prefill(intArrayOf(2, 9, 9)) // these tokens must be forgotten
             assertEquals("{\"kept\": \"with it\"}", runtime.load(model.state))
             assertEquals(model.calls.take(model.stateCalls).sum(), runtime.position)
             assertArrayEquals(model.name, model.logitsAfterState(), runtime.run(model, model.stateCalls until model.calls.size), 0f)
@@ -147,7 +147,7 @@ class StateTest {
         assertEquals(listOf("folder"), temporary.root.list()!!.toList())
     }
 
-    /** The file with one text in its header in place of another of the same length. */
+    /** The bytes of the file, with a text in its header replaced by another one of the same length. */
     private fun changed(file: File, old: String, new: String): ByteArray {
         check(old.length == new.length)
         val text = String(file.readBytes(), Charsets.ISO_8859_1)

@@ -1,5 +1,8 @@
 package gemma.edge
 
+import gemma.edge.text.Merges
+import gemma.edge.text.TextHash
+import gemma.edge.text.Vocabulary
 import java.io.File
 import java.io.RandomAccessFile
 import org.junit.Assert.assertArrayEquals
@@ -104,7 +107,7 @@ class TokenizerTest {
         val original = File(demo, Tokenizer.FILE).readText()
         val pair = Regex("""\[\s*"((?:[^"\\]|\\.)*)",\s*"((?:[^"\\]|\\.)*)"\s*]""")
         val start = original.indexOf("\"merges\"")
-        check(pair.find(original, start) != null) { "the demo's merges are no pairs" }
+        check(pair.find(original, start) != null) { "the demo's merges are not written as pairs" }
         File(temporary.root, Tokenizer.FILE).writeText(
             original.take(start) + pair.replace(original.drop(start)) { "\"${it.groupValues[1]} ${it.groupValues[2]}\"" },
         )

@@ -9,7 +9,7 @@ import android.os.Debug
 import android.os.PowerManager
 import gemma.edge.BenchmarkSystem
 
-/** What only Android tells a benchmark: the phone's name, battery, thermal status, PSS. */
+/** Adds what only Android knows to the notes of a benchmark: the name of the phone, battery, thermal status and PSS. */
 class AndroidSystem(private val context: Context) : BenchmarkSystem() {
     override fun device(): Map<String, Any> = super.device() + buildMap {
         put("name", "${Build.MANUFACTURER} ${Build.MODEL}")

@@ -1,128 +1,54 @@
 package gemma.edge.app
 
-import android.app.Application
 import android.content.Intent
 import android.os.Bundle
-import android.view.View
 import android.view.WindowManager
 import android.widget.TextView
 import androidx.activity.viewModels
 import androidx.appcompat.app.AppCompatActivity
-import androidx.lifecycle.AndroidViewModel
+import androidx.core.view.isVisible
 import androidx.lifecycle.Lifecycle
+import androidx.lifecycle.ViewModelProvider
 import androidx.lifecycle.lifecycleScope
 import androidx.lifecycle.repeatOnLifecycle
-import androidx.lifecycle.ViewModelProvider
-import androidx.lifecycle.viewModelScope
-import com.google.android.material.appbar.MaterialToolbar
-import com.google.android.material.button.MaterialButton
-import com.google.android.material.progressindicator.LinearProgressIndicator
-import gemma.edge.Benchmark
 import gemma.edge.BenchmarkSettings
 import gemma.edge.InputException
+import gemma.edge.app.databinding.BenchmarkBinding
 import java.io.File
 import java.text.SimpleDateFormat
 import java.util.Date
 import java.util.Locale
-import kotlinx.coroutines.CoroutineScope
-import kotlinx.coroutines.Dispatchers
-import kotlinx.coroutines.ensureActive
-import kotlinx.coroutines.flow.MutableStateFlow
-import kotlinx.coroutines.flow.StateFlow
-import kotlinx.coroutines.flow.asStateFlow
-import kotlinx.coroutines.flow.update
 import kotlinx.coroutines.launch
-import kotlinx.coroutines.withContext
-import org.json.JSONArray
-import org.json.JSONObject
-
-/** Medians of a result, for the screen; the file has every sample. */
-data class BenchmarkNumbers(val prefillTokensPerS: Double, val decodeTokensPerS: Double, val ttftMs: Double)
-
-/** What the benchmark screen shows. */
-data class BenchmarkState(
-    val running: Boolean = false,
-    val done: Int = 0,
-    val of: Int = 0,
-    val numbers: BenchmarkNumbers? = null,
-    val file: File? = null,
-    val failure: String? = null,
-)
-
-/** Runs one benchmark at a time, also while the screen rotates. */
-class BenchmarkViewModel(application: Application) : AndroidViewModel(application) {
-    private val mutable = MutableStateFlow(BenchmarkState())
-    private val folder: File get() = File(getApplication<Application>().getExternalFilesDir(null), "bench").also { it.mkdirs() }
-
-    val state: StateFlow<BenchmarkState> = mutable.asStateFlow()
-
-    /**
-     * Measure, and write `bench/NAME` in the app's external files.
-     *
-     * @param bundle a folder, or null for the model that the chat uses.
-     */
-    fun run(bundle: File?, settings: BenchmarkSettings, name: String) {
-        if (mutable.value.running) return
-        mutable.value = BenchmarkState(running = true, of = settings.warmup + settings.repeat)
-        viewModelScope.launch {
-            Engine.close() // a phone has no memory for two models
-            mutable.value = withContext(Dispatchers.Default) { measured(bundle, settings, name) }
-        }
-    }
-
-    /** Say why nothing was measured. */
-    fun refuse(reason: String) {
-        mutable.value = BenchmarkState(failure = reason)
-    }
-
-    private fun CoroutineScope.measured(bundle: File?, settings: BenchmarkSettings, name: String): BenchmarkState {
-        val chosen = bundle ?: BundleStore(getApplication()).run { installDemo(); selected() } ?: return BenchmarkState(failure = "no model")
-        val document = Benchmark(AndroidSystem(getApplication())).run(chosen, settings) { done ->
-            ensureActive()
-            mutable.update { it.copy(done = done) }
-        }
-        val file = File(folder, name)
-        Benchmark.writeWhole(file, document)
-        val result = JSONObject(document).getJSONArray("results").getJSONObject(0)
-        val failure = result.getString("failure")
-        return if (failure.isEmpty()) BenchmarkState(numbers = numbers(result, settings), file = file) else BenchmarkState(failure = failure, file = file)
-    }
-
-    private fun numbers(result: JSONObject, settings: BenchmarkSettings) = BenchmarkNumbers(
-        prefillTokensPerS = settings.prefill / median(result.getJSONArray("prefill_s")),
-        decodeTokensPerS = settings.decode / median(result.getJSONArray("decode_s")),
-        ttftMs = 1e3 * median(result.getJSONArray("ttft_s")),
-    )
-
-    private fun median(samples: JSONArray): Double = List(samples.length(), samples::getDouble).sorted().let { it[it.size / 2] }
-}
 
 /**
- * The benchmark screen, also started by `adb shell am start` with `bundle`, `result` and the numbers of docs/benchmarking.md as
- * extras: then it measures at once.
+ * The benchmark screen. `adb shell am start` can open it with the extras `bundle`, `result` and the numbers of docs/benchmarking.md;
+ * then it starts to measure at once.
  */
 class BenchmarkActivity : AppCompatActivity() {
-    val benchmark: BenchmarkViewModel by viewModels { ViewModelProvider.AndroidViewModelFactory(application) }
+    private val benchmark: BenchmarkViewModel by viewModels { ViewModelProvider.AndroidViewModelFactory(application) }
+    private lateinit var binding: BenchmarkBinding
 
     override fun onCreate(savedInstanceState: Bundle?) {
         super.onCreate(savedInstanceState)
-        setContentView(R.layout.benchmark)
-        window.addFlags(WindowManager.LayoutParams.FLAG_KEEP_SCREEN_ON) // a screen that goes off slows the processor down
-        findViewById<MaterialToolbar>(R.id.toolbar).setNavigationOnClickListener { finish() }
+        binding = BenchmarkBinding.inflate(layoutInflater)
+        setContentView(binding.root)
+        window.addFlags(WindowManager.LayoutParams.FLAG_KEEP_SCREEN_ON) // the processor slows down when the screen goes off
+        binding.toolbar.setNavigationOnClickListener { finish() }
         if (savedInstanceState == null) fill(BenchmarkSettings())
-        findViewById<MaterialButton>(R.id.run).setOnClickListener { start { benchmark.run(null, typed(), timedName()) } }
+        binding.run.setOnClickListener { refuseOnError { benchmark.run(null, typedSettings(), timedName()) } }
         lifecycleScope.launch { repeatOnLifecycle(Lifecycle.State.STARTED) { benchmark.state.collect(::show) } }
-        if (savedInstanceState == null) asked(intent)
+        if (savedInstanceState == null) runRequested(intent)
     }
 
     override fun onNewIntent(intent: Intent) {
         super.onNewIntent(intent)
-        asked(intent)
+        runRequested(intent)
     }
 
-    private fun asked(intent: Intent) {
+    /** Run the benchmark that an intent requests, if it names a bundle. */
+    private fun runRequested(intent: Intent) {
         val bundle = intent.getStringExtra("bundle") ?: return
-        start {
+        refuseOnError {
             val default = BenchmarkSettings()
             val settings = BenchmarkSettings(
                 threads = intent.getIntExtra("threads", 0).takeIf { it > 0 },
@@ -136,50 +62,50 @@ class BenchmarkActivity : AppCompatActivity() {
         }
     }
 
-    /** Any app can send an intent: the result stays in its folder. */
+    /** The name, if it cannot lead out of the results' folder: any app can send an intent. */
     private fun plainName(name: String): String =
         if (NAME.matches(name)) name else throw InputException("result '$name' is not a plain file name that ends with .json")
 
     private fun timedName() = SimpleDateFormat("yyyyMMdd-HHmmss", Locale.ROOT).format(Date()) + ".json"
 
-    private fun start(act: () -> Unit) = try {
+    private fun refuseOnError(act: () -> Unit) = try {
         act()
     } catch (error: InputException) {
         benchmark.refuse(error.message.orEmpty())
     }
 
     private fun fill(settings: BenchmarkSettings) {
-        field(R.id.threads).text = (settings.threads ?: 0).toString()
-        field(R.id.prefill).text = settings.prefill.toString()
-        field(R.id.decode).text = settings.decode.toString()
-        field(R.id.repeat).text = settings.repeat.toString()
+        binding.threads.setText((settings.threads ?: 0).toString())
+        binding.prefill.setText(settings.prefill.toString())
+        binding.decode.setText(settings.decode.toString())
+        binding.repeat.setText(settings.repeat.toString())
     }
 
-    private fun typed() = BenchmarkSettings(
-        threads = number(R.id.threads).takeIf { it > 0 },
-        prefill = number(R.id.prefill),
-        decode = number(R.id.decode),
-        repeat = number(R.id.repeat),
+    private fun typedSettings() = BenchmarkSettings(
+        threads = number(binding.threads).takeIf { it > 0 },
+        prefill = number(binding.prefill),
+        decode = number(binding.decode),
+        repeat = number(binding.repeat),
     )
 
-    private fun number(id: Int): Int = field(id).text.toString().let { it.toIntOrNull() ?: throw InputException("'$it' is not a whole number") }
+    private fun number(field: TextView): Int =
+        field.text.toString().let { it.toIntOrNull() ?: throw InputException("'$it' is not a whole number") }
 
-    private fun show(state: BenchmarkState) {
-        findViewById<MaterialButton>(R.id.run).isEnabled = !state.running
-        val progress = findViewById<LinearProgressIndicator>(R.id.progress)
-        progress.visibility = if (state.running) View.VISIBLE else View.GONE
-        progress.max = maxOf(state.of, 1)
-        progress.progress = state.done
-        val numbers = state.numbers
-        field(R.id.result).text = when {
-            state.running -> getString(R.string.running, state.done, state.of)
-            numbers != null ->
-                getString(R.string.bench_result, numbers.prefillTokensPerS, numbers.decodeTokensPerS, numbers.ttftMs, state.file?.name)
-            else -> state.failure.orEmpty()
+    private fun show(state: BenchmarkUiState) {
+        val running = state as? BenchmarkUiState.Running
+        binding.run.isEnabled = running == null
+        binding.progress.isVisible = running != null
+        binding.progress.max = maxOf(running?.total ?: 0, 1)
+        binding.progress.progress = running?.done ?: 0
+        binding.result.text = when (state) {
+            is BenchmarkUiState.Idle -> ""
+            is BenchmarkUiState.Running -> getString(R.string.running, state.done, state.total)
+            is BenchmarkUiState.Measured -> state.numbers.let {
+                getString(R.string.bench_result, it.prefillTokensPerS, it.decodeTokensPerS, it.ttftMs, state.file.name)
+            }
+            is BenchmarkUiState.Failed -> state.reason
         }
     }
-
-    private fun field(id: Int): TextView = findViewById(id)
 
     private companion object {
         val NAME = Regex("[\\w-][\\w.-]{0,100}\\.json")

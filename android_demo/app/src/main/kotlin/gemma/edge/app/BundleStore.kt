@@ -8,18 +8,18 @@ import java.io.File
 import java.io.IOException
 import java.io.InputStream
 
-/** A folder to import from: what the system's file picker gave, or a real one in tests. */
+/** A folder to import a model from. */
 interface Source {
     val name: String
 
-    /** Every file below it. */
+    /** All files in the folder and its subfolders. */
     fun files(): List<SourceFile>
 }
 
-/** One file of a [Source]; [path] has slashes and is relative to it. */
+/** One file of a [Source]. Its [path] is relative to the source and written with slashes. */
 class SourceFile(val path: String, val bytes: Long, val open: () -> InputStream)
 
-/** How far an import is. */
+/** The progress of an import: first all files are copied, then they are checked. */
 sealed interface ImportStep {
     val percent: Int
 
@@ -28,25 +28,25 @@ sealed interface ImportStep {
     data class Checking(override val percent: Int) : ImportStep
 }
 
-/** The bundles in the app's own storage. All of it reads and writes files: not on the main thread. */
+/** The bundles in the app's own storage. Its functions read and write files, so do not call them on the main thread. */
 class BundleStore(private val context: Context) {
     private val root = File(context.filesDir, "bundles")
     private val preferences = context.getSharedPreferences("bundles", Context.MODE_PRIVATE)
 
-    /** Every bundle, by name. */
+    /** All bundles, sorted by name. */
     fun list(): List<File> = root.listFiles { file -> !file.name.startsWith(".") }.orEmpty().sortedBy { it.name }
 
-    /** The bundle that the user chose last, else the first one; null where there is none. */
+    /** The bundle that the user chose last, or the first one if that is gone; null if there are no bundles. */
     fun selected(): File? = list().let { all -> all.firstOrNull { it.name == preferences.getString(SELECTED, null) } ?: all.firstOrNull() }
 
-    /** Remember a choice. */
+    /** Remember which bundle the user chose. */
     fun select(bundle: File) = preferences.edit().putString(SELECTED, bundle.name).apply()
 
     fun delete(bundle: File) {
         bundle.deleteRecursively()
     }
 
-    /** Unpack the model that the app brings along, once. */
+    /** Unpack the model that comes with the app, unless it was unpacked before. */
     fun installDemo() {
         if (preferences.getBoolean(DEMO_INSTALLED, false)) return
         import(AssetSource(context, DEMO)) {}
@@ -54,17 +54,19 @@ class BundleStore(private val context: Context) {
     }
 
     /**
-     * Copy a bundle and check every hash; nothing is left when it fails.
+     * Copy a bundle and check the hash of every file. If anything fails, nothing is left of the copy.
      *
-     * @throws GemmaException no bundle, a damaged one, or one of that name is there already.
-     * @throws IOException no space, or the source cannot be read.
+     * @param progress called after each block of bytes.
+     * @return the folder of the copy.
+     * @throws GemmaException the source is not a bundle or is damaged, or a bundle of that name exists.
+     * @throws IOException there is not enough space, or the source cannot be read.
      */
     fun import(source: Source, progress: (ImportStep) -> Unit): File {
         val target = File(root, source.name)
-        if (target.exists()) throw BundleException("a model named ${source.name} is there already; delete it first")
+        if (target.exists()) throw BundleException("there is already a model named ${source.name}; delete it first")
         val files = source.files()
         if (files.none { it.path == "manifest.json" }) {
-            throw BundleException("${source.name} is not a bundle: no manifest.json in it; choose the folder that gemma-export made")
+            throw BundleException("${source.name} is not a bundle: it has no manifest.json; choose a folder that gemma-export made")
         }
         val partial = File(root, ".${source.name}.partial")
         partial.deleteRecursively()
@@ -83,13 +85,16 @@ class BundleStore(private val context: Context) {
         folder.mkdirs()
         val total = files.sumOf { it.bytes }
         if (total > folder.usableSpace) {
-            throw IOException("${total shr 20} MiB to copy and ${folder.usableSpace shr 20} MiB free; make room on the device")
+            val free = folder.usableSpace shr 20
+            throw IOException("the model has ${total shr 20} MiB, but only $free MiB are free; make room on the device")
         }
         val block = ByteArray(1 shl 20)
         var done = 0L
         for (file in files) {
             val target = File(folder, file.path)
-            if (!target.canonicalPath.startsWith(folder.canonicalPath + File.separator)) throw BundleException("${file.path} lies outside the bundle")
+            if (!target.canonicalPath.startsWith(folder.canonicalPath + File.separator)) {
+                throw BundleException("${file.path} lies outside the bundle")
+            }
             target.parentFile!!.mkdirs()
             file.open().use { input ->
                 target.outputStream().use { output ->
@@ -108,7 +113,7 @@ class BundleStore(private val context: Context) {
     private fun percent(done: Long, total: Long) = (100 * done / maxOf(total, 1)).toInt()
 
     companion object {
-        /** The bundle in the APK's assets. */
+        /** The name of the bundle in the APK's assets. */
         const val DEMO = "tiny-gemma2"
         private const val SELECTED = "selected"
         private const val DEMO_INSTALLED = "demo_installed"

@@ -2,42 +2,31 @@ package gemma.edge.app
 
 import android.content.Intent
 import android.os.Bundle
-import android.view.View
-import android.widget.TextView
 import androidx.activity.viewModels
 import androidx.appcompat.app.AppCompatActivity
+import androidx.core.view.isVisible
 import androidx.lifecycle.Lifecycle
 import androidx.lifecycle.lifecycleScope
 import androidx.lifecycle.repeatOnLifecycle
 import androidx.recyclerview.widget.LinearLayoutManager
-import androidx.recyclerview.widget.RecyclerView
-import com.google.android.material.appbar.MaterialToolbar
-import com.google.android.material.button.MaterialButton
-import com.google.android.material.textfield.TextInputEditText
+import gemma.edge.app.databinding.ChatBinding
 import kotlinx.coroutines.launch
 
-/** The chat screen: shows [ChatState], passes on what is pressed. */
+/** The chat screen: it shows the [ChatUiState] and passes the user's actions on to the [ChatViewModel]. */
 class ChatActivity : AppCompatActivity() {
     private val chat: ChatViewModel by viewModels()
     private val adapter = MessageAdapter()
+    private lateinit var binding: ChatBinding
 
     override fun onCreate(savedInstanceState: Bundle?) {
         super.onCreate(savedInstanceState)
-        setContentView(R.layout.chat)
-        val messages = findViewById<RecyclerView>(R.id.messages)
-        messages.layoutManager = LinearLayoutManager(this).apply { stackFromEnd = true }
-        messages.adapter = adapter
-        messages.itemAnimator = null // a text that grows would flicker
-        findViewById<MaterialToolbar>(R.id.toolbar).setOnMenuItemClickListener { item -> chosen(item.itemId) }
-        val input = findViewById<TextInputEditText>(R.id.input)
-        findViewById<MaterialButton>(R.id.send).setOnClickListener {
-            if (chat.state.value.answering) {
-                chat.stop()
-            } else {
-                chat.send(input.text.toString().trim())
-                input.setText("")
-            }
-        }
+        binding = ChatBinding.inflate(layoutInflater)
+        setContentView(binding.root)
+        binding.messages.layoutManager = LinearLayoutManager(this).apply { stackFromEnd = true }
+        binding.messages.adapter = adapter
+        binding.messages.itemAnimator = null // an animated message would flicker while its text grows
+        binding.toolbar.setOnMenuItemClickListener { item -> openMenuItem(item.itemId) }
+        binding.send.setOnClickListener { sendOrStop() }
         lifecycleScope.launch { repeatOnLifecycle(Lifecycle.State.STARTED) { chat.state.collect(::show) } }
     }
 
@@ -46,7 +35,16 @@ class ChatActivity : AppCompatActivity() {
         chat.load()
     }
 
-    private fun chosen(item: Int): Boolean {
+    private fun sendOrStop() {
+        if (chat.state.value.model is ModelState.Answering) {
+            chat.stop()
+        } else {
+            chat.send(binding.input.text.toString().trim())
+            binding.input.setText("")
+        }
+    }
+
+    private fun openMenuItem(item: Int): Boolean {
         when (item) {
             R.id.new_chat -> chat.newChat()
             R.id.models -> startActivity(Intent(this, ModelsActivity::class.java))
@@ -57,30 +55,30 @@ class ChatActivity : AppCompatActivity() {
         return true
     }
 
-    private fun show(state: ChatState) {
-        findViewById<MaterialToolbar>(R.id.toolbar).subtitle = state.model
-        findViewById<View>(R.id.busy).visibility = if (state.loading || state.answering) View.VISIBLE else View.GONE
-        val status = findViewById<TextView>(R.id.status)
+    private fun show(state: ChatUiState) {
+        val model = state.model
+        val answering = model is ModelState.Answering
+        binding.toolbar.subtitle = model.name
+        binding.busy.isVisible = answering || model is ModelState.Loading || model is ModelState.Starting
         val line = statusLine(state)
-        if (status.text.toString() != line) status.text = line // said once, not with every token
-        status.visibility = if (line.isEmpty()) View.GONE else View.VISIBLE
-        findViewById<MaterialButton>(R.id.send).apply {
-            setIconResource(if (state.answering) R.drawable.stop else R.drawable.send)
-            contentDescription = getString(if (state.answering) R.string.stop else R.string.send)
-            isEnabled = state.answering || state.ready
-        }
-        adapter.model = state.model
+        // TalkBack reads the line whenever it is set, so it is not set again with every token
+        if (binding.status.text.toString() != line) binding.status.text = line
+        binding.status.isVisible = line.isNotEmpty()
+        binding.send.setIconResource(if (answering) R.drawable.stop else R.drawable.send)
+        binding.send.contentDescription = getString(if (answering) R.string.stop else R.string.send)
+        binding.send.isEnabled = answering || model is ModelState.Ready
+        adapter.modelName = model.name
         adapter.submitList(state.messages) {
-            if (state.messages.isNotEmpty()) findViewById<RecyclerView>(R.id.messages).scrollToPosition(state.messages.size - 1)
+            if (state.messages.isNotEmpty()) binding.messages.scrollToPosition(state.messages.size - 1)
         }
     }
 
-    private fun statusLine(state: ChatState): String = when {
-        state.failure != null -> state.failure
-        state.loading && state.model.isNotEmpty() -> getString(R.string.loading, state.model)
-        state.loading -> ""
-        state.model.isEmpty() -> getString(R.string.no_model)
-        state.messages.isEmpty() -> getString(R.string.empty_chat)
-        else -> ""
+    private fun statusLine(state: ChatUiState): String = when (val model = state.model) {
+        is ModelState.Starting -> ""
+        is ModelState.Missing -> getString(R.string.no_model)
+        is ModelState.Loading -> getString(R.string.loading, model.name)
+        is ModelState.Failed -> model.reason
+        is ModelState.Answering -> ""
+        is ModelState.Ready -> model.failure ?: if (state.messages.isEmpty()) getString(R.string.empty_chat) else ""
     }
 }

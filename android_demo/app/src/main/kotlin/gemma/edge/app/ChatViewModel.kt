@@ -5,12 +5,9 @@ import androidx.lifecycle.AndroidViewModel
 import androidx.lifecycle.SavedStateHandle
 import androidx.lifecycle.viewModelScope
 import gemma.edge.AnswerStats
-import gemma.edge.GemmaException
 import gemma.edge.GemmaSession
 import gemma.edge.Message
 import java.io.File
-import java.io.IOException
-import kotlinx.coroutines.CancellationException
 import kotlinx.coroutines.Dispatchers
 import kotlinx.coroutines.Job
 import kotlinx.coroutines.flow.MutableStateFlow
@@ -20,54 +17,78 @@ import kotlinx.coroutines.flow.update
 import kotlinx.coroutines.launch
 import kotlinx.coroutines.withContext
 
-/** One bubble; [stats] stands under a finished answer. */
+/** One message on the screen. A finished answer has [stats], which are shown below it. */
 data class ChatMessage(val byUser: Boolean, val text: String, val stats: AnswerStats? = null)
 
-/** What the chat screen shows. [model] is empty where there is none, [ready] says that it can answer; [failure] is one line for the user. */
-data class ChatState(
-    val model: String = "",
-    val loading: Boolean = true,
-    val ready: Boolean = false,
-    val answering: Boolean = false,
-    val messages: List<ChatMessage> = emptyList(),
-    val failure: String? = null,
-)
+/** What the model of the chat is doing. */
+sealed interface ModelState {
+    /** The name of the model; empty while there is none. */
+    val name: String
 
-/** The conversation. Survives rotation as a view model, and the end of the process in [saved]. */
+    /** The app has just started and does not know yet which model was chosen. */
+    data object Starting : ModelState {
+        override val name = ""
+    }
+
+    /** There is no model on the device. */
+    data object Missing : ModelState {
+        override val name = ""
+    }
+
+    /** The model is being loaded. */
+    data class Loading(override val name: String) : ModelState
+
+    /** The model waits for a message. [failure] says why the last message was not answered. */
+    data class Ready(override val name: String, val failure: String? = null) : ModelState
+
+    /** The model is answering. */
+    data class Answering(override val name: String) : ModelState
+
+    /** The model cannot be used. */
+    data class Failed(override val name: String, val reason: String) : ModelState
+}
+
+/** What the chat screen shows. */
+data class ChatUiState(val model: ModelState = ModelState.Starting, val messages: List<ChatMessage> = emptyList())
+
+/** The conversation. It survives a rotation as a view model, and the end of the process in [saved]. */
 class ChatViewModel(application: Application, private val saved: SavedStateHandle) : AndroidViewModel(application) {
+    private val engine = application.engine
     private val store = BundleStore(application)
     private val settings = SettingsStore(application)
-    private val mutable = MutableStateFlow(ChatState(messages = savedMessages()))
+    private val mutable = MutableStateFlow(ChatUiState(messages = savedMessages()))
     private var session: GemmaSession? = null
     private var work: Job? = null
 
-    val state: StateFlow<ChatState> = mutable.asStateFlow()
+    val state: StateFlow<ChatUiState> = mutable.asStateFlow()
 
-    /** Load the chosen model unless it is the one that is loaded; the screen calls it whenever it comes to the front. */
+    /** Load the chosen model unless it is loaded already. The screen calls this whenever it comes to the front. */
     fun load() {
         if (work?.isActive == true) return
         work = viewModelScope.launch {
-            reporting {
+            val failure = failureOf {
                 val folder = withContext(Dispatchers.IO) {
                     store.installDemo()
                     store.selected()
                 }
-                if (folder == null) mutable.update { it.copy(model = "", ready = false) } else open(folder)
+                if (folder == null) show(ModelState.Missing) else open(folder)
             }
-            mutable.update { it.copy(loading = false) }
+            if (failure != null) show(ModelState.Failed(mutable.value.model.name, failure))
         }
     }
 
-    /** Say something, unless an answer is being given. */
+    /** Send a message. Nothing happens while an answer is being given or before the model is loaded. */
     fun send(text: String) {
         val session = session
         if (text.isBlank() || session == null || work?.isActive == true) return
+        val model = mutable.value.model.name
         val asked = mutable.value.messages + ChatMessage(byUser = true, text = text)
-        mutable.update { it.copy(messages = asked + ChatMessage(byUser = false, text = ""), answering = true, failure = null) }
+        mutable.value = ChatUiState(ModelState.Answering(model), asked + ChatMessage(byUser = false, text = ""))
         work = viewModelScope.launch {
             var answer = ""
+            var failure: String? = null
             try {
-                reporting {
+                failure = failureOf {
                     val chosen = settings.load()
                     if (asked.size == 1) saved[SYSTEM_PROMPT] = chosen.systemPrompt
                     val turn = if (asked.size == 1) withSystemPrompt(text) else text
@@ -77,33 +98,34 @@ class ChatViewModel(application: Application, private val saved: SavedStateHandl
                     }
                 }
             } finally {
-                // an answer without a text: the model could not begin, so the turn did not happen
+                // without a text the model could not begin to answer, and the session does not keep the turn either
                 show(if (answer.isEmpty()) asked.dropLast(1) else asked + ChatMessage(false, answer, session.stats))
-                mutable.update { it.copy(answering = false) }
+                show(ModelState.Ready(model, failure))
             }
         }
     }
 
-    /** End the answer; what was said stands. */
+    /** End the answer. The text that is on the screen stays in the conversation. */
     fun stop() {
-        if (mutable.value.answering) work?.cancel()
+        if (mutable.value.model is ModelState.Answering) work?.cancel()
     }
 
     /** Forget the conversation. */
     fun newChat() {
+        stop()
         val running = work
-        running?.cancel()
         work = viewModelScope.launch {
             running?.join()
             session?.reset()
             show(emptyList())
-            mutable.update { it.copy(failure = null) }
+            val model = mutable.value.model
+            if (model is ModelState.Ready) show(model.copy(failure = null))
         }
     }
 
     private suspend fun open(folder: File) {
-        if (session?.bundle?.folder != folder) mutable.update { it.copy(model = folder.name, loading = true, ready = false) }
-        val opened = Engine.open(folder)
+        if (session?.bundle?.folder != folder) show(ModelState.Loading(folder.name))
+        val opened = engine.open(folder)
         if (opened !== session) {
             opened.restore(mutable.value.messages.mapIndexed { index, message ->
                 val text = if (index == 0) withSystemPrompt(message.text) else message.text
@@ -111,37 +133,26 @@ class ChatViewModel(application: Application, private val saved: SavedStateHandl
             })
             session = opened
         }
-        mutable.update { it.copy(ready = true, failure = null) }
+        show(ModelState.Ready(folder.name))
     }
 
-    /** Gemma has no system role: what would be there goes before the first message. */
+    /** The first message with the system prompt before it, because Gemma's chat format has no system role. */
     private fun withSystemPrompt(text: String): String {
         val prompt = saved.get<String>(SYSTEM_PROMPT).orEmpty()
         return if (prompt.isBlank()) text else "$prompt\n\n$text"
     }
 
-    /** What a user can do something about becomes a line on the screen; anything else is a bug, and crashes. */
-    private suspend fun reporting(act: suspend () -> Unit) {
-        try {
-            act()
-        } catch (error: CancellationException) {
-            throw error
-        } catch (error: GemmaException) {
-            mutable.update { it.copy(failure = error.message) }
-        } catch (error: IOException) {
-            mutable.update { it.copy(failure = error.message) }
-        }
-    }
+    private fun show(model: ModelState) = mutable.update { it.copy(model = model) }
 
     private fun show(messages: List<ChatMessage>) {
         mutable.update { it.copy(messages = messages) }
         saved[TEXTS] = ArrayList(messages.map { it.text })
     }
 
-    /** User and model take turns, so the texts are enough. */
+    /** The messages of the process that ended. User and model take turns, so it is enough to save the texts. */
     private fun savedMessages(): List<ChatMessage> {
         val texts = saved.get<ArrayList<String>>(TEXTS).orEmpty()
-        // the process ended before the answer began
+        // if the process ended before an answer began, its question is dropped
         val whole = if (texts.size % 2 == 0) texts else texts.dropLast(1)
         return whole.mapIndexed { index, text -> ChatMessage(byUser = index % 2 == 0, text = text) }
     }

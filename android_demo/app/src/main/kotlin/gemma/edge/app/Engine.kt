@@ -1,5 +1,7 @@
 package gemma.edge.app
 
+import android.app.Application
+import android.content.Context
 import gemma.edge.Bundle
 import gemma.edge.ChatTemplate
 import gemma.edge.Device
@@ -12,16 +14,28 @@ import kotlinx.coroutines.sync.Mutex
 import kotlinx.coroutines.sync.withLock
 import kotlinx.coroutines.withContext
 
-/** The one model that this process holds: a phone has no memory for two. Outlives screens, so that rotation loads nothing. */
-object Engine {
-    /** What the device has free; tests put another one here. */
-    @Volatile
-    var device: () -> Device = Device::current
+/** The application. It owns the [engine], which therefore outlives every screen. */
+open class GemmaApplication : Application() {
+    open val engine: Engine = Engine()
+}
 
+/** The engine of the running application. */
+val Context.engine: Engine get() = (applicationContext as GemmaApplication).engine
+
+/**
+ * Holds at most one open model, because a phone has no memory for two. A screen that is rotated finds its model still open.
+ *
+ * @param device measures the free memory and the cores; called whenever a model is opened.
+ */
+class Engine(private val device: () -> Device = Device::current) {
     private val lock = Mutex()
     private var session: GemmaSession? = null
 
-    /** The session of a bundle: the open one if it is the same bundle, else that one is closed first. */
+    /**
+     * The session of a bundle. The session that is open is returned if it is of the same bundle; otherwise it is closed first.
+     *
+     * @throws gemma.edge.GemmaException the bundle cannot be used on this device.
+     */
     suspend fun open(folder: File): GemmaSession = lock.withLock {
         session?.takeIf { it.bundle.folder == folder } ?: withContext(Dispatchers.IO) {
             session?.close()
@@ -33,7 +47,7 @@ object Engine {
         }
     }
 
-    /** Free the model's memory. */
+    /** Close the open model, if there is one, and free its memory. */
     suspend fun close() = lock.withLock {
         withContext(Dispatchers.IO) { session?.close() }
         session = null

@@ -2,42 +2,37 @@ package gemma.edge.app
 
 import android.view.Gravity
 import android.view.LayoutInflater
-import android.view.View
 import android.view.ViewGroup
 import android.widget.LinearLayout
-import android.widget.TextView
+import androidx.core.view.isVisible
 import androidx.recyclerview.widget.DiffUtil
 import androidx.recyclerview.widget.ListAdapter
 import androidx.recyclerview.widget.RecyclerView
-import com.google.android.material.card.MaterialCardView
 import com.google.android.material.color.MaterialColors
+import gemma.edge.app.databinding.MessageBinding
 
-/** Shows messages: the user's at the end of the line, the model's at its start, numbers under answers. */
+/** Shows the user's messages at the end of the line and the model's at its start, with numbers below finished answers. */
 class MessageAdapter : ListAdapter<ChatMessage, MessageAdapter.Holder>(Difference) {
-    /** Read out as the one who speaks. */
-    var model: String = ""
+    /** The name by which TalkBack announces the model's messages. */
+    var modelName: String = ""
 
-    class Holder(view: View) : RecyclerView.ViewHolder(view) {
-        val card: MaterialCardView = view.findViewById(R.id.card)
-        val text: TextView = view.findViewById(R.id.text)
-        val stats: TextView = view.findViewById(R.id.stats)
-    }
+    class Holder(val binding: MessageBinding) : RecyclerView.ViewHolder(binding.root)
 
     override fun onCreateViewHolder(parent: ViewGroup, viewType: Int) =
-        Holder(LayoutInflater.from(parent.context).inflate(R.layout.message, parent, false))
+        Holder(MessageBinding.inflate(LayoutInflater.from(parent.context), parent, false))
 
-    override fun onBindViewHolder(holder: Holder, position: Int) {
+    override fun onBindViewHolder(holder: Holder, position: Int): Unit = with(holder.binding) {
         val message = getItem(position)
-        val context = holder.itemView.context
-        holder.text.text = message.text.ifEmpty { "…" }
-        holder.text.contentDescription =
-            if (message.byUser) context.getString(R.string.you_said, message.text) else context.getString(R.string.model_said, model, message.text)
+        val context = root.context
+        text.text = message.text.ifEmpty { "…" }
+        text.contentDescription = if (message.byUser) context.getString(R.string.you_said, message.text)
+        else context.getString(R.string.model_said, modelName, message.text)
         val background = if (message.byUser) com.google.android.material.R.attr.colorPrimaryContainer
         else com.google.android.material.R.attr.colorSurfaceContainerHighest
-        holder.card.setCardBackgroundColor(MaterialColors.getColor(holder.card, background))
-        (holder.card.layoutParams as LinearLayout.LayoutParams).gravity = if (message.byUser) Gravity.END else Gravity.START
-        holder.stats.visibility = if (message.stats == null) View.GONE else View.VISIBLE
-        message.stats?.let { holder.stats.text = context.getString(R.string.answer_stats, it.decodeTokensPerS, it.ttftMs) }
+        card.setCardBackgroundColor(MaterialColors.getColor(card, background))
+        (card.layoutParams as LinearLayout.LayoutParams).gravity = if (message.byUser) Gravity.END else Gravity.START
+        stats.isVisible = message.stats != null
+        message.stats?.let { stats.text = context.getString(R.string.answer_stats, it.decodeTokensPerS, it.ttftMs) }
     }
 
     private object Difference : DiffUtil.ItemCallback<ChatMessage>() {

@@ -3,7 +3,7 @@ package gemma.edge.app
 import android.content.Context
 import gemma.edge.SamplingParams
 
-/** What the user can set about answers. */
+/** The settings of the chat. Changed settings apply to the next answer. */
 data class Settings(
     val temperature: Double = 0.7,
     val topK: Int = 64,
@@ -11,11 +11,15 @@ data class Settings(
     val maxTokens: Int = 512,
     val systemPrompt: String = "",
 ) {
-    /** As the library takes it; refuses numbers that no filter can take, with a message for the user. */
+    /**
+     * The sampling parameters of the library.
+     *
+     * @throws gemma.edge.InputException a number is out of range; the message is for the user.
+     */
     val sampling: SamplingParams get() = SamplingParams(temperature = temperature, topK = topK, topP = topP)
 }
 
-/** Keeps [Settings] on the device. */
+/** Saves [Settings] on the device. */
 class SettingsStore(context: Context) {
     private val preferences = context.getSharedPreferences("settings", Context.MODE_PRIVATE)
 

@@ -26,7 +26,7 @@ import org.robolectric.android.controller.ActivityController
 import org.robolectric.annotation.Config
 import org.robolectric.annotation.GraphicsMode
 
-/** The chat on the model itself: what is typed is answered by the demo's bundle through ONNX Runtime. */
+/** Tests the chat with the demo's bundle, which answers through ONNX Runtime. */
 @RunWith(RobolectricTestRunner::class)
 @GraphicsMode(GraphicsMode.Mode.NATIVE)
 @Config(sdk = [35], qualifiers = "w360dp-h640dp-xhdpi")
@@ -37,9 +37,11 @@ class ChatActivityTest {
     fun greedy() = SettingsStore(application).save(Settings(temperature = 0.0, maxTokens = 30))
 
     @After
-    fun close() {
-        Engine.device = Device::current
-        runBlocking { Engine.close() }
+    fun close() = runBlocking { application.engine.close() }
+
+    /** The application on a device with too little memory for any model. */
+    class SmallDevice : GemmaApplication() {
+        override val engine = Engine { Device(availableBytes = 1 shl 20, bigCores = 2) }
     }
 
     private fun launch() = Robolectric.buildActivity(ChatActivity::class.java).setup()
@@ -120,13 +122,13 @@ class ChatActivityTest {
     @Test
     fun rotation_keeps_the_answer_that_is_being_given_and_the_model() {
         val chat = launch().loaded()
-        val session = runBlocking { Engine.open(File(application.filesDir, "bundles/tiny-gemma2")) }
+        val session = runBlocking { application.engine.open(File(application.filesDir, "bundles/tiny-gemma2")) }
         chat.get().type(R.id.input, "Who is Ishmael?")
         chat.get().press(R.id.send)
         chat.recreate()
         waitUntil("the answer is complete") { !chat.answering() && chat.messages().size == 2 }
         assertEquals(answers("Who is Ishmael?").single(), chat.messages()[1])
-        assertSame(session, runBlocking { Engine.open(File(application.filesDir, "bundles/tiny-gemma2")) })
+        assertSame(session, runBlocking { application.engine.open(File(application.filesDir, "bundles/tiny-gemma2")) })
     }
 
     @Test
@@ -135,7 +137,7 @@ class ChatActivityTest {
         first.say("Who is Ishmael?")
         val saved = Bundle()
         first.saveInstanceState(saved).pause().stop().destroy()
-        runBlocking { Engine.close() }
+        runBlocking { application.engine.close() }
         val second = Robolectric.buildActivity(ChatActivity::class.java).setup(saved).loaded()
         val expected = answers("Who is Ishmael?", "And the whale?")
         assertEquals(listOf("Who is Ishmael?", expected[0]), second.messages())
@@ -162,8 +164,8 @@ class ChatActivityTest {
     }
 
     @Test
+    @Config(application = SmallDevice::class)
     fun too_little_memory_is_said_before_anything_is_loaded() {
-        Engine.device = { Device(availableBytes = 1 shl 20, bigCores = 2) }
         val chat = launch()
         waitUntil("it is said") { "1 MiB free" in chat.get().text(R.id.status) }
         assertFalse(chat.get().findViewById<View>(R.id.send).isEnabled)

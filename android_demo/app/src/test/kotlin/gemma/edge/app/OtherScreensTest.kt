@@ -31,9 +31,9 @@ class OtherScreensTest {
     private val application = RuntimeEnvironment.getApplication()
 
     @After
-    fun close() = runBlocking { Engine.close() }
+    fun close() = runBlocking { application.engine.close() }
 
-    /** A folder of this machine, in place of one that the file picker gave. */
+    /** A folder of this machine instead of one that the file picker returned. */
     private class FolderSource(private val folder: File, override val name: String = folder.name) : Source {
         override fun files() = folder.walk().filter { it.isFile }.map { file ->
             SourceFile(file.relativeTo(folder).path, file.length(), file::inputStream)
@@ -65,7 +65,7 @@ class OtherScreensTest {
         BundleStore(application).installDemo()
         val screen = Robolectric.buildActivity(ModelsActivity::class.java).setup().get()
         screen.models.import(FolderSource(demoBundle, "other"))
-        waitUntil("it is imported") { screen.models.state.value.run { importing == null && rows.size == 2 } }
+        waitUntil("it is imported") { screen.models.state.value.run { import !is ImportState.Importing && rows.size == 2 } }
         assertEquals("other", BundleStore(application).selected()?.name)
         assertEquals("", screen.text(R.id.status))
         screen.screenshot("models")
@@ -94,7 +94,7 @@ class OtherScreensTest {
         val screen = Robolectric.buildActivity(ModelsActivity::class.java).setup().get()
         fun import(source: Source, reason: String) {
             screen.models.import(source)
-            waitUntil("the end of the import") { screen.models.state.value.importing == null }
+            waitUntil("the end of the import") { screen.models.state.value.import !is ImportState.Importing }
             assertTrue(screen.text(R.id.status), reason in screen.text(R.id.status))
             assertEquals(emptyList<String>(), File(application.filesDir, "bundles").list().orEmpty().toList())
         }

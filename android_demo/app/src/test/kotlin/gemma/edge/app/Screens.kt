@@ -8,18 +8,19 @@ import android.widget.TextView
 import java.io.File
 import org.robolectric.Shadows.shadowOf
 
-/** The bundle that the app brings along, outside of it. */
+/** The bundle that comes with the app, as a folder of this machine. */
 internal val demoBundle = File(System.getProperty("gemma.demo.bundle")!!)
 
-private const val PATIENCE_NS = 120_000_000_000L // nothing here takes a second on a machine that is not busy
+/** How long a test waits. On a machine that is not busy, everything here takes less than a second. */
+private const val PATIENCE_NS = 120_000_000_000L
 
-/** Let the main thread run until something is so. */
-internal fun waitUntil(what: String, isSo: () -> Boolean) {
+/** Run the main thread until [condition] is true. */
+internal fun waitUntil(what: String, condition: () -> Boolean) {
     val end = System.nanoTime() + PATIENCE_NS
     while (true) {
         shadowOf(Looper.getMainLooper()).idle()
-        if (isSo()) return
-        check(System.nanoTime() < end) { "still not so: $what" }
+        if (condition()) return
+        check(System.nanoTime() < end) { "still waiting for: $what" }
         Thread.sleep(5)
     }
 }
@@ -31,11 +32,11 @@ internal fun Activity.type(id: Int, text: String) {
 }
 
 internal fun Activity.press(id: Int) {
-    check(findViewById<android.view.View>(id).performClick()) { "nothing listens to it" }
+    check(findViewById<android.view.View>(id).performClick()) { "the button has no listener" }
     shadowOf(Looper.getMainLooper()).idle()
 }
 
-/** What the screen shows, as docs/android/NAME.png has it. */
+/** Write what the screen shows to NAME.png; docs/android has these pictures. */
 internal fun Activity.screenshot(name: String) {
     shadowOf(Looper.getMainLooper()).idle()
     val view = window.decorView

@@ -8,7 +8,7 @@ import org.junit.Assert.assertEquals
 import org.junit.Assert.assertTrue
 import org.junit.Test
 
-/** The example of docs/android.md does what the page says. */
+/** Tests that the example in docs/android.md does what the page says. */
 class AssistantTest {
     private fun ask(model: File, question: String): List<String> {
         val pieces = ArrayList<String>()

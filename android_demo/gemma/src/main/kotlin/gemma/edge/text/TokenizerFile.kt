@@ -1,19 +1,25 @@
-package gemma.edge
+package gemma.edge.text
 
-/** A token that is found in a text before anything else. */
+import gemma.edge.JsonException
+import gemma.edge.JsonReader
+import gemma.edge.Node
+import gemma.edge.UnsupportedException
+
+/** A token that is looked for in a text before the text is split in any other way. */
 internal class AddedToken(val id: Int, val content: ByteArray, val special: Boolean, val normalized: Boolean)
 
 /**
- * A Gemma tokenizer.json: a BPE over characters with bytes as a fallback. Whatever else the format can express is refused by name,
- * never ignored. Source: huggingface/tokenizers, tokenizer/serialization.rs and models/bpe/serialization.rs.
+ * The contents of a tokenizer.json of Gemma's kind: byte pair encoding of characters, with byte tokens for characters that are not in
+ * the vocabulary. Everything else that the format can express is refused by name; nothing is ignored. Source: huggingface/tokenizers,
+ * tokenizer/serialization.rs and models/bpe/serialization.rs.
  */
 internal class TokenizerFile private constructor(bytes: ByteArray) {
-    val vocabulary = Vocabulary(expected = bytes.size / 68 + 16) // as in Gemma's own
+    val vocabulary = Vocabulary(expected = bytes.size / 68 + 16) // Gemma's file has 68 bytes per token
     var merges = Merges(vocabulary)
         private set
     val added = ArrayList<AddedToken>()
 
-    /** What replaces a blank, and becomes one again. */
+    /** The text that replaces a blank before encoding, and becomes a blank again after decoding. */
     var blank: ByteArray = ByteArray(0)
         private set
     private var model: Map<String, Any?> = emptyMap()
@@ -29,7 +35,8 @@ internal class TokenizerFile private constructor(bytes: ByteArray) {
                 "normalizer" -> blank = blankOf(reader.readValue())
                 "decoder" -> decoder = reader.readValue()
                 "pre_tokenizer" -> preTokenizer = reader.readValue()
-                else -> reader.readValue() // post_processor: the caller puts BOS; truncation and padding: not for generation
+                // post_processor adds BOS, which the caller does; truncation and padding are not used for generation
+                else -> reader.readValue()
             }
         }
         reader.expectEnd()
@@ -56,10 +63,11 @@ internal class TokenizerFile private constructor(bytes: ByteArray) {
     }
 
     /**
-     * Both ways of writing a merge: `["a", "b"]`, and `"a b"` as older files have it. Their tokens are looked up when they meet in a text.
+     * Read the merges, each written as `["a", "b"]`, or as `"a b"` in older files. Their tokens are looked up only when a text has the
+     * pair.
      */
     private fun readMerges(reader: JsonReader) {
-        merges = Merges(vocabulary, expected = vocabulary.size * 9 / 4) // as in Gemma's own
+        merges = Merges(vocabulary, expected = vocabulary.size * 9 / 4) // the ratio in Gemma's file
         reader.readArray {
             if (reader.taken('[')) {
                 reader.scanString()
@@ -87,7 +95,7 @@ internal class TokenizerFile private constructor(bytes: ByteArray) {
         }
         val content = node["content"].string.toByteArray()
         if (content.isEmpty()) throw JsonException("an added token is empty")
-        added += AddedToken(node["id"].int(0..MOST_TOKENS), content, node["special"].value == true, node["normalized"].value == true)
+        added += AddedToken(node["id"].int(0..MAX_ID), content, node["special"].value == true, node["normalized"].value == true)
     }
 
     private fun blankOf(normalizer: Any?): ByteArray {
@@ -106,14 +114,14 @@ internal class TokenizerFile private constructor(bytes: ByteArray) {
         if (blank.isEmpty()) unsupported("no normalizer")
         val word = String(blank)
         if (decoder != mapOf("type" to "Sequence", "decoders" to decoders(word))) unsupported("the decoder $decoder")
-        // it splits at blanks, of which the normalizer has left none
+        // a pre-tokenizer that splits at blanks has no effect, because the normalizer has replaced all of them
         val pattern = (preTokenizer as? Map<*, *>)?.get("pattern")
         if (preTokenizer != null && pattern != SPACE_PATTERN) unsupported("the pre_tokenizer $preTokenizer")
     }
 
     companion object {
         private const val SPACE = ' '.code.toByte()
-        private const val MOST_TOKENS = 1 shl 20
+        private const val MAX_ID = 1 shl 20
         private val SPACE_PATTERN = mapOf("String" to " ")
         private val MODEL = mapOf(
             "type" to setOf("BPE", null),
@@ -131,13 +139,13 @@ internal class TokenizerFile private constructor(bytes: ByteArray) {
         )
 
         private fun unsupported(what: String): Nothing =
-            throw UnsupportedException("tokenizer.json has $what, which this library does not know; Gemma's own tokenizer has none of it")
+            throw UnsupportedException("tokenizer.json has $what, which this library does not know; Gemma's tokenizer does not have it")
 
         /**
          * Read a tokenizer.json.
          *
-         * @throws JsonException it is none.
-         * @throws UnsupportedException it is not of Gemma's kind.
+         * @throws JsonException the bytes are not a tokenizer.json.
+         * @throws UnsupportedException the tokenizer is not of Gemma's kind.
          */
         fun parse(bytes: ByteArray): TokenizerFile = TokenizerFile(bytes)
     }

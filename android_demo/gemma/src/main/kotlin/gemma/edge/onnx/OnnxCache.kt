@@ -1,28 +1,30 @@
-package gemma.edge
+package gemma.edge.onnx
 
 import ai.onnxruntime.OnnxJavaType
 import ai.onnxruntime.OnnxTensor
 import ai.onnxruntime.OrtEnvironment
+import gemma.edge.CacheGeometry
+import gemma.edge.state.StateTensor
 import java.nio.Buffer
 import java.nio.ByteBuffer
 import java.nio.ByteOrder
 
-/** The KV cache's tensors, `LAYER.key` and `LAYER.value`, each (1, kvHeads, slots, headDim), in native memory. */
+/** The tensors of the KV cache, named `LAYER.key` and `LAYER.value`, each (1, kvHeads, slots, headDim), in native memory. */
 internal class OnnxCache(private val geometry: CacheGeometry, private val environment: OrtEnvironment) : AutoCloseable {
     private val type = if (geometry.int8) OnnxJavaType.INT8 else OnnxJavaType.FLOAT
     private val rowBytes = geometry.headDim * type.size
     private val slots: Map<String, Int> =
         geometry.slots.flatMapIndexed { layer, count -> listOf("$layer.key" to count, "$layer.value" to count) }.toMap()
-    private val held = LinkedHashMap<String, OnnxTensor>()
+    private val byName = LinkedHashMap<String, OnnxTensor>()
 
-    /** By name; [fill] puts others in their place. */
-    val tensors: Map<String, OnnxTensor> get() = held
+    /** The tensors by name. [fill] replaces them. */
+    val tensors: Map<String, OnnxTensor> get() = byName
 
     init {
         try {
-            val zeros = HashMap<Int, ByteBuffer>() // local and global layers: two sizes
+            val zeros = HashMap<Int, ByteBuffer>() // by slots: local and global layers have different numbers of them
             NativeTensors(environment, type).use { memory ->
-                for ((name, count) in slots) held[name] = memory.copyOf(zeros.getOrPut(count) { direct(bytesOf(count)) }, shape(count))
+                for ((name, count) in slots) byName[name] = memory.copyOf(zeros.getOrPut(count) { direct(bytesOf(count)) }, shape(count))
             }
         } catch (error: Throwable) {
             close()
@@ -30,22 +32,22 @@ internal class OnnxCache(private val geometry: CacheGeometry, private val enviro
         }
     }
 
-    /** What a saved state holds of each tensor when so many positions were written: (1, kvHeads, rows in use, headDim). */
+    /** The part of each tensor that a saved state holds after [written] positions: (1, kvHeads, rows in use, headDim). */
     fun saved(written: Int): List<StateTensor> = slots.map { (name, count) ->
         StateTensor(PREFIX + name, if (geometry.int8) "I8" else "F32", shape(minOf(count, written)).map { it.toInt() })
     }
 
-    /** The bytes of one of those, head by head. */
+    /** The bytes of one saved part, head by head. */
     fun rows(saved: StateTensor): List<ByteBuffer> {
         val name = saved.name.removePrefix(PREFIX)
-        val all = held.getValue(name).byteBuffer // a copy of the tensor
+        val all = byName.getValue(name).byteBuffer // a copy of the tensor
         val head = bytesOf(slots.getValue(name)) / geometry.kvHeads
         return List(geometry.kvHeads) { part(all, it * head, saved.bytes.toInt() / geometry.kvHeads) }
     }
 
-    /** Put saved rows in the cache; [read] gives the bytes of one. */
+    /** Fill the cache with saved parts; [read] returns the bytes of one of them. */
     fun fill(saved: List<StateTensor>, read: (StateTensor) -> ByteBuffer) {
-        // one for each size: a direct buffer's memory comes back only when its owner is collected
+        // one buffer per size, because the memory of a direct buffer is freed only when the garbage collector finds it
         val whole = HashMap<Int, ByteBuffer>()
         NativeTensors(environment, type).use { memory ->
             for (tensor in saved) {
@@ -58,12 +60,12 @@ internal class OnnxCache(private val geometry: CacheGeometry, private val enviro
                     all.put(part(rows, head * (rows.capacity() / geometry.kvHeads), rows.capacity() / geometry.kvHeads))
                 }
                 all.goTo(0)
-                held.put(name, memory.copyOf(all, shape(count)))?.close()
+                byName.put(name, memory.copyOf(all, shape(count)))?.close()
             }
         }
     }
 
-    override fun close(): Unit = held.values.forEach { it.close() }
+    override fun close(): Unit = byName.values.forEach { it.close() }
 
     private fun bytesOf(count: Int) = rowBytes * count * geometry.kvHeads
 
@@ -81,7 +83,7 @@ internal class OnnxCache(private val geometry: CacheGeometry, private val enviro
     }
 }
 
-// Called on a Buffer: before Android 9 a ByteBuffer has no `position` and `limit` of its own
+// These are functions of Buffer, because ByteBuffer has no `position` and `limit` of its own before Android 9.
 
 internal fun Buffer.goTo(place: Int) {
     position(place)

@@ -1,5 +1,11 @@
-package gemma.edge
+package gemma.edge.state
 
+import gemma.edge.JsonException
+import gemma.edge.JsonReader
+import gemma.edge.Node
+import gemma.edge.StateException
+import gemma.edge.onnx.goTo
+import gemma.edge.toJson
 import java.io.File
 import java.io.IOException
 import java.io.RandomAccessFile
@@ -9,10 +15,10 @@ import java.nio.channels.FileChannel
 import java.nio.file.Files
 import java.nio.file.StandardCopyOption
 
-/** What a state says of itself; see `State` in runtimes/engines/state.py, which has the same fields. */
+/** The description of a state. `State` in runtimes/engines/state.py has the same fields. */
 internal class StateHeader(val identity: String, val position: Int, val written: Int, val notes: String)
 
-/** One tensor of a state; [dtype] is safetensors' name. */
+/** One tensor of a state; [dtype] is the type's name in safetensors. */
 internal data class StateTensor(val name: String, val dtype: String, val shape: List<Int>) {
     val bytes: Long get() = shape.fold(ITEM_BYTES.getValue(dtype)) { product, size -> product * size }
 
@@ -22,8 +28,8 @@ internal data class StateTensor(val name: String, val dtype: String, val shape: 
 }
 
 /**
- * The state of a runtime in one safetensors file, the format of the Python runtime's runtimes/engines/state.py. Tensors are read and written
- * one at a time: together they may be larger than an app's heap. Source: safetensors' README, "Format".
+ * The state of a runtime in one safetensors file, in the format of the Python runtime (runtimes/engines/state.py). Tensors are read and
+ * written one at a time, because all of them together may not fit into an app's heap. Source: safetensors' README, "Format".
  */
 internal class StateFile private constructor(
     private val path: File,
@@ -33,7 +39,7 @@ internal class StateFile private constructor(
     val header: StateHeader,
     val tensors: List<StateTensor>,
 ) : AutoCloseable {
-    /** The bytes of a tensor of [tensors]. */
+    /** The bytes of one of the [tensors]. */
     fun read(tensor: StateTensor): ByteBuffer {
         val buffer = ByteBuffer.allocate(tensor.bytes.toInt()).order(ByteOrder.LITTLE_ENDIAN)
         readFully(path, channel, buffer, dataStart + offsets.getValue(tensor.name))
@@ -45,16 +51,18 @@ internal class StateFile private constructor(
     companion object {
         private const val FORMAT = "gemma-edge state 1"
         private const val METADATA = "__metadata__"
-        private const val LONGEST_HEADER = 100_000_000L // safetensors' own limit
 
-        /** The last token ids that were fed, in every state. */
+        // MAX_HEADER_BYTES: the limit of the safetensors library.
+        private const val MAX_HEADER_BYTES = 100_000_000L
+
+        /** The name of the tensor with the last token ids that were fed. Every state has it. */
         const val IDS = "ids"
 
         /**
-         * Write a state; the file appears whole or not at all.
+         * Write a state. The file is written whole or not at all.
          *
-         * @param data the bytes of a tensor, in pieces.
-         * @throws IOException it cannot be written.
+         * @param data returns the bytes of a tensor, in pieces.
+         * @throws IOException the file cannot be written.
          */
         fun write(path: File, header: StateHeader, tensors: List<StateTensor>, data: (StateTensor) -> List<ByteBuffer>) {
             val numbers = mapOf("identity" to header.identity, "position" to header.position, "written" to header.written)
@@ -67,7 +75,7 @@ internal class StateFile private constructor(
                 offset = end
             }
             val text = toJson(entries).toByteArray()
-            val blanks = -text.size and 7 // data is aligned
+            val blanks = -text.size and 7 // the tensors begin at a multiple of 8 bytes
             val partial = File(path.absoluteFile.parentFile, ".${path.name}.partial")
             try {
                 partial.outputStream().channel.use { channel ->
@@ -82,9 +90,9 @@ internal class StateFile private constructor(
         }
 
         /**
-         * Open what [write], or Python, wrote.
+         * Open a state that [write] or the Python runtime wrote.
          *
-         * @throws StateException no such file, or no such format.
+         * @throws StateException the file is missing or damaged, or is not a state.
          */
         fun open(path: File): StateFile {
             if (!path.isFile) throw StateException("$path is no file; save a state first")
@@ -105,7 +113,7 @@ internal class StateFile private constructor(
             readFully(path, channel, size, 0)
             val length = size.getLong(0)
             val rest = channel.size() - Long.SIZE_BYTES
-            if (length !in 0..minOf(rest, LONGEST_HEADER)) throw JsonException("a header of $length bytes")
+            if (length !in 0..minOf(rest, MAX_HEADER_BYTES)) throw JsonException("a header of $length bytes")
             val text = ByteBuffer.allocate(length.toInt())
             readFully(path, channel, text, Long.SIZE_BYTES.toLong())
             val root = Node(JsonReader.parse(text.array()), path.name)
@@ -126,7 +134,7 @@ internal class StateFile private constructor(
         private fun headerOf(path: File, root: Node): StateHeader {
             val metadata = if (METADATA in root) root[METADATA] else null
             if (metadata == null || "format" !in metadata || metadata["format"].value != FORMAT) {
-                throw StateException("$path is no saved state, or of another version; save it again")
+                throw StateException("$path is no saved state, or one of another version; save it again")
             }
             val state = Node(JsonReader.parse(metadata["state"].string.toByteArray()), "state")
             val written = state["written"].int(0..Int.MAX_VALUE)

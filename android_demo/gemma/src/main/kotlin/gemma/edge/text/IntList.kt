@@ -1,14 +1,14 @@
-package gemma.edge
+package gemma.edge.text
 
-/** A growing list of ints without boxes; with [most] at least so many of the last ones are kept, and at most twice as many. */
-internal class IntList(private val most: Int = Int.MAX_VALUE) {
+/** A growing list of unboxed ints. It keeps at least the last [keep] of them, and never more than about twice as many. */
+internal class IntList(private val keep: Int = Int.MAX_VALUE) {
     private var items = IntArray(16)
     private var size = 0
 
     fun add(item: Int) {
         if (size == items.size) items = items.copyOf(2 * size)
         items[size++] = item
-        if (size / 2 >= most) keepLast()
+        if (size / 2 >= keep) keepLast()
     }
 
     fun addAll(more: IntArray) = more.forEach(::add)
@@ -22,7 +22,7 @@ internal class IntList(private val most: Int = Int.MAX_VALUE) {
     fun toArray(): IntArray = items.copyOf(size)
 
     private fun keepLast() {
-        items.copyInto(items, 0, size - most, size)
-        size = most
+        items.copyInto(items, 0, size - keep, size)
+        size = keep
     }
 }

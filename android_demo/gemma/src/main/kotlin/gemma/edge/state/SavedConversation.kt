@@ -1,10 +1,17 @@
-package gemma.edge
+package gemma.edge.state
+
+import gemma.edge.JsonException
+import gemma.edge.JsonReader
+import gemma.edge.Message
+import gemma.edge.Node
+import gemma.edge.toJson
 
 /**
- * A conversation as it is kept beside a runtime's state; `Session.save` in runtimes/generation/session.py writes the same notes.
+ * A conversation as it is saved with a runtime's state. `Session.save` in runtimes/generation/session.py writes the same notes.
  *
- * @property ids of it as the model read and wrote them; the last one may not be fed yet. None where they are not known.
- * @property texts of these ids, in the ways a template may write them.
+ * @property ids the token ids of the conversation, in the order in which the model read and wrote them. The last one may not be fed yet.
+ *   Empty if they are not known.
+ * @property texts the text of these ids, in every form in which a template may write it.
  */
 internal class SavedConversation(val messages: List<Message>, val ids: IntArray, val texts: Set<String>) {
     fun toNotes(): String {
@@ -17,13 +24,14 @@ internal class SavedConversation(val messages: List<Message>, val ids: IntArray,
     }
 
     companion object {
-        // Python keeps a conversation after each turn, so that turns can be taken back; here it is the first and the last of them
+        // Python saves the conversation after every turn, so that turns can be taken back; Kotlin saves it before the first and after the
+        // last turn only
         private val NOTHING = mapOf("messages" to emptyList<Any>(), "ids" to emptyList<Any>(), "texts" to emptyList<Any>())
 
-        /** @throws JsonException the notes are none of a conversation. */
+        /** @throws JsonException the notes are not those of a conversation. */
         fun of(notes: String): SavedConversation {
             val said = Node(JsonReader.parse(notes.toByteArray()), "notes")["said"].list.lastOrNull()
-                ?: throw JsonException("notes: said is empty")
+                ?: throw JsonException("in the notes, 'said' is empty")
             return SavedConversation(
                 said["messages"].list.map { Message(it["role"].string, it["content"].string) },
                 said["ids"].list.map { it.int(0..Int.MAX_VALUE) }.toIntArray(),

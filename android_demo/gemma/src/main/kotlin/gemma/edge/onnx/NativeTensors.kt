@@ -1,4 +1,4 @@
-package gemma.edge
+package gemma.edge.onnx
 
 import ai.onnxruntime.OnnxJavaType
 import ai.onnxruntime.OnnxTensor
@@ -8,20 +8,20 @@ import java.io.ByteArrayOutputStream
 import java.nio.ByteBuffer
 
 /**
- * Makes tensors in ONNX Runtime's own memory. On Android a direct ByteBuffer lies in the Java heap, whose limit (256 to 512 MiB) is
- * smaller than a large KV cache; the Java API has no other allocation, but a graph's output is native. So: a graph of one Identity,
- * whose output is kept. Source of the numbers: onnx.proto.
+ * Makes tensors in ONNX Runtime's own memory. On Android a direct ByteBuffer is allocated in the Java heap, whose limit of 256 to
+ * 512 MiB is smaller than a large KV cache. The Java API has no other way to allocate a tensor, but the outputs of a graph are in native
+ * memory. Therefore this class runs a graph of one Identity node and keeps its output. Source of the field numbers: onnx.proto.
  */
 internal class NativeTensors(private val environment: OrtEnvironment, private val type: OnnxJavaType) : AutoCloseable {
     private val session: OrtSession = OrtSession.SessionOptions().use { options ->
         options.setIntraOpNumThreads(1)
-        options.setCPUArenaAllocator(false) // an arena takes powers of two, and keeps them
+        options.setCPUArenaAllocator(false) // an arena allocates in powers of two and does not give memory back
         environment.createSession(identityGraph(ELEMENT.getValue(type)), options)
     }
 
     /** A tensor of the same shape and contents as a direct buffer. */
     fun copyOf(buffer: ByteBuffer, shape: LongArray): OnnxTensor = OnnxTensor.createTensor(environment, buffer, shape, type).use {
-        session.run(mapOf(INPUT to it)).get(0) as OnnxTensor // the result stays open: closing it would free the tensor
+        session.run(mapOf(INPUT to it)).get(0) as OnnxTensor // the result is not closed, because that would free the tensor
     }
 
     override fun close(): Unit = session.close()
@@ -54,7 +54,7 @@ internal class NativeTensors(private val environment: OrtEnvironment, private va
         fun message(fill: Message.() -> Unit): ByteArray = Message().apply(fill).out.toByteArray()
     }
 
-    /** A protobuf message in its wire format; all lengths here are below 128. */
+    /** A protobuf message in its wire format. All lengths here are below 128, so each takes one byte. */
     private class Message {
         val out = ByteArrayOutputStream()
 
