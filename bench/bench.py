@@ -163,12 +163,7 @@ def read_bytes_per_token(model: dict[str, Any], cache: CacheGeometry, settings: 
 
 def backend_files(path: Path, manifest: Manifest, backend: str) -> list[Path]:
     """The files of one backend, as far as its entry in the manifest names them."""
-    names = [
-        name
-        for name in manifest.backends[backend].settings.values()
-        if isinstance(name, str) and name in manifest.files
-    ]
-    return [confined(path, name) for name in names]
+    return [confined(path, name) for name in manifest.backends[backend].files]
 
 
 def kv_bytes(cache: CacheGeometry, depth: int) -> int:

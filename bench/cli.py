@@ -155,7 +155,7 @@ def _default_threads(bundles: tuple[Path, ...], cores: int) -> int:
     """The first bundle's target's."""
     from gemma_edge.bundle.manifest import Manifest
 
-    return min(int(Manifest.load(bundles[0]).target["threads"]), cores) if bundles else cores
+    return min(Manifest.load(bundles[0]).target.threads, cores) if bundles else cores
 
 
 @contextmanager

@@ -98,7 +98,7 @@ def check(phone: Device, known: Facts, manifest: Manifest, missing_bytes: int) -
     Raises:
         AdbError: ABI, Android version, memory, storage or the app.
     """
-    need_bytes = int(manifest.backends[BACKEND].plan.get("device_ram_bytes", 0))
+    need_bytes = manifest.backends[BACKEND].plan.device_ram_bytes
     send_bytes = missing_bytes + SPARE_BYTES
     ram, needed, free, wanted = (
         f"{count / MIB:.0f} MiB" for count in (known.ram_bytes, need_bytes, known.free_bytes, send_bytes)

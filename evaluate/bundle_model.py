@@ -28,13 +28,13 @@ class BundleModel:
         self.config, self._cache = manifest.config, manifest.backends[self.backend].cache
         self.context = self._cache.context
         self.size = sum(entry.bytes for entry in manifest.files.values())
-        parts = manifest.recipe.get("parts", [])
-        weights = sum(part["weights"] for part in parts)
-        self.bits_per_weight = 8 * sum(part["bytes"] for part in parts) / weights if weights else None
+        parts = manifest.recipe.parts
+        weights = sum(part.weights for part in parts)
+        self.bits_per_weight = 8 * sum(part.bytes for part in parts) / weights if weights else None
 
     def steps(self, windows: Sequence[Window]) -> int:
         """Chunks of all windows."""
-        chunk = scored_at_once(self._cache.prefill_chunk, int(self.config["vocab_size"]))
+        chunk = scored_at_once(self._cache.prefill_chunk, self.config.vocab_size)
         return sum(-(-(len(window.ids) - 1) // chunk) for window in windows)
 
     def rows(self, windows: Sequence[Window], progress: Callable[[int], None]) -> Iterator[tuple[Window, int, Logits]]:
@@ -52,8 +52,8 @@ class BundleModel:
 
     def layer_errors(self, original: Model | None, ids: Sequence[int], progress: Progress) -> list[float]:
         """What calibration wrote into the manifest."""
-        layers = self.manifest.recipe.get("calibration", {}).get("layers", [])
-        return [float(entry["relative_error"]) for entry in sorted(layers, key=lambda entry: entry["layer"])]
+        layers = self.manifest.recipe.calibration.layers
+        return [entry.relative_error for entry in sorted(layers, key=lambda entry: entry.layer)]
 
     def runtime(self) -> Runtime:
         """The bundle, loaded."""

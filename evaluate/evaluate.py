@@ -165,7 +165,7 @@ def _reference_logits(job: Job, progress: Progress) -> Iterator[tuple[Result | N
         yield None, None
         return
     model, folder = job.reference, scratch_folder()
-    vocab_size = int(model.config["vocab_size"])
+    vocab_size = model.config.vocab_size
     needed = 4 * vocab_size * sum(window.scored for window in job.windows)
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -290,10 +290,10 @@ def _shared_tokenizer(models: Sequence[Model], text: str) -> Tokenizer:
     first = models[0]
     for model in models:
         for key in ("vocab_size", "bos_token_id"):
-            if model.config[key] != first.config[key]:
+            if getattr(model.config, key) != getattr(first.config, key):
                 raise InputError(
-                    f"{first.path} and {model.path} have different vocabularies: {key} {first.config[key]} and"
-                    f" {model.config[key]}; only models of the same tokens can be compared"
+                    f"{first.path} and {model.path} have different vocabularies: {key} {getattr(first.config, key)} and"
+                    f" {getattr(model.config, key)}; only models of the same tokens can be compared"
                 )
     found = [(model, tokenizer) for model in models if (tokenizer := model.tokenizer()) is not None]
     if not found:
@@ -321,7 +321,7 @@ def _encode(tokenizer: Tokenizer, text: str, limit: int | None) -> list[int]:
 
 
 def _check_ids(windows: Sequence[Window], model: Model) -> None:
-    largest, size = max(max(window.ids) for window in windows), int(model.config["vocab_size"])
+    largest, size = max(max(window.ids) for window in windows), model.config.vocab_size
     if largest >= size:
         raise InputError(
             f"the tokenizer gives token id {largest}, {model.path} has a vocabulary of {size}: they do not belong together"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+from gemma_edge.bundle.entries import ModelConfig
 from gemma_edge.bundle.manifest import MANIFEST
 from gemma_edge.errors import InputError
 from gemma_edge.logits import Logits
@@ -22,7 +23,7 @@ class Model(Protocol):
     path: Path
     kind: str  # bundle or folder
     backend: str  # what computes
-    config: dict[str, Any]  # Gemma2Config, HF's keys
+    config: ModelConfig
     context: int  # tokens it can look back on
     size: int  # bytes: a bundle's files, a folder's matrices
     bits_per_weight: float | None  # of the matrices, scales included

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import os
 import shutil
@@ -14,7 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from gemma_edge.bundle.backends import ALL, ALL_BACKENDS, BACKENDS, MADE_WITH, bits_of, how_to_install
-from gemma_edge.bundle.manifest import MANIFEST, BackendEntry, Manifest, list_files
+from gemma_edge.bundle.codec import convert
+from gemma_edge.bundle.entries import GateResult, ModelEntry, PlanEntry, RecipeEntry, TargetEntry
+from gemma_edge.bundle.manifest import (
+    MANIFEST,
+    BackendEntry,
+    Manifest,
+    list_files,
+    typed_config,
+    typed_settings,
+    with_identities,
+)
 from gemma_edge.bundle.staging import refuse_existing, staged
 from gemma_edge.errors import InputError
 from gemma_edge.export import plan as planning
@@ -88,6 +99,7 @@ def open_model(options: ExportOptions, progress: Progress = no_progress, *, plan
     gated = backends if options.verify != "none" and not plan_only else []
     pythons = _gate_pythons(gated, options.runtime_python)
     source = open_weights(hub.resolve(options.model), lora=options.lora)
+    typed_config(source.config.to_json())  # refuses, before any work, what no bundle could hold
     recipe, choice = choose_recipe(options, source, progress)
     recipe = named_by_content(source, recipe)
     calibrated = source.kv_scales is not None if isinstance(source, QuantizedCheckpoint) else recipe.calibrated
@@ -269,7 +281,9 @@ def _lower_and_verify(
             settings = importlib.import_module(BACKENDS[backend]).lower(
                 quantized, cache, bundle, float_bits=opened.recipe.float_bits, progress=advance
             )
-        entries[backend] = BackendEntry(cache, plan.to_json(), settings)
+        entries[backend] = BackendEntry(
+            cache, convert(plan.to_json(), PlanEntry), typed_settings(backend, settings), identity=""
+        )
     with stage(stages, "hash"):
         has_tokenizer = _copy_tokenizer(source.folder, bundle)
         manifest = _manifest(options, opened, quantized, entries, has_tokenizer, bundle, learnt)
@@ -278,14 +292,14 @@ def _lower_and_verify(
     if chosen is not None:
         with stage(stages, "verify"):
             found = _verify(chosen, opened, quantized, manifest, bundle, progress)
-        manifest = replace(manifest, verification=found)
+        manifest = replace(manifest, verification=convert(found, dict[str, GateResult]))
         (bundle / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 
 
 def _failures(manifest: Manifest) -> dict[str, list[str]]:
     """What is out of bounds, by backend; none where nothing is."""
-    return {name: result["failures"] for name, result in manifest.verification.items() if result["failures"]}
+    return {name: list(result.failures) for name, result in manifest.verification.items() if result.failures}
 
 
 def _verify(
@@ -365,23 +379,20 @@ def _manifest(
     options: ExportOptions,
     opened: Opened,
     quantized: QuantizedCheckpoint,
-    backends: dict[str, BackendEntry],
+    backends: dict[str, BackendEntry[Any]],
     has_tokenizer: bool,
     bundle: Path,
     learnt: dict[str, Any],
 ) -> Manifest:
     config, recipe, target = opened.source.config, opened.recipe, opened.target
-    lora = {"lora": options.lora.name} if options.lora else {}
-    return Manifest(
-        model={
-            "name": opened.name,
-            "architecture": "gemma2",
-            "parameters": config.num_parameters,
-            **lora,
-        },
-        config=config.to_json(),
-        recipe={**recipe.to_json(), "parts": parts(quantized, recipe.float_bits), "calibration": learnt},
-        target={"name": target.name, "ram_bytes": target.ram_bytes, "threads": target.threads},
+    made = {**recipe.to_json(), "parts": parts(quantized, recipe.float_bits), "calibration": learnt}
+    manifest = Manifest(
+        model=ModelEntry(
+            opened.name, "gemma2", config.num_parameters, lora=options.lora.name if options.lora else None
+        ),
+        config=typed_config(config.to_json()),
+        recipe=convert(made, RecipeEntry),
+        target=TargetEntry(target.name, target.ram_bytes, target.threads),
         backends=backends,
         files=list_files(bundle),
         tokenizer=has_tokenizer,
@@ -389,12 +400,13 @@ def _manifest(
         verification={},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+    return with_identities(manifest)
 
 
 def to_json(done: Export) -> dict[str, Any]:
     """The result of an export for `--json`."""
     return {
         "bundle": str(done.bundle),
-        "manifest": asdict(done.manifest),
+        "manifest": json.loads(done.manifest.to_json()),
         "stages": [asdict(stage) for stage in done.stages],
     }

@@ -211,7 +211,7 @@ def _complete(runtime: Runtime, prompt: str, options: Options) -> None:
     if tokenizer is None:
         click.echo("note: this bundle has no tokenizer: prompt and answer are token ids", err=True)
     ids = tokenizer.encode(prompt) if tokenizer else parse_ids(prompt)
-    stop_ids = tokenizer.stop_ids if tokenizer else frozenset(runtime.manifest.config["eos_token_id"])
+    stop_ids = tokenizer.stop_ids if tokenizer else frozenset(runtime.manifest.config.eos_token_id)
     speculation, grammar = _speculation(runtime, options), _grammar(runtime, tokenizer, options)
     sampler, known = Sampler(options.params), runtime.align(ids)
     sampler.observe(ids[:known])
@@ -246,7 +246,7 @@ def _grammar(runtime: Runtime, tokenizer: Tokenizer | None, options: Options) ->
         return None
     if tokenizer is None:
         raise InputError("--json-schema needs text, and this bundle has no tokenizer")
-    return Grammar(Vocabulary(tokenizer, runtime.manifest.config["vocab_size"]), options.json_schema)
+    return Grammar(Vocabulary(tokenizer, runtime.manifest.config.vocab_size), options.json_schema)
 
 
 def _note(text: str) -> None:

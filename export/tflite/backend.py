@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def lower(
     path = out / variant.file
     write_model(model, packing, checkpoint, path, progress)
     check_tflite(path, packing, checkpoint.config, checkpoint.configs, geometry, found)
-    settings = {"program": variant.file, "signatures": {each.name: each.to_json() for each in found}}
+    settings = {"program": variant.file, "signatures": [asdict(each) for each in found]}
     return {**settings, **variant.needs}
 
 

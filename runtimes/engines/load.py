@@ -35,7 +35,7 @@ def thread_count(asked: int | None, manifest: Manifest) -> int:
     """
     if asked is not None and asked < 1:
         raise InputError(f"threads {asked} is below 1")
-    return min(asked or int(manifest.target["threads"]), os.cpu_count() or 1)
+    return min(asked or manifest.target.threads, os.cpu_count() or 1)
 
 
 def open_runtime(bundle: str | Path, *, backend: str | None = None, threads: int | None = None) -> Runtime:

@@ -79,7 +79,7 @@ class Engine:
         self.runtime, self.params, self.speculation = runtime, params, speculation
         self.tokenizer = Tokenizer(runtime.bundle, runtime.manifest)
         self.template = ChatTemplate.from_bundle(runtime.bundle)
-        self.name = str(runtime.manifest.model["name"])
+        self.name = runtime.manifest.model.name
         self.created = int(time.time())
         self.waiting = 0
         self.counts = dict.fromkeys(
@@ -98,7 +98,7 @@ class Engine:
         if asked.schema is None:
             return None
         if self._vocabulary is None:
-            self._vocabulary = Vocabulary(self.tokenizer, int(self.runtime.manifest.config["vocab_size"]))
+            self._vocabulary = Vocabulary(self.tokenizer, self.runtime.manifest.config.vocab_size)
         grammar = Grammar(self._vocabulary, asked.schema)
         grammar.begin(asked.max_tokens)
         return grammar

@@ -251,7 +251,7 @@ def test_a_phone_that_cannot_run_it_is_refused_before_anything_is_sent(case: str
 
 
 def test_a_phone_without_enough_memory_is_refused_before_anything_is_sent(phone: Phone, tmp_path: Path) -> None:
-    entry = replace(toy_backend(), plan={"device_ram_bytes": 1 << 50})
+    entry = replace(toy_backend(), plan=replace(toy_backend().plan, device_ram_bytes=1 << 50))
     large = write_toy_bundle(tmp_path / "large", backends={"onnx": entry})
     refused(
         run(large, "--device", "adb", *FEW),

@@ -39,7 +39,7 @@ def fed(runtime: Runtime) -> tuple[list[int], list[int]]:
     calls = [1, 3, cache.prefill_chunk, 1, 2 * cache.prefill_chunk + 3]
     steps = max(40, cache.context - sum(calls) + 40)
     calls += [5, 1, cache.prefill_chunk - 1, 1, *[1] * steps]
-    vocab = int(runtime.manifest.config["vocab_size"])
+    vocab = runtime.manifest.config.vocab_size
     return [(7 * i * i + 3 * i + 11) % vocab for i in range(sum(calls))], calls
 
 

@@ -1,30 +1,31 @@
-"""A signature of a `.tflite` model: what the exporter writes and the engines read."""
+"""A signature of a `.tflite` model: the exporter writes it, the engines read it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-FIXED_COST = 16  # of a call, in tokens: reading the weights takes as long as computing about that many tokens
-RESET = "reset"  # signature of a model whose caches are variables: makes them
+from gemma_edge.bundle.ranges import Chunk, Name, Role, Tokens
+
+FIXED_COST = 16  # cost of a call, in tokens: reading the weights takes as long as computing about that many tokens
+RESET = "reset"  # signature that makes the caches, in a model whose caches are variables
 
 
 @dataclass(frozen=True)
 class Signature:
     """A function of the model."""
 
-    name: str
-    role: str  # prefill, score or decode
-    tokens: int  # in one call
-    longest: int | None = None  # text that it is right for, as it looks at so many slots; None: any
-
-    def to_json(self) -> list[str | int | None]:
-        """What the manifest says of it, under its name."""
-        return [self.role, self.tokens, self.longest]
+    name: Name
+    role: Role
+    tokens: Chunk  # in one call
+    longest: Tokens | None = None  # longest text that it computes correctly, in tokens; None: any length
 
     def is_right(self, position: int, tokens: int) -> bool:
-        """Whether it sees all of a text that so many tokens, or as many as it takes, continue at a position."""
+        """Whether it sees the whole text when it takes up to `tokens` tokens at `position`."""
         return self.longest is None or position + min(tokens, self.tokens) <= self.longest
 
     def worth(self, tokens: int) -> tuple[float, bool]:
-        """The more, the less time a token takes when so many wait; of two sizes alike, the one for short texts."""
+        """How well it suits `tokens` tokens that wait: the larger, the less time each takes.
+
+        Of two signatures of one size, the one for short texts suits better.
+        """
         return min(tokens, self.tokens) / (self.tokens + FIXED_COST), self.longest is not None
