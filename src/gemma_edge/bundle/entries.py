@@ -18,14 +18,17 @@ from gemma_edge.bundle.ranges import (
     HeadDim,
     Heads,
     Layers,
+    Magnitude,
     Name,
     Positive,
+    Share,
     Threads,
     TokenId,
     Tokens,
     Width,
 )
 
+FIGURES = ("Figure", "Magnitude", "Share")  # annotations of fields that may be null in the file
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 
 
@@ -34,7 +37,7 @@ class _Figures:
 
     def __post_init__(self) -> None:
         for field in fields(self):  # type: ignore[arg-type]
-            if field.type == "Figure" and getattr(self, field.name) is None:
+            if field.type in FIGURES and getattr(self, field.name) is None:
                 object.__setattr__(self, field.name, math.nan)
 
 
@@ -106,7 +109,7 @@ class LayerError(_Figures):
     """How far one quantized layer is from the original."""
 
     layer: Count
-    relative_error: Figure  # of the residual stream after the layer
+    relative_error: Magnitude  # of the residual stream after the layer
 
 
 @dataclass(frozen=True)
@@ -114,8 +117,8 @@ class Distilled(_Figures):
     """What distillation did to windows that it was not trained on."""
 
     tokens: Count  # trained on
-    kl_before: Figure  # nats per token
-    kl_after: Figure
+    kl_before: Magnitude  # nats per token
+    kl_after: Magnitude
 
 
 @dataclass(frozen=True)
@@ -172,13 +175,13 @@ class Difference(_Figures):
     """A comparison of two models' logits over the same tokens."""
 
     tokens: Count  # positions compared
-    kl: Figure  # mean, nats, reference to bundle
-    top1: Figure  # part of the positions with the same most likely token
-    ppl: Figure
-    ppl_reference: Figure
+    kl: Magnitude  # mean, nats, reference to bundle
+    top1: Share  # part of the positions with the same most likely token
+    ppl: Magnitude
+    ppl_reference: Magnitude
     ppl_change: Figure  # relative
-    max_abs_logit_difference: Figure
-    logit_range: Figure  # of the reference
+    max_abs_logit_difference: Magnitude
+    logit_range: Magnitude  # of the reference
 
 
 @dataclass(frozen=True)
@@ -204,7 +207,7 @@ class GateResult(_Figures):
         Difference | None
     )  # only positions past the end of the context; None: the gate did not get there
     lowering: Difference  # to the same integers in torch
-    generation_difference: Figure  # largest difference between generating and scoring
+    generation_difference: Magnitude  # largest difference between generating and scoring
     limits: LimitsEntry
     failures: tuple[str, ...]
     passed: bool

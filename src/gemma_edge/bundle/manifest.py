@@ -204,8 +204,24 @@ def _check_files(bundle: Path, manifest: Manifest) -> None:
             raise InputError(f"{bundle / name}: {size} bytes, the manifest says {entry.bytes}; export it again")
     for backend in manifest.backends.values():
         for name in backend.files:
-            if name not in manifest.files:
-                confined(bundle, name)
+            if _place_of(bundle, name) == "outside":
+                raise _outside(bundle, name)
+
+
+def _place_of(bundle: Path, name: str) -> Literal["inside", "outside", "nowhere"]:
+    """Where a name leads. Nowhere: it is no file name at all."""
+    try:
+        inside = not Path(name).is_absolute() and (bundle / name).resolve().is_relative_to(bundle.resolve())
+        (bundle / name).is_file()
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL in it, or a circle of links
+        return "nowhere"
+    if not inside:
+        return "outside"
+    return "inside" if name.isprintable() else "nowhere"
+
+
+def _outside(bundle: Path, name: str) -> InputError:
+    return InputError(f"{bundle / MANIFEST} names {name!r}, which lies outside the bundle; do not use this bundle")
 
 
 def confined(bundle: Path, name: str) -> Path:
@@ -214,21 +230,13 @@ def confined(bundle: Path, name: str) -> Path:
     Raises:
         InputError: the name leads out of the bundle, or nothing is there.
     """
+    place = _place_of(bundle, name)
+    if place == "outside":
+        raise _outside(bundle, name)
+    if place == "nowhere":
+        raise InputError(f"{bundle / MANIFEST} names {shown(name)}, which is no file name; {HINT}")
     path = bundle / name
-    try:
-        if not name.isprintable():
-            raise ValueError
-        inside = not Path(name).is_absolute() and path.resolve().is_relative_to(bundle.resolve())
-        there = path.is_file()
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-    ):  # too long, with a NUL or another control character in it, or a circle of links
-        raise InputError(f"{bundle / MANIFEST} names {shown(name)}, which is no file name; {HINT}") from None
-    if not inside:
-        raise InputError(f"{bundle / MANIFEST} names {name!r}, which lies outside the bundle; do not use this bundle")
-    if not there:
+    if not path.is_file():
         raise InputError(f"{path} is missing; {HINT}")
     return path
 

@@ -28,13 +28,17 @@ Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME)]
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$", min_length=64, max_length=64)]
 Version = Annotated[str, Meta(pattern=r"^[0-9]+(\.[0-9]+)*$", max_length=32)]
 
-# Figure: a measured number. JSON has no NaN and no infinity, so the file holds null in their place, which is read as NaN.
+# Figure, Magnitude, Share: measured numbers. JSON has no NaN and no infinity; the file holds null in their place, read as NaN.
 # Dtype, Role: names that the rest of the code keeps as plain text.
 if TYPE_CHECKING:
     Figure = float
+    Magnitude = float
+    Share = float
     Dtype = str
     Role = str
 else:
     Figure = float | None
+    Magnitude = Annotated[float, Meta(ge=0)] | None
+    Share = Annotated[float, Meta(ge=0, le=1)] | None
     Dtype = Literal["float32", "float16", "int8"]  # numpy's names
     Role = Literal["prefill", "score", "decode"]
