@@ -56,7 +56,7 @@ class Bundle:
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.runtime = open_runtime(job["path"], backend=job["backend"], threads=job["threads"])
-        self.vocab_size = int(self.runtime.manifest.config["vocab_size"])
+        self.vocab_size = self.runtime.manifest.config.vocab_size
         self.context = self.runtime.cache.context
         self.packages = ("gemma-edge", job["package"])
         self._logits: Logits

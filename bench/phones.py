@@ -18,7 +18,8 @@ from gemma_edge.bench import result as bench_result
 from gemma_edge.bench.adb import AdbError, Device
 from gemma_edge.bench.bench import backend_facts, read_bytes_per_token
 from gemma_edge.bench.result import Settings
-from gemma_edge.bundle.manifest import MANIFEST, FileEntry, Manifest, confined
+from gemma_edge.bundle.entries import FileEntry
+from gemma_edge.bundle.manifest import MANIFEST, Manifest, confined
 from gemma_edge.errors import InputError
 from gemma_edge.progress import Progress
 
@@ -111,7 +112,7 @@ def check(phone: Device, known: Facts, manifest: Manifest, missing_bytes: int) -
     Raises:
         AdbError: the phone has another ABI, too old an Android, too little memory or storage, or not the app.
     """
-    ram_bytes = int(manifest.backends[BACKEND].plan.get("device_ram_bytes", 0))
+    ram_bytes = manifest.backends[BACKEND].plan.device_ram_bytes
     storage_bytes = missing_bytes + SPARE_BYTES
     ram, needed_ram, free, needed = (
         f"{count / MIB:.0f} MiB" for count in (known.ram_bytes, ram_bytes, known.free_bytes, storage_bytes)
