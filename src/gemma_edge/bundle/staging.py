@@ -1,4 +1,4 @@
-"""How a bundle appears: written in a hidden folder beside its destination, and renamed when it is complete."""
+"""How a bundle appears: it is written in a hidden folder beside its destination, and renamed when it is complete."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from pathlib import Path
 from gemma_edge.bundle.manifest import MANIFEST
 from gemma_edge.errors import InputError
 
+OTHER_FOLDER = "pass another folder as `out`"
+
 
 def _alive(pid: str) -> bool:
-    if pid == str(os.getpid()):  # ours is not made yet: a dead process had the same number, as in a restarted container
+    # our own folder does not exist yet: a dead process had the same number, as in a restarted container
+    if pid == str(os.getpid()):
         return False
     try:
         os.kill(int(pid), 0)
@@ -37,29 +40,38 @@ def _clean_leftovers(out: Path) -> None:
 
 
 def refuse_existing(out: Path, force: bool) -> None:
-    """Let nothing be replaced without --force, and nothing but a bundle with it.
+    """Refuse a destination that exists. With `force`, a bundle or an empty folder there may be replaced.
 
     Raises:
-        InputError: something is there that stays.
+        InputError: something is there that must stay.
     """
     if out.exists() and not force:
-        raise InputError(f"{out} exists; pass --force to replace it, or -o for another folder")
+        raise InputError(
+            f"{out} exists", field="force", value=force, hint="pass `force` to replace it, or another folder as `out`"
+        )
     if out.exists() and not (out.is_dir() and ((out / MANIFEST).exists() or not any(out.iterdir()))):
-        raise InputError(f"{out} exists and is not a bundle; --force replaces only bundles: pass -o for another folder")
+        raise InputError(
+            f"{out} exists and is not a bundle, and `force` replaces only bundles",
+            field="out",
+            value=out,
+            hint=OTHER_FOLDER,
+        )
 
 
 def _make_folder(folder: Path, parent: Path) -> None:
     try:
         folder.mkdir(parents=True)
     except OSError as error:
-        raise InputError(f"cannot write in {parent}: {error.strerror}; pass -o for another folder") from None
+        raise InputError(
+            f"cannot write in {parent}: {error.strerror}", field="out", value=folder, hint=OTHER_FOLDER
+        ) from None
 
 
 @contextmanager
 def staged(out: Path, *, force: bool) -> Iterator[Path]:
-    """A temporary folder beside `out`; what is in its `bundle/` becomes `out` in one rename when the block ends well.
+    """Make a temporary folder beside `out`. When the block ends well, its `bundle/` becomes `out` in one rename.
 
-    Parents that are missing are made, and removed again when nothing is left in them.
+    Missing parents are made, and removed again if nothing is left in them.
 
     Raises:
         InputError: `out` exists and `force` is False, or its parent cannot be written.
@@ -72,7 +84,7 @@ def staged(out: Path, *, force: bool) -> Iterator[Path]:
     try:
         _make_folder(work / "bundle", out.parent)
         yield work
-        refuse_existing(out, force)  # somebody may have made it in the meantime
+        refuse_existing(out, force)  # another process may have made it in the meantime
         if out.exists():
             out.rename(old)
         (work / "bundle").rename(out)
