@@ -353,7 +353,7 @@ def test_failed_gate_publishes_nothing_unless_asked(tmp_path: Path, monkeypatch:
     assert first.verification["onnx"].passed is False
     # what was kept to be looked at is not replaced unasked, and that is said before any work
     monkeypatch.setattr(pipeline, "make_checkpoint", lambda *args: pytest.fail("work was begun"))
-    with pytest.raises(InputError, match=r"out.failed exists; pass --force"):
+    with pytest.raises(InputError, match=r"out.failed exists; pass force"):
         pipeline.export(replace(options, keep_failed=True))
     monkeypatch.undo()
     assert Manifest.load(tmp_path / "out.failed") == first
