@@ -163,7 +163,7 @@ def test_a_disk_that_fills_up_is_one_line_and_the_next_run_goes_on(
     real = Path.open
 
     def open_on_full_disk(path: Path, mode: str = "r", *args: object, **kwargs: object) -> object:
-        return real(full if path.name == "layer-002.partial" else path, mode, *args, **kwargs)  # type: ignore[call-overload]
+        return real(full if path.name.startswith(".layer-002.safetensors.partial") else path, mode, *args, **kwargs)  # type: ignore[call-overload]
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", open_on_full_disk)
