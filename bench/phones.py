@@ -239,15 +239,15 @@ class PhoneBundle:
     def _fields(self, text: str, states: dict[str, dict[str, Any]], settings: Settings) -> dict[str, Any]:
         """The fields of the app's result, with what is known better on this side, or what the app does not tell."""
         try:
-            found = bench_result.read(text, f"{self._phone.serial}: the app's result")[0]
+            result = bench_result.read(text, f"{self._phone.serial}: the app's result")[0]
         except InputError as error:
             raise AdbError(str(error)) from None
-        if found.failure:
-            raise AdbError(f"{self._phone.serial}: {found.failure}")
+        if result.failure:
+            raise AdbError(f"{self._phone.serial}: {result.failure}")
         needed = read_bytes_per_token(self.model, self._manifest.backends[BACKEND].cache, settings)
-        model = {**found.model, **self.model, "read_bytes_per_token": needed}
-        merged = {when: {**found.state.get(when, {}), **values} for when, values in states.items()}
-        fields = {**asdict(found), "model": model, "state": merged, "device": {**found.device, **self._device}}
+        model = {**result.model, **self.model, "read_bytes_per_token": needed}
+        merged = {when: {**result.state.get(when, {}), **values} for when, values in states.items()}
+        fields = {**asdict(result), "model": model, "state": merged, "device": {**result.device, **self._device}}
         for name in ("settings", "started", "failure"):
             del fields[name]
         return fields
