@@ -14,7 +14,7 @@ from gemma_edge.bundle.backends import bits_of
 from gemma_edge.bundle.codec import convert
 from gemma_edge.bundle.entries import BackendEntry, GateResult, PlanEntry
 from gemma_edge.bundle.manifest import MANIFEST, Manifest, typed_settings
-from gemma_edge.export.backend import exporter
+from gemma_edge.export.backend import LoweringTask, exporter
 from gemma_edge.export.contents import Integers, copy_tokenizer, make_manifest
 from gemma_edge.export.gate import verify as gate
 from gemma_edge.export.gate.limits import LIMITS
@@ -99,8 +99,9 @@ class Assembly:
             stage(self.stages, f"lower {name}"),
             self.progress(f"export {name}", plan.weights_bytes, True) as advance,
         ):
-            settings = backend.lower(quantized, cache, out=self.bundle, float_bits=float_bits, progress=advance)
-            backend.check(quantized, cache, out=self.bundle, float_bits=float_bits)
+            task = LoweringTask(quantized, cache, self.bundle, float_bits, advance)
+            settings = backend.lower(task)
+            backend.check(task)
         self._files[name] = {path for path in self.bundle.rglob("*") if path not in before and path.is_file()}
         self._entries[name] = BackendEntry(
             cache, convert(plan.to_json(), PlanEntry), typed_settings(name, settings), identity=""

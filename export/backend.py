@@ -38,6 +38,17 @@ class StoredWeights:
         return self.source.config
 
 
+@dataclass(frozen=True)
+class LoweringTask:
+    """What a backend lowers, and where to."""
+
+    checkpoint: QuantizedCheckpoint  # the integers
+    cache: CacheGeometry  # with the backend's `slots_behind`
+    out: Path  # a folder, in which other backends may have written files of other names
+    float_bits: int = 32  # 16 or 32: bits of the weights that stay float
+    progress: Callable[[int], None] = lambda done: None  # called with the bytes of weights just written
+
+
 class Backend(ABC):
     """The exporting half of a backend. Its integers are the quantizer's, unchanged."""
 
@@ -72,23 +83,8 @@ class Backend(ABC):
         return 0
 
     @abstractmethod
-    def lower(
-        self,
-        checkpoint: QuantizedCheckpoint,
-        cache: CacheGeometry,
-        *,
-        out: Path,
-        float_bits: int = 32,
-        progress: Callable[[int], None] = lambda done: None,
-    ) -> dict[str, Any]:
-        """Write the backend's files into a folder.
-
-        Args:
-            checkpoint: the integers.
-            cache: geometry of the KV cache, with `slots_behind`.
-            out: the folder, in which other backends may have written files of other names.
-            float_bits: 16 or 32, of the weights that stay float.
-            progress: called with the bytes of weights just written.
+    def lower(self, task: LoweringTask) -> dict[str, Any]:
+        """Write the backend's files into the task's folder.
 
         Returns:
             the backend's `settings` in the manifest.
@@ -98,8 +94,8 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def check(self, checkpoint: QuantizedCheckpoint, cache: CacheGeometry, *, out: Path, float_bits: int = 32) -> None:
-        """Read back what `lower` wrote with the same arguments, and compare it with the model.
+    def check(self, task: LoweringTask) -> None:
+        """Read back what `lower` wrote for the same task, and compare it with the model.
 
         Raises:
             RuntimeError: names what is not as it should be.

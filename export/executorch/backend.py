@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from gemma_edge.bundle.geometry import CacheGeometry
-from gemma_edge.export.backend import Backend, Kernels, StoredWeights
+from gemma_edge.export.backend import Backend, Kernels, LoweringTask, StoredWeights
 from gemma_edge.export.executorch import packing
-from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
 from gemma_edge.quantize.recipe import QuantConfig
 
 FILE = "model.pte"
@@ -32,29 +28,23 @@ class ExecuTorchBackend(Backend):
         """What the weights take of the file. XNNPACK packs them into as many bytes of memory."""
         return packing.weights_bytes(weights.config, weights.configs)
 
-    def lower(
-        self,
-        checkpoint: QuantizedCheckpoint,
-        cache: CacheGeometry,
-        *,
-        out: Path,
-        float_bits: int = 32,
-        progress: Callable[[int], None] = lambda done: None,
-    ) -> dict[str, Any]:
+    def lower(self, task: LoweringTask) -> dict[str, Any]:
         """See Backend."""
         from gemma_edge.export.executorch.lowering import write_program
 
-        self.refuse_unsupported(checkpoint.config, checkpoint.configs, float_bits)
+        checkpoint = task.checkpoint
+        self.refuse_unsupported(checkpoint.config, checkpoint.configs, task.float_bits)
         four = [weight for weight, config in checkpoint.configs.items() if config and config.bits == 4]
         checkpoint.warn_of_rounded_scales(four, torch.bfloat16, self.name)
-        write_program(checkpoint, cache, out / FILE, METHODS, progress)
+        write_program(checkpoint, task.cache, task.out / FILE, METHODS, task.progress)
         return {"program": FILE, "methods": METHODS, "min_executorch": "1.5"}
 
-    def check(self, checkpoint: QuantizedCheckpoint, cache: CacheGeometry, *, out: Path, float_bits: int = 32) -> None:
+    def check(self, task: LoweringTask) -> None:
         """See Backend."""
         from gemma_edge.export.executorch.check import check_pte
 
-        check_pte(out / FILE, checkpoint.config, checkpoint.configs, cache, list(METHODS.values()))
+        checkpoint = task.checkpoint
+        check_pte(task.out / FILE, checkpoint.config, checkpoint.configs, task.cache, list(METHODS.values()))
 
 
 BACKEND = ExecuTorchBackend()

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from gemma_edge.bundle.geometry import CacheGeometry
-from gemma_edge.export.backend import Backend, StoredWeights
+from gemma_edge.export.backend import Backend, LoweringTask, StoredWeights
 from gemma_edge.export.onnx import weights as storage
-from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
 from gemma_edge.quantize.recipe import QuantConfig
 
 INT8_ACTIVATIONS = 4  # accuracy_level of MatMulNBits: activations are rounded to int8 per block
@@ -37,32 +33,26 @@ class OnnxBackend(Backend):
         """See weights.py: scales are there three times, float matrices are widened."""
         return storage.resident_bytes(_blobs(weights))
 
-    def lower(
-        self,
-        checkpoint: QuantizedCheckpoint,
-        cache: CacheGeometry,
-        *,
-        out: Path,
-        float_bits: int = 32,
-        progress: Callable[[int], None] = lambda done: None,
-    ) -> dict[str, Any]:
+    def lower(self, task: LoweringTask) -> dict[str, Any]:
         """See Backend."""
         from gemma_edge.export.onnx.lowering import FILES, write_files
         from gemma_edge.export.onnx.seams import make_layers
 
-        configs = checkpoint.configs
-        dtypes = storage.float_dtypes(checkpoint, configs, float_bits)
+        checkpoint, configs = task.checkpoint, task.checkpoint.configs
+        dtypes = storage.float_dtypes(checkpoint, configs, task.float_bits)
         layers = make_layers(configs, dtypes, self.accuracy_level)
-        blobs = _blobs(StoredWeights(checkpoint, configs, float_bits, cache.dtype))
-        write_files(checkpoint, cache, out, blobs, layers, progress)
+        write_files(checkpoint, task.cache, task.out, _blobs(_stored(task)), layers, task.progress)
         return {**FILES, "accuracy_level": self.accuracy_level, "min_onnxruntime": "1.29"}
 
-    def check(self, checkpoint: QuantizedCheckpoint, cache: CacheGeometry, *, out: Path, float_bits: int = 32) -> None:
+    def check(self, task: LoweringTask) -> None:
         """See Backend."""
         from gemma_edge.export.onnx.lowering import check_files
 
-        blobs = _blobs(StoredWeights(checkpoint, checkpoint.configs, float_bits, cache.dtype))
-        check_files(checkpoint, cache, out, blobs)
+        check_files(task.checkpoint, task.cache, task.out, _blobs(_stored(task)))
+
+
+def _stored(task: LoweringTask) -> StoredWeights:
+    return StoredWeights(task.checkpoint, task.checkpoint.configs, task.float_bits, task.cache.dtype)
 
 
 def _blobs(weights: StoredWeights) -> list[storage.Blob]:

@@ -8,21 +8,18 @@ inside the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from gemma_edge.bundle.geometry import CacheGeometry
-from gemma_edge.export.backend import Backend, Kernels, StoredWeights
+from gemma_edge.export.backend import Backend, Kernels, LoweringTask, StoredWeights
 from gemma_edge.export.tflite import packing
 from gemma_edge.export.tflite.packing import Packing
 from gemma_edge.export.tflite.seams import PREFILL, signatures
 from gemma_edge.model.checkpoint import weight_shapes
 from gemma_edge.model.config import Gemma2Config
-from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
 from gemma_edge.quantize.recipe import QuantConfig
 
 GRAPH_PER_ROW = 20  # bytes per signature and row of a weight: scales and zero points, stored more than once
@@ -59,36 +56,31 @@ class TFLiteBackend(Backend):
         """A chunk is written in one piece, so all its tokens but one may lie behind the ring's end."""
         return prefill_chunk - 1
 
-    def lower(
-        self,
-        checkpoint: QuantizedCheckpoint,
-        cache: CacheGeometry,
-        *,
-        out: Path,
-        float_bits: int = 32,
-        progress: Callable[[int], None] = lambda done: None,
-    ) -> dict[str, Any]:
+    def lower(self, task: LoweringTask) -> dict[str, Any]:
         """See Backend."""
         from gemma_edge.export.tflite.file import write_model
         from gemma_edge.export.tflite.lowering import build_model
 
-        self.refuse_unsupported(checkpoint.config, checkpoint.configs, float_bits)
+        checkpoint, cache = task.checkpoint, task.cache
+        self.refuse_unsupported(checkpoint.config, checkpoint.configs, task.float_bits)
         grouped = [weight for weight, config in checkpoint.configs.items() if config and config.group_size]
         checkpoint.warn_of_rounded_scales(grouped, torch.float16, self.name)
         model = build_model(checkpoint, cache, self.packing, variables=self.variables)
-        write_model(model, self.packing, checkpoint, out / self.file, progress)
+        write_model(model, self.packing, checkpoint, task.out / self.file, task.progress)
         return {
             "program": self.file,
             "signatures": [asdict(each) for each in signatures(cache)],
             **self.needs,
         }
 
-    def check(self, checkpoint: QuantizedCheckpoint, cache: CacheGeometry, *, out: Path, float_bits: int = 32) -> None:
+    def check(self, task: LoweringTask) -> None:
         """See Backend."""
         from gemma_edge.export.tflite.check import check_tflite
 
-        model, configs = checkpoint.config, checkpoint.configs
-        check_tflite(out / self.file, self.packing, model, configs, cache, signatures(cache))
+        checkpoint, cache = task.checkpoint, task.cache
+        check_tflite(
+            task.out / self.file, self.packing, checkpoint.config, checkpoint.configs, cache, signatures(cache)
+        )
 
 
 LITERT = TFLiteBackend(

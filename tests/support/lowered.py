@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gemma_edge.export.backend import Backend
+from gemma_edge.export.backend import Backend, LoweringTask
 from gemma_edge.export.plan import geometry
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint, open_weights
 from gemma_edge.quantize.checkpoint.writer import write_quantized
@@ -25,8 +25,9 @@ def lower_bundle(
     bundle = out / "bundle"
     bundle.mkdir()
     cache = geometry(source.config, context, chunk, backend=backend.name)
-    settings = backend.lower(quantized, cache, out=bundle, float_bits=recipe.float_bits)
-    backend.check(quantized, cache, out=bundle, float_bits=recipe.float_bits)
+    task = LoweringTask(quantized, cache, bundle, recipe.float_bits)
+    settings = backend.lower(task)
+    backend.check(task)
     write_manifest(bundle, source.config, recipe, cache, {backend.name: settings})
     return quantized, bundle
 

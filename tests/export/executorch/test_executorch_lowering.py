@@ -19,6 +19,7 @@ from executorch.extension.pybindings.portable_lib import _load_for_executorch
 
 import gemma_edge
 from gemma_edge.bundle.geometry import CacheGeometry
+from gemma_edge.export.backend import LoweringTask
 from gemma_edge.export.executorch import lowering
 from gemma_edge.export.executorch.backend import BACKEND
 from gemma_edge.export.executorch.compose import Composed, Embedding
@@ -102,8 +103,9 @@ def test_composed_equals_the_library_lowering_everything_at_once(tmp_path: Path)
     checkpoint = write_quantized(source, make_recipe(4, group_size=32, method="rtn"), tmp_path / "checkpoint")
     cache, bundle = geometry(source.config, 16, CHUNK), tmp_path / "bundle"
     bundle.mkdir()
-    settings = BACKEND.lower(checkpoint, cache, out=bundle)
-    BACKEND.check(checkpoint, cache, out=bundle)
+    task = LoweringTask(checkpoint, cache, bundle)
+    settings = BACKEND.lower(task)
+    BACKEND.check(task)
     write_manifest(bundle, source.config, make_recipe(4), cache, {"executorch": settings})
     runtime = gemma_edge.load(bundle)
     ids = [int(token) for token in np.random.default_rng(0).integers(3, source.config.vocab_size, sum(UNEVEN))]

@@ -13,6 +13,7 @@ from support.checkpoints import SHAPES, hf_holding, hf_logits, hf_model, relativ
 from support.kv8 import kv_ranges, round_kv
 
 import gemma_edge
+from gemma_edge.export.backend import LoweringTask
 from gemma_edge.export.onnx.backend import FLOAT_ACTIVATIONS, OnnxBackend
 from gemma_edge.export.plan import geometry
 from gemma_edge.quantize.checkpoint.kv_scales import KVScales, write_kv_scales
@@ -43,8 +44,9 @@ def make_bundle(folder: Path, out: Path, recipe: Recipe, kv_margin: float | None
     bundle.mkdir()
     cache = geometry(source.config, CONTEXT, CHUNK, dtype)
     backend = OnnxBackend(accuracy_level=FLOAT_ACTIVATIONS)
-    entry = backend.lower(quantized, cache, out=bundle, float_bits=recipe.float_bits)
-    backend.check(quantized, cache, out=bundle, float_bits=recipe.float_bits)
+    task = LoweringTask(quantized, cache, bundle, recipe.float_bits)
+    entry = backend.lower(task)
+    backend.check(task)
     write_manifest(bundle, source.config, recipe, cache, {"onnx": entry})
     return quantized
 

@@ -21,6 +21,7 @@ import litert_lm
 
 from gemma_edge.bundle.manifest import Manifest
 from gemma_edge.errors import InputError
+from gemma_edge.export.backend import LoweringTask
 from gemma_edge.export.cli import main
 from gemma_edge.export.plan import geometry
 from gemma_edge.export.tflite.backend import LITERT
@@ -45,7 +46,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     quantized = write_quantized(source, recipe, out / "checkpoint")
     (out / "bundle").mkdir()
     cache = geometry(source.config, CONTEXT, CHUNK, backend="tflite")
-    entry = LITERT.lower(quantized, cache, out=out / "bundle")
+    entry = LITERT.lower(LoweringTask(quantized, cache, out / "bundle"))
     copy_companions(DEMO, out / "bundle")
     write_manifest(out / "bundle", source.config, recipe, cache, {"tflite": entry}, tokenizer=True)
     return out / "bundle"

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gemma_edge.bundle.geometry import CacheGeometry
 from gemma_edge.errors import InputError
-from gemma_edge.export.backend import Backend, StoredWeights
+from gemma_edge.export.backend import Backend, LoweringTask, StoredWeights
 from gemma_edge.model.checkpoint import norm_names, weight_shapes
-from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
 from gemma_edge.quantize.recipe import QuantConfig
 from support.toy_backend.engine import FILE
 
@@ -36,26 +33,19 @@ class ToyBackend(Backend):
         """Something, so that a test sees it in the plan."""
         return 12345
 
-    def lower(
-        self,
-        checkpoint: QuantizedCheckpoint,
-        cache: CacheGeometry,
-        *,
-        out: Path,
-        float_bits: int = 32,
-        progress: Callable[[int], None] = lambda done: None,
-    ) -> dict[str, Any]:
+    def lower(self, task: LoweringTask) -> dict[str, Any]:
         """One file with everything that the engine reads."""
+        checkpoint = task.checkpoint
         arrays: dict[str, Any] = {name: checkpoint.matrix(name).numpy() for name in weight_shapes(checkpoint.config)}
-        progress(sum(values.nbytes for values in arrays.values()))
+        task.progress(sum(values.nbytes for values in arrays.values()))
         arrays |= {name: checkpoint.vector(name).numpy() for name in norm_names(checkpoint.config)}
-        np.savez(out / FILE, config=np.array(json.dumps(checkpoint.config.to_json())), **arrays)
+        np.savez(task.out / FILE, config=np.array(json.dumps(checkpoint.config.to_json())), **arrays)
         return {"weights": FILE}
 
-    def check(self, checkpoint: QuantizedCheckpoint, cache: CacheGeometry, *, out: Path, float_bits: int = 32) -> None:
+    def check(self, task: LoweringTask) -> None:
         """The file names every weight."""
-        names = np.load(out / FILE).files
-        if not set(weight_shapes(checkpoint.config)) < set(names):
+        names = np.load(task.out / FILE).files
+        if not set(weight_shapes(task.checkpoint.config)) < set(names):
             raise RuntimeError(f"{FILE} lacks a weight")
 
 
