@@ -241,7 +241,7 @@ def plan(as_json: bool, save_recipe: Path | None, plot: Path | None, **choices: 
 @click.option("--check-hashes", is_flag=True, help="Compare every file with its hash.")
 @click.option("--json", "as_json", is_flag=True, help="The manifest as JSON on stdout.")
 def inspect(bundle: Path, check_hashes: bool, as_json: bool) -> None:
-    """Show what a BUNDLE holds and what the gate found."""
+    """Show what a BUNDLE holds and what the gate measured."""
     from gemma_edge.bundle import manifest as bundles
     from gemma_edge.export import report
 

@@ -44,7 +44,7 @@ def companions(folder: Path) -> dict[str, Path]:
     # a snapshot is models--OWNER--NAME/snapshots/COMMIT, and its files are links into blobs/
     repository = base.parent.parent
     is_snapshot = base.parent.name == "snapshots" and repository.name.startswith("models--")
-    found = {}
+    result = {}
     for name in COMPANIONS:
         path, real = folder / name, Path(os.path.realpath(folder / name))
         if not os.path.lexists(path):
@@ -57,8 +57,8 @@ def companions(folder: Path) -> dict[str, Path]:
         if not real.is_file():
             kind = f"is a link to {real}, which" if path.is_symlink() else "exists and"
             raise InputError(f"{path} {kind} is no regular file; put the model's file in its place, or remove it")
-        found[name] = real
-    return found
+        result[name] = real
+    return result
 
 
 def resolve(model: str) -> Path:

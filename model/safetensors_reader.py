@@ -118,10 +118,10 @@ class SafetensorsFile:
             raise InputError(f"{self.path} is missing, or is no regular file; download it again")
         try:
             with open(self.path, "rb", buffering=0) as file:
-                found = os.fstat(file.fileno())
-                seen = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+                status = os.fstat(file.fileno())
+                seen = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
                 if seen != self._seen:
-                    self._header = _read_header(file, found)
+                    self._header = _read_header(file, status)
                     self._seen = seen
                 yield file
         except (ValueError, OSError, RecursionError) as error:
@@ -140,15 +140,15 @@ class SafetensorsFile:
             done += count
 
 
-def _read_header(file: FileIO, found: os.stat_result) -> Header:
+def _read_header(file: FileIO, status: os.stat_result) -> Header:
     """Raise ValueError unless all that is said fits together, and the file."""
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise ValueError("no regular file")
     prefix = file.read(8)
     if len(prefix) < 8:
         raise ValueError("too short for a header")
     (size,) = struct.unpack("<Q", prefix)
-    room = found.st_size - 8
+    room = status.st_size - 8
     if size > min(HEADER_LIMIT, room):
         raise ValueError(f"a header of {size} bytes, at most {min(HEADER_LIMIT, room)} are possible")
     text = bytearray()
@@ -169,10 +169,10 @@ def _read_header(file: FileIO, found: os.stat_result) -> Header:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
         raise ValueError("a name stands twice in the header")
-    return found
+    return unique
 
 
 def _entry(name: str, value: Any) -> Entry:

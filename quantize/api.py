@@ -45,7 +45,7 @@ from gemma_edge.quantize.recipe import (
     make_recipe,
 )
 from gemma_edge.text import corpus
-from gemma_edge.text.tokenizer import TOKENIZER_FILE, WAY_OUT
+from gemma_edge.text.tokenizer import TOKENIZER_FILE, TOKENIZER_HINT
 
 logger = logging.getLogger(__name__)
 
@@ -324,6 +324,6 @@ def _windows(source: Weights, text: CalibrationText, tokens: int) -> Tensor:
     if windows.max() >= config.vocab_size:
         raise InputError(
             f"{source.folder / TOKENIZER_FILE} gives token id {windows.max()}, the model has a vocabulary of"
-            f" {config.vocab_size}; {WAY_OUT}"
+            f" {config.vocab_size}; {TOKENIZER_HINT}"
         )
     return windows

@@ -22,7 +22,9 @@ SIGNATURES = {
 }
 CLASSES = {
     "CalibrationText": ["paths", "tokens", "chat", "seed"],
-    "EvaluationOptions": ["models", "reference", "texts", "protocol", "window", "max_tokens", "backend", "threads"],
+    "EvaluationOptions": [
+        *("models", "reference", "texts", "protocol", "window", "max_tokens", "backend", "threads", "tasks"),
+    ],
     "ExportOptions": [
         *(
             "model",
@@ -38,7 +40,7 @@ CLASSES = {
         ),
         *("verify", "runtime_python", "keep_failed", "save_checkpoint", "force"),
     ],
-    "GenerationOptions": [],
+    "GenerationOptions": ["max_tokens", "sampling", "stop", "strict", "json_schema", "speculate"],
     "QuantizeOptions": [
         *(
             "bits",
@@ -55,7 +57,7 @@ CLASSES = {
     ],
     "Recipe": ["name", "rules", "float_bits"],
     "SamplingParams": ["temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"],
-    "Session": [],
+    "Session": ["runtime", "tokenizer", "template", "options", "prefix", "notify"],
     "InputError": ["problem", "field", "value", "allowed", "hint"],
 }
 SCRIPT = """

@@ -28,7 +28,7 @@ from gemma_edge.model import layerwise as reference
 from gemma_edge.model.checkpoint import Weights
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
 from gemma_edge.text import corpus
-from gemma_edge.text.tokenizer import TOKENIZER_FILE, WAY_OUT, open_tokenizer
+from gemma_edge.text.tokenizer import TOKENIZER_FILE, TOKENIZER_HINT, open_tokenizer
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def choose_gate(source: Weights, context: int, level: str) -> Gate | None:
     tokenizer = path if path.is_file() else None
     if level == "none":
         if tokenizer is not None:
-            open_tokenizer(tokenizer, WAY_OUT)
+            open_tokenizer(tokenizer, TOKENIZER_HINT)
         return None
     config = source.config
     return make_gate(tokenizer, config.vocab_size, config.bos_token_id, context, level)
@@ -70,13 +70,13 @@ def _tokens(tokenizer: Path | None, vocab_size: int, count: int) -> list[int]:
     if tokenizer is None:
         return [int(token) for token in np.random.default_rng(0).integers(0, vocab_size, count)]
     # Half of the tokens come from each text, so that no book decides alone. Only the beginning of each text is encoded.
-    encoder, half = open_tokenizer(tokenizer, WAY_OUT), count // 2
+    encoder, half = open_tokenizer(tokenizer, TOKENIZER_HINT), count // 2
     texts = [corpus.read(name)[: corpus.CHARACTERS_PER_TOKEN * (count - half)] for name in corpus.HELD_OUT]
     halves = [encoder.encode(text, add_special_tokens=False).ids for text in texts]
     ids = [*halves[0][:half], *halves[1][: count - half]]
     if max(ids) >= vocab_size:
         raise InputError(
-            f"{tokenizer} gives token id {max(ids)}, the model has a vocabulary of {vocab_size}; {WAY_OUT}"
+            f"{tokenizer} gives token id {max(ids)}, the model has a vocabulary of {vocab_size}; {TOKENIZER_HINT}"
         )
     return ids
 

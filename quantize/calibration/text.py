@@ -20,13 +20,13 @@ from gemma_edge.errors import InputError
 from gemma_edge.quantize.options import CalibrationText
 from gemma_edge.text import corpus
 from gemma_edge.text.chat import ChatTemplate
-from gemma_edge.text.tokenizer import TOKENIZER_FILE, WAY_OUT, open_tokenizer
+from gemma_edge.text.tokenizer import TOKENIZER_FILE, TOKENIZER_HINT, open_tokenizer
 
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".txt", ".md", ".jsonl")
 WINDOW = 512  # tokens; a shorter context takes its own length
-LEAST_TOKENS = 256  # second moments of fewer say nothing
+MIN_TOKENS = 256  # second moments of fewer say nothing
 RARE = (
     0.25  # part of the tokens that are single bytes or unknown, from which on the text is hardly the model's language
 )
@@ -52,20 +52,20 @@ def windows(folder: Path, bos: int, max_length: int, source: CalibrationText) ->
         raise InputError(
             f"{folder} has no {TOKENIZER_FILE}, so no text to calibrate on: pass `method` mse, or rtn", field="method"
         )
-    tokenizer = open_tokenizer(folder / TOKENIZER_FILE, WAY_OUT)
+    tokenizer = open_tokenizer(folder / TOKENIZER_FILE, TOKENIZER_HINT)
     texts = list(_texts(source, ChatTemplate.from_bundle(folder)))
     # a chat template may write BOS in the middle of a text, where the model never sees it in use
     ids = [[i for i in tokenizer.encode(text, add_special_tokens=False).ids if i != bos] for text in texts]
     total = sum(map(len, ids))
-    if total < LEAST_TOKENS:
+    if total < MIN_TOKENS:
         raise InputError(
-            f"the calibration text has {total} tokens; at least {LEAST_TOKENS} are needed: give more text as"
+            f"the calibration text has {total} tokens; at least {MIN_TOKENS} are needed: give more text as"
             " `calibration_text`",
             field="calibration_text",
             value=source.paths,
         )
     _warn_of_other_language(tokenizer, ids)
-    length = min(WINDOW, max_length, total, max(LEAST_TOKENS, source.tokens))
+    length = min(WINDOW, max_length, total, max(MIN_TOKENS, source.tokens))
     cut = _cut(ids, bos, length, max(1, source.tokens // length), source.seed)
     if cut.numel() < source.tokens // 2:
         logger.warning(

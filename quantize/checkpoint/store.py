@@ -168,10 +168,10 @@ class QuantizedCheckpoint(Weights):
 
 
 def _refuse_other_formats(folder: Path, quantization: dict[str, Any]) -> None:
-    found = quantization.get("quant_method"), quantization.get("format")
-    if found != ("compressed-tensors", "pack-quantized"):
+    stored = quantization.get("quant_method"), quantization.get("format")
+    if stored != ("compressed-tensors", "pack-quantized"):
         raise InputError(
-            f"{folder} is quantized as {found[0]} / {found[1]}; supported: compressed-tensors / pack-quantized,"
+            f"{folder} is quantized as {stored[0]} / {stored[1]}; supported: compressed-tensors / pack-quantized,"
             " or pass the original float folder"
         )
     for key in ("transform_config", "kv_cache_scheme"):

@@ -36,13 +36,13 @@ def own_place() -> Iterator[Place]:
 
 def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """An environment whose Pythons, also those that a child starts, do not look for modules in the current folder."""
-    found = {**environment, "PYTHONSAFEPATH": "1"}
+    result = {**environment, "PYTHONSAFEPATH": "1"}
     for name in PLACES:
-        if found.get(name):
-            found[name] = os.path.abspath(found[name])
+        if result.get(name):
+            result[name] = os.path.abspath(result[name])
     # An empty entry means the current folder: the usual slip of PYTHONPATH=$PYTHONPATH:/folder where it was not set before.
-    entries = [os.path.abspath(entry) for entry in found.pop("PYTHONPATH", "").split(os.pathsep) if entry]
-    return {**found, "PYTHONPATH": os.pathsep.join(entries)} if entries else found
+    entries = [os.path.abspath(entry) for entry in result.pop("PYTHONPATH", "").split(os.pathsep) if entry]
+    return {**result, "PYTHONPATH": os.pathsep.join(entries)} if entries else result
 
 
 def python_command(python: str | Path, words: Sequence[str]) -> list[str]:
@@ -69,6 +69,6 @@ def find_program(name: str, folders: Sequence[str | Path] | None = None) -> str 
             entry and on Windows always.
     """
     for folder in os.environ.get("PATH", os.defpath).split(os.pathsep) if folders is None else folders:
-        if os.path.isabs(folder) and (found := shutil.which(os.path.join(folder, name))):
-            return found
+        if os.path.isabs(folder) and (result := shutil.which(os.path.join(folder, name))):
+            return result
     return None

@@ -16,7 +16,7 @@ ROWS = 16
 
 @dataclass
 class Comparison:
-    """What has been found so far: sums over positions, and extremes."""
+    """Sums over the positions compared so far, and extremes."""
 
     tokens: int = 0  # positions
     kl: float = 0.0  # nats

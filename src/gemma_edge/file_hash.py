@@ -23,9 +23,9 @@ SETTLED_S = 2.0
 
 def identity(path: Path) -> tuple[str | int, ...]:
     """What changes whenever the bytes of a file do."""
-    found = path.stat()
-    times = (found.st_mtime_ns, found.st_ctime_ns)
-    return (str(path.resolve()), found.st_dev, found.st_ino, found.st_size, *times)
+    result = path.stat()
+    times = (result.st_mtime_ns, result.st_ctime_ns)
+    return (str(path.resolve()), result.st_dev, result.st_ino, result.st_size, *times)
 
 
 def file_hash(path: Path) -> str:
@@ -43,11 +43,11 @@ def file_hash(path: Path) -> str:
         digest = hashlib.sha256()
         while block := file.read(BLOCK):
             digest.update(block)
-    found = digest.hexdigest()
+    result = digest.hexdigest()
     changed = max(path.stat().st_mtime, path.stat().st_ctime)
     if note is not None and identity(path) == before and changed < began - SETTLED_S:
-        _write(note, found)
-    return found
+        _write(note, result)
+    return result
 
 
 def _note(state: tuple[str | int, ...]) -> Path | None:

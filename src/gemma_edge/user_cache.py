@@ -44,14 +44,14 @@ def folder(kind: str, key: str) -> Path:
         _refuse_others(made, made.stat() if made == top else made.lstat())
         if made != top and made.stat().st_mode & 0o077:  # made by an earlier version
             made.chmod(0o700)
-    found = top / kind / key
-    os.utime(found)
+    result = top / kind / key
+    os.utime(result)
     oldest = time.time() - KEPT_DAYS * 24 * 3600
-    for other in found.parent.iterdir():
+    for other in result.parent.iterdir():
         with suppress(FileNotFoundError):  # another process may tidy up too
             if other.stat().st_mtime < oldest:
                 shutil.rmtree(other, ignore_errors=True)
-    return found
+    return result
 
 
 def is_own(status: os.stat_result) -> bool:

@@ -89,12 +89,12 @@ def parse(text: bytes) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for name, value in pairs:
-        if name in found:
+        if name in result:
             raise ValueError(f"the key {shown(name)} stands twice in one object")
-        found[name] = value
-    return found
+        result[name] = value
+    return result
 
 
 def _odd_values(value: Any, keys: tuple[Key, ...]) -> Iterator[KeyProblem]:
@@ -214,7 +214,7 @@ def _flat(node: dict[str, Any], definitions: dict[str, Any]) -> Iterator[dict[st
 
 def _inner(node: dict[str, Any], key: Key) -> Iterator[dict[str, Any]]:
     """The schema of what stands under a key."""
-    found = node.get("items") if isinstance(key, int) else node.get("properties", {}).get(key)
-    found = found or node.get("additionalProperties")
-    if isinstance(found, dict):
-        yield found
+    result = node.get("items") if isinstance(key, int) else node.get("properties", {}).get(key)
+    result = result or node.get("additionalProperties")
+    if isinstance(result, dict):
+        yield result

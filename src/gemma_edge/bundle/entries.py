@@ -200,7 +200,7 @@ class LimitsEntry:
 
 @dataclass(frozen=True)
 class GateResult(_Figures):
-    """What the gate found of one backend."""
+    """What the gate measured of one backend."""
 
     level: Literal["quick", "full"]
     text: str  # fed to the model

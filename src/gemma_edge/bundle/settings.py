@@ -93,5 +93,5 @@ def roles(settings: object) -> dict[str, str]:
     """Files by role; none for a backend that is not listed here."""
     if isinstance(settings, Mapping):
         return {}
-    found: dict[str, str] = settings.roles  # type: ignore[attr-defined]
-    return found
+    result: dict[str, str] = settings.roles  # type: ignore[attr-defined]
+    return result

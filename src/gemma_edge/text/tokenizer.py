@@ -14,7 +14,7 @@ from gemma_edge.errors import InputError
 
 TOKENIZER_FILE = "tokenizer.json"
 END_OF_TURN = "<end_of_turn>"
-WAY_OUT = "take the tokenizer.json that belongs to the model"
+TOKENIZER_HINT = "take the tokenizer.json that belongs to the model"
 
 
 def open_tokenizer(path: Path, hint: str) -> tokenizers.Tokenizer:
