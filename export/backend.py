@@ -1,7 +1,7 @@
 """What a backend must do to be exported for. Each one's half is `backend.py` in its own folder; bundle/backends.py names it.
 
 An exporter is imported to plan an export, so its module holds sizes and refusals, and imports what it lowers with inside
-`lower` and `check`.
+`write` and `check`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from gemma_edge.model.config import Gemma2Config
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
 from gemma_edge.quantize.recipe import QuantConfig
 
+Advance = Callable[[int], None]  # called with what was done since the last call
 Configs = Mapping[str, QuantConfig | None]  # weight -> its integers; None: it stays float
 
 
@@ -71,7 +72,6 @@ class Backend(ABC):
         """Slots of a layer's cache that lie behind the end of its ring."""
         return 0
 
-    @abstractmethod
     def lower(
         self,
         checkpoint: QuantizedCheckpoint,
@@ -79,9 +79,9 @@ class Backend(ABC):
         *,
         out: Path,
         float_bits: int = 32,
-        progress: Callable[[int], None] = lambda done: None,
+        progress: Advance = lambda done: None,
     ) -> dict[str, Any]:
-        """Write the backend's files into a folder.
+        """Refuse what the backend cannot hold, and write its files into a folder.
 
         Args:
             checkpoint: the integers.
@@ -96,6 +96,14 @@ class Backend(ABC):
         Raises:
             InputError: a weight that the backend cannot compute exactly.
         """
+        self.refuse_unsupported(checkpoint.config, checkpoint.configs, float_bits)
+        return self.write(checkpoint, cache, out=out, float_bits=float_bits, progress=progress)
+
+    @abstractmethod
+    def write(
+        self, checkpoint: QuantizedCheckpoint, cache: CacheGeometry, *, out: Path, float_bits: int, progress: Advance
+    ) -> dict[str, Any]:
+        """The part of `lower` that writes, with the same arguments and result."""
 
     @abstractmethod
     def check(self, checkpoint: QuantizedCheckpoint, cache: CacheGeometry, *, out: Path, float_bits: int = 32) -> None:

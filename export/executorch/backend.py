@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gemma_edge.bundle.geometry import CacheGeometry
-from gemma_edge.export.backend import Backend, Kernels, StoredWeights
+from gemma_edge.export.backend import Advance, Backend, Kernels, StoredWeights
 from gemma_edge.export.executorch import packing
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
 from gemma_edge.quantize.recipe import QuantConfig
@@ -32,19 +31,12 @@ class ExecuTorchBackend(Backend):
         """What the weights take of the file. XNNPACK packs them into as many bytes of memory."""
         return packing.weights_bytes(weights.config, weights.configs)
 
-    def lower(
-        self,
-        checkpoint: QuantizedCheckpoint,
-        cache: CacheGeometry,
-        *,
-        out: Path,
-        float_bits: int = 32,
-        progress: Callable[[int], None] = lambda done: None,
+    def write(
+        self, checkpoint: QuantizedCheckpoint, cache: CacheGeometry, *, out: Path, float_bits: int, progress: Advance
     ) -> dict[str, Any]:
         """See Backend."""
         from gemma_edge.export.executorch.lowering import write_program
 
-        self.refuse_unsupported(checkpoint.config, checkpoint.configs, float_bits)
         four = [weight for weight, config in checkpoint.configs.items() if config and config.bits == 4]
         checkpoint.warn_of_rounded_scales(four, torch.bfloat16, self.name)
         write_program(checkpoint, cache, out / FILE, METHODS, progress)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gemma_edge.bundle.geometry import CacheGeometry
-from gemma_edge.export.backend import Backend, StoredWeights
+from gemma_edge.export.backend import Advance, Backend, StoredWeights
 from gemma_edge.export.onnx import weights as storage
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
 from gemma_edge.quantize.recipe import QuantConfig
@@ -37,14 +36,8 @@ class OnnxBackend(Backend):
         """See weights.py: scales are there three times, float matrices are widened."""
         return storage.resident_bytes(_blobs(weights))
 
-    def lower(
-        self,
-        checkpoint: QuantizedCheckpoint,
-        cache: CacheGeometry,
-        *,
-        out: Path,
-        float_bits: int = 32,
-        progress: Callable[[int], None] = lambda done: None,
+    def write(
+        self, checkpoint: QuantizedCheckpoint, cache: CacheGeometry, *, out: Path, float_bits: int, progress: Advance
     ) -> dict[str, Any]:
         """See Backend."""
         from gemma_edge.export.onnx.lowering import FILES, write_files

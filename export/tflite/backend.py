@@ -8,7 +8,6 @@ inside the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 from gemma_edge.bundle.geometry import CacheGeometry
-from gemma_edge.export.backend import Backend, Kernels, StoredWeights
+from gemma_edge.export.backend import Advance, Backend, Kernels, StoredWeights
 from gemma_edge.export.tflite import packing
 from gemma_edge.export.tflite.packing import Packing
 from gemma_edge.export.tflite.seams import PREFILL, signatures
@@ -59,20 +58,13 @@ class TFLiteBackend(Backend):
         """A chunk is written in one piece, so all its tokens but one may lie behind the ring's end."""
         return prefill_chunk - 1
 
-    def lower(
-        self,
-        checkpoint: QuantizedCheckpoint,
-        cache: CacheGeometry,
-        *,
-        out: Path,
-        float_bits: int = 32,
-        progress: Callable[[int], None] = lambda done: None,
+    def write(
+        self, checkpoint: QuantizedCheckpoint, cache: CacheGeometry, *, out: Path, float_bits: int, progress: Advance
     ) -> dict[str, Any]:
         """See Backend."""
         from gemma_edge.export.tflite.file import write_model
         from gemma_edge.export.tflite.lowering import build_model
 
-        self.refuse_unsupported(checkpoint.config, checkpoint.configs, float_bits)
         grouped = [weight for weight, config in checkpoint.configs.items() if config and config.group_size]
         checkpoint.warn_of_rounded_scales(grouped, torch.float16, self.name)
         model = build_model(checkpoint, cache, self.packing, variables=self.variables)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 
 from gemma_edge.bundle.geometry import CacheGeometry
 from gemma_edge.errors import InputError
-from gemma_edge.export.backend import Backend, StoredWeights
+from gemma_edge.export.backend import Advance, Backend, StoredWeights
 from gemma_edge.model.checkpoint import norm_names, weight_shapes
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
 from gemma_edge.quantize.recipe import QuantConfig
@@ -36,14 +35,8 @@ class ToyBackend(Backend):
         """Something, so that a test sees it in the plan."""
         return 12345
 
-    def lower(
-        self,
-        checkpoint: QuantizedCheckpoint,
-        cache: CacheGeometry,
-        *,
-        out: Path,
-        float_bits: int = 32,
-        progress: Callable[[int], None] = lambda done: None,
+    def write(
+        self, checkpoint: QuantizedCheckpoint, cache: CacheGeometry, *, out: Path, float_bits: int, progress: Advance
     ) -> dict[str, Any]:
         """One file with everything that the engine reads."""
         arrays: dict[str, Any] = {name: checkpoint.matrix(name).numpy() for name in weight_shapes(checkpoint.config)}
