@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma_edge.bench.process import ChildFailed
-from gemma_edge.bundle.manifest import FileEntry
+from gemma_edge.bundle.entries import FileEntry
 from gemma_edge.children import find_program
 from gemma_edge.errors import InputError
 

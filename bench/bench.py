@@ -176,13 +176,8 @@ def read_bytes_per_token(model: dict[str, Any], cache: CacheGeometry, settings: 
 
 
 def backend_files(path: Path, manifest: Manifest, backend: str) -> list[Path]:
-    """The files that a backend's entry in the manifest names."""
-    names = [
-        name
-        for name in manifest.backends[backend].settings.values()
-        if isinstance(name, str) and name in manifest.files
-    ]
-    return [confined(path, name) for name in names]
+    """The files of one backend, as far as its entry in the manifest names them."""
+    return [confined(path, name) for name in manifest.backends[backend].files]
 
 
 def kv_bytes(cache: CacheGeometry, depth: int) -> int:

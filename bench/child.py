@@ -56,7 +56,7 @@ class Bundle:
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.runtime = open_runtime(job["path"], backend=job["backend"], threads=job["threads"])
-        self.vocab_size = int(self.runtime.manifest.config["vocab_size"])
+        self.vocab_size = self.runtime.manifest.config.vocab_size
         self.context = self.runtime.cache.context
         self.packages = ("gemma-edge", job["package"])
         self._logits: Logits
@@ -85,18 +85,18 @@ class Genai:
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.og: Any = importlib.import_module(job["module"])
-        given = json.loads((Path(job["path"]) / "genai_config.json").read_text(encoding="utf-8"))["model"]
-        self.vocab_size = int(given["vocab_size"])
+        config = json.loads((Path(job["path"]) / "genai_config.json").read_text(encoding="utf-8"))["model"]
+        self.vocab_size = int(config["vocab_size"])
         # its cache with a sliding window needs room for a whole window, however short the prompt is
-        window = int(given["decoder"].get("sliding_window", {}).get("window_size", 0))
+        window = int(config["decoder"].get("sliding_window", {}).get("window_size", 0))
         needed = job["prefill"] + job["decode"] + 1
         self.context = max(window, needed)
-        if needed > int(given["context_length"]):
-            raise InputError(f"onnxruntime-genai holds {given['context_length']} tokens here, {needed} are asked for")
-        config = self.og.Config(job["path"])
+        if needed > int(config["context_length"]):
+            raise InputError(f"onnxruntime-genai holds {config['context_length']} tokens here, {needed} are asked for")
+        genai_config = self.og.Config(job["path"])
         options = {"intra_op_num_threads": job["threads"]}
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
-        self.model = self.og.Model(config)
+        genai_config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+        self.model = self.og.Model(genai_config)
         self.generator: Any = None
 
     def reset(self) -> None:

@@ -284,7 +284,7 @@ def _default_threads(bundles: Sequence[Path], cores: int) -> int:
     """The threads of the first bundle's target, or all cores where there is no bundle."""
     from gemma_edge.bundle.manifest import Manifest
 
-    return min(int(Manifest.load(bundles[0]).target["threads"]), cores) if bundles else cores
+    return min(Manifest.load(bundles[0]).target.threads, cores) if bundles else cores
 
 
 def _note(text: str) -> None:

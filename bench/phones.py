@@ -18,7 +18,8 @@ from gemma_edge.bench import result as bench_result
 from gemma_edge.bench.adb import AdbError, Device
 from gemma_edge.bench.bench import backend_facts, read_bytes_per_token
 from gemma_edge.bench.result import Settings
-from gemma_edge.bundle.manifest import MANIFEST, FileEntry, Manifest, confined
+from gemma_edge.bundle.entries import FileEntry
+from gemma_edge.bundle.manifest import MANIFEST, Manifest, confined
 from gemma_edge.errors import InputError
 from gemma_edge.progress import Progress
 
@@ -111,7 +112,7 @@ def check(phone: Device, known: Facts, manifest: Manifest, missing_bytes: int) -
     Raises:
         AdbError: the phone has another ABI, too old an Android, too little memory or storage, or not the app.
     """
-    ram_bytes = int(manifest.backends[BACKEND].plan.get("device_ram_bytes", 0))
+    ram_bytes = manifest.backends[BACKEND].plan.device_ram_bytes
     storage_bytes = missing_bytes + SPARE_BYTES
     ram, needed_ram, free, needed = (
         f"{count / MIB:.0f} MiB" for count in (known.ram_bytes, ram_bytes, known.free_bytes, storage_bytes)
@@ -238,15 +239,15 @@ class PhoneBundle:
     def _fields(self, text: str, states: dict[str, dict[str, Any]], settings: Settings) -> dict[str, Any]:
         """The fields of the app's result, with what is known better on this side, or what the app does not tell."""
         try:
-            found = bench_result.read(text, f"{self._phone.serial}: the app's result")[0]
+            result = bench_result.read(text, f"{self._phone.serial}: the app's result")[0]
         except InputError as error:
             raise AdbError(str(error)) from None
-        if found.failure:
-            raise AdbError(f"{self._phone.serial}: {found.failure}")
+        if result.failure:
+            raise AdbError(f"{self._phone.serial}: {result.failure}")
         needed = read_bytes_per_token(self.model, self._manifest.backends[BACKEND].cache, settings)
-        model = {**found.model, **self.model, "read_bytes_per_token": needed}
-        merged = {when: {**found.state.get(when, {}), **values} for when, values in states.items()}
-        fields = {**asdict(found), "model": model, "state": merged, "device": {**found.device, **self._device}}
+        model = {**result.model, **self.model, "read_bytes_per_token": needed}
+        merged = {when: {**result.state.get(when, {}), **values} for when, values in states.items()}
+        fields = {**asdict(result), "model": model, "state": merged, "device": {**result.device, **self._device}}
         for name in ("settings", "started", "failure"):
             del fields[name]
         return fields

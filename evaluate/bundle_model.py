@@ -33,13 +33,13 @@ class BundleModel:
         self.config, self._cache = manifest.config, manifest.backends[self.backend].cache
         self.context = self._cache.context
         self.size = sum(entry.bytes for entry in manifest.files.values())
-        parts = manifest.recipe.get("parts", [])
-        weights = sum(part["weights"] for part in parts)
-        self.bits_per_weight = 8 * sum(part["bytes"] for part in parts) / weights if weights else None
+        parts = manifest.recipe.parts
+        weights = sum(part.weights for part in parts)
+        self.bits_per_weight = 8 * sum(part.bytes for part in parts) / weights if weights else None
 
     def steps(self, windows: Sequence[Window]) -> int:
         """How many chunks all windows have together."""
-        chunk = scored_at_once(self._cache.prefill_chunk, int(self.config["vocab_size"]))
+        chunk = scored_at_once(self._cache.prefill_chunk, self.config.vocab_size)
         return sum(-(-(len(window.ids) - 1) // chunk) for window in windows)
 
     def rows(self, windows: Sequence[Window], progress: Callable[[int], None]) -> Iterator[tuple[Window, int, Logits]]:
@@ -57,8 +57,8 @@ class BundleModel:
 
     def layer_errors(self, original: Model | None, ids: Sequence[int], progress: Progress) -> list[float]:
         """The errors that calibration wrote into the manifest; [] for a bundle that was not calibrated."""
-        layers = self.manifest.recipe.get("calibration", {}).get("layers", [])
-        return [float(entry["relative_error"]) for entry in sorted(layers, key=lambda entry: entry["layer"])]
+        layers = self.manifest.recipe.calibration.layers
+        return [entry.relative_error for entry in sorted(layers, key=lambda entry: entry.layer)]
 
     def runtime(self) -> Runtime:
         """The bundle, loaded."""

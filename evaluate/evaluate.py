@@ -96,7 +96,7 @@ def _reference(job: Job, progress: Progress) -> Iterator[tuple[Result | None, Sa
         yield None, None
         return
     model, folder = job.reference, scratch_folder()
-    vocab_size = int(model.config["vocab_size"])
+    vocab_size = model.config.vocab_size
     needed = 4 * vocab_size * sum(window.scored for window in job.windows)
     free = shutil.disk_usage(folder).free
     if needed > free:

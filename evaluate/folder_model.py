@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from gemma_edge.bundle.entries import CalibrationEntry, ModelEntry, RecipeEntry, TargetEntry
 from gemma_edge.bundle.geometry import CacheGeometry
-from gemma_edge.bundle.manifest import Manifest
+from gemma_edge.bundle.manifest import Manifest, state_identity, typed_config
 from gemma_edge.evaluate.model import Model
 from gemma_edge.logits import Logits
 from gemma_edge.model import layerwise as reference
@@ -47,7 +48,7 @@ class CheckpointModel:
         quantized_table = (path / TABLE_FILE).is_file()
         self.path = path
         self.weights = QuantizedCheckpoint.open(path) if quantized_table else open_weights(path)
-        self.config = self.weights.config.to_json()
+        self.config = typed_config(self.weights.config.to_json())
         self.context = self.weights.config.max_position_embeddings
         shapes = weight_shapes(self.weights.config)
         self.size = sum(self._bytes(name, shape) for name, shape in shapes.items())
@@ -92,8 +93,10 @@ class CheckpointModel:
         Returns:
             one number per layer, see `stream_error`.
         """
-        shape = ("num_hidden_layers", "hidden_size")
-        if not isinstance(original, CheckpointModel) or any(original.config[k] != self.config[k] for k in shape):
+        if not isinstance(original, CheckpointModel):
+            return []
+        shape = (original.config.num_hidden_layers, original.config.hidden_size)
+        if shape != (self.config.num_hidden_layers, self.config.hidden_size):
             return []
         sequence = [torch.tensor(ids)]
         ours = reference.blocks(self.weights, sequence, self.context)
@@ -123,7 +126,9 @@ class CheckpointRuntime(Runtime):
         config = weights.config
         context = config.max_position_embeddings
         cache = CacheGeometry(context, CHUNK, config.num_key_value_heads, config.head_dim, "float32", ())
-        super().__init__(weights.folder, _manifest(weights), cache)
+        manifest = _manifest(weights)
+        identity = state_identity("torch", manifest.config, cache, manifest.files)
+        super().__init__(weights.folder, manifest, cache, identity)
         self._model = weights.load()
         self._ring = RingCache(config, context=context, chunk=CHUNK)
 
@@ -140,11 +145,12 @@ class CheckpointRuntime(Runtime):
 
 def _manifest(weights: Weights) -> Manifest:
     """The parts of a manifest that a runtime reads."""
+    config = weights.config
     return Manifest(
-        model={"name": weights.folder.name},
-        config=weights.config.to_json(),
-        recipe={},
-        target={},
+        model=ModelEntry(weights.folder.name, "gemma2", config.num_parameters, lora=None),
+        config=typed_config(config.to_json()),
+        recipe=RecipeEntry("folder", (), 32, (), CalibrationEntry()),
+        target=TargetEntry("torch", ram_bytes=0, threads=1),
         backends={},
         files={},
         tokenizer=False,

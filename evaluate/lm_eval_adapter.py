@@ -45,7 +45,7 @@ class RuntimeLM(TemplateLM):  # type: ignore[misc]
     @property
     def eot_token_id(self) -> int:
         """The first of the model's stop ids."""
-        return int(self._runtime.manifest.config["eos_token_id"][0])
+        return self._runtime.manifest.config.eos_token_id[0]
 
     @property
     def prefix_token_id(self) -> int:

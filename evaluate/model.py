@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+from gemma_edge.bundle.entries import ModelConfig
 from gemma_edge.logits import Logits
 from gemma_edge.progress import Progress
 from gemma_edge.runtimes.engines.base import Runtime
@@ -19,7 +20,7 @@ class Model(Protocol):
     path: Path
     kind: str  # bundle or folder
     backend: str  # what computes: a bundle's backend, or torch
-    config: dict[str, Any]  # the model's configuration, with Hugging Face's keys
+    config: ModelConfig
     context: int  # tokens that the model looks back on
     size: int  # bytes of a bundle's files, or of a folder's matrices
     bits_per_weight: float | None  # bits per weight of the matrices, scales included

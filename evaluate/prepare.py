@@ -166,10 +166,11 @@ def _shared_tokenizer(models: Sequence[Model], text: str) -> Tokenizer:
     first = models[0]
     for model in models:
         for key in ("vocab_size", "bos_token_id"):
-            if model.config[key] != first.config[key]:
+            ours, theirs = getattr(first.config, key), getattr(model.config, key)
+            if ours != theirs:
                 raise InputError(
-                    f"{first.path} and {model.path} have different vocabularies: {key} {first.config[key]} and"
-                    f" {model.config[key]}; only models of the same tokens can be compared"
+                    f"{first.path} and {model.path} have different vocabularies: {key} {ours} and {theirs};"
+                    " only models of the same tokens can be compared"
                 )
     owned = [(model, tokenizer) for model in models if (tokenizer := model.tokenizer()) is not None]
     if not owned:
@@ -199,7 +200,7 @@ def _encode(tokenizer: Tokenizer, text: str, limit: int | None) -> list[int]:
 
 
 def _check_ids(windows: Sequence[Window], model: Model) -> None:
-    largest, size = max(max(window.ids) for window in windows), int(model.config["vocab_size"])
+    largest, size = max(max(window.ids) for window in windows), model.config.vocab_size
     if largest >= size:
         raise InputError(
             f"the tokenizer gives token id {largest}, {model.path} has a vocabulary of {size}: they do not belong together"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -10,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gemma_edge.bundle.manifest import Manifest
+from gemma_edge.bundle.manifest import Manifest, typed_config
 from gemma_edge.bundle.staging import refuse_existing, staged
 from gemma_edge.errors import InputError
 from gemma_edge.export import plan as planning
@@ -73,6 +74,7 @@ def open_model(options: ExportOptions, progress: Progress = no_progress, *, plan
     folder = hub.resolve(options.model)
     hub.companions(folder)  # refuses what could not be copied in the end, before any work
     source = open_weights(folder, lora=options.lora)
+    typed_config(source.config.to_json())  # refuses, before any work, what no bundle could hold
     recipe, choice = choose_recipe(options.quantization, source, onnx_weights, progress)
     recipe = named_by_content(source, recipe)
     calibrated = source.kv_scales is not None if source.is_quantized else recipe.calibrated
@@ -219,6 +221,6 @@ def to_json(done: Export) -> dict[str, Any]:
     """The result of an export for `--json`."""
     return {
         "bundle": str(done.bundle),
-        "manifest": asdict(done.manifest),
+        "manifest": json.loads(done.manifest.to_json()),
         "stages": [asdict(stage) for stage in done.stages],
     }

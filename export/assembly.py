@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from gemma_edge.bundle.backends import bits_of
-from gemma_edge.bundle.manifest import MANIFEST, BackendEntry, Manifest
+from gemma_edge.bundle.codec import convert
+from gemma_edge.bundle.entries import BackendEntry, GateResult, PlanEntry
+from gemma_edge.bundle.manifest import MANIFEST, Manifest, typed_settings
 from gemma_edge.export.backend import exporter
 from gemma_edge.export.contents import Integers, copy_tokenizer, make_manifest
 from gemma_edge.export.gate import verify as gate
@@ -32,9 +34,9 @@ class Assembly:
     work: Path  # a folder of its own with `bundle/` in it
     progress: Progress
     stages: list[Stage]
-    _entries: dict[str, BackendEntry] = field(default_factory=dict)  # by backend that is lowered
+    _entries: dict[str, BackendEntry[Any]] = field(default_factory=dict)  # by backend that is lowered
     _files: dict[str, set[Path]] = field(default_factory=dict)  # by backend that is lowered
-    _verification: dict[str, Any] = field(default_factory=dict)  # by backend that is judged
+    _verification: dict[str, GateResult] = field(default_factory=dict)  # by backend that is judged
     _references: gate.References | None = None
 
     @property
@@ -45,7 +47,7 @@ class Assembly:
     @property
     def failures(self) -> dict[str, list[str]]:
         """Figures that are out of bounds, by backend that failed the gate."""
-        return {name: result["failures"] for name, result in self._verification.items() if result["failures"]}
+        return {name: list(result.failures) for name, result in self._verification.items() if result.failures}
 
     def forget(self, backends: Iterable[str], opened: Opened) -> None:
         """Have `make` make backends again, after a change of plan.
@@ -100,7 +102,9 @@ class Assembly:
             settings = backend.lower(quantized, cache, out=self.bundle, float_bits=float_bits, progress=advance)
             backend.check(quantized, cache, out=self.bundle, float_bits=float_bits)
         self._files[name] = {path for path in self.bundle.rglob("*") if path not in before and path.is_file()}
-        self._entries[name] = BackendEntry(cache, plan.to_json(), settings)
+        self._entries[name] = BackendEntry(
+            cache, convert(plan.to_json(), PlanEntry), typed_settings(name, settings), identity=""
+        )
 
     def _judge(self, chosen: gate.Gate) -> None:
         """Judge what is not judged yet; compute the references if nobody has."""
@@ -121,4 +125,4 @@ class Assembly:
                     folder, chosen, opened.context, opened.source, quantized, advance
                 )
             results = gate.verify(self.bundle, self._references, limits, pythons=opened.pythons, progress=advance)
-        self._verification |= results
+        self._verification |= convert(results, dict[str, GateResult])

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import gemma_edge
-from gemma_edge.bundle.manifest import BackendEntry, Manifest, list_files
+from gemma_edge.bundle.codec import convert
+from gemma_edge.bundle.entries import BackendEntry, ModelEntry, RecipeEntry, TargetEntry
+from gemma_edge.bundle.manifest import Manifest, list_files, typed_config, with_identities
 from gemma_edge.export.opened import Opened
 from gemma_edge.model import hub
 from gemma_edge.model.checkpoint import weight_shapes
@@ -53,25 +55,20 @@ def copy_tokenizer(folder: Path, bundle: Path) -> bool:
 
 
 def make_manifest(
-    opened: Opened, integers: Integers, backends: dict[str, BackendEntry], bundle: Path, *, has_tokenizer: bool
+    opened: Opened, integers: Integers, backends: dict[str, BackendEntry[Any]], bundle: Path, *, has_tokenizer: bool
 ) -> Manifest:
     """The manifest of a bundle whose files are all written, not verified yet."""
     config, recipe, target = opened.source.config, opened.recipe, opened.target
-    lora = {"lora": integers.lora} if integers.lora else {}
-    return Manifest(
-        model={
-            "name": opened.name,
-            "architecture": "gemma2",
-            "parameters": config.num_parameters,
-            **lora,
-        },
-        config=config.to_json(),
-        recipe={
-            **recipe.to_json(),
-            "parts": parts(integers.quantized, recipe.float_bits),
-            "calibration": dict(integers.learnt),
-        },
-        target={"name": target.name, "ram_bytes": target.ram_bytes, "threads": target.threads},
+    made = {
+        **recipe.to_json(),
+        "parts": parts(integers.quantized, recipe.float_bits),
+        "calibration": dict(integers.learnt),
+    }
+    manifest = Manifest(
+        model=ModelEntry(opened.name, "gemma2", config.num_parameters, integers.lora),
+        config=typed_config(config.to_json()),
+        recipe=convert(made, RecipeEntry),
+        target=TargetEntry(target.name, target.ram_bytes, target.threads),
         backends=backends,
         files=list_files(bundle),
         tokenizer=has_tokenizer,
@@ -79,6 +76,7 @@ def make_manifest(
         verification={},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+    return with_identities(manifest)
 
 
 def tool_versions() -> dict[str, str]:

@@ -7,7 +7,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
+from rich.text import Text
 
+from gemma_edge.bundle.entries import Difference
 from gemma_edge.bundle.manifest import Manifest
 from gemma_edge.report.console import ERR, OUT, progress_bar, size
 
@@ -60,19 +62,19 @@ def files_table(manifest: Manifest) -> Table:
     table.add_column("bytes", justify="right")
     table.add_column("sha256")
     for name, entry in manifest.files.items():
-        table.add_row(name, str(entry.bytes), entry.sha256[:16])
+        table.add_row(Text(name), str(entry.bytes), entry.sha256[:16])
     return table
 
 
 def parts_table(manifest: Manifest) -> Table:
     """Bits per kind of weight."""
-    table = Table(title=f"weights: {manifest.recipe['name']}", title_justify="left")
+    table = Table(title=Text(f"weights: {manifest.recipe.name}"), title_justify="left")
     for column in ("part", "tensors", "bits", "group", "parameters", "size"):
         table.add_column(column, justify="left" if column == "part" else "right")
-    for row in manifest.recipe["parts"]:
-        group = "float" if row["bits"] >= 16 else str(row["group_size"] or "channel")
-        parameters = f"{row['weights'] / 1e6:.1f} M"
-        table.add_row(row["part"], str(row["count"]), str(row["bits"]), group, parameters, size(row["bytes"]))
+    for row in manifest.recipe.parts:
+        group = "float" if row.bits >= 16 else str(row.group_size or "channel")
+        parameters = f"{row.weights / 1e6:.1f} M"
+        table.add_row(Text(row.part), str(row.count), str(row.bits), group, parameters, size(row.bytes))
     return table
 
 
@@ -82,29 +84,29 @@ def gate_lines(manifest: Manifest) -> list[str]:
         return ["NOT VERIFIED: exported with --verify none"]
     lines = []
     for backend, result in manifest.verification.items():
-        quality, lowering = result["quality"], result["lowering"]
-        wrap = "past" if result["past_wrap"] else "NOT past"
+        quality, lowering = result.quality, result.lowering
+        wrap = "past" if result.past_wrap else "NOT past"
         lines += [
-            f"{backend}: {'passed' if result['passed'] else 'FAILED'} the {result['level']} gate:"
-            f" {result['fed_tokens']} tokens fed, {wrap} the end of the context; text: {result['text']}",
-            f"  to the original ({quality['tokens']} positions): KL {quality['kl']:.5f} nats,"
-            f" same top token {quality['top1']:.1%}, perplexity {quality['ppl_reference']:.2f} -> {quality['ppl']:.2f}"
-            f" ({quality['ppl_change']:+.2%}), max |logit difference| {quality['max_abs_logit_difference']:.3f}",
-            *_past_context(result["quality_past_context"]),
-            f"  to the same integers in torch ({lowering['tokens']} positions): KL {lowering['kl']:.6f} nats,"
-            f" max |logit difference| {lowering['max_abs_logit_difference']:.4f}"
-            f" of a range of {lowering['logit_range']:.1f}",
+            f"{backend}: {'passed' if result.passed else 'FAILED'} the {result.level} gate:"
+            f" {result.fed_tokens} tokens fed, {wrap} the end of the context; text: {result.text}",
+            f"  to the original ({quality.tokens} positions): KL {quality.kl:.5f} nats,"
+            f" same top token {quality.top1:.1%}, perplexity {quality.ppl_reference:.2f} -> {quality.ppl:.2f}"
+            f" ({quality.ppl_change:+.2%}), max |logit difference| {quality.max_abs_logit_difference:.3f}",
+            *_past_context(result.quality_past_context),
+            f"  to the same integers in torch ({lowering.tokens} positions): KL {lowering.kl:.6f} nats,"
+            f" max |logit difference| {lowering.max_abs_logit_difference:.4f}"
+            f" of a range of {lowering.logit_range:.1f}",
         ]
-        lines += [f"  out of bounds: {failure}" for failure in result["failures"]]
+        lines += [f"  out of bounds: {failure}" for failure in result.failures]
     return lines
 
 
-def _past_context(quality: dict[str, Any] | None) -> list[str]:
+def _past_context(quality: Difference | None) -> list[str]:
     if quality is None:
         return []
     return [
-        f"  of these past the context ({quality['tokens']}): KL {quality['kl']:.5f} nats,"
-        f" same top token {quality['top1']:.1%}, perplexity change {quality['ppl_change']:+.2%}"
+        f"  of these past the context ({quality.tokens}): KL {quality.kl:.5f} nats,"
+        f" same top token {quality.top1:.1%}, perplexity change {quality.ppl_change:+.2%}"
     ]
 
 
@@ -113,7 +115,7 @@ def print_export(done: Export) -> None:
     ERR.print(stages_table(str(done.bundle), done.stages))
     ERR.print(parts_table(done.manifest))
     for line in gate_lines(done.manifest):
-        ERR.print(line, highlight=False, soft_wrap=True)
+        ERR.print(line, highlight=False, markup=False, soft_wrap=True)
     total = sum(entry.bytes for entry in done.manifest.files.values())
     ERR.print(
         f"{size(total)} in {done.bundle}; try: gemma-run {done.bundle} --prompt 'Hello'",
@@ -145,11 +147,12 @@ def quantized_to_json(made: QuantizedModel) -> dict[str, Any]:
 
 def print_inspect(manifest: Manifest) -> None:
     """What `gemma-export inspect` shows."""
-    model: dict[str, Any] = manifest.model
+    model = manifest.model
     OUT.print(
-        f"{model['name']}: {model['parameters'] / 1e9:.3f} billion parameters, made {manifest.created} for"
-        f" {manifest.target['name']}, backends: {', '.join(manifest.backends)}",
+        f"{model.name}: {model.parameters / 1e9:.3f} billion parameters, made {manifest.created} for"
+        f" {manifest.target.name}, backends: {', '.join(manifest.backends)}",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
     for name, entry in manifest.backends.items():
@@ -158,9 +161,10 @@ def print_inspect(manifest: Manifest) -> None:
             f"{name}: context {cache.context} tokens, chunks of {cache.prefill_chunk},"
             f" KV cache {size(cache.bytes)} ({cache.dtype})",
             highlight=False,
+            markup=False,
             soft_wrap=True,
         )
     OUT.print(files_table(manifest))
     OUT.print(parts_table(manifest))
     for line in gate_lines(manifest):
-        OUT.print(line, highlight=False, soft_wrap=True)
+        OUT.print(line, highlight=False, markup=False, soft_wrap=True)

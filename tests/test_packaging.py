@@ -48,7 +48,7 @@ def test_links_for_editors_point_at_the_top_level_folders() -> None:
 def test_what_runs_a_bundle_needs_only_light_packages() -> None:
     project = pyproject()["project"]
     names = {Requirement(text).name for text in project["dependencies"] + project["optional-dependencies"]["onnx"]}
-    assert names == {"numpy", "click", "rich", "safetensors", "tokenizers", "jinja2", "onnxruntime"}
+    assert names == {"numpy", "click", "rich", "safetensors", "tokenizers", "jinja2", "msgspec", "onnxruntime"}
 
 
 def test_runtimes_import_neither_torch_nor_a_converter() -> None:

@@ -8,7 +8,7 @@ inside the model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ class TFLiteBackend(Backend):
         write_model(model, self.packing, checkpoint, out / self.file, progress)
         return {
             "program": self.file,
-            "signatures": {each.name: each.to_json() for each in signatures(cache)},
+            "signatures": [asdict(each) for each in signatures(cache)],
             **self.needs,
         }
 

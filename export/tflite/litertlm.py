@@ -56,7 +56,7 @@ def _builder(bundle: Path, manifest: Manifest, folder: Path) -> Any:
     """The sections; `folder` is for the small ones, which the library reads from files."""
     from litert_lm_builder import litertlm_builder as library
 
-    program = confined(bundle, manifest.backends["tflite"].settings["program"])
+    program = confined(bundle, manifest.backends["tflite"].settings.program)
     for name, message in (("llm", _llm(bundle, manifest)), ("executor", _executor(program))):
         (folder / name).write_bytes(message.SerializeToString())
     made = library.LitertLmFileBuilder()
@@ -71,7 +71,7 @@ def _builder(bundle: Path, manifest: Manifest, folder: Path) -> Any:
 def _llm(bundle: Path, manifest: Manifest) -> Any:
     """Tokens and template."""
     message = importlib.import_module(f"{PACKAGE}.runtime.proto.llm_metadata_pb2").LlmMetadata()
-    message.start_token.token_ids.ids.append(int(manifest.config["bos_token_id"]))
+    message.start_token.token_ids.ids.append(manifest.config.bos_token_id)
     for token in sorted(Tokenizer(bundle, manifest).stop_ids):
         message.stop_tokens.add().token_ids.ids.append(token)
     message.max_num_tokens = ENDLESS

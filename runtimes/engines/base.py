@@ -6,13 +6,11 @@ in generation/ and gemma_edge.text, files of states in state.py.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +61,12 @@ class Runtime(ABC):
     between.
     """
 
-    def __init__(self, bundle: Path, manifest: Manifest, cache: CacheGeometry) -> None:
+    def __init__(self, bundle: Path, manifest: Manifest, cache: CacheGeometry, identity: str) -> None:
         self.bundle = bundle
         self.manifest = manifest
         self.cache = cache
-        self.vocab_size = int(manifest.config["vocab_size"])
+        self.identity = identity  # hash of what a saved state depends on: `state_identity` in bundle/manifest.py
+        self.vocab_size = manifest.config.vocab_size
         self.stats = Stats()
         self._position = 0
         self._written = 0  # the highest position ever reached with what is in the cache
@@ -232,7 +231,7 @@ class Runtime(ABC):
     def snapshot(self) -> State:
         """A copy of the state, tokens and cache; as large as what the cache holds."""
         rows = {name: buffer[..., : self._written, :].copy() for name, buffer in self._buffers().items()}
-        return State(self._identity(), self._position, self._written, np.array(self._kept, np.int32), rows)
+        return State(self.identity, self._position, self._written, np.array(self._kept, np.int32), rows)
 
     def restore(self, state: State) -> None:
         """Go on from a state of this bundle and backend.
@@ -241,7 +240,7 @@ class Runtime(ABC):
             InputError: the state belongs to another bundle or backend, or is damaged; this runtime is then as it was.
         """
         buffers = self._buffers()
-        state.check(self._identity(), {name: buffer[..., : state.written, :] for name, buffer in buffers.items()})
+        state.check(self.identity, {name: buffer[..., : state.written, :] for name, buffer in buffers.items()})
         tokens = self._chunks(state.ids.tolist(), len(state.ids)) if len(state.ids) else []
         self.reset()
         if not buffers and tokens:
@@ -251,12 +250,6 @@ class Runtime(ABC):
             buffer[..., : state.written, :] = state.rows[name]
         self._kept = array("i", state.ids.tolist())
         self._position, self._written = state.position, state.written
-
-    def _identity(self) -> str:
-        """Hash of everything that a state depends on: this backend, and every byte of the bundle."""
-        files = {name: entry.sha256 for name, entry in self.manifest.files.items()}
-        text = json.dumps([type(self).__name__, self.manifest.config, asdict(self.cache), files], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
 
     def _feed_again(self, ids: Sequence[int], start: int) -> None:
         """Write the cache anew with `ids`, which begin at position `start`."""

@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma_edge.bundle.entries import BackendEntry
 from gemma_edge.bundle.manifest import Manifest, confined
+from gemma_edge.bundle.settings import ExecuTorchSettings
 from gemma_edge.errors import InputError, one_line
 from gemma_edge.logits import Logits
 from gemma_edge.memory import MappedTable
@@ -49,12 +51,12 @@ class ExecuTorchRuntime(Runtime):
         Raises:
             InputError: executorch is too old, or the file is not what the manifest says.
         """
-        entry = manifest.backends["executorch"]
-        super().__init__(bundle, manifest, entry.cache)
+        entry: BackendEntry[ExecuTorchSettings] = manifest.backends["executorch"]
+        super().__init__(bundle, manifest, entry.cache, entry.identity)
         refuse_older("executorch", metadata.version("executorch"), OLDEST_EXECUTORCH)
         self.threads = thread_count(threads, manifest)
-        self._path = confined(bundle, entry.settings["program"])
-        self._names: dict[str, str] = entry.settings["methods"]
+        self._path = confined(bundle, entry.settings.program)
+        self._methods = entry.settings.methods
         with _silent():
             self._library = load_library()
             self._library._unsafe_reset_threadpool(self.threads)
@@ -98,7 +100,7 @@ class ExecuTorchRuntime(Runtime):
         try:
             with _silent():
                 program = self._library._load_program(str(self._path))
-                method = program.load_method(self._names[role])
+                method = program.load_method(getattr(self._methods, role))
         except (KeyError, RuntimeError) as error:
             raise InputError(
                 f"{self._path} is damaged or no program of this bundle: {one_line(error)}; export the bundle again"

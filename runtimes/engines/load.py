@@ -34,7 +34,7 @@ def thread_count(requested: int | None, manifest: Manifest) -> int:
     """
     if requested is not None and requested < 1:
         raise InputError(f"`threads` {requested} is below 1", field="threads", value=requested)
-    return min(requested or int(manifest.target["threads"]), os.cpu_count() or 1)
+    return min(requested or manifest.target.threads, os.cpu_count() or 1)
 
 
 def open_runtime(bundle: str | Path, *, backend: str | None = None, threads: int | None = None) -> Runtime:

@@ -20,7 +20,9 @@ import onnxruntime as ort  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # type: ignore[import-untyped]
 
+from gemma_edge.bundle.entries import BackendEntry
 from gemma_edge.bundle.manifest import Manifest, confined
+from gemma_edge.bundle.settings import OnnxSettings
 from gemma_edge.errors import InputError
 from gemma_edge.logits import Logits
 from gemma_edge.runtimes.engines.base import Buffers, Runtime
@@ -71,7 +73,9 @@ class OnnxRuntime(Runtime):
         Raises:
             InputError: onnxruntime is too old, or the files are not what the manifest says.
         """
-        super().__init__(bundle, manifest, manifest.backends["onnx"].cache)
+        entry: BackendEntry[OnnxSettings] = manifest.backends["onnx"]
+        super().__init__(bundle, manifest, entry.cache, entry.identity)
+        self._graphs = entry.settings.roles
         refuse_older("onnxruntime", ort.__version__, OLDEST_ONNXRUNTIME)
         self.threads = thread_count(threads, manifest)
         cache = self.cache
@@ -149,7 +153,7 @@ class OnnxRuntime(Runtime):
             return self._loaded
         self._loaded = None
         try:
-            path = confined(self.bundle, self.manifest.backends["onnx"].settings[role])
+            path = confined(self.bundle, self._graphs[role])
         except KeyError:
             raise InputError(
                 f"{self.bundle}: the onnx backend has no {role!r} graph; export the bundle again"

@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma_edge.bundle.entries import BackendEntry
 from gemma_edge.bundle.manifest import Manifest, confined
+from gemma_edge.bundle.settings import SignatureSettings
 from gemma_edge.bundle.signature import Signature
 from gemma_edge.errors import InputError, one_line
 from gemma_edge.logits import Logits
@@ -56,13 +58,13 @@ class SignatureRuntime(Runtime):
             InputError: the package is too old.
         """
         refuse_older(package, metadata.version(package), oldest)
-        entry = manifest.backends[backend]
-        super().__init__(bundle, manifest, entry.cache)
+        entry: BackendEntry[SignatureSettings] = manifest.backends[backend]
+        super().__init__(bundle, manifest, entry.cache, entry.identity)
         self.threads = thread_count(threads, manifest)
         self._at_once = 1 << 30  # `_forward` splits by itself
-        self._path = confined(bundle, entry.settings["program"])
+        self._path = confined(bundle, entry.settings.program)
         log.info("loading %s with %d threads", self._path, self.threads)
-        self._signatures = [Signature(name, *values) for name, values in entry.settings["signatures"].items()]
+        self._signatures = entry.settings.signatures
 
     @abstractmethod
     def _call(self, signature: Signature, tokens: NDArray[np.int32], input_pos: NDArray[np.int32]) -> Logits | None:

@@ -120,7 +120,7 @@ def _check_fits(runtime: Runtime, prompt_tokens: int, max_tokens: int) -> None:
         f"{before}a prompt of {prompt_tokens} tokens and {max_tokens} new ones exceed the bundle's context of {context}",
         field="strict",
         value=True,
-        hint="shorten the prompt, lower `max_tokens`, or turn `strict` off to let the oldest tokens fall out",
+        hint="shorten the prompt, lower `max_tokens`, or drop `strict` to let the oldest tokens fall out",
     )
 
 

@@ -218,12 +218,12 @@ class Session:
         state = GenerationState(self._sampler, cancelled=self._cancelled.is_set)
         self.usage, self._answer_ids = state.usage, state.ids
         pieces = self._generator.answer(ids, options, state)
-        asked = _Turn(messages, tuple(ids), (prompt,))
-        self._answer = self._run(asked, pieces, state.ids, cut=bool(options.stop))
+        question = _Turn(messages, tuple(ids), (prompt,))
+        self._answer = self._run(question, pieces, state.ids, cut=bool(options.stop))
         return self._answer
 
     def _run(
-        self, asked: _Turn, pieces: Generator[str, None, None], answer_ids: list[int], *, cut: bool
+        self, question: _Turn, pieces: Generator[str, None, None], answer_ids: list[int], *, cut: bool
     ) -> Generator[str, None, None]:
         answer = ""
         # False while a token is being computed: if that is interrupted, the turn is forgotten
@@ -238,16 +238,18 @@ class Session:
         finally:
             pieces.close()
             if settled:
-                self._turns.append(self._answered(asked, answer, answer_ids, cut=cut))
+                self._turns.append(self._answered(question, answer, answer_ids, cut=cut))
 
-    def _answered(self, asked: _Turn, answer: str, answer_ids: list[int], *, cut: bool) -> _Turn:
+    def _answered(self, question: _Turn, answer: str, answer_ids: list[int], *, cut: bool) -> _Turn:
         """The conversation after the answer; `cut` says that a stop text may have shortened it."""
-        messages = (*asked.messages, {"role": "assistant", "content": answer})
+        messages = (*question.messages, {"role": "assistant", "content": answer})
         if cut and "".join(self.tokenizer.stream(answer_ids)) != answer:
-            return _Turn(messages, asked.ids, asked.texts)  # the tokens of the stop text are not the conversation's
-        (prompt,) = asked.texts
+            return _Turn(
+                messages, question.ids, question.texts
+            )  # the tokens of the stop text are not the conversation's
+        (prompt,) = question.texts
         # Gemma's template trims an answer; the blanks around it stay in the cache, where the model wrote them
-        return _Turn(messages, (*asked.ids, *answer_ids), (prompt + answer, prompt + answer.strip()))
+        return _Turn(messages, (*question.ids, *answer_ids), (prompt + answer, prompt + answer.strip()))
 
     def _ids_of(self, prompt: str, last: _Turn) -> list[int]:
         """The whole conversation as tokens; its earlier part as the model read and wrote it."""

@@ -59,7 +59,7 @@ class TextGenerator:
     @property
     def stop_ids(self) -> frozenset[int]:
         """Tokens that end an answer."""
-        return self.tokenizer.stop_ids if self.tokenizer else frozenset(self.runtime.manifest.config["eos_token_id"])
+        return self.tokenizer.stop_ids if self.tokenizer else frozenset(self.runtime.manifest.config.eos_token_id)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt.
@@ -80,7 +80,7 @@ class TextGenerator:
         if self.tokenizer is None:
             raise InputError("`json_schema` needs text, and this bundle has no tokenizer", field="json_schema")
         if self._vocabulary is None:
-            self._vocabulary = Vocabulary(self.tokenizer, int(self.runtime.manifest.config["vocab_size"]))
+            self._vocabulary = Vocabulary(self.tokenizer, self.runtime.manifest.config.vocab_size)
         grammar = self._grammar
         if grammar is None or grammar.schema != options.json_schema:
             grammar = self._grammar = Grammar(self._vocabulary, dict(options.json_schema))

@@ -68,7 +68,7 @@ class Engine:
         self.template = ChatTemplate.from_bundle(runtime.bundle)
         self.generator = TextGenerator(runtime, self.tokenizer, notify)
         self.generator.prepare(options)
-        self.name = str(runtime.manifest.model["name"])
+        self.name = runtime.manifest.model.name
         self.created = int(time.time())
         self.waiting = 0
         self.counts = dict.fromkeys(

@@ -28,7 +28,8 @@ from gemma_edge.bench import result as bench_result
 from gemma_edge.bench.bench import BundleContender
 from gemma_edge.bench.cli import main
 from gemma_edge.bench.result import Settings
-from gemma_edge.bundle.manifest import MANIFEST, FileEntry, Manifest, sha256
+from gemma_edge.bundle.entries import FileEntry
+from gemma_edge.bundle.manifest import MANIFEST, Manifest, sha256
 from gemma_edge.export.api import Export
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "-")
@@ -251,7 +252,7 @@ def test_a_phone_that_cannot_run_it_is_refused_before_anything_is_sent(case: str
 
 
 def test_a_phone_without_enough_memory_is_refused_before_anything_is_sent(phone: Phone, tmp_path: Path) -> None:
-    entry = replace(toy_backend(), plan={"device_ram_bytes": 1 << 50})
+    entry = replace(toy_backend(), plan=replace(toy_backend().plan, device_ram_bytes=1 << 50))
     large = write_toy_bundle(tmp_path / "large", backends={"onnx": entry})
     refused(
         run(large, "--device", "adb", *FEW),

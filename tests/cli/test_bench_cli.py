@@ -179,7 +179,12 @@ def test_a_backend_that_is_not_installed_is_left_out_with_a_note(toy: Path, tmp_
     """In a process that cannot find it, as on a machine without the extra."""
     other = write_toy_bundle(tmp_path / "both")
     manifest = json.loads((other / "manifest.json").read_text())
-    executorch = {**manifest["backends"]["onnx"], "settings": {"program": "model.pte"}}
+    settings = {
+        "program": "generate.onnx",
+        "methods": {"generate": "generate", "score": "score"},
+        "min_executorch": "1.5",
+    }
+    executorch = {**manifest["backends"]["onnx"], "settings": settings}
     edit_json(other / "manifest.json", backends={**manifest["backends"], "executorch": executorch})
     code = (
         "import importlib.util; find = importlib.util.find_spec\n"

@@ -80,7 +80,7 @@ def test_without_a_tokenizer_it_rounds_without_data_and_a_method_with_data_is_re
     refused(run(model, "-o", tmp_path / "out", "--quality", "best"), "has no tokenizer.json")
     result = run(model, "-o", tmp_path / "out", "--verify", "none")
     assert result.exit_code == 0 and "nothing to calibrate on: quality fast" in result.stderr
-    assert Manifest.load(tmp_path / "out").recipe["name"] == "int4-g32"
+    assert Manifest.load(tmp_path / "out").recipe.name == "int4-g32"
 
 
 def test_a_tokenizer_of_another_model_is_refused_before_the_work(tmp_path: Path, kept: Path) -> None:
@@ -107,8 +107,8 @@ def test_text_of_another_language_is_warned_of_and_works(tmp_path: Path) -> None
     (tmp_path / "text.txt").write_text(RUSSIAN * 20)
     result = run(DEMO, "-o", tmp_path / "out", "--calibration", tmp_path / "text.txt", *QUICK)
     assert result.exit_code == 0 and "is spelled in single bytes" in result.stderr
-    found = Manifest.load(tmp_path / "out").recipe["calibration"]
-    assert found["text"] == ["text.txt"] and found["tokens"] == 256 and len(found["layers"]) == LAYERS
+    found = Manifest.load(tmp_path / "out").recipe.calibration
+    assert found.text == ("text.txt",) and found.tokens == 256 and len(found.layers) == LAYERS
 
 
 def test_a_second_target_takes_the_layers_of_the_first(tmp_path: Path, kept: Path) -> None:
@@ -163,7 +163,7 @@ def test_a_disk_that_fills_up_is_one_line_and_the_next_run_goes_on(
     real = Path.open
 
     def open_on_full_disk(path: Path, mode: str = "r", *args: object, **kwargs: object) -> object:
-        return real(full if path.name == "layer-002.partial" else path, mode, *args, **kwargs)  # type: ignore[call-overload]
+        return real(full if path.name.startswith(".layer-002.safetensors.partial") else path, mode, *args, **kwargs)  # type: ignore[call-overload]
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", open_on_full_disk)

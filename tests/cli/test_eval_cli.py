@@ -206,16 +206,16 @@ def test_every_pair_of_options_is_heeded_or_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("gemma_edge.evaluate.cli.need", lambda option, package: None)
     monkeypatch.setattr("gemma_edge.evaluate.cli.check_writable", lambda option, path: None)
     monkeypatch.setattr("gemma_edge.evaluate.cli._show", lambda *args: None)
-    asked: list[Any] = []
-    monkeypatch.setattr("gemma_edge.evaluate.evaluate.evaluate", lambda options, progress: asked.append(options))
+    calls: list[Any] = []
+    monkeypatch.setattr("gemma_edge.evaluate.evaluate.evaluate", lambda options, progress: calls.append(options))
     for first, second in itertools.combinations([name for name in TYPED if name != "models"], 2):
         done = run("MODEL", *TYPED[first], *TYPED[second])
         unused = [name for name in ("include_path", "limit") if name in (first, second)]
         if not unused or "tasks" in (first, second):
-            assert done.exit_code == 0 and asked.pop().models == (Path("MODEL"),), (first, second, done.output)
+            assert done.exit_code == 0 and calls.pop().models == (Path("MODEL"),), (first, second, done.output)
         else:
             refused(done, f"{TYPED[unused[0]][0]} has no effect without --tasks; leave it out")
-    assert asked == []
+    assert calls == []
 
 
 @pytest.mark.parametrize("option", [["--backend", "onnx"], ["--threads", "1"]], ids=" ".join)

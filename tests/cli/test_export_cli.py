@@ -41,10 +41,10 @@ def test_make_is_the_default_command_and_json_holds_bundle_stages_and_gate(tmp_p
     assert "calibrating on 8192 tokens: under a minute; --quality fast needs no text" in result.stderr
     shown = run("inspect", out, "--check-hashes")
     assert shown.exit_code == 0 and "passed the quick gate" in shown.stdout and "mlp.down_proj" in shown.stdout
-    assert json.loads(run("inspect", out, "--json").stdout)["schema_version"] == 2
+    assert json.loads(run("inspect", out, "--json").stdout)["schema_version"] == 3
     refused(run(DEMO, "-o", out), f"{out} exists", "--force")
     assert run(DEMO, "-o", out, "--force", "--verify", "none", "--bits", "8").exit_code == 0
-    assert Manifest.load(out).recipe["name"] == "int8-channel"
+    assert Manifest.load(out).recipe.name == "int8-channel"
     assert "NOT VERIFIED" in run("inspect", out).stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle"]
 
@@ -206,7 +206,7 @@ def test_kill_9_at_any_moment_leaves_no_half_bundle_and_the_next_run_works(delay
     process.kill()
     process.communicate()
     if out.exists():  # it was quicker than the delay: then it is whole
-        assert Manifest.load(out).verification["onnx"]["passed"]
+        assert Manifest.load(out).verification["onnx"].passed
     assert run(DEMO, "-o", out, "--verify", "none", "--force", *FAST).exit_code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     Manifest.load(out)

@@ -96,6 +96,6 @@ def test_weights_left_float_in_a_quantized_folder_are_rounded_without_data(partl
     """It was a KeyError: the default, gptq, is no method that rounds without calibration."""
     result = run(partly, "-o", tmp_path / "out", "--verify", "none")
     assert result.exit_code == 0, result.output
-    assert Manifest.load(tmp_path / "out").recipe["name"] == "int4-g128+int4-g32"
+    assert Manifest.load(tmp_path / "out").recipe.name == "int4-g128+int4-g32"
     assert run("plan", partly, "--method", "mse").exit_code == 0
     refused(run("plan", partly, "--method", "gptq"), "--method gptq works on float weights", "float original")

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,10 +16,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from support.checkpoints import DEMO, TEXTS, hf_holding, hf_logits, hf_model
-from support.toys import write_toy_bundle
+from support.toys import TOY_RECIPE, write_toy_bundle
 from transformers import AutoTokenizer
 
 import gemma_edge
+from gemma_edge.bundle.entries import CalibrationEntry, LayerError
 from gemma_edge.bundle.manifest import MANIFEST
 from gemma_edge.errors import InputError
 from gemma_edge.evaluate import folder_model as scorer
@@ -202,8 +204,9 @@ def test_layer_errors_are_those_of_transformers_hidden_states(demo: Export, text
 
 
 def test_layer_errors_of_a_bundle_are_what_calibration_recorded(tmp_path: Path) -> None:
-    layers = [{"layer": 1, "relative_error": 0.5}, {"layer": 0, "relative_error": 0.25}]
-    bundle = write_toy_bundle(tmp_path / "toy", recipe={"calibration": {"layers": layers}})
+    layers = (LayerError(layer=1, relative_error=0.5), LayerError(layer=0, relative_error=0.25))
+    recipe = replace(TOY_RECIPE, calibration=CalibrationEntry(layers=layers))
+    bundle = write_toy_bundle(tmp_path / "toy", recipe=recipe)
     assert open_model(bundle).layer_errors(None, [2], no_progress) == [0.25, 0.5]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +43,8 @@ def every(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
 
 def test_every_backend_passes_the_gate_and_answers_alike(every: Export) -> None:
     assert list(every.manifest.backends) == list(every.manifest.verification) == ["onnx", "executorch", "tflite"]
-    assert all(result["passed"] and result["past_wrap"] for result in every.manifest.verification.values())
-    ids = [int(token) for token in np.random.default_rng(0).integers(3, every.manifest.config["vocab_size"], 40)]
+    assert all(result.passed and result.past_wrap for result in every.manifest.verification.values())
+    ids = [int(token) for token in np.random.default_rng(0).integers(3, every.manifest.config.vocab_size, 40)]
     first, *others = (gemma_edge.load(every.bundle, backend=name).score(ids) for name in every.manifest.backends)
     for rows in others:  # each rounds activations to int8 in its own blocks
         assert np.abs(first - rows).max() < 0.15 * np.ptp(first)
@@ -54,7 +55,7 @@ def test_integers_of_onnx_and_executorch_are_the_same(every: Export) -> None:
     model = onnx.load(every.bundle / "generate.onnx")
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     pte = Pte.open(every.bundle / "model.pte")
-    config = Gemma2Config.from_json(every.manifest.config)
+    config = Gemma2Config(**asdict(every.manifest.config))
     for layer in range(config.num_hidden_layers):
         for weight, (rows, columns) in linear_shapes(config, layer).items():
             packed = stored[f"{weight}.weight_packed"].reshape(rows, columns // 2)
@@ -71,8 +72,8 @@ def test_integers_and_scales_of_onnx_and_tflite_are_the_same(every: Export) -> N
     """Read back from each file by its own format's rules: every weight of every signature."""
     model = onnx.load(every.bundle / "generate.onnx")
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    found, shapes = TFLite(every.bundle / "model.tflite"), weight_shapes(Gemma2Config.from_json(every.manifest.config))
-    for signature, (role, *_) in every.manifest.backends["tflite"].settings["signatures"].items():
+    found, shapes = TFLite(every.bundle / "model.tflite"), weight_shapes(Gemma2Config(**asdict(every.manifest.config)))
+    for signature, role in [(each.name, each.role) for each in every.manifest.backends["tflite"].settings.signatures]:
         seen = set()
         for use in found.uses(found.subgraph(signature)):
             name = use.weight.name.decode()
@@ -105,7 +106,7 @@ def test_manifest_and_plan_state_the_bytes_of_keys_and_values_that_a_runtime_all
             allocated["tflite"] += int(np.prod(details["shape"])) * np.dtype(details["dtype"]).itemsize
     for backend, size in allocated.items():
         entry = every.manifest.backends[backend]
-        assert size == entry.cache.bytes == entry.plan["kv_bytes"]
+        assert size == entry.cache.bytes == entry.plan.kv_bytes
     chunk, of_one_slot = 7, 4 * 2 * 2 * 32 * 4  # 4 layers, K and V, 2 heads of 32, float32
     assert allocated["tflite"] - allocated["onnx"] == (chunk - 1) * of_one_slot
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +33,10 @@ def copy(demo: Export, tmp_path: Path) -> Iterator[Path]:
 
 def test_gate_passes_on_real_text_past_the_context_and_says_on_what(demo: Export) -> None:
     result = demo.manifest.verification["onnx"]
-    assert result["passed"] and result["level"] == "quick" and result["past_wrap"]
-    assert result["fed_tokens"] == 512 + 64 and result["quality"]["tokens"] == 575
-    assert result["quality"]["kl"] < 0.02 and result["quality"]["top1"] > 0.9
-    assert result["lowering"]["kl"] < 1e-3
+    assert result.passed and result.level == "quick" and result.past_wrap
+    assert result.fed_tokens == 512 + 64 and result.quality.tokens == 575
+    assert result.quality.kl < 0.02 and result.quality.top1 > 0.9
+    assert result.lowering.kl < 1e-3
 
 
 def test_manifest_on_disk_is_the_returned_one_and_lists_every_file(demo: Export) -> None:
@@ -48,8 +48,8 @@ def test_manifest_on_disk_is_the_returned_one_and_lists_every_file(demo: Export)
 
 
 def test_weights_file_has_exactly_the_planned_size_and_cache_the_planned_bytes(demo: Export) -> None:
-    assert demo.manifest.files["model.onnx.data"].bytes == demo.manifest.backends["onnx"].plan["weights_bytes"]
-    assert demo.manifest.backends["onnx"].cache.bytes == demo.manifest.backends["onnx"].plan["kv_bytes"]
+    assert demo.manifest.files["model.onnx.data"].bytes == demo.manifest.backends["onnx"].plan.weights_bytes
+    assert demo.manifest.backends["onnx"].cache.bytes == demo.manifest.backends["onnx"].plan.kv_bytes
 
 
 def test_graphs_beside_the_shared_weights_are_small(demo: Export) -> None:
@@ -225,7 +225,7 @@ def test_gate_finds_the_same_whatever_is_scored_at_once(
     gate = verify.make_gate(demo.bundle / "tokenizer.json", 4096, 2, 512, "quick")
     references = verify.save_references(made(tmp_path / "gate"), gate, 512, Checkpoint.open(DEMO), quantized)
     found = verify.verify(demo.bundle, references, {"onnx": limits.LIMITS[4]})["onnx"]
-    once = demo.manifest.verification["onnx"]
+    once = asdict(demo.manifest.verification["onnx"])
     assert found["generation_difference"] == pytest.approx(once["generation_difference"], rel=0.01)
     for part in ("quality", "quality_past_context", "lowering"):
         assert found[part]["tokens"] == once[part]["tokens"]
@@ -236,7 +236,7 @@ def test_a_wrap_that_goes_wrong_cannot_hide_among_the_positions_before_it(demo: 
     """63 bad positions among 575 leave the mean within the limits; past the context they are judged on their own."""
     from gemma_edge.export.gate import limits
 
-    result = dict(demo.manifest.verification["onnx"])
+    result = asdict(demo.manifest.verification["onnx"])
     assert limits.failures(result, limits.LIMITS[4]) == [] and result["quality_past_context"]["tokens"] == 63
     result["quality_past_context"] = {**result["quality_past_context"], "kl": 4.0, "top1": 0.0}
     found = limits.failures(result, limits.LIMITS[4])
@@ -266,7 +266,7 @@ def test_truncated_missing_and_foreign_files_are_named_when_the_bundle_is_opened
     with pytest.raises(InputError, match="model.onnx.data is missing"):
         gemma_edge.load(copy)
     _edit_manifest(copy, schema_version=99)
-    with pytest.raises(InputError, match="schema_version 99, this gemma-edge reads 2"):
+    with pytest.raises(InputError, match="schema_version 99, this gemma-edge reads 3"):
         gemma_edge.load(copy)
     (copy / MANIFEST).write_text("{")
     with pytest.raises(InputError, match="is damaged"):
@@ -296,7 +296,7 @@ def test_quantized_checkpoint_goes_in_and_gives_the_same_weights_file(demo: Expo
     again = pipeline.export(
         ExportOptions(model=str(given), quantization=QuantizeOptions(bits=8), out=tmp_path / "again", verify="none")
     )
-    assert again.manifest.recipe["name"] == "int4-g128" == again.manifest.backends["onnx"].plan["recipe"]
+    assert again.manifest.recipe.name == "int4-g128" == again.manifest.backends["onnx"].plan.recipe
     assert again.manifest.files["model.onnx.data"] == demo.manifest.files["model.onnx.data"]
     assert again.manifest.verification == {}
 
@@ -310,7 +310,7 @@ def test_folder_without_a_tokenizer_gives_a_token_level_bundle(
         shutil.copy(DEMO / name, folder)
     done = pipeline.export(ExportOptions(model=str(folder), out=tmp_path / "out"))
     assert not done.manifest.tokenizer and "token ids, not text" in caplog.text
-    assert "random tokens" in done.manifest.verification["onnx"]["text"]
+    assert "random tokens" in done.manifest.verification["onnx"].text
     assert gemma_edge.load(done.bundle).prefill([2, 5, 7]).shape == (4096,)
 
 
@@ -350,10 +350,10 @@ def test_failed_gate_publishes_nothing_unless_asked(tmp_path: Path, monkeypatch:
         pipeline.export(replace(options, keep_failed=True))
     assert [path.name for path in tmp_path.iterdir()] == ["out.failed"]
     first = Manifest.load(tmp_path / "out.failed")
-    assert first.verification["onnx"]["passed"] is False
+    assert first.verification["onnx"].passed is False
     # what was kept to be looked at is not replaced unasked, and that is said before any work
     monkeypatch.setattr(pipeline, "make_checkpoint", lambda *args: pytest.fail("work was begun"))
-    with pytest.raises(InputError, match=r"out.failed exists; pass --force"):
+    with pytest.raises(InputError, match=r"out.failed exists; pass force"):
         pipeline.export(replace(options, keep_failed=True))
     monkeypatch.undo()
     assert Manifest.load(tmp_path / "out.failed") == first

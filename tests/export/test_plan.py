@@ -60,8 +60,8 @@ def test_ram_of_export_and_device_are_within_15_percent_of_the_plan(bits: int, t
     out = tmp_path / "bundle"
     export_kib = kib(EXPORT, DEMO, "-o", out, "--bits", str(bits), "--verify", "none")
     plan = Manifest.load(out).backends["onnx"].plan
-    assert export_kib * 1024 == pytest.approx(plan["export_ram_bytes"], rel=0.15)
-    assert kib(GENERATE, out) * 1024 == pytest.approx(plan["device_ram_bytes"], rel=0.15)
+    assert export_kib * 1024 == pytest.approx(plan.export_ram_bytes, rel=0.15)
+    assert kib(GENERATE, out) * 1024 == pytest.approx(plan.device_ram_bytes, rel=0.15)
 
 
 def test_context_is_halved_until_it_fits_and_what_never_fits_is_refused() -> None:
@@ -127,7 +127,7 @@ def test_disk_of_the_plan_counts_what_the_chosen_gate_writes(
     plan = Manifest.load(pipeline.export(options).bundle).backends["onnx"].plan
     without = make_plan(Checkpoint.open(DEMO), make_recipe(4), TARGETS["android"], "onnx", Requested(verify="none"))
     assert (len(seen) == 2) is (level != "none")
-    assert plan["export_disk_bytes"] - without.export_disk_bytes == sum(seen)
+    assert plan.export_disk_bytes - without.export_disk_bytes == sum(seen)
     files = [path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()]
     assert sum(files) <= without.export_disk_bytes + 4 * MIB  # graphs and tokenizer, which do not grow with the model
 

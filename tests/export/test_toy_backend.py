@@ -41,8 +41,8 @@ def test_a_registered_backend_is_exported_gated_in_its_own_process_and_run(
     )
     done = pipeline.export(options)
     result = done.manifest.verification["toy"]
-    assert result["passed"] and result["past_wrap"] and result["quality"]["kl"] < 1e-6
-    assert done.manifest.files["toy.npz"].bytes > done.manifest.backends["toy"].plan["weights_bytes"] > 0
+    assert result.passed and result.past_wrap and result.quality.kl < 1e-6
+    assert done.manifest.files["toy.npz"].bytes > done.manifest.backends["toy"].plan.weights_bytes > 0
     runtime = gemma_edge.load(done.bundle)
     ids = some_ids(16, runtime.vocab_size)
     expected = hf_logits(hf_model(checkpoint()), torch.tensor(ids))

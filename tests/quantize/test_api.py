@@ -11,6 +11,8 @@ import pytest
 import torch
 from support.checkpoints import DEMO, make_checkpoint
 
+from gemma_edge.bundle.codec import convert
+from gemma_edge.bundle.entries import CalibrationEntry
 from gemma_edge.errors import InputError
 from gemma_edge.export.api import Export
 from gemma_edge.model.checkpoint import TABLE, Checkpoint, weight_shapes
@@ -35,8 +37,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_file_is_that_of_an_export_with_save_checkpoint(demo: Export, tmp_path: Path) -> None:
     result = api.quantize(DEMO, tmp_path / "out")
     assert contents(result.path) == contents(demo.bundle.parent / "checkpoint")
-    assert result.recipe.name == demo.manifest.recipe["name"] == "int4-g128"
-    assert result.calibration == demo.manifest.recipe["calibration"]
+    assert result.recipe.name == demo.manifest.recipe.name == "int4-g128"
+    assert convert(dict(result.calibration), CalibrationEntry) == demo.manifest.recipe.calibration
     assert [stage.name for stage in result.stages] == ["calibrate", "quantize"]
     assert result.configs[TABLE] == INT8_ROW and set(result.configs) == set(weight_shapes(Checkpoint.open(DEMO).config))
 

@@ -15,7 +15,7 @@ import pytest
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 
-# what is drawn in each SVG that has a size and lies within the page's width; and what the browser would fetch
+# PROBE: reports for each SVG its size, whether it lies within the page, and what is drawn; and what the browser would fetch.
 PROBE = """<script>
 const shown = box => box.width + box.height > 0 && box.left >= 0 && box.right <= document.documentElement.clientWidth + 1;
 const plots = [...document.querySelectorAll("svg")].map(svg => ({
@@ -34,7 +34,7 @@ document.body.append(result);
 
 
 def look_at(page: Path, folder: Path, *, width: int = 1000) -> dict[str, Any]:
-    """Open a page of `folder`'s own copy and return what PROBE found, and the lines of the console."""
+    """Open a copy of the page, and return what PROBE reports and the lines on the console."""
     probed = folder / "probed.html"
     text = page.read_text(encoding="utf-8")
     probed.write_text(text.replace("</body>", f"{PROBE}</body>"), encoding="utf-8")

@@ -10,8 +10,17 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2ForCausalLM
 from transformers import Gemma2Config as HFConfig
 
+from gemma_edge.bundle.codec import convert
+from gemma_edge.bundle.entries import BackendEntry, ModelEntry, PlanEntry, RecipeEntry, TargetEntry
 from gemma_edge.bundle.geometry import CacheGeometry
-from gemma_edge.bundle.manifest import MANIFEST, BackendEntry, Manifest, list_files
+from gemma_edge.bundle.manifest import (
+    MANIFEST,
+    Manifest,
+    list_files,
+    typed_config,
+    typed_settings,
+    with_identities,
+)
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.quantize.recipe import Recipe
 
@@ -67,18 +76,39 @@ def write_manifest(
 ) -> None:
     """The manifest of a bundle that a backend has written its files into: not verified."""
     manifest = Manifest(
-        model={"name": "test"},
-        config=config.to_json(),
-        recipe=recipe.to_json(),
-        target={"name": "test", "threads": 2},
-        backends={name: BackendEntry(cache, {}, settings) for name, settings in backends.items()},
+        model=ModelEntry("test", "gemma2", config.num_parameters, lora=None),
+        config=typed_config(config.to_json()),
+        recipe=convert({**recipe.to_json(), "parts": [], "calibration": {}}, RecipeEntry),
+        target=TargetEntry("test", ram_bytes=0, threads=2),
+        backends={
+            name: BackendEntry(cache, plan_of(cache, name), typed_settings(name, settings), identity="")
+            for name, settings in backends.items()
+        },
         files=list_files(bundle),
         tokenizer=tokenizer,
         tools={},
         verification={},
         created="",
     )
-    (bundle / MANIFEST).write_text(manifest.to_json())
+    (bundle / MANIFEST).write_text(with_identities(manifest).to_json())
+
+
+def plan_of(cache: CacheGeometry, backend: str) -> PlanEntry:
+    """A plan that agrees with a cache and predicts nothing else."""
+    return PlanEntry(
+        target="test",
+        backend=backend,
+        recipe="float32",
+        context=cache.context,
+        prefill_chunk=cache.prefill_chunk,
+        kv_dtype=cache.dtype,
+        weights_bytes=0,
+        kv_bytes=cache.bytes,
+        device_ram_bytes=0,
+        device_ram_limit_bytes=1 << 30,
+        export_ram_bytes=0,
+        export_disk_bytes=0,
+    )
 
 
 def hf_model(folder: Path) -> Gemma2ForCausalLM:

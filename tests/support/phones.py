@@ -1,7 +1,7 @@
 """Phones for tests: Android's real adbd, real adb, and stand-ins for what only Android has (tests/support/phone/system).
 
-Each phone has its own network, so the ports of the machine and other tests do not matter; a small `adb` script in front of the
-real one goes into the right one. The app is played by a thread of the test: see `App`.
+Each phone has a network of its own, so that the machine's ports and other tests do not matter. A small `adb` script in front of
+the real one enters the network of the phone that is named. A thread of the test plays the app: see `App`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from gemma_edge.bench.adb import find_adb
 from gemma_edge.errors import InputError
 from support.checkpoints import ROOT
 
-PATIENCE_S = 120  # with what takes a moment: a machine may be busy
+# PATIENCE_S: how long to wait for what usually takes a moment, because the machine may be busy.
+PATIENCE_S = 120
 PHONE_ROOT = ROOT / "out" / "phone"
 PROPERTIES = {
     "ro.product.manufacturer": "Example",
@@ -39,7 +40,7 @@ PROPERTIES = {
 
 @lru_cache
 def missing() -> str:
-    """What this machine lacks, by name; empty: nothing."""
+    """The name of what this machine lacks; "" where it lacks nothing."""
     if not (PHONE_ROOT / "usr/lib/android-sdk/platform-tools/adbd").is_file():
         return "no adbd: make phone"
     try:
@@ -69,7 +70,7 @@ JARS = {  # of the library's pom.xml: property of the version -> jar
 
 
 def kotlin_classpath() -> list[Path]:
-    """The library that is in the app, compiled, and what it needs on a JVM; some may not be there."""
+    """The app's library, compiled, and what it needs on a JVM. Some of the paths may not exist."""
     pom = (KOTLIN / "pom.xml").read_text(encoding="utf-8")
     versions = {name: re.search(f"<{name}>(.*?)</{name}>", pom) for name in JARS}
     jars = (MAVEN / JARS[name].format(version[1]) for name, version in versions.items() if version)
@@ -77,7 +78,7 @@ def kotlin_classpath() -> list[Path]:
 
 
 class Phone:
-    """One adbd; `files` is its root as this machine sees it."""
+    """One adbd. `files` is its root folder as this machine sees it."""
 
     def __init__(self, serial: str, *, disk: str = "200m") -> None:
         space = ["unshare", "--user", "--map-root-user", "--mount", "--net", "--pid", "--fork", "--kill-child"]
@@ -101,7 +102,7 @@ class Phone:
         raise AssertionError("unshare started nothing")
 
     def _wait_until_it_runs(self) -> None:
-        """The child becomes adbd after it has made its folders."""
+        """Wait until the child has made its folders and become adbd."""
         until = time.monotonic() + PATIENCE_S
         while time.monotonic() < until:
             if Path(f"/proc/{self.pid}/cmdline").read_text().startswith("/usr/lib/android-sdk"):
@@ -114,7 +115,7 @@ class Phone:
         (self.files / "data/app/properties").write_text("".join(lines))
 
     def left(self) -> list[str]:
-        """What lies on the phone beside its own files."""
+        """The files on the phone that are not its own."""
         folders = (self.files / "data/local/tmp", self.files / "sdcard")
         return sorted(
             str(path.relative_to(self.files)) for folder in folders for path in folder.rglob("*") if path.is_file()
@@ -145,7 +146,7 @@ class Adb:
         monkeypatch.setenv("HOME", str(folder))  # adb keeps its key there
 
     def plug_in(self, phone: Phone) -> None:
-        """Connect, and write the script again."""
+        """Connect a phone, and write the script anew."""
         self.phones.append(phone)
         inside = {
             phone.serial: f"nsenter -t {phone.pid} -U -n --preserve-credentials {self._real}" for phone in self.phones
@@ -153,7 +154,7 @@ class Adb:
         self._serve(phone)
         ours = inside[phone.serial].split()
         subprocess.run([*ours, "connect", "127.0.0.1:5555"], check=True, capture_output=True)
-        # for a moment after that it is listed as offline
+        # at first it is listed as offline
         waiting = [*ours, "-s", "127.0.0.1:5555", "wait-for-device"]
         subprocess.run(waiting, check=True, capture_output=True, timeout=PATIENCE_S)
         listings = "".join(
@@ -171,7 +172,7 @@ class Adb:
         (self._folder / "bin" / "adb").chmod(0o755)
 
     def _serve(self, phone: Phone) -> None:
-        """adb's server as a child of ours: one that adb starts by itself would outlive an unplugged phone, and the test."""
+        """Start adb's server as a child: one that adb starts by itself would outlive an unplugged phone, and the test."""
         command = [
             "nsenter",
             "-t",
@@ -202,7 +203,7 @@ class Adb:
 
 
 class App(threading.Thread):
-    """The app on a phone: answers each `am start` with what `play` does, given the words of the command."""
+    """The app on a phone: calls `play` for each `am start`, with the extras of the command."""
 
     def __init__(self, phone: Phone, play: Callable[[Phone, dict[str, str]], None]) -> None:
         super().__init__(daemon=True)

@@ -13,11 +13,13 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from gemma_edge.bundle.entries import BackendEntry, CalibrationEntry, ModelConfig, ModelEntry, RecipeEntry, TargetEntry
 from gemma_edge.bundle.geometry import CacheGeometry, LayerCache
-from gemma_edge.bundle.manifest import MANIFEST, BackendEntry, Manifest, list_files
+from gemma_edge.bundle.manifest import MANIFEST, Manifest, list_files, with_identities
+from gemma_edge.bundle.settings import OnnxSettings
 from gemma_edge.logits import Logits
 from gemma_edge.runtimes.engines.base import Runtime
-from support.checkpoints import DEMO
+from support.checkpoints import DEMO, plan_of
 
 VOCAB = 4096  # the demo tokenizer's
 HEADS, HEAD_DIM = 2, 16
@@ -26,10 +28,35 @@ WINDOWS = (6, 10)  # a local layer and a global one; the context is 10
 CHUNK = 4
 EOS, END_OF_TURN = 1, 5
 CYCLE = [100, 200, 300, 400, 500, 600, 700]
+TOY_CONFIG = ModelConfig(
+    vocab_size=VOCAB,
+    hidden_size=HIDDEN,
+    intermediate_size=HIDDEN,
+    num_hidden_layers=len(WINDOWS),
+    num_attention_heads=HEADS,
+    num_key_value_heads=HEADS,
+    head_dim=HEAD_DIM,
+    layer_types=("sliding_attention", "full_attention"),
+    query_pre_attn_scalar=float(HEAD_DIM),
+    sliding_window=WINDOWS[0],
+    max_position_embeddings=64,
+    attn_logit_softcapping=None,
+    final_logit_softcapping=None,
+    rms_norm_eps=1e-6,
+    rope_theta=10000.0,
+    bos_token_id=2,
+    eos_token_id=(EOS,),
+)
+TOY_RECIPE = RecipeEntry("float32", rules=(), float_bits=32, parts=(), calibration=CalibrationEntry())
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
-def toy_backend(settings: dict[str, Any] | None = None, **geometry: Any) -> BackendEntry:
+def toy_settings(generate: str = "generate.onnx", score: str | None = "score.onnx") -> OnnxSettings:
+    """The files of a toy."""
+    return OnnxSettings(generate, score, genai=None, weights=None, accuracy_level=0, min_onnxruntime="1.29")
+
+
+def toy_backend(settings: OnnxSettings | None = None, **geometry: Any) -> BackendEntry[OnnxSettings]:
     """The onnx backend of a toy, with other settings or changes of its cache."""
     cache = CacheGeometry(
         context=max(WINDOWS),
@@ -39,18 +66,17 @@ def toy_backend(settings: dict[str, Any] | None = None, **geometry: Any) -> Back
         dtype="float32",
         layers=tuple(LayerCache(window, window + CHUNK - 1) for window in WINDOWS),
     )
-    return BackendEntry(
-        replace(cache, **geometry), {}, settings or {"generate": "generate.onnx", "score": "score.onnx"}
-    )
+    cache = replace(cache, **geometry)
+    return BackendEntry(cache, plan_of(cache, "onnx"), settings or toy_settings(), identity="")
 
 
 def toy_manifest(**changes: Any) -> Manifest:
     """The manifest of a toy, with changes."""
     manifest = Manifest(
-        model={"name": "toy"},
-        config={"vocab_size": VOCAB, "bos_token_id": 2, "eos_token_id": [EOS]},
-        recipe={},
-        target={"name": "test", "ram_bytes": 1 << 30, "threads": 2},
+        model=ModelEntry("toy", "gemma2", parameters=1000, lora=None),
+        config=TOY_CONFIG,
+        recipe=TOY_RECIPE,
+        target=TargetEntry("test", ram_bytes=1 << 30, threads=2),
         backends={"onnx": toy_backend()},
         files={},
         tokenizer=True,
@@ -58,7 +84,7 @@ def toy_manifest(**changes: Any) -> Manifest:
         verification={},
         created="2026-01-01T00:00:00+00:00",
     )
-    return replace(manifest, **changes)
+    return with_identities(replace(manifest, **changes))
 
 
 class ToyRuntime(Runtime):
@@ -66,7 +92,8 @@ class ToyRuntime(Runtime):
 
     def __init__(self, manifest: Manifest | None = None, allowed: range = range(7, VOCAB), stop_after: int = 0) -> None:
         manifest = manifest or toy_manifest()
-        super().__init__(Path("toy"), manifest, manifest.backends["onnx"].cache)
+        entry = manifest.backends["onnx"]
+        super().__init__(Path("toy"), manifest, entry.cache, entry.identity)
         self.allowed = allowed  # only these can be chosen
         self.stop_after = stop_after  # position from which END_OF_TURN is the most likely at every tenth position
         self.fed: list[int] = []  # since the last reset

@@ -49,7 +49,7 @@ def run(program: Path, bundle: Path, ids: list[int], decode: int, packed: Path |
         raise InputError(f"{bundle} holds {', '.join(backends)}, not executorch; export it with --backend executorch")
     entry = backends["executorch"]
     words = [
-        bundle / entry.settings["program"],
+        bundle / entry.settings.program,
         entry.cache.prefill_chunk,
         decode,
         packed or "-",

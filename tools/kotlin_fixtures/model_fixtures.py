@@ -40,7 +40,7 @@ def fed(runtime: Runtime) -> tuple[list[int], list[int]]:
     calls = [1, 3, cache.prefill_chunk, 1, 2 * cache.prefill_chunk + 3]
     steps = max(40, cache.context - sum(calls) + 40)
     calls += [5, 1, cache.prefill_chunk - 1, 1, *[1] * steps]
-    vocab = int(runtime.manifest.config["vocab_size"])
+    vocab = runtime.manifest.config.vocab_size
     return [(7 * i * i + 3 * i + 11) % vocab for i in range(sum(calls))], calls
 
 
@@ -118,7 +118,7 @@ def filters() -> list[dict[str, Any]]:
         seen = [1, 5, 77]
         sampler.observe(seen)
         ids, probabilities = sampler.distribution(logits)
-        arrays = {"logits": logits, "ids": ids, "probabilities": probabilities}
+        arrays: dict[str, Any] = {"logits": logits, "ids": ids, "probabilities": probabilities}
         rows.append({"params": params, "seen": seen, **{name: array.tolist() for name, array in arrays.items()}})
     return rows
 

@@ -1,97 +1,209 @@
-"""The bundle: a folder with `manifest.json` and the files it lists. Appears atomically, checked when opened.
+"""The bundle: a folder with `manifest.json` and the files that it lists. docs/bundle-format.md explains each key.
 
-Only dataclasses and json: the runtimes import this module on machines without torch. What the numbers mean is written in
-docs/bundle-format.md; the numbers themselves come from plan.py, a backend module and verify.py.
+This file reads and writes a manifest and checks the files. Its parts are in entries.py, geometry.py and settings.py.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import msgspec
+
+from gemma_edge.bundle import codec
+from gemma_edge.bundle.checks import config_problems, problems
+from gemma_edge.bundle.codec import HINT, KeyProblem, key_path, shown
+from gemma_edge.bundle.entries import (
+    BackendEntry,
+    FileEntry,
+    GateResult,
+    ModelConfig,
+    ModelEntry,
+    RecipeEntry,
+    TargetEntry,
+)
 from gemma_edge.bundle.geometry import CacheGeometry
+from gemma_edge.bundle.settings import SETTINGS
 from gemma_edge.errors import InputError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
-
-
-@dataclass(frozen=True)
-class BackendEntry:
-    """One backend of a bundle. Backends share the integers and the context; how each keeps its cache is its own."""
-
-    cache: CacheGeometry
-    plan: dict[str, Any]  # bytes and RAM predicted before the export
-    settings: dict[str, Any]  # roles of its files, and what its runtime needs to know
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> BackendEntry:
-        """Inverse of `asdict`."""
-        return cls(**{**data, "cache": CacheGeometry.from_json(data["cache"])})
-
-
-@dataclass(frozen=True)
-class FileEntry:
-    """One file of the bundle."""
-
-    bytes: int
-    sha256: str
+MAX_MANIFEST_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a bundle says of itself. Written last; a folder without it is no bundle."""
+    """What a bundle says of itself. It is written last: a folder without it is no bundle."""
 
-    model: dict[str, Any]  # name, source, parameters
-    config: dict[str, Any]  # Gemma2Config, HF keys; with bos_token_id and the list eos_token_id
-    recipe: dict[str, Any]  # method, bits, group_size, rules, and what each weight got
-    target: dict[str, Any]  # name, ram_bytes, threads
-    backends: dict[str, BackendEntry]  # by name, the default first
-    files: dict[str, FileEntry]  # path inside the bundle -> size and hash
+    model: ModelEntry
+    config: ModelConfig
+    recipe: RecipeEntry
+    target: TargetEntry
+    backends: dict[str, BackendEntry[Any]]  # by name, the default first
+    files: dict[str, FileEntry]  # by path inside the bundle
     tokenizer: bool  # False: a token-level bundle, without tokenizer files
     tools: dict[str, str]  # package -> version at export
-    verification: dict[str, Any]  # backend -> gate result; {} means nobody verified it
+    verification: dict[str, GateResult]  # by backend; {}: nobody verified the bundle
     created: str  # ISO 8601, UTC
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Literal[3] = 3
 
     def to_json(self) -> str:
         """The manifest's text."""
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+        return msgspec.json.format(msgspec.json.encode(asdict(self)), indent=1).decode() + "\n"
 
     @classmethod
     def load(cls, bundle: Path) -> Manifest:
-        """Read and check a bundle's manifest; the files' presence and size too, their hashes not (`check_hashes`).
+        """Read and check a bundle's manifest. Files must be there with their sizes; their hashes are `check_hashes`'s.
 
         Raises:
-            InputError: no bundle, another schema version, a file missing, truncated or outside the folder.
+            InputError: no bundle, another schema version, a key that is missing, has another type or is out of range,
+                a file that is missing, truncated or outside the folder.
         """
         path = bundle / MANIFEST
-        if not path.is_file():
-            raise InputError(f"{bundle} is not a bundle: no {MANIFEST} in it; make one with gemma-export")
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            version = data.get("schema_version")
-        except (ValueError, AttributeError) as error:
-            raise InputError(f"{path} is damaged ({error}); export the bundle again") from None
-        if version != SCHEMA_VERSION:
-            raise InputError(
-                f"{path}: schema_version {version}, this gemma-edge reads {SCHEMA_VERSION}; export the bundle again"
-            )
-        try:
-            data["backends"] = {name: BackendEntry.from_json(entry) for name, entry in data["backends"].items()}
-            data["files"] = {name: FileEntry(**entry) for name, entry in data["files"].items()}
-            manifest = cls(**data)
-        except (TypeError, KeyError, AttributeError) as error:
-            raise InputError(f"{path} is damaged ({error}); export the bundle again") from None
-        for name, entry in manifest.files.items():
-            size = confined(bundle, name).stat().st_size
-            if size != entry.bytes:
-                raise InputError(f"{bundle / name}: {size} bytes, the manifest says {entry.bytes}; export it again")
+            manifest = _decode(_read(bundle, path), path)
+        except KeyProblem as problem:
+            raise problem.error(path) from None
+        except ValueError as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{path} is damaged ({error}); {HINT}") from None
+        _check_files(bundle, manifest)
+        for conflict in problems(manifest.config, manifest.backends, manifest.files, manifest.verification):
+            raise conflict.error(path)
         return manifest
+
+
+def _read(bundle: Path, path: Path) -> bytes:
+    """The manifest's bytes.
+
+    Raises:
+        InputError: there is none, or it is no file of a sane size that can be read.
+    """
+    if not path.is_file():
+        raise InputError(f"{bundle} is not a bundle: no {MANIFEST} in it; make one with gemma-export")
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_MANIFEST_BYTES + 1)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}; {HINT}") from None
+    if len(text) > MAX_MANIFEST_BYTES:
+        raise InputError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes; {HINT}")
+    return text
+
+
+def _decode(text: bytes, path: Path) -> Manifest:
+    """The manifest in a text.
+
+    Raises:
+        InputError: another schema version.
+        ValueError: no JSON.
+        KeyProblem: a key that is missing, or has a value of another type or out of range.
+    """
+    data = codec.parse(text)
+    if not isinstance(data, dict):
+        raise KeyProblem((), data, "an object")
+    if "schema_version" not in data:
+        raise KeyProblem(("schema_version",), None, "there", missing=True)
+    version = data["schema_version"]
+    if isinstance(version, int) and version != SCHEMA_VERSION:
+        raise InputError(
+            f"{path}: schema_version {shown(version)}, this gemma-edge reads {SCHEMA_VERSION}",
+            field="schema_version",
+            value=version,
+            hint=HINT,
+        )
+    manifest = codec.convert(data, Manifest)
+    typed = {
+        name: replace(entry, settings=typed_settings(name, entry.settings)) for name, entry in manifest.backends.items()
+    }
+    return replace(manifest, backends=typed)
+
+
+def typed_settings(backend: str, settings: Any) -> Any:
+    """The settings of a backend as its class in settings.py; of an unknown backend any JSON object, as it is.
+
+    Raises:
+        KeyProblem: they do not fit the class.
+    """
+    return codec.convert(settings, SETTINGS.get(backend, dict[str, Any]), ("backends", backend, "settings"))
+
+
+def typed_config(config: Mapping[str, Any]) -> ModelConfig:
+    """A model's configuration as a manifest holds it.
+
+    Args:
+        config: Hugging Face's keys, as `Gemma2Config.to_json` gives them.
+
+    Raises:
+        InputError: no runtime could use it.
+    """
+    try:
+        typed = codec.convert(dict(config), ModelConfig, ("config",))
+        for problem in config_problems(typed):
+            raise problem
+    except KeyProblem as problem:
+        raise InputError(
+            f"{key_path(problem.keys)} is {shown(problem.value)}",
+            field=key_path(problem.keys),
+            value=problem.value,
+            hint=f"it must be {problem.expected}",
+        ) from None
+    return typed
+
+
+def state_identity(backend: str, config: ModelConfig, cache: CacheGeometry, files: Mapping[str, FileEntry]) -> str:
+    """SHA-256 of all that a saved state depends on: the backend's name, the model, the cache's geometry and every file's bytes.
+
+    It is computed once, when a bundle is made. Readers take it from the manifest and compare it with the state's.
+    """
+    hashes = {name: entry.sha256 for name, entry in files.items()}
+    text = msgspec.json.encode([backend, asdict(config), asdict(cache), hashes], order="sorted")
+    return hashlib.sha256(text).hexdigest()
+
+
+def with_identities(manifest: Manifest) -> Manifest:
+    """The same manifest with every backend's `identity` computed from its contents."""
+    backends = {
+        name: replace(entry, identity=state_identity(name, manifest.config, entry.cache, manifest.files))
+        for name, entry in manifest.backends.items()
+    }
+    return replace(manifest, backends=backends)
+
+
+def _check_files(bundle: Path, manifest: Manifest) -> None:
+    """Compare the files with their sizes, and let no name lead out of the bundle.
+
+    Raises:
+        InputError: the first file that differs.
+    """
+    for name, entry in manifest.files.items():
+        size = confined(bundle, name).stat().st_size
+        if size != entry.bytes:
+            raise InputError(f"{bundle / name}: {size} bytes, the manifest says {entry.bytes}; export it again")
+    for backend in manifest.backends.values():
+        for name in backend.files:
+            if _place_of(bundle, name) == "outside":
+                raise _outside(bundle, name)
+
+
+def _place_of(bundle: Path, name: str) -> Literal["inside", "outside", "nowhere"]:
+    """Where a name leads. Nowhere: it is no file name at all."""
+    try:
+        inside = not Path(name).is_absolute() and (bundle / name).resolve().is_relative_to(bundle.resolve())
+        (bundle / name).is_file()
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL in it, or a circle of links
+        return "nowhere"
+    if not inside:
+        return "outside"
+    return "inside" if name.isprintable() else "nowhere"
+
+
+def _outside(bundle: Path, name: str) -> InputError:
+    return InputError(f"{bundle / MANIFEST} names {name!r}, which lies outside the bundle; do not use this bundle")
 
 
 def confined(bundle: Path, name: str) -> Path:
@@ -100,11 +212,14 @@ def confined(bundle: Path, name: str) -> Path:
     Raises:
         InputError: the name leads out of the bundle, or nothing is there.
     """
+    place = _place_of(bundle, name)
+    if place == "outside":
+        raise _outside(bundle, name)
+    if place == "nowhere":
+        raise InputError(f"{bundle / MANIFEST} names {shown(name)}, which is no file name; {HINT}")
     path = bundle / name
-    if Path(name).is_absolute() or not path.resolve().is_relative_to(bundle.resolve()):
-        raise InputError(f"{bundle / MANIFEST} names {name!r}, which lies outside the bundle; do not use this bundle")
     if not path.is_file():
-        raise InputError(f"{path} is missing; export the bundle again")
+        raise InputError(f"{path} is missing; {HINT}")
     return path
 
 
@@ -125,10 +240,10 @@ def check_hashes(bundle: Path, manifest: Manifest, progress: Callable[[int], Non
         InputError: the first file that differs, with both hashes.
     """
     for name, entry in manifest.files.items():
-        found = sha256(confined(bundle, name), progress)
-        if found != entry.sha256:
+        result = sha256(confined(bundle, name), progress)
+        if result != entry.sha256:
             raise InputError(
-                f"{bundle / name} was changed: sha256 {found[:16]}..., the manifest says {entry.sha256[:16]}...;"
+                f"{bundle / name} was changed: sha256 {result[:16]}..., the manifest says {entry.sha256[:16]}...;"
                 " export it again"
             )
 

@@ -1,8 +1,10 @@
-"""A signature of a `.tflite` model: what the exporter writes and the engines read."""
+"""A signature of a `.tflite` model: the exporter writes it, the engines read it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from gemma_edge.bundle.ranges import Chunk, Name, Role, Tokens
 
 # FIXED_COST: what a call costs beside its tokens, in tokens. Reading the weights takes as long as computing about 16 tokens.
 FIXED_COST = 16
@@ -13,14 +15,10 @@ RESET = "reset"  # name of the signature that makes the caches, in a model whose
 class Signature:
     """A function of the model, for chunks of one size."""
 
-    name: str
-    role: str  # prefill, score or decode
-    tokens: int  # in one call
-    longest: int | None = None  # length of the longest text that it computes correctly; None: any length
-
-    def to_json(self) -> list[str | int | None]:
-        """What the manifest says of it, under its name."""
-        return [self.role, self.tokens, self.longest]
+    name: Name
+    role: Role
+    tokens: Chunk  # in one call
+    longest: Tokens | None = None  # length of the longest text that it computes correctly; None: any length
 
     def is_right(self, position: int, tokens: int) -> bool:
         """Whether it sees the whole text after a call at `position`.

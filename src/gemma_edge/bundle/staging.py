@@ -1,4 +1,4 @@
-"""How a bundle appears: written in a hidden folder beside its destination, and renamed when it is complete."""
+"""How a bundle appears: it is written in a hidden folder beside its destination, and renamed when it is complete."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 
 from gemma_edge.bundle.manifest import MANIFEST
 from gemma_edge.errors import InputError
+
+OTHER_FOLDER = "pass another folder as `out`"
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ BUNDLE = Kind("bundle", "bundle", lambda folder: (folder / MANIFEST).exists())
 
 
 def _alive(pid: str) -> bool:
-    if pid == str(os.getpid()):  # ours is not made yet: a dead process had the same number, as in a restarted container
+    # our own folder does not exist yet: a dead process had the same number, as in a restarted container
+    if pid == str(os.getpid()):
         return False
     try:
         os.kill(int(pid), 0)
@@ -50,16 +53,21 @@ def _clean_leftovers(out: Path) -> None:
 
 
 def refuse_existing(out: Path, force: bool, kind: Kind = BUNDLE) -> None:
-    """Let nothing be replaced without --force, and with it nothing but a folder of the same kind, or an empty one.
+    """Refuse a destination that exists. With `force`, a folder of the same kind or an empty one there may be replaced.
 
     Raises:
-        InputError: something is there that stays.
+        InputError: something is there that must stay.
     """
     if out.exists() and not force:
-        raise InputError(f"{out} exists; pass --force to replace it, or -o for another folder")
+        raise InputError(
+            f"{out} exists", field="force", value=force, hint="pass `force` to replace it, or another folder as `out`"
+        )
     if out.exists() and not (out.is_dir() and (kind.is_one(out) or not any(out.iterdir()))):
         raise InputError(
-            f"{out} exists and is not a {kind.noun}; --force replaces only {kind.noun}s: pass -o for another folder"
+            f"{out} exists and is not a {kind.noun}, and `force` replaces only {kind.noun}s",
+            field="out",
+            value=out,
+            hint=OTHER_FOLDER,
         )
 
 
@@ -67,16 +75,18 @@ def _make_folder(folder: Path, parent: Path) -> None:
     try:
         folder.mkdir(parents=True)
     except OSError as error:
-        raise InputError(f"cannot write in {parent}: {error.strerror}; pass -o for another folder") from None
+        raise InputError(
+            f"cannot write in {parent}: {error.strerror}", field="out", value=folder, hint=OTHER_FOLDER
+        ) from None
 
 
 @contextmanager
 def staged(out: Path, *, force: bool, kind: Kind = BUNDLE) -> Iterator[Path]:
-    """A temporary folder beside `out`; what is in its `bundle/` becomes `out` in one rename when the block ends well.
+    """Make a temporary folder beside `out`. When the block ends well, its `bundle/` becomes `out` in one rename.
 
     Another `kind` has another name for that inner folder: `kind.folder`.
 
-    Parents that are missing are made, and removed again when nothing is left in them.
+    Missing parents are made, and removed again if nothing is left in them.
 
     Raises:
         InputError: `out` exists and `force` is False, or its parent cannot be written.
@@ -89,7 +99,7 @@ def staged(out: Path, *, force: bool, kind: Kind = BUNDLE) -> Iterator[Path]:
     try:
         _make_folder(work / kind.folder, out.parent)
         yield work
-        refuse_existing(out, force, kind)  # somebody may have made it in the meantime
+        refuse_existing(out, force, kind)  # another process may have made it in the meantime
         if out.exists():
             out.rename(old)
         (work / kind.folder).rename(out)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import tokenizers
 from tokenizers.decoders import DecodeStream
@@ -51,6 +51,18 @@ def parse_ids(text: str) -> list[int]:
         ) from None
 
 
+class TokenIds(Protocol):
+    """The part of a model's configuration that a tokenizer needs."""
+
+    @property
+    def bos_token_id(self) -> int:
+        """The first token of every text."""
+
+    @property
+    def eos_token_id(self) -> Sequence[int]:
+        """The tokens that end a text."""
+
+
 class Tokenizer:
     """The bundle's tokenizer."""
 
@@ -65,16 +77,16 @@ class Tokenizer:
         self._take(open_tokenizer(confined(bundle, TOKENIZER_FILE), "export the bundle again"), manifest.config)
 
     @classmethod
-    def of_folder(cls, folder: Path, config: Mapping[str, Any]) -> Tokenizer:
-        """The tokenizer of a Hugging Face folder, whose configuration has a bundle's keys."""
+    def of_folder(cls, folder: Path, config: TokenIds) -> Tokenizer:
+        """The tokenizer of a Hugging Face folder, with its configuration."""
         tokenizer = cls.__new__(cls)
         tokenizer._take(open_tokenizer(folder / TOKENIZER_FILE, "download the folder again"), config)
         return tokenizer
 
-    def _take(self, tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
+    def _take(self, tokenizer: tokenizers.Tokenizer, config: TokenIds) -> None:
         self._tokenizer = tokenizer
-        self.bos_token_id = int(config["bos_token_id"])
-        stop_ids = set(config["eos_token_id"])
+        self.bos_token_id = config.bos_token_id
+        stop_ids = set(config.eos_token_id)
         end_of_turn = self._tokenizer.token_to_id(END_OF_TURN)
         self.stop_ids = frozenset(stop_ids if end_of_turn is None else stop_ids | {end_of_turn})
 

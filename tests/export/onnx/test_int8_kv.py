@@ -72,23 +72,23 @@ def done(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Export:
 
 def test_phones_get_an_int8_cache_that_passes_the_gate_where_scales_are_there(done: Export) -> None:
     manifest = Manifest.load(done.bundle)
-    assert manifest.backends["onnx"].cache.dtype == manifest.backends["onnx"].plan["kv_dtype"] == "int8"
+    assert manifest.backends["onnx"].cache.dtype == manifest.backends["onnx"].plan.kv_dtype == "int8"
     result = manifest.verification["onnx"]
-    assert result["passed"] and result["past_wrap"] and result["quality"]["kl"] < 0.01
+    assert result.passed and result.past_wrap and result.quality.kl < 0.01
 
 
 def test_cache_and_weights_file_have_exactly_the_planned_bytes(done: Export) -> None:
     manifest = done.manifest
     names = ("generate.onnx", "score.onnx", "genai.onnx")
     assert all(manifest.files[name].bytes < 300_000 for name in names)
-    assert manifest.files["model.onnx.data"].bytes == manifest.backends["onnx"].plan["weights_bytes"]
+    assert manifest.files["model.onnx.data"].bytes == manifest.backends["onnx"].plan.weights_bytes
     session = ort.InferenceSession(done.bundle / "generate.onnx")
     shapes = [node.shape for node in session.get_inputs() if node.name.startswith("past_key_values.")]
     assert {node.type for node in session.get_inputs() if node.name.startswith("past_")} == {"tensor(int8)"}
     assert (
         sum(int(np.prod(shape)) for shape in shapes)
         == manifest.backends["onnx"].cache.bytes
-        == manifest.backends["onnx"].plan["kv_bytes"]
+        == manifest.backends["onnx"].plan.kv_bytes
     )
 
 
@@ -184,11 +184,11 @@ def test_scales_that_clip_everything_fail_the_gate_and_the_default_goes_back_to_
     assert "with its KV cache in int8 the onnx bundle differs too much" in caplog.text and "lowering" in caplog.text
     manifest = Manifest.load(done.bundle)
     assert (
-        manifest.backends["onnx"].cache.dtype == manifest.backends["onnx"].plan["kv_dtype"] == "float32"
-        and manifest.verification["onnx"]["passed"]
+        manifest.backends["onnx"].cache.dtype == manifest.backends["onnx"].plan.kv_dtype == "float32"
+        and manifest.verification["onnx"].passed
     )
-    assert manifest.backends["onnx"].cache.bytes == manifest.backends["onnx"].plan["kv_bytes"]
-    assert manifest.files["model.onnx.data"].bytes == manifest.backends["onnx"].plan["weights_bytes"]
+    assert manifest.backends["onnx"].cache.bytes == manifest.backends["onnx"].plan.kv_bytes
+    assert manifest.files["model.onnx.data"].bytes == manifest.backends["onnx"].plan.weights_bytes
     assert [stage.name for stage in done.stages] == ["quantize", *2 * ["lower onnx", "hash", "verify"]]
 
 
@@ -216,7 +216,7 @@ def test_a_second_try_makes_and_judges_only_what_failed_by_the_same_references(
     assert [stage.name for stage in done.stages] == [*once, "lower onnx", "hash", "verify"]
     assert judged == ["toy", "onnx", "onnx"] and len(references) == 2
     assert list(done.manifest.verification) == list(done.manifest.backends) == ["toy", "onnx"]
-    assert all(result["passed"] for result in done.manifest.verification.values())
+    assert all(result.passed for result in done.manifest.verification.values())
     assert done.manifest.backends["onnx"].cache.dtype == "float32"
     check_hashes(done.bundle, Manifest.load(done.bundle))
 

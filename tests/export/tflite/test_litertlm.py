@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ pytest.importorskip("litert_lm", reason="litert-lm-api is not installed")
 
 import litert_lm
 
+from gemma_edge.bundle.manifest import Manifest
 from gemma_edge.errors import InputError
 from gemma_edge.export.cli import main
 from gemma_edge.export.plan import geometry
@@ -60,7 +62,7 @@ def engine(bundle: Path) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer.of_folder(DEMO, open_weights(DEMO).config.to_json())
+    return Tokenizer.of_folder(DEMO, open_weights(DEMO).config)
 
 
 def greedy(ids: list[int], stop: frozenset[int] = frozenset()) -> list[int]:
@@ -131,9 +133,19 @@ def test_command_writes_the_file_once(bundle: Path, tmp_path: Path) -> None:
 
 def test_what_litertlm_cannot_take_is_refused(bundle: Path, tmp_path: Path) -> None:
     config, cache = open_weights(DEMO).config, geometry(open_weights(DEMO).config, CONTEXT, CHUNK)
-    for name, backend, said in (("onnx", "onnx", "no tflite"), ("mute", "tflite", "no tokenizer")):
+    onnx = {"generate": "model", "score": None, "genai": None, "weights": None}
+    cases = {
+        "onnx": ("onnx", {**onnx, "accuracy_level": 0, "min_onnxruntime": "1.29"}, "no tflite"),
+        "mute": (
+            "tflite",
+            {**asdict(Manifest.load(bundle).backends["tflite"].settings), "program": "model"},
+            "no tokenizer",
+        ),
+    }
+    for name, (backend, settings, said) in cases.items():
         (tmp_path / name).mkdir()
-        write_manifest(tmp_path / name, config, make_recipe(32), cache, {backend: {}})
+        (tmp_path / name / "model").write_bytes(b"")
+        write_manifest(tmp_path / name, config, make_recipe(32), cache, {backend: settings})
         with pytest.raises(InputError, match=said):
             write_litertlm(tmp_path / name, tmp_path / "out.litertlm")
     with pytest.raises(InputError, match="cannot write"):

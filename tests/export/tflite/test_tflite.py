@@ -236,7 +236,7 @@ def test_the_pipeline_makes_a_bundle_that_passes_the_gate(tmp_path: Path) -> Non
     )
     done = pipeline.export(options)
     result = done.manifest.verification["tflite"]
-    assert result["passed"] and result["past_wrap"]
+    assert result.passed and result.past_wrap
 
 
 @pytest.mark.parametrize(("context", "short"), [(16, set()), (48, {"short_1", "short_6"})])
@@ -245,7 +245,7 @@ def test_every_rewind_of_the_ring_is_exact(
 ) -> None:
     """Also back over the end of what counts as a short text."""
     runtime = loaded(checkpoint(), tmp_path, make_recipe(32), context=context, chunk=6)
-    found = runtime.manifest.backends["tflite"].settings["signatures"]
-    assert {name for name in found if name.startswith("short_")} == short
+    found = runtime.manifest.backends["tflite"].settings.signatures
+    assert {each.name for each in found if each.name.startswith("short_")} == short
     worst, free, again = worst_error(runtime, some_ids(60, 320), range(0, 50, 3), range(1, 20))
     assert worst < 1e-3 and free > 50 and again > 50  # logits of a range of 60

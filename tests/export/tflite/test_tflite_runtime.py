@@ -161,7 +161,7 @@ def options(tmp_path: Path, **changes: Any) -> ExportOptions:
 def test_the_gate_runs_the_bundle_there_and_gemma_run_too(tmp_path: Path) -> None:
     """Of two backends each in its own environment; there, the one that can run there is found."""
     done = pipeline.export(options(tmp_path, backend=f"tflite,{NAME}", runtime_python=PYTHON))
-    assert all(result["passed"] and result["past_wrap"] for result in done.manifest.verification.values())
+    assert all(result.passed and result.past_wrap for result in done.manifest.verification.values())
     assert list(done.manifest.verification) == ["tflite", NAME]
     said = subprocess.run(
         [PYTHON.with_name("gemma-run"), done.bundle, "--prompt", "And the LORD said unto", "--max-tokens", "8"],

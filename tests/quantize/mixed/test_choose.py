@@ -122,12 +122,12 @@ def test_a_bundle_is_made_of_it_and_its_manifest_is_a_recipe(tmp_path: Path) -> 
     )
     done = pipeline.export(options)
     assert 5_000_000 < (done.bundle / "model.onnx.data").stat().st_size <= 5_100_000
-    assert done.manifest.verification["onnx"]["passed"]
-    assert len({(row["bits"], row["group_size"]) for row in done.manifest.recipe["parts"]}) > 2
+    assert done.manifest.verification["onnx"].passed
+    assert len({(row.bits, row.group_size) for row in done.manifest.recipe.parts}) > 2
     again = opened(recipe=done.bundle / "manifest.json")
     assert again.recipe == opened(size="5.1MB", quality="fast").recipe and again.choice is None
-    assert again.plans["onnx"].weights_bytes == done.manifest.backends["onnx"].plan["weights_bytes"]
-    assert Manifest.load(done.bundle).recipe["name"].startswith("mixed-")
+    assert again.plans["onnx"].weights_bytes == done.manifest.backends["onnx"].plan.weights_bytes
+    assert Manifest.load(done.bundle).recipe.name.startswith("mixed-")
 
 
 def test_plan_shows_draws_and_saves_the_bits_of_every_layer(tmp_path: Path) -> None:

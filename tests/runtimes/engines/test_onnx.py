@@ -8,7 +8,17 @@ from pathlib import Path
 import numpy as np
 import onnxruntime  # type: ignore[import-untyped]
 import pytest
-from support.toys import CHUNK, VOCAB, WINDOWS, toy_backend, toy_graph, toy_logits, toy_manifest, write_toy_bundle
+from support.toys import (
+    CHUNK,
+    VOCAB,
+    WINDOWS,
+    toy_backend,
+    toy_graph,
+    toy_logits,
+    toy_manifest,
+    toy_settings,
+    write_toy_bundle,
+)
 
 import gemma_edge
 from gemma_edge.bundle.geometry import LayerCache
@@ -194,15 +204,13 @@ def test_a_cache_of_another_size_than_the_graph_is_refused(bundle: Path) -> None
     ("name", "message"), [("../generate.onnx", "outside the bundle"), ("gone.onnx", "is missing; export")]
 )
 def test_a_graph_outside_the_bundle_or_missing_is_refused(bundle: Path, name: str, message: str) -> None:
-    manifest = toy_manifest(backends={"onnx": toy_backend({"generate": name, "score": "score.onnx"})})
+    manifest = toy_manifest(backends={"onnx": toy_backend(toy_settings(name))})
     with pytest.raises(InputError, match=message):
         OnnxRuntime(bundle, manifest, threads=1)
 
 
 def test_a_bundle_without_a_score_graph_still_generates(bundle: Path) -> None:
-    runtime = OnnxRuntime(
-        bundle, toy_manifest(backends={"onnx": toy_backend({"generate": "generate.onnx"})}), threads=1
-    )
+    runtime = OnnxRuntime(bundle, toy_manifest(backends={"onnx": toy_backend(toy_settings(score=None))}), threads=1)
     runtime.prefill([5])
     with pytest.raises(InputError, match="no 'score' graph"):
         runtime.score([5])

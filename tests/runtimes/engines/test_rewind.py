@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from support.rewinding import uninterrupted, worst_error
 from support.toys import CHUNK, VOCAB, ToyRuntime, toy_logits, write_toy_bundle
 
 import gemma_edge
-from gemma_edge.bundle.manifest import MANIFEST
+from gemma_edge.bundle.manifest import MANIFEST, Manifest, with_identities
 from gemma_edge.errors import InputError
 from gemma_edge.runtimes.engines import base
 from gemma_edge.runtimes.engines.onnx import OnnxRuntime
@@ -134,9 +134,10 @@ def test_a_state_without_reachable_buffers_is_fed_again() -> None:
 
 def test_another_bundles_state_is_refused(bundle: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(bundle, tmp_path / "copy")
-    manifest = json.loads((copy / MANIFEST).read_text())
-    manifest["files"]["score.onnx"]["sha256"] = "0" * 64
-    (copy / MANIFEST).write_text(json.dumps(manifest))
+    manifest = Manifest.load(copy)
+    other_graph = replace(manifest.files["score.onnx"], sha256="0" * 64)
+    changed = with_identities(replace(manifest, files={**manifest.files, "score.onnx": other_graph}))
+    (copy / MANIFEST).write_text(changed.to_json())
     ours, other = gemma_edge.load(bundle, threads=1), gemma_edge.load(copy, threads=1)
     ours.prefill(IDS[:5])
     other.prefill(IDS[:3])

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.checkpoints import DEMO
-from support.toys import RepeatingRuntime, ToyRuntime
+from support.toys import TOY_CONFIG, RepeatingRuntime, ToyRuntime
 
 pytest.importorskip("llguidance", reason="llguidance is not installed: pip install 'gemma-edge[json]'")
 pytest.importorskip("jsonschema", reason="the package jsonschema is not installed")
@@ -35,7 +35,6 @@ from gemma_edge.runtimes.generation.vocabulary import Vocabulary
 from gemma_edge.text.chat import ChatTemplate
 from gemma_edge.text.tokenizer import Tokenizer
 
-CONFIG = {"bos_token_id": 2, "eos_token_id": [1]}
 PERSON: dict[str, Any] = {
     "type": "object",
     "properties": {
@@ -81,7 +80,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer.of_folder(DEMO, CONFIG)
+    return Tokenizer.of_folder(DEMO, TOY_CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +144,7 @@ def test_an_answer_fits_its_schema_however_few_tokens_there_are(
 @pytest.mark.parametrize("name", ["any object", "person", "pattern anywhere"])
 def test_in_every_backend_plain_or_guessing(name: str, talker: Runtime) -> None:
     tokenizer = Tokenizer(talker.bundle, talker.manifest)
-    grammar = Grammar(Vocabulary(tokenizer, talker.manifest.config["vocab_size"]), SCHEMAS[name])
+    grammar = Grammar(Vocabulary(tokenizer, talker.manifest.config.vocab_size), SCHEMAS[name])
     speculation = Speculation(talker, EXACT)
     for seed in range(3):
         params = SamplingParams(temperature=seed / 2, seed=seed)

@@ -20,7 +20,8 @@ class ToyEngine(Runtime):
     """Keeps all tokens since the last reset."""
 
     def __init__(self, bundle: Path, manifest: Manifest, *, threads: int | None) -> None:
-        super().__init__(bundle, manifest, manifest.backends["toy"].cache)
+        entry = manifest.backends["toy"]
+        super().__init__(bundle, manifest, entry.cache, entry.identity)
         arrays = np.load(bundle / FILE)
         self._arrays: dict[str, NDArray[Any]] = {name: arrays[name] for name in arrays.files}
         self._config: dict[str, Any] = json.loads(str(self._arrays.pop("config")))

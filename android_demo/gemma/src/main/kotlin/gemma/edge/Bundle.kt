@@ -15,8 +15,9 @@ import java.security.MessageDigest
  * @property eosTokenIds tokens that end a text, as the checkpoint says.
  * @property threads that its target takes by default.
  * @property cache geometry of the KV cache.
- * @property residentBytes estimate of what is resident while it generates; 0 where the manifest holds no plan.
+ * @property residentBytes estimate of what is resident while it generates.
  * @property files every file's size and hash.
+ * @property identity hash of all that a saved state of the ONNX backend depends on, as the exporter computed it.
  */
 public class Bundle private constructor(
     public val folder: File,
@@ -28,6 +29,7 @@ public class Bundle private constructor(
     public val cache: CacheGeometry,
     public val residentBytes: Long,
     public val files: List<BundleFile>,
+    internal val identity: String,
     private val graph: String,
     private val backendFiles: Set<String>,
 ) {
@@ -53,8 +55,7 @@ public class Bundle private constructor(
      */
     public fun file(name: String): File {
         val path = File(folder, name)
-        val root = folder.canonicalFile.toPath()
-        if (File(name).isAbsolute || !path.canonicalFile.toPath().startsWith(root)) {
+        if (!isInside(folder, name)) {
             throw BundleException("$folder/$MANIFEST names '$name', which lies outside the bundle; do not use this bundle")
         }
         if (!path.isFile) throw BundleException("$path is missing; import the bundle again")
@@ -80,27 +81,11 @@ public class Bundle private constructor(
         }
     }
 
-    /**
-     * What a saved state of the ONNX backend depends on, as a hash: the model, the cache's geometry and every file's hash. Equal to
-     * what the Python runtime computes, see `BaseRuntime._identity` in runtimes/engines/base.py.
-     */
-    internal fun identity(): String {
-        val manifest = Node(JsonReader.parse(File(folder, MANIFEST).readBytes(), rawNumbers = true), MANIFEST)
-        val hashes = manifest["files"].entries.associate { (name, entry) -> name to entry["sha256"].value }
-        val said = listOf("OnnxRuntime", manifest["config"].value, manifest["backends"]["onnx"]["cache"].value, hashes)
-        return MessageDigest.getInstance("SHA-256").digest(toJson(sorted(said)).toByteArray()).joinToString("") { "%02x".format(it) }
-    }
-
-    private fun sorted(value: Any?): Any? = when (value) {
-        is Map<*, *> -> value.entries.associate { (key, item) -> key as String to sorted(item) }.toSortedMap()
-        is List<*> -> value.map(::sorted)
-        else -> value
-    }
-
     public companion object {
         /** The only version of the manifest that this library reads. */
-        public const val SCHEMA_VERSION: Int = 2
+        public const val SCHEMA_VERSION: Int = 3
         internal const val MANIFEST = "manifest.json"
+        private const val MAX_MANIFEST_BYTES = 64L shl 20
 
         /**
          * Read and check a bundle's manifest, and that every file is there with its size. Hashes: [checkHashes].
@@ -111,6 +96,7 @@ public class Bundle private constructor(
         public fun open(folder: File): Bundle {
             val path = File(folder, MANIFEST)
             if (!path.isFile) throw BundleException("$folder is not a bundle: no $MANIFEST in it; make one with gemma-export")
+            if (path.length() > MAX_MANIFEST_BYTES) throw BundleException("$path is larger than $MAX_MANIFEST_BYTES bytes; import the bundle again")
             val bundle = try {
                 val manifest = Node(JsonReader.parse(path.readBytes()), MANIFEST)
                 val version = manifest["schema_version"].value
@@ -137,22 +123,27 @@ public class Bundle private constructor(
             if ("onnx" !in backends) {
                 throw UnsupportedException("$folder holds no onnx backend, only ${backends.keys.joinToString()}; export with --backend onnx")
             }
-            val onnx = backends["onnx"]
+            val onnx = manifest["backends"]["onnx"]
             val config = manifest["config"]
+            val settings = onnx["settings"]
+            val vocabSize = config["vocab_size"].int(1..MAX_TOKENS)
+            val files = manifest["files"].entries.map { (name, entry) -> BundleFile(name, entry["bytes"].long, entry["sha256"].sha256) }
+            val names = files.map { it.name }.toSet()
+            val roles = ROLES.filter { settings[it].value != null }.associateWith { settings[it].string }
+            for ((role, name) in roles) if (name !in names && isInside(folder, name)) settings[role].fail("one of the names in files")
             return Bundle(
                 folder = folder,
                 name = manifest["model"]["name"].string,
-                vocabSize = config["vocab_size"].int(1..MOST),
-                bosTokenId = config["bos_token_id"].int(0..MOST),
-                eosTokenIds = config["eos_token_id"].list.map { it.int(0..MOST) }.toSet(),
-                threads = manifest["target"]["threads"].int(1..MOST),
-                cache = CacheGeometry.read(onnx["cache"]),
-                residentBytes = if ("device_ram_bytes" in onnx["plan"]) onnx["plan"]["device_ram_bytes"].long else 0,
-                files = manifest["files"].entries.map { (name, entry) ->
-                    BundleFile(name, entry["bytes"].long, entry["sha256"].string)
-                },
-                graph = onnx["settings"]["generate"].string,
-                backendFiles = onnx["settings"].entries.mapNotNull { (_, role) -> role.value as? String }.toSet(),
+                vocabSize = vocabSize,
+                bosTokenId = config["bos_token_id"].int(0 until vocabSize),
+                eosTokenIds = config["eos_token_id"].list.map { it.int(0 until vocabSize) }.toSet(),
+                threads = manifest["target"]["threads"].int(1..MAX_THREADS),
+                cache = CacheGeometry.read(onnx["cache"], config),
+                residentBytes = onnx["plan"]["device_ram_bytes"].long,
+                files = files,
+                identity = onnx["identity"].sha256,
+                graph = settings["generate"].string,
+                backendFiles = roles.values.toSet(),
             )
         }
 
@@ -214,24 +205,43 @@ public class CacheGeometry internal constructor(
 
     internal companion object {
         private val DTYPES = mapOf("int8" to true, "float32" to false)
+        private const val LOCAL = "sliding_attention"
 
-        fun read(node: Node): CacheGeometry {
+        /** The geometry in a manifest, as far as it agrees with the model's configuration. */
+        fun read(node: Node, config: Node): CacheGeometry {
             val dtype = node["dtype"].string
-            return CacheGeometry(
-                context = node["context"].int(1..MOST),
-                prefillChunk = node["prefill_chunk"].int(1..MOST),
-                kvHeads = node["kv_heads"].int(1..MOST),
-                headDim = node["head_dim"].int(1..MOST),
-                int8 = DTYPES[dtype]
-                    ?: throw UnsupportedException("a KV cache of $dtype; this library knows ${DTYPES.keys.joinToString()}"),
-                slots = node["layers"].list.map { it["slots"].int(1..MOST) },
-                windows = node["layers"].list.map { it["window"].int(1..MOST) },
-            )
+            val int8 = DTYPES[dtype] ?: throw UnsupportedException("a KV cache of $dtype; this library knows ${DTYPES.keys.joinToString()}")
+            val context = node["context"].int(1..MAX_TOKENS)
+            val chunk = node["prefill_chunk"].int(1..MAX_CHUNK)
+            val kvHeads = node["kv_heads"].equalTo(config["num_key_value_heads"].int(1..MAX_HEADS))
+            val headDim = node["head_dim"].equalTo(config["head_dim"].int(1..MAX_HEAD_DIM))
+            val layers = node["layers"].list
+            val kinds = config["layer_types"].list
+            if (layers.size != kinds.size || layers.isEmpty()) node["layers"].fail("a list of ${kinds.size} layers")
+            val local = minOf(config["sliding_window"].int(1..MAX_TOKENS), context)
+            val windows = layers.zip(kinds) { layer, kind -> layer["window"].equalTo(if (kind.string == LOCAL) local else context) }
+            // a buffer's bytes are an Int
+            val maxSlots = Int.MAX_VALUE / (Float.SIZE_BYTES * kvHeads * headDim)
+            val slots = layers.zip(windows) { layer, window -> layer["slots"].int(window + chunk - 1..minOf(maxSlots, window + 2 * chunk - 2)) }
+            return CacheGeometry(context, chunk, kvHeads, headDim, int8, slots, windows)
         }
     }
 }
 
-private const val MOST = 1 shl 30 // any count in a manifest: what is larger is damage
+private const val MAX_TOKENS = 1 shl 24 // these ranges are those of bundle/ranges.py
+private const val MAX_CHUNK = 4096
+private const val MAX_HEADS = 1024
+private const val MAX_HEAD_DIM = 4096
+private const val MAX_THREADS = 1024
+private val ROLES = listOf("generate", "score", "genai", "weights")
+private val SHA256 = Regex("[0-9a-f]{64}")
+
+/** Whether a name stays below a folder; false for what is no file name. */
+private fun isInside(folder: File, name: String): Boolean = try {
+    !File(name).isAbsolute && File(folder, name).canonicalFile.toPath().startsWith(folder.canonicalFile.toPath())
+} catch (error: IOException) {
+    false
+}
 
 /** A JSON value and where it stands, for messages. */
 internal class Node(val value: Any?, private val path: String) {
@@ -239,6 +249,7 @@ internal class Node(val value: Any?, private val path: String) {
     val list get() = (value as? List<*> ?: fail("a list")).mapIndexed { index, item -> Node(item, "$path[$index]") }
     val string get() = value as? String ?: fail("text")
     val long get() = (value as? Long)?.takeIf { it >= 0 } ?: fail("a whole number, not negative")
+    val sha256 get() = string.takeIf(SHA256::matches) ?: fail("a SHA-256 in hexadecimal")
     val keys get() = map.keys.map { it as String }
     val entries get() = keys.map { it to get(it) }
 
@@ -248,5 +259,7 @@ internal class Node(val value: Any?, private val path: String) {
 
     fun int(range: IntRange): Int = long.takeIf { it in range.first.toLong()..range.last }?.toInt() ?: fail("a number in $range")
 
-    private fun fail(expected: String): Nothing = throw JsonException("$path is not $expected")
+    fun equalTo(expected: Int): Int = if (value == expected.toLong()) expected else fail("$expected, as the rest of the manifest says")
+
+    fun fail(expected: String): Nothing = throw JsonException("$path is not $expected")
 }

@@ -9,7 +9,7 @@ internal class JsonException(message: String) : Exception(message)
  * A pull reader of JSON over UTF-8 bytes. It does not copy strings, because a tokenizer.json has a million of them. It is strict enough
  * for files that a JSON library wrote, and does not detect every violation of the standard. Source: RFC 8259.
  */
-internal class JsonReader(private val bytes: ByteArray, private val rawNumbers: Boolean = false) {
+internal class JsonReader(private val bytes: ByteArray) {
     private var position = 0
 
     /** The last scanned string, unescaped: the bytes of [text] from [start] up to, but not including, [end]. */
@@ -164,7 +164,9 @@ internal class JsonReader(private val bytes: ByteArray, private val rawNumbers: 
             fail("the other half of a surrogate pair")
         }
         position += 2
-        return Character.toCodePoint(high.toChar(), hex4().toChar())
+        val low = hex4().toChar()
+        if (!Character.isLowSurrogate(low)) fail("the other half of a surrogate pair")
+        return Character.toCodePoint(high.toChar(), low)
     }
 
     private fun hex4(): Int {
@@ -178,7 +180,6 @@ internal class JsonReader(private val bytes: ByteArray, private val rawNumbers: 
         val first = position
         while (position < bytes.size && bytes[position].toInt().toChar() in NUMBER) position++
         val number = String(bytes, first, position - first, Charsets.ISO_8859_1)
-        if (rawNumbers && number.toDoubleOrNull() != null) return RawNumber(number)
         return number.toLongOrNull() ?: number.toDoubleOrNull() ?: fail("a value")
     }
 
@@ -203,17 +204,12 @@ internal class JsonReader(private val bytes: ByteArray, private val rawNumbers: 
         private const val NUMBER = "+-.0123456789eE"
         private const val DEEPEST = 100
 
-        /** A whole document; with [rawNumbers] its numbers are [RawNumber]s. */
-        fun parse(bytes: ByteArray, rawNumbers: Boolean = false): Any? {
-            val reader = JsonReader(bytes, rawNumbers)
+        /** A whole document. */
+        fun parse(bytes: ByteArray): Any? {
+            val reader = JsonReader(bytes)
             return reader.readValue().also { reader.expectEnd() }
         }
     }
-}
-
-/** A number as its writer wrote it. */
-internal class RawNumber(private val text: String) {
-    override fun toString(): String = text
 }
 
 /**
@@ -232,7 +228,7 @@ private fun StringBuilder.appendJson(value: Any?) {
         is List<*> -> appendAll(value, '[', ']') { appendJson(it) }
         is String -> appendText(value)
         is Double -> append(if (value.isFinite()) value.toString() else "null")
-        is Number, is RawNumber, is Boolean, null -> append(value.toString())
+        is Number, is Boolean, null -> append(value.toString())
         else -> throw IllegalArgumentException("no JSON for ${value::class}")
     }
 }

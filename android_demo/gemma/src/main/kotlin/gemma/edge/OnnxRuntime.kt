@@ -96,7 +96,7 @@ public class OnnxRuntime private constructor(override val bundle: Bundle, privat
         check(!closed) { "the runtime was closed" }
         val last = kept.toArray()
         val tensors = listOf(StateTensor(StateFile.IDS, "I32", listOf(last.size))) + cache.saved(written)
-        StateFile.write(file, StateHeader(bundle.identity(), position, written, notes), tensors) { tensor ->
+        StateFile.write(file, StateHeader(bundle.identity, position, written, notes), tensors) { tensor ->
             if (tensor.name == StateFile.IDS) listOf(bytesOf(last)) else cache.rows(tensor)
         }
     }
@@ -106,7 +106,7 @@ public class OnnxRuntime private constructor(override val bundle: Bundle, privat
         check(!closed) { "the runtime was closed" }
         StateFile.open(file).use { state ->
             val header = state.header
-            val identity = bundle.identity()
+            val identity = bundle.identity
             if (header.identity != identity) {
                 throw StateException(
                     "$file belongs to another bundle or backend (${header.identity.take(16)}...; this one is ${identity.take(16)}...); " +

@@ -62,7 +62,7 @@ class BundleTest {
 
     @Test
     fun another_schema_is_refused_by_number() {
-        assertRefuses<BundleException>("schema_version 3", "reads 2") { Bundle.open(changed("\"schema_version\": 2", "\"schema_version\": 3")) }
+        assertRefuses<BundleException>("schema_version 4", "reads 3") { Bundle.open(changed("\"schema_version\": 3", "\"schema_version\": 4")) }
     }
 
     @Test

@@ -1,0 +1,240 @@
+"""The parts of a manifest: what a bundle was made from and how, its backends and files, and how good it is.
+
+docs/bundle-format.md explains each key.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Generic, Literal, TypeVar
+
+from gemma_edge.bundle.geometry import CacheGeometry
+from gemma_edge.bundle.ranges import (
+    Bytes,
+    Chunk,
+    Count,
+    Dtype,
+    Figure,
+    HeadDim,
+    Heads,
+    Layers,
+    Magnitude,
+    Name,
+    Positive,
+    Sha256,
+    Share,
+    Threads,
+    TokenId,
+    Tokens,
+    Width,
+)
+from gemma_edge.bundle.settings import roles
+
+S = TypeVar("S")  # a class of settings.py
+FIGURES = ("Figure", "Magnitude", "Share")  # annotations of fields that may be null in the file
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
+
+
+class _Figures:
+    """Reads null, which stands for a figure that is not finite, as NaN."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):  # type: ignore[arg-type]
+            if field.type in FIGURES and getattr(self, field.name) is None:
+                object.__setattr__(self, field.name, math.nan)
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """The checkpoint."""
+
+    name: Name  # its folder
+    architecture: Literal["gemma2"]
+    parameters: Count
+    lora: str | None  # folder of the adapter that was merged; None: no adapter
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model's configuration, under Hugging Face's keys. The same keys as Gemma2Config in model/config.py."""
+
+    vocab_size: Tokens
+    hidden_size: Width
+    intermediate_size: Width
+    num_hidden_layers: Layers
+    num_attention_heads: Heads
+    num_key_value_heads: Heads
+    head_dim: HeadDim
+    layer_types: tuple[Literal["sliding_attention", "full_attention"], ...]
+    query_pre_attn_scalar: Positive
+    sliding_window: Tokens
+    max_position_embeddings: Tokens
+    attn_logit_softcapping: Positive | None
+    final_logit_softcapping: Positive | None
+    rms_norm_eps: Positive
+    rope_theta: Positive
+    bos_token_id: TokenId
+    eos_token_id: tuple[TokenId, ...]
+
+
+@dataclass(frozen=True)
+class IntegersEntry:
+    """The integers of a weight."""
+
+    bits: Literal[4, 8]
+    group_size: Count  # along a row; 0: one scale per output channel
+    symmetric: bool
+
+
+@dataclass(frozen=True)
+class RuleEntry:
+    """What the weights whose name matches a pattern were to become."""
+
+    pattern: str
+    config: IntegersEntry | None  # None: float
+    method: Name
+
+
+@dataclass(frozen=True)
+class PartEntry:
+    """What the weights of one kind became."""
+
+    part: Name
+    bits: Literal[4, 8, 16, 32]
+    group_size: Count  # 0: one scale per output channel, or float
+    count: Count  # matrices
+    weights: Count
+    bytes: Bytes  # integers and 16-bit scales
+
+
+@dataclass(frozen=True)
+class LayerError(_Figures):
+    """How far one quantized layer is from the original."""
+
+    layer: Count
+    relative_error: Magnitude  # of the residual stream after the layer
+
+
+@dataclass(frozen=True)
+class Distilled(_Figures):
+    """What distillation did to windows that it was not trained on."""
+
+    tokens: Count  # trained on
+    kl_before: Magnitude  # nats per token
+    kl_after: Magnitude
+
+
+@dataclass(frozen=True)
+class CalibrationEntry:
+    """The text that the quantizer looked at, and what it saw."""
+
+    tokens: Count = 0  # 0: no calibration
+    text: tuple[str, ...] = ()  # names of files
+    seed: int = 0  # for choosing the passages
+    layers: tuple[LayerError, ...] = ()
+    distilled: Distilled | None = None
+
+
+@dataclass(frozen=True)
+class RecipeEntry:
+    """How the weights were quantized."""
+
+    name: Name
+    rules: tuple[RuleEntry, ...]  # requested; the first rule that matches a weight decides
+    float_bits: Literal[16, 32]  # of matrices that stay float
+    parts: tuple[PartEntry, ...]  # the result
+    calibration: CalibrationEntry
+
+
+@dataclass(frozen=True)
+class TargetEntry:
+    """The class of devices that the bundle was made for."""
+
+    name: Name
+    ram_bytes: Bytes  # that the app may take
+    threads: Threads  # unless the user asks for another number
+
+
+@dataclass(frozen=True)
+class PlanEntry:
+    """What was predicted before the export, for one backend."""
+
+    target: Name
+    backend: Name
+    recipe: Name
+    context: Tokens
+    prefill_chunk: Chunk
+    kv_dtype: Dtype
+    weights_bytes: Bytes
+    kv_bytes: Bytes
+    device_ram_bytes: Bytes
+    device_ram_limit_bytes: Bytes
+    export_ram_bytes: Bytes
+    export_disk_bytes: Bytes
+
+
+@dataclass(frozen=True)
+class Difference(_Figures):
+    """A comparison of two models' logits over the same tokens."""
+
+    tokens: Count  # positions compared
+    kl: Magnitude  # mean, nats, reference to bundle
+    top1: Share  # part of the positions with the same most likely token
+    ppl: Magnitude
+    ppl_reference: Magnitude
+    ppl_change: Figure  # relative
+    max_abs_logit_difference: Magnitude
+    logit_range: Magnitude  # of the reference
+
+
+@dataclass(frozen=True)
+class LimitsEntry:
+    """What a bundle has to reach to be published."""
+
+    kl: Positive
+    top1: Positive
+    ppl_change: Positive
+    lowering: Positive  # part of the reference's logit range
+
+
+@dataclass(frozen=True)
+class GateResult(_Figures):
+    """What the gate found of one backend."""
+
+    level: Literal["quick", "full"]
+    text: str  # fed to the model
+    fed_tokens: Count
+    past_wrap: bool  # whether they went past the end of the context
+    quality: Difference  # to the original
+    quality_past_context: (
+        Difference | None
+    )  # only positions past the end of the context; None: the gate did not get there
+    lowering: Difference  # to the same integers in torch
+    generation_difference: Magnitude  # largest difference between generating and scoring
+    limits: LimitsEntry
+    failures: tuple[str, ...]
+    passed: bool
+
+
+@dataclass(frozen=True)
+class BackendEntry(Generic[S]):
+    """One backend of a bundle. Backends share the integers and the context; each keeps its cache in its own way."""
+
+    cache: CacheGeometry
+    plan: PlanEntry
+    settings: S  # a class of settings.py; a dict for a backend that is not known
+    identity: Sha256  # of what a saved state depends on: see `state_identity`
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the backend's own files."""
+        return list(dict.fromkeys(roles(self.settings).values()))
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of the bundle."""
+
+    bytes: Bytes
+    sha256: Sha256
