@@ -1,7 +1,7 @@
 """What a backend must do to be exported for. Each one's half is `backend.py` in its own folder; bundle/backends.py names it.
 
 An exporter is imported to plan an export, so its module holds sizes and refusals, and imports what it lowers with inside
-`lower` and `check`.
+`write` and `check`.
 """
 
 from __future__ import annotations
@@ -82,9 +82,8 @@ class Backend(ABC):
         """Slots of a layer's cache that lie behind the end of its ring."""
         return 0
 
-    @abstractmethod
     def lower(self, task: LoweringTask) -> dict[str, Any]:
-        """Write the backend's files into the task's folder.
+        """Refuse what the backend cannot hold, and write its files into the task's folder.
 
         Returns:
             the backend's `settings` in the manifest.
@@ -92,6 +91,12 @@ class Backend(ABC):
         Raises:
             InputError: a weight that the backend cannot compute exactly.
         """
+        self.refuse_unsupported(task.checkpoint.config, task.checkpoint.configs, task.float_bits)
+        return self.write(task)
+
+    @abstractmethod
+    def write(self, task: LoweringTask) -> dict[str, Any]:
+        """The part of `lower` that writes, with the same result."""
 
     @abstractmethod
     def check(self, task: LoweringTask) -> None:

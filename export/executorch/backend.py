@@ -28,12 +28,11 @@ class ExecuTorchBackend(Backend):
         """What the weights take of the file. XNNPACK packs them into as many bytes of memory."""
         return packing.weights_bytes(weights.config, weights.configs)
 
-    def lower(self, task: LoweringTask) -> dict[str, Any]:
+    def write(self, task: LoweringTask) -> dict[str, Any]:
         """See Backend."""
         from gemma_edge.export.executorch.lowering import write_program
 
         checkpoint = task.checkpoint
-        self.refuse_unsupported(checkpoint.config, checkpoint.configs, task.float_bits)
         four = [weight for weight, config in checkpoint.configs.items() if config and config.bits == 4]
         checkpoint.warn_of_rounded_scales(four, torch.bfloat16, self.name)
         write_program(checkpoint, task.cache, task.out / FILE, METHODS, task.progress)

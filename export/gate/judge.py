@@ -1,7 +1,7 @@
 """The gate's second half: it runs a finished bundle without torch, in a process of its own, and compares it with saved logits.
 
-verify.py starts it as `python -P -m gemma_edge.export.gate.judge FOLDER`, with an absolute path. There lie `task.json` and the
-reference's logits, and `result.json` goes there. One line on stdout per chunk that was scored.
+verify.py starts it as `python -P -m gemma_edge.export.gate.judge FOLDER`, with an absolute path. The folder holds `task.json`
+and the references' logits; `result.json` is written into it. Each chunk that was scored is one line on stdout.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class OnnxBackend(Backend):
         """See weights.py: scales are there three times, float matrices are widened."""
         return storage.resident_bytes(_blobs(weights))
 
-    def lower(self, task: LoweringTask) -> dict[str, Any]:
+    def write(self, task: LoweringTask) -> dict[str, Any]:
         """See Backend."""
         from gemma_edge.export.onnx.lowering import FILES, write_files
         from gemma_edge.export.onnx.seams import make_layers

@@ -56,13 +56,12 @@ class TFLiteBackend(Backend):
         """A chunk is written in one piece, so all its tokens but one may lie behind the ring's end."""
         return prefill_chunk - 1
 
-    def lower(self, task: LoweringTask) -> dict[str, Any]:
+    def write(self, task: LoweringTask) -> dict[str, Any]:
         """See Backend."""
         from gemma_edge.export.tflite.file import write_model
         from gemma_edge.export.tflite.lowering import build_model
 
         checkpoint, cache = task.checkpoint, task.cache
-        self.refuse_unsupported(checkpoint.config, checkpoint.configs, task.float_bits)
         grouped = [weight for weight, config in checkpoint.configs.items() if config and config.group_size]
         checkpoint.warn_of_rounded_scales(grouped, torch.float16, self.name)
         model = build_model(checkpoint, cache, self.packing, variables=self.variables)

@@ -33,7 +33,7 @@ class ToyBackend(Backend):
         """Something, so that a test sees it in the plan."""
         return 12345
 
-    def lower(self, task: LoweringTask) -> dict[str, Any]:
+    def write(self, task: LoweringTask) -> dict[str, Any]:
         """One file with everything that the engine reads."""
         checkpoint = task.checkpoint
         arrays: dict[str, Any] = {name: checkpoint.matrix(name).numpy() for name in weight_shapes(checkpoint.config)}
