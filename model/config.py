@@ -185,25 +185,23 @@ def _eos(folder: Path, raw: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(value) if isinstance(value, list) else (int(value),)
 
 
-def _preset(sizes: tuple[int, int, int], heads: tuple[int, int, int], scalar: int) -> Gemma2Config:
-    """A row of the report's table 1: (hidden_size, layers, intermediate_size), (heads, kv_heads, head_dim), query scalar."""
-    hidden_size, layers, intermediate_size = sizes
-    num_attention_heads, num_key_value_heads, head_dim = heads
+def _preset(hidden: int, layers: int, ffn: int, heads: tuple[int, int, int], scalar: int) -> Gemma2Config:
+    """A published size; `heads`: number of query heads, number of key and value heads, size of a head."""
     return Gemma2Config(
         vocab_size=256000,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
+        hidden_size=hidden,
+        intermediate_size=ffn,
         num_hidden_layers=layers,
-        num_attention_heads=num_attention_heads,
-        num_key_value_heads=num_key_value_heads,
-        head_dim=head_dim,
+        num_attention_heads=heads[0],
+        num_key_value_heads=heads[1],
+        head_dim=heads[2],
         layer_types=tuple(_alternating(layers)),
         query_pre_attn_scalar=scalar,
         eos_token_id=(1, 107),
     )
 
 
-GEMMA2_2B = _preset((2304, 26, 9216), (8, 4, 256), 256)
-GEMMA2_9B = _preset((3584, 42, 14336), (16, 8, 256), 256)
-GEMMA2_27B = _preset((4608, 46, 36864), (32, 16, 128), 144)
+GEMMA2_2B = _preset(2304, 26, 9216, (8, 4, 256), 256)
+GEMMA2_9B = _preset(3584, 42, 14336, (16, 8, 256), 256)
+GEMMA2_27B = _preset(4608, 46, 36864, (32, 16, 128), 144)
 PRESETS = {"gemma2-2b": GEMMA2_2B, "gemma2-9b": GEMMA2_9B, "gemma2-27b": GEMMA2_27B}
