@@ -166,7 +166,9 @@ def test_runtime_refuses_a_graph_whose_caches_are_of_another_type_than_the_manif
 ) -> None:
     copy = Path(shutil.copytree(done.bundle, tmp_path / "copy"))
     data = json.loads((copy / MANIFEST).read_text())
-    data["backends"]["onnx"]["cache"]["dtype"] = "float32"
+    entry = data["backends"]["onnx"]
+    entry["cache"]["dtype"] = entry["plan"]["kv_dtype"] = "float32"  # the manifest itself agrees
+    entry["plan"]["kv_bytes"] *= 4
     (copy / MANIFEST).write_text(json.dumps(data))
     with pytest.raises(InputError, match=r"past_key_values.0.key is tensor\(int8\) .* manifest says tensor\(float\)"):
         gemma_edge.load(copy)
