@@ -89,7 +89,7 @@ def names(schema: Any) -> Iterator[str]:
 def leads_somewhere(path: tuple[str, ...]) -> bool:
     """Whether the schema has such a key."""
     schema = manifest_schema()
-    node = schema
+    node: Any = schema
     for key in path:
         while "$ref" in node:
             node = schema["$defs"][node["$ref"].rpartition("/")[2]]

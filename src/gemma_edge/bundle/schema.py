@@ -20,7 +20,8 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 def manifest_schema() -> dict[str, Any]:
     """The schema as plain values."""
-    kinds = [Manifest, *(BackendEntry[kind] for kind in SETTINGS.values())]
+    generic: Any = BackendEntry
+    kinds = [Manifest, *(generic[kind] for kind in SETTINGS.values())]
     (manifest, *backends), definitions = msgspec.json.schema_components(kinds)
     definitions["BackendEntry_Any_"]["properties"]["settings"] = {"type": "object"}
     by_name = definitions["Manifest"]["properties"]["backends"]
