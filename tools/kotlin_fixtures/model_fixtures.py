@@ -118,8 +118,8 @@ def filters() -> list[dict[str, Any]]:
         seen = [1, 5, 77]
         sampler.observe(seen)
         ids, probabilities = sampler.distribution(logits)
-        arrays: dict[str, Any] = {"logits": logits, "ids": ids, "probabilities": probabilities}
-        rows.append({"params": params, "seen": seen, **{name: array.tolist() for name, array in arrays.items()}})
+        kept = {"ids": ids.tolist(), "probabilities": probabilities.tolist()}
+        rows.append({"params": params, "seen": seen, "logits": logits.tolist(), **kept})
     return rows
 
 
