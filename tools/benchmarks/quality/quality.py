@@ -15,6 +15,7 @@ import importlib
 import json
 import os
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,18 +31,20 @@ import quality_child
 import quality_judge
 import quality_ours
 import torch
-from corpora import CALIBRATION, EVALUATION
-from measure import describe, machine, table, versions, write_json
 from quality_child import PEERS, Peer
 from quality_judge import WINDOW, Judge, Score, cut, linears
 from quality_ours import OURS, Contender, weight_bits
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from smollm2 import FOLDER
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from gemma_edge.files import write_whole
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from corpora import CALIBRATION, EVALUATION
+from measure import describe, machine, table, versions, write_json
+from smollm2 import FOLDER
 
 
 @dataclass(frozen=True)
