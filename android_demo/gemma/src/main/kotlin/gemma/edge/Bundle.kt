@@ -115,6 +115,9 @@ public class Bundle private constructor(
                     throw BundleException("$folder/${entry.name}: $size bytes, the manifest says ${entry.bytes}; import it again")
                 }
             }
+            // a name that leads out of the folder is refused when it is opened
+            val unlisted = bundle.backendFiles.firstOrNull { !bundle.has(it) && isInside(folder, it) }
+            if (unlisted != null) throw BundleException("$path: backends.onnx.settings names '$unlisted', which is not in files; import the bundle again")
             return bundle
         }
 
@@ -128,9 +131,7 @@ public class Bundle private constructor(
             val settings = onnx["settings"]
             val vocabSize = config["vocab_size"].int(1..MAX_TOKENS)
             val files = manifest["files"].entries.map { (name, entry) -> BundleFile(name, entry["bytes"].long, entry["sha256"].sha256) }
-            val names = files.map { it.name }.toSet()
             val roles = ROLES.filter { settings[it].value != null }.associateWith { settings[it].string }
-            for ((role, name) in roles) if (name !in names && isInside(folder, name)) settings[role].fail("one of the names in files")
             return Bundle(
                 folder = folder,
                 name = manifest["model"]["name"].string,
