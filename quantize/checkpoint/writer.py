@@ -66,7 +66,7 @@ def write_quantized(
     kv_scales = source.kv_scales if kv_scales is None else kv_scales
     if kv_scales is not None:
         write_kv_scales(out, kv_scales)
-    index = {tensor: name for name in names for tensor in SafetensorsFile(out / name).tensors}
+    index = {tensor: name for name in names for tensor in sorted(SafetensorsFile(out / name).tensors)}
     write_whole(out / "model.safetensors.index.json", json.dumps({"metadata": {}, "weight_map": index}, indent=1))
     copy_companions(source.folder, out)
     _write_config(work, out)
