@@ -134,7 +134,7 @@ class CheckpointRuntime(Runtime):
 
     @torch.no_grad()
     def _forward(self, ids: NDArray[np.int64], *, every_position: bool) -> Logits:
-        """See `BaseRuntime`: logits (T, V), or (1, V) of the last position."""
+        """See `Runtime`: logits (T, V), or (1, V) of the last position."""
         x = self._model.model(torch.from_numpy(ids)[None], torch.tensor([self.position]), self._ring)
         logits: Logits = self._model.head(x if every_position else x[:, -1:])[0].numpy()
         return logits
