@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.model.kv_cache import KVCache, Rope
+from gemma_edge.model.soft_cap import soft_cap
 
 
 class Linear(nn.Module):
@@ -176,11 +177,6 @@ class Gemma2(nn.Module):
     def head(self, x: Tensor) -> Tensor:
         """(B, T, hidden) -> soft-capped logits (B, T, V)."""
         return soft_cap(self.model.embed_tokens.logits(x), self.config.final_logit_softcapping)
-
-
-def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
-    """cap * tanh(logits / cap); unchanged without a cap."""
-    return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 def inverse_frequencies(config: Gemma2Config) -> Tensor:

@@ -1,4 +1,4 @@
-"""The KV cache: a ring buffer per layer, so that memory never grows. Rotation, writing, masking and attention are here.
+"""The KV cache: a ring buffer per layer, so that memory never grows. Rotation, writing and masking are here.
 
 Source: HF modeling_gemma2.py (`eager_attention_forward`, `apply_rotary_pos_emb`); the ring's bound is derived below.
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from gemma_edge.errors import InputError
 from gemma_edge.model.config import Gemma2Config
+from gemma_edge.model.soft_cap import soft_capped_attention
 
 
 @dataclass(frozen=True)
@@ -128,26 +129,3 @@ def visible(positions: Tensor, slots: int, window: int) -> Tensor:
     newest = last - (last - slot) % slots  # (slots,) the newest position p <= last with p % slots == slot
     age = positions[:, None] - newest[None, :]  # (T, slots)
     return (newest >= 0) & (age >= 0) & (age < window)
-
-
-def soft_capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, config: Gemma2Config) -> Tensor:
-    """softmax(cap * tanh(q k^T / sqrt(query_pre_attn_scalar) / cap)) v over the visible slots.
-
-    Args:
-        q: (B, H, T, D).
-        k, v: (B, K, S, D); each kv head serves H/K query heads.
-        mask: (T, S) bool.
-
-    Returns:
-        (B, H, T, D).
-    """
-    batch, heads, tokens, head_dim = q.shape
-    kv_heads = k.shape[1]
-    group = heads // kv_heads
-    q = q.reshape(batch, kv_heads, group * tokens, head_dim)  # (B, K, G*T, D)
-    scores = q @ k.transpose(2, 3) * config.query_pre_attn_scalar**-0.5  # (B, K, G*T, S)
-    if config.attn_logit_softcapping is not None:
-        scores = torch.tanh(scores / config.attn_logit_softcapping) * config.attn_logit_softcapping
-    scores = scores.masked_fill(~mask.repeat(group, 1), float("-inf"))
-    out: Tensor = (scores.softmax(dim=-1) @ v).reshape(batch, heads, tokens, head_dim)
-    return out

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from gemma_edge.files import replacing
 from gemma_edge.model.checkpoint import FINAL_NORM, TABLE, Weights
-from gemma_edge.model.gemma2 import inverse_frequencies, rotary_angles, soft_cap
+from gemma_edge.model.gemma2 import inverse_frequencies, rotary_angles
 from gemma_edge.model.kv_cache import RingCache
+from gemma_edge.model.soft_cap import soft_cap
 
 CHUNK = 512  # tokens to which a block is applied at once
 HEAD_ROWS = 1024  # rows of the table that are multiplied at once: 9 MB of the 2B model

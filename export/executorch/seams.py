@@ -24,8 +24,9 @@ from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor 
 from gemma_edge.export.executorch.packing import Weight, is_halved, pieces_of
 from gemma_edge.model.checkpoint import TABLE, linear_shapes
 from gemma_edge.model.config import Gemma2Config
-from gemma_edge.model.gemma2 import DecoderLayer, Layers, RMSNorm, soft_cap
+from gemma_edge.model.gemma2 import DecoderLayer, Layers, RMSNorm
 from gemma_edge.model.kv_cache import Rope, rotate_halves
+from gemma_edge.model.soft_cap import soft_cap
 from gemma_edge.quantize.integers import QuantizedTensor
 
 HIDDEN = -1e9  # score of a slot that must not count; it is finite, so that a row that sees nothing stays a number

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from gemma_edge.bundle.geometry import CacheGeometry, LayerCache
 from gemma_edge.bundle.signature import Signature
 from gemma_edge.model.config import Gemma2Config
-from gemma_edge.model.gemma2 import Gemma2, soft_cap
+from gemma_edge.model.gemma2 import Gemma2
 from gemma_edge.model.kv_cache import Rope, rotate
+from gemma_edge.model.soft_cap import soft_cap
 
 HIDDEN = -1e9  # score of a slot that must not count; it is finite, so that a row that sees nothing stays a number
 SCORE, PREFILL, DECODE = "score", "prefill", "decode"  # what a signature is for

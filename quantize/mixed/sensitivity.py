@@ -23,8 +23,8 @@ from torch import Tensor
 from gemma_edge.errors import InputError
 from gemma_edge.files import write_whole
 from gemma_edge.model.checkpoint import FINAL_NORM, TABLE, Weights, row_slices, weight_shapes
-from gemma_edge.model.gemma2 import soft_cap
 from gemma_edge.model.safetensors_reader import SafetensorsFile
+from gemma_edge.model.soft_cap import soft_cap
 from gemma_edge.quantize.calibration.block import WITH_INPUTS, gemma2_topology, second_moments
 from gemma_edge.quantize.calibration.gptq import Inputs
 from gemma_edge.quantize.calibration.layerwise import advance, hash_of, runner, token_rows
