@@ -79,7 +79,7 @@ class Choices:
     "-n", "--decode", type=int, default=64, show_default=True, help="Number of tokens generated after the prompt."
 )
 @click.option(
-    "-r", "--repeat", type=int, default=5, show_default=True, help="Number of repetitions in one process that count."
+    "-r", "--repeat", type=int, default=5, show_default=True, help="Number of measured repetitions in each process."
 )
 @click.option(
     "-w",
@@ -87,7 +87,7 @@ class Choices:
     type=int,
     default=1,
     show_default=True,
-    help="Number of repetitions before them, which do not count.",
+    help="Number of warm-up repetitions, which are not part of the result.",
 )
 @click.option(
     "-t",
@@ -95,7 +95,7 @@ class Choices:
     metavar="N,N",
     help="Numbers of threads. Default: as the first bundle's target says, but no more than there are cores.",
 )
-@click.option("--minutes", type=float, default=0.0, help="Go on repeating for so many minutes, which shows throttling.")
+@click.option("--minutes", type=float, default=0.0, help="Repeat for this many minutes, which shows throttling.")
 @click.option(
     "--rounds", type=int, default=1, show_default=True, help="Number of rounds: in each, everything is measured once."
 )

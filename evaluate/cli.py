@@ -37,7 +37,7 @@ NEEDED = {"include_path": "tasks", "limit": "tasks"}
     help="UTF-8 file to measure on; repeatable. Default: the held-out texts.",
 )
 @click.option("--protocol", default="hf", show_default=True, help="How the text is cut and scored: hf or llama.cpp.")
-@click.option("--window", type=int, help="Tokens of a window, BOS included. Default: 512, or the smallest context.")
+@click.option("--window", type=int, help="Tokens in each window, with BOS. Default: 512, or a smaller context.")
 @click.option(
     "--max-tokens", type=int, default=4096, show_default=True, help="Tokens taken of all texts together; 0 takes all."
 )
@@ -45,7 +45,7 @@ NEEDED = {"include_path": "tasks", "limit": "tasks"}
 @click.option(
     "--threads",
     type=int,
-    help="Threads that run a bundle. Default: as its target says, but no more than this machine has.",
+    help="Threads for each bundle. Default: what its target sets; never more than the number of cores.",
 )
 @click.option("--tasks", help="Tasks of lm-eval to score, comma-separated: names, or YAML files of your own.")
 @click.option("--include-path", type=PATH, help="Folder with further task files, which --tasks can then name.")
@@ -67,7 +67,7 @@ def main(
     """Measure bundles and Hugging Face folders, side by side on the same tokens.
 
     Reports the perplexity on a text; with --reference also how far each model is from the original; with --tasks the scores of
-    lm-eval's tasks. A folder may hold float weights, or the integers that gemma-export writes. It is computed with PyTorch.
+    lm-eval's tasks. A folder holds float weights, or integers that gemma-export wrote; PyTorch runs it.
     """
     refuse_unused(context)
     # Before torch is loaded: a thread that waits must not spin, which would cost most of the time beside other work.

@@ -1,4 +1,4 @@
-"""What `evaluate` is asked for."""
+"""The options of `evaluate`, as data."""
 
 from __future__ import annotations
 

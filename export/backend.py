@@ -1,4 +1,4 @@
-"""What a backend must do to be exported for. Each one's half is `backend.py` in its own folder; bundle/backends.py names it.
+"""The exporting half of a backend, as an abstract class. Each backend has one in its own folder; bundle/backends.py names it.
 
 An exporter is imported to plan an export, so its module holds sizes and refusals, and imports what it lowers with inside
 `write` and `check`.

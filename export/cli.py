@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from gemma_edge.bundle.backends import ALL, KV_DTYPES, registered
-from gemma_edge.command import Command, DefaultGroup
+from gemma_edge.command import Command, DefaultGroup, spelled
 from gemma_edge.errors import InputError
 from gemma_edge.export.gate.limits import LEVELS
 from gemma_edge.export.options import ExportOptions
@@ -53,14 +53,14 @@ INTEGERS = (
     click.option(
         "--recipe",
         type=click.Path(dir_okay=False, path_type=Path),
-        help="A saved recipe, or a bundle's manifest.json, whose recipe is taken.",
+        help="Take bits, groups and methods from a saved recipe or a bundle's manifest.json.",
     ),
     click.option(
         "--method", help=f"How integers are chosen: {_list(METHODS)}. Default: what suits bits and group size."
     ),
     click.option(
         "--quality",
-        help=f"How much work 4-bit integers are worth: {_list(QUALITIES)}. Default: {DEFAULT_QUALITY}.",
+        help=f"How thorough the search for 4-bit integers is: {_list(QUALITIES)}. Default: {DEFAULT_QUALITY}.",
     ),
     click.option(
         "--calibration",
@@ -76,7 +76,7 @@ WORK = (
     click.option(
         "--calibration-tokens",
         type=click.IntRange(256),
-        help="Tokens of calibration text that are looked at. Default: what the quality sets.",
+        help="Number of calibration tokens to use. Default: the number that the quality sets.",
     ),
     click.option(
         "--distill",
@@ -89,7 +89,7 @@ WORK = (
 )
 DEVICE = (
     click.option("--target", default="android", show_default=True, help=f"Class of devices: {_list(TARGETS)}."),
-    click.option("--context", type=int, help="Tokens that the model looks back on. Default: what fits the target."),
+    click.option("--context", type=int, help="Tokens that the model can look back on. Default: what fits the target."),
     click.option(
         "--prefill-chunk", type=int, help=f"Largest number of prompt tokens in one call. Default: {DEFAULT_CHUNK}."
     ),
@@ -132,7 +132,7 @@ def main() -> None:
 @main.command(cls=Command)
 @_options_of(SOURCE, INTEGERS, WORK, DEVICE)
 @click.option("-o", "--out", type=PATH, help="The bundle's folder. Default: a name made of model and recipe.")
-@click.option("--verify", default="quick", show_default=True, help=f"How far the gate looks: {_list(LEVELS)}.")
+@click.option("--verify", default="quick", show_default=True, help=f"How much text the gate checks: {_list(LEVELS)}.")
 @click.option(
     "--runtime-python",
     type=PATH,
@@ -166,7 +166,7 @@ def make(as_json: bool, **choices: Any) -> None:
 @main.command(name="quantize", cls=Command)
 @_options_of(SOURCE, INTEGERS, WORK)
 @click.option("-o", "--out", type=PATH, required=True, help="The folder of the quantized checkpoint.")
-@click.option("--force", is_flag=True, help="Replace a quantized checkpoint that is there.")
+@click.option("--force", is_flag=True, help="Replace an existing quantized checkpoint.")
 @JSON
 def quantize_command(model: str, lora: Path | None, out: Path, force: bool, as_json: bool, **choices: Any) -> None:
     """Quantize MODEL alone: a Hugging Face folder of integers, without a bundle.
@@ -238,7 +238,7 @@ def plan(as_json: bool, save_recipe: Path | None, plot: Path | None, **choices: 
 
 @main.command(cls=Command)
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--check-hashes", is_flag=True, help="Compare every file with its hash.")
+@click.option("--check-hashes", is_flag=True, help="Compare every file with the hash in the manifest.")
 @click.option("--json", "as_json", is_flag=True, help="The manifest as JSON on stdout.")
 def inspect(bundle: Path, check_hashes: bool, as_json: bool) -> None:
     """Show what a BUNDLE holds and what the gate measured."""
@@ -251,7 +251,7 @@ def inspect(bundle: Path, check_hashes: bool, as_json: bool) -> None:
             "check hashes", sum(entry.bytes for entry in manifest.files.values()), True
         ) as advance:
             bundles.check_hashes(bundle, manifest, advance)
-        click.echo(f"{len(manifest.files)} files: every hash is the manifest's", err=True)
+        click.echo(f"{len(manifest.files)} files: all hashes match the manifest", err=True)
     if as_json:
         click.echo(manifest.to_json(), nl=False)
     else:
@@ -273,9 +273,7 @@ def litertlm(bundle: Path, out: Path | None, force: bool) -> None:
 
 def _need_torch() -> None:
     if importlib.util.find_spec("torch") is None:
-        raise InputError(
-            "exporting needs PyTorch, which this installation leaves out: pip install 'gemma-edge[export]'"
-        )
+        raise InputError("exporting needs PyTorch, which is not installed: pip install 'gemma-edge[export]'")
 
 
 def _quantize_options(choices: dict[str, Any]) -> QuantizeOptions:
@@ -297,9 +295,17 @@ def _options(choices: dict[str, Any]) -> ExportOptions:
     return ExportOptions(**choices, quantization=quantization)
 
 
+class _Warnings(logging.Formatter):
+    """Warnings of the library, with parameters spelled as the command line does."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See Formatter."""
+        return f"warning: {spelled(record.getMessage())}"
+
+
 def _show_warnings() -> None:
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("warning: %(message)s"))
+    handler.setFormatter(_Warnings())
     logging.getLogger("gemma_edge").addHandler(handler)
 
 

@@ -152,7 +152,7 @@ def _made(options: QuantizeOptions, source: Weights) -> Recipe:
         has_text = (source.folder / TOKENIZER_FILE).is_file()
         quality = DEFAULT_QUALITY if has_text and not source.is_quantized else "fast"
         if not has_text and not source.is_quantized and options.method is None and bits == DEFAULT_BITS:
-            logger.warning("%s has no tokenizer, so nothing to calibrate on: quality fast", source.folder)
+            logger.warning("%s has no tokenizer, so nothing to calibrate on: `quality` fast", source.folder)
     return make_recipe(
         bits,
         group_size=options.group_size,
@@ -230,7 +230,7 @@ def _refuse_exclusive(options: QuantizeOptions) -> None:
         beside = [f"`{other}`" for other in others if getattr(options, other) is not None]
         if getattr(options, field) is not None and beside:
             raise InputError(
-                f"`{field}` decides the integers of every weight: {', '.join(beside)} cannot stand beside it",
+                f"`{field}` decides the integers of every weight: it cannot be combined with {', '.join(beside)}",
                 field=field,
                 value=getattr(options, field),
             )
@@ -254,7 +254,7 @@ def choose_calibration(options: QuantizeOptions, source: Weights, recipe: Recipe
     if options.calibration_text != CalibrationText() and not (tokens or options.has_budget or options.distill):
         given = source.is_quantized
         raise InputError(
-            f"nothing looks at calibration text here: {source.folder.name}"
+            f"no step of this quantization uses calibration text: {source.folder.name}"
             f" {'is quantized already' if given else f'becomes {recipe.name} without data'}; leave out"
             " `calibration_text`, `calibration_tokens`, `calibration_chat` and `seed`, or"
             f" {'pass the float original' if given else 'choose another `quality` or `method`'}",

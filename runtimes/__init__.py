@@ -1,1 +1,1 @@
-"""Run a bundle: no torch here."""
+"""Runs bundles: engines, generation and the server. Only the executorch engine imports torch."""

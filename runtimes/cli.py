@@ -63,9 +63,9 @@ def chat(bundle: Path, prompt: str | None, load_prefix: Path | None, **choices: 
 
 @main.command(SERVE, cls=RunCommand, params=parameters(SERVE))
 def serve(bundle: Path, host: str, port: int, backend: str | None, threads: int | None, **choices: Any) -> None:
-    """Answer OpenAI's clients over HTTP.
+    """Serve the BUNDLE over HTTP to clients of OpenAI's API.
 
-    There is also a page to chat on. The sampling options here are for requests that bring none. Ctrl-C ends the server.
+    The server also has a chat page. The sampling options apply to requests that do not set them. Ctrl-C ends the server.
     """
     options = _generation(choices, greedy_filters=True)
     from gemma_edge.runtimes.serve import server
@@ -77,7 +77,7 @@ def serve(bundle: Path, host: str, port: int, backend: str | None, threads: int 
 def prefix(bundle: Path, prompt: str | None, save: Path, chat: bool, **choices: Any) -> None:
     """Save the BUNDLE's state after a text.
 
-    A beginning that many prompts share is then computed once: give the file to --load-prefix of the other commands.
+    Prompts that begin with the text need not compute it again: give the file to --load-prefix of run, chat or prefix.
     """
     text = _text(prompt)
     from gemma_edge.runtimes.generation import prefix as prefixes

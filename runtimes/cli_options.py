@@ -107,7 +107,7 @@ CHOICES = (
         "--load-prefix",
         type=FILE,
         metavar="FILE",
-        help="Go on from a file of `gemma-run prefix`; its text is not fed again.",
+        help="Continue after the text that `gemma-run prefix` saved in FILE, without computing it again.",
     ),
     _choice(
         GENERATING,
@@ -138,13 +138,13 @@ CHOICES = (
     _choice(
         COMMANDS,
         "--backend",
-        help="Backend to use if the bundle has several: onnx, executorch or tflite. Default: the first one installed.",
+        help="Backend to use if the bundle has several, such as onnx or tflite. Default: the first one that is installed.",
     ),
     _choice(
         COMMANDS,
         "--threads",
         type=int,
-        help="Threads to compute with. Default: as many as the bundle's target has, at most as many as this machine has.",
+        help="Number of threads, at most the number of cores. Default: the number that the bundle's target sets.",
     ),
     _choice(
         ANSWERING,

@@ -3,7 +3,7 @@
 A chunk is written by one DYNAMIC_UPDATE_SLICE, which cannot wrap. So a ring of R slots has N - 1 more behind its end: a chunk of
 at most N tokens from position a on goes to the slots a mod R ..., in one piece. Where a position lies depends on the chunk that
 it came with; so each slot's position is written beside it, plus one, 0 meaning nothing, and masks are computed from these. The
-first token's position says what still counts: what a rewind or a reset left behind it is forgotten.
+first token's position decides which slots are valid: everything stored at that position or later is ignored.
 
 A chunk may be padded: tokens whose `input_pos` does not follow the first one's are written, and marked as nothing. They overwrite
 slots as far as a whole chunk does, so that R >= W + N - 1 (model/kv_cache.py) is enough: S = R + N - 1 slots in all.

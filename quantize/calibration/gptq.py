@@ -2,7 +2,7 @@
 
 GPTQ (Frantar et al., arXiv 2210.17323) rounds one column after the other and spreads the error of each over the columns that are
 not rounded yet. It is computed here as Babai's nearest plane algorithm on the Cholesky factor of H (Chen et al., arXiv
-2507.18553), which gives the same codes without inverting H. Columns are rounded in the order of falling diagonal of H
+2507.18553), which gives the same codes without inverting H. Columns are rounded in descending order of H's diagonal
 (act-order). Groups stay where they are and their scales are fixed before (static groups), so no backend sees that order. What H
 is measured on is block.py's.
 """

@@ -162,7 +162,7 @@ def messages_of(body: Mapping[str, Any]) -> list[dict[str, str]]:
         else:
             turns.append({"role": message["role"], "content": text})
     if not turns:
-        raise InputError("messages hold nothing that a user says", field="messages", value=messages)
+        raise InputError("messages contain no message of a user", field="messages", value=messages)
     return turns
 
 

@@ -1,4 +1,4 @@
-"""Before the work begins: can the file be written, is the package there? And after it: a file, never half of one."""
+"""Checks before any work that a file can be written and a package is installed, and writes files whole or not at all."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def test_without_a_tokenizer_it_rounds_without_data_and_a_method_with_data_is_re
     refused(run(model, "-o", tmp_path / "out", "--method", "gptq"), "has no tokenizer.json", "pass --method mse")
     refused(run(model, "-o", tmp_path / "out", "--quality", "best"), "has no tokenizer.json")
     result = run(model, "-o", tmp_path / "out", "--verify", "none")
-    assert result.exit_code == 0 and "nothing to calibrate on: quality fast" in result.stderr
+    assert result.exit_code == 0 and "nothing to calibrate on: --quality fast" in result.stderr
     assert Manifest.load(tmp_path / "out").recipe.name == "int4-g32"
 
 
