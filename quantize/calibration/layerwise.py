@@ -158,9 +158,7 @@ def calibrate(
         streams.done = layer + 1
         if streams.done == layers:  # nothing goes on from here: this saves hundreds of MB on disk
             streams.quantized = streams.original = torch.empty(0)
-        dtype = partial(float_type, source, float_bits=recipe.float_bits)
-        shapes = linear_shapes(source.config, layer)
-        write_safetensors(layer_file(folder, layer), block_specs(layer, block, integers, shapes, dtype))
+        _write_layer(folder, source, recipe, layer, block, integers)
         _save(folder / STATE, streams)
         progress(1)
     return streams.reports, streams.ranges.scales()
@@ -251,6 +249,19 @@ def _round_rest(
         if part not in integers:
             weight = block.get_parameter(f"{part}.weight").data
             weight.copy_(weight.to(float_type(source, name, recipe.float_bits)))
+
+
+def _write_layer(
+    folder: Path,
+    source: Weights,
+    recipe: Recipe,
+    layer: int,
+    block: DecoderLayer,
+    integers: Mapping[str, QuantizedTensor],
+) -> None:
+    dtype = partial(float_type, source, float_bits=recipe.float_bits)
+    specs = block_specs(layer, block, integers, linear_shapes(source.config, layer), dtype)
+    write_safetensors(layer_file(folder, layer), specs)
 
 
 def missing_bytes(folder: Path, config: Gemma2Config, recipe: Recipe, calibration: Calibration) -> int:

@@ -70,7 +70,7 @@ def run(source: Checkpoint, recipe: Recipe, seen: Calibration, folder: Path, **o
 
 
 def finished(folder: Path) -> dict[str, bytes]:
-    assert not list(folder.glob("*.partial"))
+    assert not list(folder.glob("*partial*"))
     return {path.name: path.read_bytes() for path in sorted(folder.glob("layer-*"))}
 
 
