@@ -152,6 +152,17 @@ def test_blocks_that_are_not_run_are_few_and_say_why() -> None:
 
 
 @pytest.mark.parametrize("page", [*PAGES, *OTHER_PAGES], ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_prose_wraps_at_120_columns(page: Path) -> None:
+    """Code, rows of tables and pictures may be longer: they cannot break."""
+    inside, long = False, []
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
+        inside ^= FENCE.match(line) is not None
+        if not inside and len(line) > 120 and not line.startswith(("|", "![", "```", "~~~")):
+            long.append(number)
+    assert long == []
+
+
+@pytest.mark.parametrize("page", [*PAGES, *OTHER_PAGES], ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         if "://" in target:
