@@ -114,6 +114,7 @@ def large_model(source: Path, folder: Path) -> Path:
     """A model in one sparse file of zeros whose table alone has BIG bytes."""
     folder.mkdir()
     raw_config = json.loads((source / "config.json").read_text())
+    raw_config["hidden_size"] = 1 << 13
     raw_config["vocab_size"] = BIG // 2 // raw_config["hidden_size"]
     (folder / "config.json").write_text(json.dumps(raw_config))
     config = Gemma2Config.from_hf(folder)
