@@ -177,7 +177,11 @@ def read_bytes_per_token(model: dict[str, Any], cache: CacheGeometry, settings: 
 
 def backend_files(path: Path, manifest: Manifest, backend: str) -> list[Path]:
     """The files of one backend, as far as its entry in the manifest names them."""
-    return [confined(path, name) for name in manifest.backends[backend].files]
+    entry = manifest.backends[backend]
+    names = entry.files
+    if isinstance(entry.settings, dict):  # a backend of another package: any of its settings may be a file's name
+        names = [name for name in entry.settings.values() if isinstance(name, str) and name in manifest.files]
+    return [confined(path, name) for name in names]
 
 
 def kv_bytes(cache: CacheGeometry, depth: int) -> int:

@@ -18,6 +18,7 @@ from support.lowered import some_ids
 from support.toy_backend import INFO
 
 import gemma_edge
+from gemma_edge.bench.bench import backend_files
 from gemma_edge.bundle import backends
 from gemma_edge.bundle.backends import BackendInfo, register, registered
 from gemma_edge.errors import InputError
@@ -43,6 +44,9 @@ def test_a_registered_backend_is_exported_gated_in_its_own_process_and_run(
     result = done.manifest.verification["toy"]
     assert result.passed and result.past_wrap and result.quality.kl < 1e-6
     assert done.manifest.files["toy.npz"].bytes > done.manifest.backends["toy"].plan.weights_bytes > 0
+    assert [path.name for path in backend_files(done.bundle, done.manifest, "toy")] == [
+        "toy.npz"
+    ]  # what gemma-bench weighs
     runtime = gemma_edge.load(done.bundle)
     ids = some_ids(16, runtime.vocab_size)
     expected = hf_logits(hf_model(checkpoint()), torch.tensor(ids))
