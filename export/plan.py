@@ -156,7 +156,7 @@ def _check_range(field: str, value: int, low: int, high: int) -> None:
         raise InputError(f"`{field}` {value}; this model allows {low} to {high}", field=field, value=value)
 
 
-RUNTIME_BASE = 68 * MIB  # interpreter, onnxruntime and numpy, without a model
+RUNTIME_BASE = 73 * MIB  # interpreter, onnxruntime, numpy and msgspec, without a model
 EXPORT_BASE = 750 * MIB  # interpreter, torch, onnx and the exporter
 TRACE_PER_LAYER = 3 * MIB // 2  # traced graph of a layer
 CALIBRATION_BASE = 480 * MIB  # interpreter and torch
