@@ -192,7 +192,7 @@ class Runtime(ABC):
         if count and not self._holds(target, self._written) and 0 < first > target - self.reach:
             remembered = self._position - self.reach - first
             raise InputError(
-                f"cannot rewind {count} tokens: only the last {remembered} are remembered; reset, and feed the text again",
+                f"cannot rewind {count} tokens: the last {remembered} are remembered; reset, and feed the text again",
                 field="count",
                 value=count,
             )
