@@ -21,9 +21,10 @@ from gemma_edge.bench.process import ChildFailed, watch
 from gemma_edge.bench.result import Result, Settings
 from gemma_edge.bundle.backends import choose_backend, registered
 from gemma_edge.bundle.geometry import CacheGeometry
-from gemma_edge.bundle.manifest import MANIFEST, Manifest, confined, sha256
+from gemma_edge.bundle.manifest import MANIFEST, Manifest, confined
 from gemma_edge.children import python_command
 from gemma_edge.errors import InputError
+from gemma_edge.files import sha256
 
 
 class Contender(Protocol):

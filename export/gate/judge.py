@@ -16,6 +16,7 @@ import numpy as np
 
 import gemma_edge
 from gemma_edge.bundle.backends import BackendInfo, register, registered
+from gemma_edge.bundle.codec import convert
 from gemma_edge.command import one_line_errors
 from gemma_edge.comparison import ROWS, Comparison
 from gemma_edge.logits import Logits
@@ -33,7 +34,7 @@ def judge(folder: Path) -> dict[str, Any]:
     """
     task = json.loads((folder / TASK).read_text())
     ids, positions = np.array(task["ids"], np.int64), np.array(task["positions"], np.int64)
-    backend = BackendInfo.from_json(task["backend"])
+    backend = convert(task["backend"], BackendInfo)
     if backend.name not in registered():  # it was registered in the process that exports, and not by an entry point
         register(backend)
     runtime = gemma_edge.load(task["bundle"], backend=backend.name)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from gemma_edge.bundle.manifest import Manifest, confined
 from gemma_edge.errors import InputError
+from gemma_edge.files import replacing
 from gemma_edge.text.chat import ChatTemplate
 from gemma_edge.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
@@ -41,15 +41,11 @@ def write_litertlm(bundle: Path, out: Path, *, force: bool = False) -> None:
         raise InputError("litert-lm-builder is not installed: pip install 'gemma-edge[litertlm]'")
     if out.exists() and not force:
         raise InputError(f"{out} exists; pass `force` to replace it, or `out` for another file")
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
-        with TemporaryDirectory() as folder, partial.open("wb") as file:
+        with TemporaryDirectory() as folder, replacing(out) as partial, partial.open("wb") as file:
             _builder(bundle, manifest, Path(folder)).build(file)
-        partial.replace(out)
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror}; pass `out` for another place") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _builder(bundle: Path, manifest: Manifest, folder: Path) -> Any:

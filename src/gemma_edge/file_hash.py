@@ -15,8 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from gemma_edge import user_cache
+from gemma_edge.files import sha256
 
-BLOCK = 1 << 22
 # A file that was changed so shortly before may be changed again within the same tick of the file system's clock, unseen.
 SETTLED_S = 2.0
 
@@ -39,11 +39,7 @@ def file_hash(path: Path) -> str:
     if note is not None and (known := _read(note)):
         return known
     began = time.time()
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(BLOCK):
-            digest.update(block)
-    result = digest.hexdigest()
+    result = sha256(path)
     changed = max(path.stat().st_mtime, path.stat().st_ctime)
     if note is not None and identity(path) == before and changed < began - SETTLED_S:
         _write(note, result)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,6 +40,16 @@ def write_whole(path: Path, text: str) -> None:
     """Write a text file; an older one is replaced only by a complete one."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def sha256(path: Path, progress: Callable[[int], None] = lambda done: None) -> str:
+    """Hash of a file's bytes; `progress` is called with the bytes just read."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+            progress(len(block))
+    return digest.hexdigest()
 
 
 def need(option: str, package: str) -> None:

@@ -8,11 +8,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from gemma_edge.bundle.manifest import Manifest
-from gemma_edge.bundle.manifest import check_hashes as compare_hashes
 from gemma_edge.progress import Progress, no_progress
 
 if TYPE_CHECKING:
+    from gemma_edge.bundle.manifest import Manifest
     from gemma_edge.evaluate.options import EvaluationOptions
     from gemma_edge.evaluate.result import Evaluation
     from gemma_edge.export.api import Export
@@ -49,10 +48,12 @@ def inspect(bundle: str | Path, *, check_hashes: bool = False) -> Manifest:
     Raises:
         InputError: the folder is no bundle, or a file is missing, truncated or changed.
     """
+    from gemma_edge.bundle import manifest as module
+
     folder = Path(bundle)
-    manifest = Manifest.load(folder)
+    manifest = module.Manifest.load(folder)
     if check_hashes:
-        compare_hashes(folder, manifest)
+        module.check_hashes(folder, manifest)
     return manifest
 
 

@@ -29,8 +29,9 @@ from gemma_edge.bench.bench import BundleContender
 from gemma_edge.bench.cli import main
 from gemma_edge.bench.result import Settings
 from gemma_edge.bundle.entries import FileEntry
-from gemma_edge.bundle.manifest import MANIFEST, Manifest, sha256
+from gemma_edge.bundle.manifest import MANIFEST, Manifest
 from gemma_edge.export.api import Export
+from gemma_edge.files import sha256
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "-")
 FEW = ("-p", "3", "-n", "4", "-r", "2", "-t", "1")

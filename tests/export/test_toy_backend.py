@@ -21,6 +21,7 @@ import gemma_edge
 from gemma_edge.bench.bench import backend_files
 from gemma_edge.bundle import backends
 from gemma_edge.bundle.backends import BackendInfo, register, registered
+from gemma_edge.bundle.codec import convert
 from gemma_edge.errors import InputError
 from gemma_edge.export import api as pipeline
 from gemma_edge.export.options import ExportOptions
@@ -95,5 +96,5 @@ def test_every_entry_names_things_that_are_there_and_survives_json() -> None:
         assert info.name == name and set(info.kv_dtypes) <= set(backends.KV_DTYPES.values())
         half = info.load_exporter()
         assert half.name == name
-        again = BackendInfo.from_json(json.loads(json.dumps(asdict(info))))
+        again = convert(json.loads(json.dumps(asdict(info))), BackendInfo)
         assert again == info

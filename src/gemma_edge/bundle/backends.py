@@ -15,10 +15,12 @@ import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gemma_edge.bundle.manifest import Manifest
 from gemma_edge.errors import InputError
+
+if TYPE_CHECKING:  # naming a backend reads no manifest
+    from gemma_edge.bundle.manifest import Manifest
 
 log = logging.getLogger(__name__)
 
@@ -58,13 +60,6 @@ class BackendInfo:
     made_with: Package | None = None  # None: what it runs with
     kv_dtypes: tuple[str, ...] = ("float32",)  # element types that its KV cache can have
     in_all: bool = False  # belongs to ALL
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> BackendInfo:
-        """Inverse of `asdict` and JSON."""
-        made_with = data["made_with"]
-        packages = {"runs_with": Package(**data["runs_with"]), "made_with": made_with and Package(**made_with)}
-        return cls(**{**data, **packages, "kv_dtypes": tuple(data["kv_dtypes"])})
 
     @property
     def engine_module(self) -> str:

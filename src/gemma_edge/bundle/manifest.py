@@ -28,6 +28,7 @@ from gemma_edge.bundle.entries import (
 from gemma_edge.bundle.geometry import CacheGeometry
 from gemma_edge.bundle.settings import SETTINGS
 from gemma_edge.errors import InputError
+from gemma_edge.files import sha256
 
 SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
@@ -221,16 +222,6 @@ def confined(bundle: Path, name: str) -> Path:
     if not path.is_file():
         raise InputError(f"{path} is missing; {HINT}")
     return path
-
-
-def sha256(path: Path, progress: Callable[[int], None] = lambda done: None) -> str:
-    """Hash of a file's bytes; `progress` is called with the bytes just read."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-            progress(len(block))
-    return digest.hexdigest()
 
 
 def check_hashes(bundle: Path, manifest: Manifest, progress: Callable[[int], None] = lambda done: None) -> None:
