@@ -25,7 +25,6 @@ from gemma_edge.export.onnx import weights as onnx_weights
 from gemma_edge.export.opened import Opened
 from gemma_edge.export.options import ExportOptions
 from gemma_edge.export.targets import GIB, TARGETS, Target
-from gemma_edge.model import hub
 from gemma_edge.model.checkpoint import Weights
 from gemma_edge.progress import Progress, Stage, no_progress
 from gemma_edge.quantize.api import (
@@ -34,9 +33,10 @@ from gemma_edge.quantize.api import (
     choose_calibration,
     choose_recipe,
     make_checkpoint,
+    open_source,
     way_to_kv_scales,
 )
-from gemma_edge.quantize.checkpoint.store import named_by_content, open_weights
+from gemma_edge.quantize.checkpoint.store import named_by_content
 from gemma_edge.quantize.mixed.choose import parse_size
 from gemma_edge.quantize.recipe import Recipe
 
@@ -71,9 +71,7 @@ def open_model(options: ExportOptions, progress: Progress = no_progress, *, plan
         target = replace(target, ram_bytes=int(options.ram_gib * GIB))
     gated = backends if options.verify != "none" and not plan_only else []
     pythons = gate_pythons(gated, options.runtime_python)
-    folder = hub.resolve(options.model)
-    hub.companions(folder)  # refuses what could not be copied in the end, before any work
-    source = open_weights(folder, lora=options.lora)
+    source = open_source(options.model, options.lora)
     typed_config(source.config.to_json())  # refuses, before any work, what no bundle could hold
     recipe, choice = choose_recipe(options.quantization, source, onnx_weights, progress)
     recipe = named_by_content(source, recipe)

@@ -108,7 +108,7 @@ def quantize(
         InputError: the model or an option cannot be used, or `out` exists.
     """
     refuse_existing(out, force, CHECKPOINT)
-    source = open_weights(hub.resolve(str(model)), lora=lora)
+    source = open_source(str(model), lora)
     if out.resolve() == source.folder.resolve():
         raise InputError(f"{out} is the model itself", field="out", value=out, hint="pass another folder to `out`")
     recipe, _ = choose_recipe(options, source, None, progress)
@@ -118,6 +118,21 @@ def quantize(
     with staged(out, force=force, kind=CHECKPOINT) as folder:
         quantized, learnt = make_checkpoint(work, folder / CHECKPOINT.folder, progress, stages)
     return QuantizedModel(out, recipe, quantized.configs, tuple(stages), learnt)
+
+
+def open_source(model: str, lora: Path | None) -> Weights:
+    """Find and open a model that a checkpoint or a bundle will be made of. Reads headers only.
+
+    Args:
+        model: a Hugging Face folder or id.
+        lora: PEFT adapter folder to merge.
+
+    Raises:
+        InputError: the model cannot be used, or one of its files could not be copied in the end.
+    """
+    folder = hub.resolve(model)
+    hub.companions(folder)
+    return open_weights(folder, lora=lora)
 
 
 def choose_recipe(
@@ -230,7 +245,7 @@ def _refuse_exclusive(options: QuantizeOptions) -> None:
         beside = [f"`{other}`" for other in others if getattr(options, other) is not None]
         if getattr(options, field) is not None and beside:
             raise InputError(
-                f"`{field}` decides the integers of every weight: it cannot be combined with {', '.join(beside)}",
+                f"`{field}` decides the integers of every weight: {', '.join(beside)} cannot be combined with it",
                 field=field,
                 value=getattr(options, field),
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -140,3 +141,17 @@ def test_weights_say_what_is_stored(model: Path, tmp_path: Path) -> None:
 def test_options_are_listed_without_torch() -> None:
     lines = "import sys, gemma_edge.quantize.options, gemma_edge.quantize.recipe; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", lines]).returncode == 0
+
+
+def test_a_file_that_could_not_be_copied_is_refused_before_any_work(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library's `quantize` noticed it only when it copied the file, after the calibration."""
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    (tmp_path / "secret").write_text("key")
+    (folder / "special_tokens_map.json").symlink_to(tmp_path / "secret")
+    monkeypatch.setattr(api, "make_checkpoint", lambda *args: pytest.fail("work was begun"))
+    with pytest.raises(InputError, match="outside of the model's folder"):
+        api.quantize(folder, tmp_path / "out", FAST)
+    assert not (tmp_path / "out").exists()
