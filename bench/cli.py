@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
-from gemma_edge.command import Command
+from gemma_edge.command import Command, given
 from gemma_edge.errors import InputError
 from gemma_edge.files import check_writable, need, write_whole
 
@@ -174,10 +173,8 @@ def refuse_unused(context: click.Context, mode: Mode) -> None:
     Raises:
         InputError: with the parameter's name.
     """
-    for name in context.params:
-        if name not in mode.heeds and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            if name == "bundles" and not context.params[name]:
-                continue  # click takes an argument that is absent for one that was typed
+    for name in given(context):
+        if name not in mode.heeds:
             raise InputError(f"`{name}` has no effect {mode.when}; leave it out", field=name)
 
 

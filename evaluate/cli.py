@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
-from gemma_edge.command import Command
+from gemma_edge.command import Command, given
 from gemma_edge.errors import InputError
 from gemma_edge.files import check_writable, need, write_whole
 
@@ -91,8 +90,9 @@ def refuse_unused(context: click.Context) -> None:
     Raises:
         InputError: with both options.
     """
+    typed = given(context)
     for name, other in NEEDED.items():
-        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE and context.params[other] is None:
+        if name in typed and context.params[other] is None:
             raise InputError(f"`{name}` has no effect without `{other}`; leave it out", field=name)
 
 

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
-from gemma_edge.command import Command, one_line_errors
+from gemma_edge.command import Command, given, one_line_errors
 from gemma_edge.errors import InputError
 
 RUN, CHAT, SERVE, PREFIX = COMMANDS = ("run", "chat", "serve", "prefix")
@@ -192,11 +191,10 @@ class RunCommand(Command):
     def invoke(self, ctx: click.Context) -> Any:
         """Check what was given, then run the command."""
         with one_line_errors():
-            explicit = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
-            given = [name for name in ctx.params if name != "bundle" and ctx.get_parameter_source(name) in explicit]
-            switches = [name for name in SWITCHES if name in given] if self.name == RUN else []
+            options = [name for name in given(ctx) if name != "bundle"]
+            switches = [name for name in SWITCHES if name in options] if self.name == RUN else []
             command = SWITCHES[switches[0]] if switches else str(self.name)
-            for name in given:
+            for name in options:
                 if name not in switches[:1] and name not in heeded(command):
                     raise _refusal(command, name, switches[0] if switches else None)
             values = {name: ctx.params[name] for name in ("bundle", *heeded(command))}

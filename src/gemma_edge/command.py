@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from gemma_edge.errors import InputError
 
@@ -82,6 +83,15 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         click.echo("interrupted", err=True)
         raise click.exceptions.Exit(INTERRUPT_EXIT_CODE) from None
+
+
+def given(context: click.Context) -> list[str]:
+    """Names of the parameters that the user gave, on the command line or in the environment."""
+    explicit = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
+    # click takes an absent argument of any number of values, (), for one that was typed
+    return [
+        name for name, value in context.params.items() if value != () and context.get_parameter_source(name) in explicit
+    ]
 
 
 def spelled(text: str) -> str:
