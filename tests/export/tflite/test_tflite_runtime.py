@@ -44,7 +44,7 @@ RUN = """
 import importlib.util, json, sys
 import numpy as np
 import gemma_edge
-from rewinding import worst_error
+from support.rewinding import worst_error
 for name in ("torch", "ai_edge_litert", "onnxruntime"):
     assert importlib.util.find_spec(name) is None, f"{name} is here: this environment proves nothing"
 task = json.loads(sys.argv[1])

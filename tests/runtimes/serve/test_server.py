@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.browser import CHROMIUM, needs_browser
+from support.browser import needs_browser, wait_on
 from support.toys import write_toy_bundle
 
 pytest.importorskip("starlette", reason="starlette is not installed: pip install 'gemma-edge[serve]'")
@@ -285,11 +284,9 @@ def test_the_page_is_a_file_of_the_package(port: int) -> None:
 
 @needs_browser
 def test_the_page_chats_in_a_browser(port: int, client: Any, tmp_path: Path) -> None:
-    assert CHROMIUM is not None
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
-    command += ["--virtual-time-budget=20000", f"--user-data-dir={tmp_path}", f"http://127.0.0.1:{port}/?ask=Hello."]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert "CONSOLE" not in done.stderr
+    ended = 'document.querySelector("#used:not(:empty), .turn.error") != null'
+    page, console = wait_on(f"http://127.0.0.1:{port}/?ask=Hello.", tmp_path, ended)
+    assert console == []
     for shown in ('<div class="turn user">Hello.</div>', '<h1 id="model">toy</h1>', "tokens in "):
-        assert shown in done.stdout, done.stdout[-1500:]
-    assert '<div class="turn assistant"></div>' not in done.stdout and "turn error" not in done.stdout
+        assert shown in page, page[-1500:]
+    assert '<div class="turn assistant"></div>' not in page and "turn error" not in page
