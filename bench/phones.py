@@ -1,6 +1,6 @@
 """Bundles measured on phones: the phone is checked, the bundle is sent, the app runs the benchmark, its JSON is read back.
 
-docs/benchmarking.md describes the app's side. adb.py talks to the phone.
+docs/measure/benchmarking.md describes the app's side. adb.py talks to the phone.
 """
 
 from __future__ import annotations

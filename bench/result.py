@@ -1,7 +1,7 @@
 """The result of a benchmark, and its JSON: the same whether gemma-bench, the Android app or a peer's tool was measured.
 
-A result holds measurements only, sample by sample; medians and percentiles are stats.py's. docs/benchmarking.md says what each
-field means, for every program that writes this JSON.
+A result holds measurements only, sample by sample; medians and percentiles are stats.py's. For every program that writes this
+JSON, docs/measure/benchmarking.md says what each field means.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Float weights to symmetric integers by the rules that every backend keeps: docs/quantization.md says why each rule exists.
+"""Float weights to symmetric integers by the rules that every backend keeps: docs/export/quantization.md says why.
 
 There is no zero point. The scale is rounded to bfloat16 before the integers are found, and is never zero. Integers lie in -8..7
 with 4 bits, and in -127..127 with 8 bits.

@@ -100,7 +100,7 @@ CALIBRATED_GROUP = 128
 
 @dataclass(frozen=True)
 class Quality:
-    """How much work 4-bit integers are worth. docs/quantization.md has the figures behind each choice."""
+    """How much work 4-bit integers are worth. docs/export/quantization.md has the figures behind each choice."""
 
     in_groups: str  # method for linears with groups
     per_channel: str  # method for linears with one scale per channel

@@ -20,7 +20,7 @@ from gemma_edge.bundle.manifest import Manifest
 from gemma_edge.bundle.schema import manifest_schema
 from gemma_edge.bundle.settings import SETTINGS
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OTHER_PAGES = [
     ROOT / "CHANGELOG.md",
     *sorted(ROOT.glob("demo/**/*.md")),
@@ -177,12 +177,12 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_every_key_of_the_manifest_is_documented() -> None:
-    page = (ROOT / "docs" / "bundle-format.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "export" / "bundle-format.md").read_text(encoding="utf-8")
     assert {key for key in property_names(manifest_schema()) - set(SETTINGS) if f"`{key}`" not in page} == set()
 
 
 def test_every_key_of_a_real_manifest_is_documented(after_demo: Path) -> None:
-    page = (ROOT / "docs" / "bundle-format.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "export" / "bundle-format.md").read_text(encoding="utf-8")
     manifest = json.loads(Manifest.load(after_demo / "out" / "tiny-gemma2").to_json())
     found = keys({key: value for key, value in manifest.items() if key not in ("files", "tools")})
     assert {key for key in found if f"`{key}`" not in page} == {"onnx"}

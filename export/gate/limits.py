@@ -18,7 +18,7 @@ class Limits:
 
 # By the fewest bits of any weight, or of the KV cache. In int8 the cache adds a tenth to `lowering` where activations are int8
 # (demo model: 0.0061 to 0.0066 at 4 bits, 0.0102 to 0.0110 at 8), and to float weights more than their limits allow. The 4-bit
-# figures leave room for data-free rounding of small models; what calibrated bundles really reach is in docs/benchmarks.md.
+# figures leave room for data-free rounding of small models; docs/measure/benchmarks.md has what calibrated bundles really reach.
 LIMITS = {
     4: Limits(kl=0.5, top1=0.6, ppl_change=0.5, lowering=0.05),
     8: Limits(kl=0.03, top1=0.9, ppl_change=0.05, lowering=0.05),

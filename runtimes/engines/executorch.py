@@ -1,7 +1,8 @@
 """ExecuTorch on the CPU: the KV cache is a buffer of the program, written in place.
 
-The program is made by export/executorch; docs/executorch.md is its contract. Its ring has no end, and whatever was not written
-since a reset is masked, so a reset leaves the cache as it is. ExecuTorch's Python package comes with torch; a phone has neither.
+The program is made by export/executorch; docs/export/executorch.md is its contract. Its ring has no end, and whatever was not
+written since a reset is masked, so a reset leaves the cache as it is. ExecuTorch's Python package comes with torch; a phone has
+neither.
 """
 
 from __future__ import annotations

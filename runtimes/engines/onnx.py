@@ -1,6 +1,6 @@
 """ONNX Runtime on the CPU: the KV cache is written in place, one binding serves every step.
 
-The graphs are made by export/onnx; docs/bundle-format.md is their contract. The window slides inside GroupQueryAttention,
+The graphs are made by export/onnx; docs/export/bundle-format.md is their contract. The window slides inside GroupQueryAttention,
 which reads only rows it has written, so positions never end and a reset leaves the buffers as they are.
 How it slides decides what can be taken back: see `_holds`.
 """

@@ -1,7 +1,7 @@
 """What the two engines of `.tflite` models share: they feed a text to signatures of fixed sizes. Subclasses call a signature.
 
-The model is made by export/tflite; docs/tflite.md is its contract. Each slot of a cache knows its position, so a reset clears
-nothing: tokens from position 0 on make the model forget the rest.
+The model is made by export/tflite; docs/export/tflite.md is its contract. Each slot of a cache knows its position, so a reset
+clears nothing: tokens from position 0 on make the model forget the rest.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def test_the_json_comes_back_as_it_went(measured: list[Result], tmp_path: Path) 
 
 
 def test_every_key_of_a_result_is_documented(measured: list[Result]) -> None:
-    page = (ROOT / "docs" / "benchmarking.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "measure" / "benchmarking.md").read_text(encoding="utf-8")
     document = json.loads(bench_result.to_json(measured))
     found = set(document["results"][0])
     for part in ("model", "settings", "device", "load", "memory", "state"):

@@ -20,7 +20,7 @@ from gemma_edge.bundle.schema import manifest_schema, schema_text
 from gemma_edge.export.api import Export
 from gemma_edge.model.config import Gemma2Config
 
-PAGE = ROOT / "docs" / "manifest.schema.json"
+PAGE = ROOT / "docs" / "export" / "manifest.schema.json"
 KOTLIN = ROOT / "android_demo" / "gemma" / "src" / "main" / "kotlin" / "gemma" / "edge" / "Bundle.kt"
 
 
@@ -30,7 +30,7 @@ def errors(manifest: Any) -> list[str]:
 
 def test_the_schema_in_docs_is_up_to_date() -> None:
     assert PAGE.read_text(encoding="utf-8") == schema_text(), (
-        "python -m gemma_edge.bundle.schema > docs/manifest.schema.json"
+        "python -m gemma_edge.bundle.schema > docs/export/manifest.schema.json"
     )
     Draft202012Validator.check_schema(manifest_schema())
 

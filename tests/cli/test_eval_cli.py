@@ -113,7 +113,7 @@ def test_an_interrupted_page_leaves_the_old_one(toy: Path, tmp_path: Path, monke
 
 
 def write_cloze(folder: Path) -> list[dict[str, Any]]:
-    """A task over a JSONL file, as docs/evaluation.md shows one."""
+    """A task over a JSONL file, as docs/measure/evaluation.md shows one."""
     docs: list[dict[str, Any]] = [
         {"context": "And the LORD said unto", "choices": [" Moses", " acknowledged", " whale"], "label": 0},
         {"context": "It is a truth universally", "choices": [" begat", " acknowledged"], "label": 1},

@@ -1,4 +1,4 @@
-"""How well the sensitivity ranks roundings, and what mixed precision gains at the same bytes: docs/mixed-precision.md's tables.
+"""The tables of docs/export/mixed-precision.md: how well the sensitivity ranks, and what mixed precision gains.
 
     python tools/benchmarks/mixed.py rank demo/tiny-gemma2
     python tools/benchmarks/mixed.py gain demo/tiny-gemma2 --quality balanced

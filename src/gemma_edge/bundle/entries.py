@@ -1,6 +1,6 @@
 """The parts of a manifest: what a bundle was made from and how, its backends and files, and how good it is.
 
-docs/bundle-format.md explains each key.
+docs/export/bundle-format.md explains each key.
 """
 
 from __future__ import annotations

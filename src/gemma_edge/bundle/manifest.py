@@ -1,4 +1,4 @@
-"""The bundle: a folder with `manifest.json` and the files that it lists. docs/bundle-format.md explains each key.
+"""The bundle: a folder with `manifest.json` and the files that it lists. docs/export/bundle-format.md explains each key.
 
 This file reads and writes a manifest and checks the files. Its parts are in entries.py, geometry.py and settings.py.
 """

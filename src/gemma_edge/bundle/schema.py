@@ -1,6 +1,6 @@
 """The JSON Schema of `manifest.json`, made from the dataclasses.
 
-`python -m gemma_edge.bundle.schema > docs/manifest.schema.json` writes it; a test fails where that file is not up to date.
+`python -m gemma_edge.bundle.schema > docs/export/manifest.schema.json` writes it; a test fails where that file is not up to date.
 It holds types and ranges. What the keys must agree on is checked by checks.py only.
 """
 

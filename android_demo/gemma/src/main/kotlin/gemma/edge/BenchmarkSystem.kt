@@ -5,7 +5,7 @@ import java.io.IOException
 
 /**
  * The facts about the system that a benchmark notes, read from /proc and /sys. The app adds what only Android knows: battery,
- * thermal status and PSS. Keys and units are those of docs/benchmarking.md.
+ * thermal status and PSS. Keys and units are those of docs/measure/benchmarking.md.
  */
 public open class BenchmarkSystem {
     /** Facts about the machine that matter for its speed; nothing identifies the machine or its owner. `name` is always there. */

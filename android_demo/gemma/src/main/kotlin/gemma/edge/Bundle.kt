@@ -5,7 +5,7 @@ import java.io.IOException
 import java.security.MessageDigest
 
 /**
- * A folder that gemma-export made: its manifest, checked, and its files. The format is docs/bundle-format.md; only what a phone
+ * A folder that gemma-export made: its manifest, checked, and its files. The format is docs/export/bundle-format.md; only what a phone
  * needs of the manifest is read.
  *
  * @property folder where it lies.

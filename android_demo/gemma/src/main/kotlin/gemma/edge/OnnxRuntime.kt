@@ -24,7 +24,7 @@ import java.nio.LongBuffer
 /**
  * Runs a bundle's ONNX backend on the CPU. Every tensor of the cache is both an input and a pinned output of a step, so the graph
  * updates it in place. The graph moves the window itself and reads only rows that it has written. Therefore there is no last position,
- * and a reset does not have to clear the buffers. The inputs and outputs of the graph are described in docs/bundle-format.md.
+ * and a reset does not have to clear the buffers. The inputs and outputs of the graph are described in docs/export/bundle-format.md.
  */
 public class OnnxRuntime private constructor(override val bundle: Bundle, private val environment: OrtEnvironment, threads: Int) :
     GemmaRuntime {

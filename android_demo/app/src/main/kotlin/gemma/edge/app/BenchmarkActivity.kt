@@ -21,7 +21,7 @@ import java.util.Locale
 import kotlinx.coroutines.launch
 
 /**
- * The benchmark screen. `adb shell am start` can open it with the extras `bundle`, `result` and the numbers of docs/benchmarking.md;
+ * The benchmark screen. `adb shell am start` can open it with the extras `bundle`, `result` and the numbers of docs/measure/benchmarking.md;
  * then it starts to measure at once.
  */
 class BenchmarkActivity : AppCompatActivity() {
