@@ -222,7 +222,7 @@ def bundle_contenders(paths: Sequence[Path], backend: str | None) -> tuple[list[
         the contenders, and a note on each backend that is left out because it is not installed.
 
     Raises:
-        InputError: a path is no bundle, or no backend of a bundle can run here.
+        InputError: a path is not a bundle, or no backend of a bundle can run here.
     """
     contenders: list[Contender] = []
     notes = []

@@ -123,7 +123,7 @@ def check(phone: Device, known: Facts, manifest: Manifest, missing_bytes: int) -
         (known.sdk < MIN_SDK, f"its SDK is {known.sdk}, the app needs {MIN_SDK} (Android 8) or newer"),
         (
             known.ram_bytes < ram_bytes,
-            f"it has {ram} of memory, the bundle's plan says {needed_ram}; export with a smaller --context",
+            f"it has {ram} of memory, the bundle's plan says {needed_ram}; export with a smaller context",
         ),
         (known.free_bytes < storage_bytes, f"{free} are free in /data/local/tmp, {needed} are needed; free some"),
     )
@@ -158,7 +158,7 @@ class PhoneBundle:
             AdbError: the phone cannot run the bundle, or the files could not be sent.
         """
         entry = FileEntry((self._path / MANIFEST).stat().st_size, str(self.model["manifest_sha256"]))
-        # The manifest comes last, because a folder without it is no bundle.
+        # The manifest comes last, because a folder without it is not a bundle.
         files = {**self._manifest.files, MANIFEST: entry}
         known = facts(self._phone)
         self._device = known.device
@@ -222,9 +222,7 @@ class PhoneBundle:
             if gone > 1:
                 raise AdbError(f"{self._phone.serial}: {self._reason_of_death()}")
             time.sleep(POLL_S)
-        raise AdbError(
-            f"{self._phone.serial}: no result after {limit_s:.0f} s; ask for less, or allow more with --timeout"
-        )
+        raise AdbError(f"{self._phone.serial}: no result after {limit_s:.0f} s; measure less, or raise the timeout")
 
     def _reason_of_death(self) -> str:
         """Why the app died, by Android's own record of it, which it keeps from version 11 on."""
@@ -233,7 +231,7 @@ class PhoneBundle:
         if match is None:
             return f"the app died without a result; see adb -s {self._phone.serial} logcat"
         if match[1] in ("LOW MEMORY", "LOW_MEMORY"):
-            return "the phone killed the app for its memory; close other apps, or export with a smaller --context"
+            return "the phone killed the app for its memory; close other apps, or export with a smaller context"
         return f"the app died without a result: {match[1]}; see adb -s {self._phone.serial} logcat"
 
     def _fields(self, text: str, states: dict[str, dict[str, Any]], settings: Settings) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def read(text: str, source: str) -> list[Result]:
         source: where it comes from, for the error.
 
     Raises:
-        InputError: the text is no document of this schema.
+        InputError: the text is not a document of this schema.
     """
     try:
         data = json.loads(text)
@@ -109,7 +109,7 @@ def load(paths: Sequence[Path]) -> list[Result]:
     """The results in several files, one after the other.
 
     Raises:
-        InputError: a file cannot be read, or is no document of this schema.
+        InputError: a file cannot be read, or is not a document of this schema.
     """
     results = []
     for path in paths:

@@ -25,7 +25,7 @@ class BundleModel:
         """Read the manifest.
 
         Raises:
-            InputError: the folder is no bundle, is damaged, or has no backend that can run here.
+            InputError: the folder is not a bundle, is damaged, or has no backend that can run here.
         """
         self.path, self._threads = path, threads
         self.manifest = manifest = Manifest.load(path)

@@ -8,9 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from gemma_edge.bundle.entries import GLOBAL, LOCAL
 from gemma_edge.errors import InputError
-
-LOCAL, GLOBAL = "sliding_attention", "full_attention"
 
 # ONLY_VALUE: keys of config.json that change the numbers, and the values that this decoder computes. Messages name the first.
 ONLY_VALUE: dict[str, tuple[Any, ...]] = {

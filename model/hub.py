@@ -38,7 +38,7 @@ def companions(folder: Path) -> dict[str, Path]:
     weights, adapters) may be linked from anywhere: people keep shards on other disks, and no file but a model survives parsing.
 
     Raises:
-        InputError: a link leads elsewhere or nowhere, or something is no regular file.
+        InputError: a link leads elsewhere or nowhere, or something is not a regular file.
     """
     base = Path(os.path.realpath(folder))
     # a snapshot is models--OWNER--NAME/snapshots/COMMIT, and its files are links into blobs/
@@ -56,7 +56,7 @@ def companions(folder: Path) -> dict[str, Path]:
             )
         if not real.is_file():
             kind = f"is a link to {real}, which" if path.is_symlink() else "exists and"
-            raise InputError(f"{path} {kind} is no regular file; put the model's file in its place, or remove it")
+            raise InputError(f"{path} {kind} is not a regular file; put the model's file in its place, or remove it")
         result[name] = real
     return result
 
@@ -77,7 +77,9 @@ def resolve(model: str) -> Path:
         from huggingface_hub import errors
         from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the client it speaks through
     except ImportError:
-        raise InputError(f"{model} is no folder here; to fetch it: pip install 'gemma-edge[hub]', or {HINT}") from None
+        raise InputError(
+            f"{model} is not a folder here; to fetch it: pip install 'gemma-edge[hub]', or {HINT}"
+        ) from None
     try:
         folder = Path(huggingface_hub.snapshot_download(model, allow_patterns=FILES, local_files_only=True))
         if any(folder.glob("*.safetensors")):  # the cache may hold the tokenizer alone
@@ -92,7 +94,7 @@ def resolve(model: str) -> Path:
         page = f"the page of {model} on Hugging Face"
         raise InputError(f"{model}: its licence is not accepted; accept it on {page} and run `hf auth login`") from None
     except errors.RepositoryNotFoundError:
-        raise InputError(f"{model} is no folder here and no model on Hugging Face; {HINT}") from None
+        raise InputError(f"{model} is neither a folder here nor a model on Hugging Face; {HINT}") from None
     except (
         errors.HfHubHTTPError,
         errors.LocalEntryNotFoundError,

@@ -115,7 +115,7 @@ class SafetensorsFile:
     def _open(self) -> Iterator[FileIO]:
         """The open file, whose header is known."""
         if not self.path.is_file():  # before it is opened: that would wait for ever on a pipe
-            raise InputError(f"{self.path} is missing, or is no regular file; download it again")
+            raise InputError(f"{self.path} is missing, or is not a regular file; download it again")
         try:
             with open(self.path, "rb", buffering=0) as file:
                 status = os.fstat(file.fileno())
@@ -156,10 +156,10 @@ def _read_header(file: FileIO, status: os.stat_result) -> Header:
         text += part
     fields = json.loads(text.decode(), object_pairs_hook=_unique)
     if not isinstance(fields, dict):
-        raise ValueError("the header is no object")
+        raise ValueError("the header is not an object")
     metadata = fields.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("its metadata are no texts")
+        raise ValueError("its metadata are not texts")
     tensors = {name: _entry(name, value) for name, value in fields.items()}
     _check_offsets(tensors, room - size)
     base = 8 + size

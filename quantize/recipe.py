@@ -79,7 +79,7 @@ class Recipe:
             origin: where the data comes from, for the message.
 
         Raises:
-            InputError: it is no recipe.
+            InputError: it is not a recipe.
         """
         try:
             rules = tuple(
@@ -90,7 +90,7 @@ class Recipe:
                 re.compile(rule.pattern)
             return cls(str(data["name"]), rules, int(data["float_bits"]))
         except (KeyError, TypeError, ValueError, re.error) as error:
-            raise InputError(f"{origin} is no recipe ({error!r}); `plan --save-recipe` writes one") from None
+            raise InputError(f"{origin} is not a recipe ({error!r}); `plan --save-recipe` writes one") from None
 
 
 INT8_ROW = QuantConfig(bits=8, group_size=0)

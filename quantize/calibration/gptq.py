@@ -50,7 +50,7 @@ class Inputs:
         float32 needs more of it, the damping grows tenfold. Every column counts at least FLOOR.
 
         Raises:
-            InputError: H holds NaN or infinite values, or is no second moment.
+            InputError: H holds NaN or infinite values, or is not a second moment.
         """
         diagonal = hessian.diagonal()
         mean = float(diagonal.mean())

@@ -56,7 +56,7 @@ class Runtime(ABC):
     """A loaded bundle with one KV cache.
 
     A backend's engine must have `_forward` and `_clear`. Three more methods are right for most engines, and can be overridden:
-    `_holds`, by an engine whose cache is no ring as in model/kv_cache.py; `_buffers`, by an engine whose cache can be reached,
+    `_holds`, by an engine whose cache is not a ring as in model/kv_cache.py; `_buffers`, by an engine whose cache can be reached,
     without which a state is restored by feeding its tokens again; `prepare_decode_many`, by an engine that loads something in
     between.
     """

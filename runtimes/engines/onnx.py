@@ -186,7 +186,7 @@ class OnnxRuntime(Runtime):
         nodes = {node.name: node for node in (*session.get_inputs(), *session.get_outputs())}
         if nodes.keys() != shapes.keys():
             odd = sorted(nodes.keys() ^ shapes.keys())
-            raise InputError(f"{path} is no graph of this bundle: {odd[0]} is only in one of them; export it again")
+            raise InputError(f"{path} is not a graph of this bundle: {odd[0]} is only in one of them; export it again")
         for name, shape in shapes.items():
             node = nodes[name]
             same = len(node.shape) == len(shape) and all(

@@ -93,12 +93,12 @@ def read_state(path: Path) -> tuple[State, dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise InputError(f"{path} is no file; save a prefix there first")
+        raise InputError(f"{path} is not a file; save a prefix there first")
     try:
         with safe_open(path, framework="np") as file:
             header = file.metadata() or {}
             if header.get("format") != FORMAT:
-                raise InputError(f"{path} is no saved state, or of another version; save the prefix again")
+                raise InputError(f"{path} is not a saved state, or is of another version; save the prefix again")
             numbers, notes = json.loads(header["state"]), json.loads(header["notes"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         ids = tensors.pop(IDS)

@@ -77,7 +77,7 @@ def check_schema(schema: Any) -> None:
     """Refuse a schema that would not be followed to the letter.
 
     Raises:
-        InputError: the schema is no object or has keys that llguidance does not follow, or llguidance is not installed.
+        InputError: the schema is not an object or has keys that llguidance does not follow, or llguidance is not installed.
     """
     if find_spec("llguidance") is None:
         raise InputError("answers by a JSON schema need llguidance: pip install 'gemma-edge[json]'")

@@ -81,7 +81,7 @@ class Sampler:
         best = int(scores.argmax())
         # argmax and max return the first NaN if there is one
         if not math.isfinite(scores[best]):
-            raise InputError("the bundle computes logits that are no finite numbers; its weights are damaged")
+            raise InputError("the bundle computes logits that are not finite numbers; its weights are damaged")
         if self.params.temperature == 0:
             return best
         ids, probabilities = self._kept(scores)

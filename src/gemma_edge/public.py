@@ -31,7 +31,7 @@ def load(bundle: str | Path, *, backend: str | None = None, threads: int | None 
         threads: threads for the matrix products; None takes the default of the bundle's target.
 
     Raises:
-        InputError: the folder is no bundle, is damaged, or needs a package that is not installed.
+        InputError: the folder is not a bundle, is damaged, or needs a package that is not installed.
     """
     from gemma_edge.runtimes.engines.load import open_runtime
 
@@ -46,7 +46,7 @@ def inspect(bundle: str | Path, *, check_hashes: bool = False) -> Manifest:
         check_hashes: also compare every file with the hash in the manifest.
 
     Raises:
-        InputError: the folder is no bundle, or a file is missing, truncated or changed.
+        InputError: the folder is not a bundle, or a file is missing, truncated or changed.
     """
     from gemma_edge.bundle import manifest as module
 

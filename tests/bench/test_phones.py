@@ -259,7 +259,7 @@ def test_a_phone_without_enough_memory_is_refused_before_anything_is_sent(phone:
         run(large, "--device", "adb", *FEW),
         "PHONE1: it has",
         "the bundle's plan says 1073741824 MiB",
-        "smaller --context",
+        "smaller context",
     )
     assert phone.left() == []
 
@@ -310,7 +310,7 @@ WHILE_MEASURING = {
     "killed for memory": (killed_for_memory, "the phone killed the app for its memory"),
     "its own failure": (says_why, "PHONE1: model.onnx.data was changed"),
     "nonsense": (writes_nonsense, "the app's result holds no results"),
-    "hangs": (hangs, "no result after 1 s; ask for less, or allow more with --timeout"),
+    "hangs": (hangs, "no result after 1 s; measure less, or raise the timeout"),
 }
 
 

@@ -100,7 +100,7 @@ def test_what_the_parts_do_not_agree_on_is_named(bundle: Path, path: str, value:
 def test_odd_names_of_files_are_refused(bundle: Path, name: str) -> None:
     manifest = json.loads((bundle / MANIFEST).read_text())
     edit_json(bundle / MANIFEST, files={**manifest["files"], name: {"bytes": 1, "sha256": "0" * 64}})
-    with pytest.raises(InputError, match="lies outside the bundle|is no file name|is missing") as caught:
+    with pytest.raises(InputError, match="lies outside the bundle|is not a file name|is missing") as caught:
         Manifest.load(bundle)
     assert "\n" not in str(caught.value)
 

@@ -141,7 +141,7 @@ def test_token_ids_go_in_and_out_without_a_tokenizer(token_bundle: Path, bundle:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["-p", "two"], "prompt 'two' is no list of token ids; give ids such as 2,15,7"),
+        (["-p", "two"], "prompt 'two' is not a list of token ids; give ids such as 2,15,7"),
         (["-p", ""], "no token to feed"),
         (["-p", "4096"], "token id 4096 is not below the vocabulary size 4096"),
         (["--chat"], "is a token-level bundle, without a tokenizer"),
@@ -329,7 +329,7 @@ def test_a_prefix_of_a_token_bundle_is_ids(token_bundle: Path, tmp_path: Path) -
 
 def test_a_prefix_that_cannot_be_used_is_one_line(bundle: Path, token_bundle: Path, tmp_path: Path) -> None:
     file = tmp_path / "prefix"
-    assert f"{file} is no file" in error_of(run(bundle, "-p", "a", "--load-prefix", str(file)))
+    assert f"{file} is not a file" in error_of(run(bundle, "-p", "a", "--load-prefix", str(file)))
     run_ok(token_bundle, "-p", "2,15,7", "--save-prefix", str(file))
     assert "another bundle" in error_of(run(bundle, "-p", "a", "--load-prefix", str(file)))
     file.write_bytes(b"nonsense")

@@ -10,8 +10,9 @@ import pytest
 from transformers import AutoConfig
 from transformers import Gemma2Config as HFConfig
 
+from gemma_edge.bundle.entries import GLOBAL, LOCAL
 from gemma_edge.errors import InputError
-from gemma_edge.model.config import GEMMA2_2B, GLOBAL, LOCAL, PRESETS, Gemma2Config
+from gemma_edge.model.config import GEMMA2_2B, PRESETS, Gemma2Config
 
 # config.json as transformers 4 wrote it for google/gemma-2-2b, shrunk: rope_theta at the top, no layer_types, hidden_act beside
 # hidden_activation, a key of its own for the cache.

@@ -265,4 +265,4 @@ def test_what_is_no_regular_file_is_refused_and_not_waited_for(kind: str, tmp_pa
         with socket.socket(socket.AF_UNIX) as one:
             one.bind(str(path))
     said = refused_copy(tmp_path / "model", tmp_path / "out")
-    assert f"{path} " in said and "is no regular file; put the model's file in its place" in said
+    assert f"{path} " in said and "is not a regular file; put the model's file in its place" in said

@@ -88,7 +88,7 @@ def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path: Path) -
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     for name in ("pipe", "folder", "missing"):
-        with pytest.raises(InputError, match=f"{name} is missing, or is no regular file"):
+        with pytest.raises(InputError, match=f"{name} is missing, or is not a regular file"):
             SafetensorsFile(tmp_path / name)
 
 

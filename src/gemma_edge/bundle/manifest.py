@@ -37,7 +37,7 @@ MAX_MANIFEST_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a bundle says of itself. It is written last: a folder without it is no bundle."""
+    """What a bundle says of itself. It is written last: a folder without it is not a bundle."""
 
     model: ModelEntry
     config: ModelConfig
@@ -192,7 +192,7 @@ def _check_files(bundle: Path, manifest: Manifest) -> None:
 
 
 def _place_of(bundle: Path, name: str) -> Literal["inside", "outside", "nowhere"]:
-    """Where a name leads. Nowhere: it is no file name at all."""
+    """Where a name leads. Nowhere: it is not a file name at all."""
     try:
         inside = not Path(name).is_absolute() and (bundle / name).resolve().is_relative_to(bundle.resolve())
         (bundle / name).is_file()
@@ -217,7 +217,7 @@ def confined(bundle: Path, name: str) -> Path:
     if place == "outside":
         raise _outside(bundle, name)
     if place == "nowhere":
-        raise InputError(f"{bundle / MANIFEST} names {shown(name)}, which is no file name; {HINT}")
+        raise InputError(f"{bundle / MANIFEST} names {shown(name)}, which is not a file name; {HINT}")
     path = bundle / name
     if not path.is_file():
         raise InputError(f"{path} is missing; {HINT}")

@@ -66,7 +66,7 @@ def blank(size: tuple[float, float]) -> tuple[Figure, Axes]:
 def legend(plane: Axes) -> None:
     """Put the legend beside the plot."""
     for text in plane.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0)).get_texts():
-        text.set_parse_math(False)  # a dollar sign in a model's name is no formula
+        text.set_parse_math(False)  # a dollar sign in a model's name is not a formula
 
 
 def finish(figure: Figure, plane: Axes, values: Sequence[float]) -> Figure:

@@ -25,7 +25,7 @@ def open_tokenizer(path: Path, hint: str) -> tokenizers.Tokenizer:
         hint: ends the message of an error.
 
     Raises:
-        InputError: the file is no tokenizer.
+        InputError: the file is not a tokenizer.
     """
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
@@ -47,7 +47,10 @@ def parse_ids(text: str) -> list[int]:
         return [int(part) for part in text.replace(",", " ").split()]
     except ValueError:
         raise InputError(
-            f"prompt {text[:40]!r} is no list of token ids", field="prompt", value=text, hint="give ids such as 2,15,7"
+            f"prompt {text[:40]!r} is not a list of token ids",
+            field="prompt",
+            value=text,
+            hint="give ids such as 2,15,7",
         ) from None
 
 
@@ -70,7 +73,7 @@ class Tokenizer:
         """Load it.
 
         Raises:
-            InputError: the bundle is token-level, or its file is no tokenizer.
+            InputError: the bundle is token-level, or its file is not a tokenizer.
         """
         if not manifest.tokenizer:
             raise InputError(f"{bundle} is a token-level bundle, without a tokenizer: give token ids instead of text")

@@ -148,7 +148,7 @@ def test_another_bundles_state_is_refused(bundle: Path, tmp_path: Path) -> None:
 
 def test_a_damaged_or_foreign_state_file_is_one_line(runtime: OnnxRuntime, tmp_path: Path) -> None:
     path = tmp_path / "state"
-    with pytest.raises(InputError, match="is no file"):
+    with pytest.raises(InputError, match="is not a file"):
         read_state(path)
     runtime.prefill(IDS[:5])
     write_state(path, runtime.snapshot(), {})

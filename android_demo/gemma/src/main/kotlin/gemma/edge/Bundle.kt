@@ -237,7 +237,7 @@ private const val MAX_THREADS = 1024
 private val ROLES = listOf("generate", "score", "genai", "weights")
 private val SHA256 = Regex("[0-9a-f]{64}")
 
-/** Whether a name stays below a folder; false for what is no file name. */
+/** Whether a name stays below a folder; false for what is not a file name. */
 private fun isInside(folder: File, name: String): Boolean = try {
     !File(name).isAbsolute && File(folder, name).canonicalFile.toPath().startsWith(folder.canonicalFile.toPath())
 } catch (error: IOException) {

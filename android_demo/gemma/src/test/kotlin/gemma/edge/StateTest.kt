@@ -120,10 +120,10 @@ class StateTest {
         withRuntime(random) { runtime ->
             runtime.prefill(intArrayOf(2, 3))
             val wrong = mapOf(
-                "is no file" to null,
+                "is not a file" to null,
                 "damaged" to ByteArray(20),
                 "a header of" to ByteArray(8) { 0x7f },
-                "no saved state" to "\u0002\u0000\u0000\u0000\u0000\u0000\u0000\u0000{}".toByteArray(),
+                "not a saved state" to "\u0002\u0000\u0000\u0000\u0000\u0000\u0000\u0000{}".toByteArray(),
                 "lies outside" to state.readBytes().dropLast(1).toByteArray(),
                 "position 3" to changed(state, "\\\"position\\\": 4", "\\\"position\\\": 3"),
                 "cache.0.kee is not" to changed(state, "cache.0.key", "cache.0.kee"),

@@ -95,7 +95,7 @@ internal class StateFile private constructor(
          * @throws StateException the file is missing or damaged, or is not a state.
          */
         fun open(path: File): StateFile {
-            if (!path.isFile) throw StateException("$path is no file; save a state first")
+            if (!path.isFile) throw StateException("$path is not a file; save a state first")
             val channel = RandomAccessFile(path, "r").channel
             try {
                 return read(path, channel)
@@ -134,7 +134,7 @@ internal class StateFile private constructor(
         private fun headerOf(path: File, root: Node): StateHeader {
             val metadata = if (METADATA in root) root[METADATA] else null
             if (metadata == null || "format" !in metadata || metadata["format"].value != FORMAT) {
-                throw StateException("$path is no saved state, or one of another version; save it again")
+                throw StateException("$path is not a saved state, or is of another version; save it again")
             }
             val state = Node(JsonReader.parse(metadata["state"].string.toByteArray()), "state")
             val written = state["written"].int(0..Int.MAX_VALUE)
