@@ -44,7 +44,6 @@ INTEGERS = (
     ),
     click.option("--group-size", type=int, help="Weights per scale, a multiple of 32; 0 means one scale per channel."),
     click.option("--table-bits", type=click.Choice(["4", "8"]), help="Bits of the tied embedding table. Default: 8."),
-    click.option("--size", help="Mixed precision: largest size of the weights file, such as 1.4GB or 900MB."),
     click.option(
         "--bpw",
         type=float,
@@ -72,6 +71,8 @@ INTEGERS = (
     click.option("--calibration-chat", is_flag=True, help="Put plain calibration text into chat form, for -it models."),
     click.option("--seed", type=int, default=0, show_default=True, help="Seed for choosing the calibration passages."),
 )
+# Of a backend's weights file, which a quantized checkpoint alone has not.
+SIZE = (click.option("--size", help="Mixed precision: largest size of the weights file, such as 1.4GB or 900MB."),)
 WORK = (
     click.option(
         "--calibration-tokens",
@@ -130,7 +131,7 @@ def main() -> None:
 
 
 @main.command(cls=Command)
-@_options_of(SOURCE, INTEGERS, WORK, DEVICE)
+@_options_of(SOURCE, INTEGERS, SIZE, WORK, DEVICE)
 @click.option("-o", "--out", type=PATH, help="The bundle's folder. Default: a name made of model and recipe.")
 @click.option("--verify", default="quick", show_default=True, help=f"How much text the gate checks: {_list(LEVELS)}.")
 @click.option(
@@ -189,7 +190,7 @@ def quantize_command(model: str, lora: Path | None, out: Path, force: bool, as_j
 
 
 @main.command(cls=Command)
-@_options_of(SOURCE, INTEGERS, DEVICE)
+@_options_of(SOURCE, INTEGERS, SIZE, DEVICE)
 @click.option("--save-recipe", type=PATH, help="Write the recipe to this file, for --recipe.")
 @click.option("--plot", type=PATH, help="Draw the bits of every weight into this file, as SVG.")
 @JSON
