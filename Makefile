@@ -55,13 +55,15 @@ out/tflite-runtime/.made: pyproject.toml constraints.txt | setup
 		-c out/tflite-runtime/constraints.txt
 	@touch $@
 
+# Two workers: most tests compute in one thread. A file stays in one of them, because its tests share what they prepare.
 # A thread of torch's that waits must not spin: beside other work on the machine that costs most of the time.
+WORKERS ?= 2
 test: export OMP_WAIT_POLICY ?= PASSIVE
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 -include tools/android.mk
 

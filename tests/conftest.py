@@ -23,6 +23,23 @@ from gemma_edge.runtimes.engines.base import Runtime
 # The models here are so small that two threads wait for each other longer than they compute: 85 s instead of 3 on a busy machine.
 torch.set_num_threads(1)
 
+# The files that take longest, in that order and before all others: so no worker of `make test` is left alone with one of them.
+LONGEST = (
+    "quantize/calibration/test_block.py",
+    "export/executorch/test_executorch_lowering.py",
+    "test_docs.py",
+    "export/onnx/test_onnx_parity.py",
+    "export/executorch/test_executorch.py",
+    "cli/test_export_cli.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; else the order stays."""
+    order = {ROOT / "tests" / name: index for index, name in enumerate(LONGEST)}
+    assert all(path.is_file() for path in order)
+    items.sort(key=lambda item: order.get(item.path, len(order)))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def calibrations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
