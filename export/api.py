@@ -154,7 +154,7 @@ def export(options: ExportOptions, progress: Progress = no_progress, opened: Ope
         checkpoint = work / "checkpoint"
         quantization = Quantization(options.quantization, source, opened.recipe, opened.calibration)
         quantized, learnt = make_checkpoint(quantization, checkpoint, progress, stages)
-        integers = Integers(quantized, learnt, options.lora.name if options.lora else None)
+        integers = Integers(quantized, learnt, Path(options.lora).name if options.lora else None)
         assembly = Assembly(opened, integers, options.verify, work, progress, stages)
         manifest = assembly.make()
         small = [name for name in assembly.failures if opened.plans[name].kv_dtype != "float32"]

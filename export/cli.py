@@ -36,7 +36,7 @@ def _list(names: Iterable[object]) -> str:
 PATH = click.Path(path_type=Path)
 SOURCE = (
     click.argument("model", default=DEFAULT_MODEL),
-    click.option("--lora", type=PATH, help="A PEFT adapter's folder, merged into the weights first."),
+    click.option("--lora", help="A PEFT adapter, a folder or a Hugging Face id, merged into the weights first."),
 )
 INTEGERS = (
     click.option(
@@ -169,7 +169,7 @@ def make(as_json: bool, **choices: Any) -> None:
 @click.option("-o", "--out", type=PATH, required=True, help="The folder of the quantized checkpoint.")
 @click.option("--force", is_flag=True, help="Replace an existing quantized checkpoint.")
 @JSON
-def quantize_command(model: str, lora: Path | None, out: Path, force: bool, as_json: bool, **choices: Any) -> None:
+def quantize_command(model: str, lora: str | None, out: Path, force: bool, as_json: bool, **choices: Any) -> None:
     """Quantize MODEL alone: a Hugging Face folder of integers, without a bundle.
 
     transformers and vLLM load the folder, and gemma-export takes it as a model.

@@ -21,7 +21,7 @@ class ExportOptions:
     prefill_chunk: int | None = None
     kv_bits: int | None = None
     backend: str | None = None
-    lora: Path | None = None
+    lora: str | Path | None = None  # a folder, or a Hugging Face id
     ram_gib: float | None = None
     verify: str = "quick"
     runtime_python: Path | None = None  # runs the gate of backends that this Python does not have

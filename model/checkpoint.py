@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -20,6 +20,8 @@ from gemma_edge.model.safetensors_reader import SafetensorsFile
 
 TABLE, HEAD = "model.embed_tokens", "lm_head.weight"
 FINAL_NORM = "model.norm.weight"
+# PREFIX: of every name but the head's. COMPUTED: ends of names that old versions of transformers saved, and nobody reads.
+PREFIX, HEAD_STEM, COMPUTED = "model.", "lm_head.", (".rotary_emb.inv_freq",)
 NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 SLICE_BYTES = 4 << 20  # float32 bytes of a weight that are computed at once, so that they stay in the CPU caches
@@ -56,12 +58,18 @@ def norm_names(config: Gemma2Config) -> list[str]:
 
 
 class Shards:
-    """Tensors of a folder's safetensors files by name."""
+    """Tensors of a folder's safetensors files by their names in Gemma2ForCausalLM.
+
+    A folder that was saved from Gemma2Model alone has names without `model.`; transformers completes them too.
+    """
 
     def __init__(self, folder: Path, files: list[Path] | None = None) -> None:
         self.folder = folder
         opened = [SafetensorsFile(path) for path in files or _shard_paths(folder)]
-        self._file_of = {name: file for file in opened for name in file.tensors}
+        stored = {name: file for file in opened for name in file.tensors}
+        base = PREFIX if not any(name.startswith(PREFIX) for name in stored) else ""
+        self._stored_as = {name if name.startswith(HEAD_STEM) else base + name: name for name in stored}
+        self._file_of = {name: stored[stored_name] for name, stored_name in self._stored_as.items()}
 
     def __contains__(self, name: object) -> bool:
         return name in self._file_of
@@ -78,12 +86,12 @@ class Shards:
         """
         if name not in self._file_of:
             raise InputError(f"{self.folder}: tensor {name} is missing from its safetensors files")
-        entry = self._file_of[name].tensors[name]
+        entry = self._file_of[name].tensors[self._stored_as[name]]
         return entry.shape, entry.dtype
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows `start:stop` of a tensor in its stored dtype, in memory of its own."""
-        return self._file_of[name].rows(name, start, stop)
+        return self._file_of[name].rows(self._stored_as[name], start, stop)
 
     def expect(self, name: str, shape: tuple[int, ...]) -> None:
         """Check that a float tensor is there with this shape.
@@ -98,6 +106,21 @@ class Shards:
             )
         if dtype not in FLOATS:
             raise InputError(f"{self._file_of[name].path}: {name} is {dtype}; supported: {', '.join(FLOATS)}")
+
+    def refuse_others(self, expected: Iterable[str]) -> None:
+        """Refuse a tensor that the model would be computed without: a bias, a classifier's head, a part of another model.
+
+        Raises:
+            InputError: names the first such tensor, and how many there are.
+        """
+        others = sorted(set(self._file_of).difference(expected))
+        others = [name for name in others if not name.endswith(COMPUTED)]
+        if others:
+            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+            raise InputError(
+                f"{self._file_of[others[0]].path} holds {others[0]}{more}, which Gemma2ForCausalLM does not have; a bundle would"
+                " compute another model than was trained: save the folder from Gemma2ForCausalLM"
+            )
 
 
 class Weights(ABC):
@@ -204,6 +227,7 @@ class Checkpoint(Weights):
         for name in norm_names(config):
             shards.expect(name, (config.hidden_size,))
         expect_tied(shards, weight_shapes(config)[TABLE])
+        shards.refuse_others([HEAD, *norm_names(config), *(f"{name}.weight" for name in weight_shapes(config))])
         adapter = Lora.open(lora, weight_shapes(config)) if lora else None
         return cls(folder, config, shards, adapter, lora)
 
@@ -266,7 +290,7 @@ def _shard_paths(folder: Path) -> list[Path]:
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise InputError(f"{index} is damaged: {error}") from None
         for name in names:
-            if name.name != str(name) or not (folder / name).is_file():
+            if name.is_absolute() or ".." in name.parts or not (folder / name).is_file():
                 raise InputError(f"{folder}: shard {name} named by {index.name} is missing; download it again")
         return [folder / name for name in names]
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))

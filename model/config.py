@@ -13,6 +13,7 @@ from gemma_edge.errors import InputError
 
 # ONLY_VALUE: keys of config.json that change the numbers, and the values that this decoder computes. Messages name the first.
 ONLY_VALUE: dict[str, tuple[Any, ...]] = {
+    "architectures": (["Gemma2ForCausalLM"], ["Gemma2Model"], None, []),  # a classifier has another head
     "attention_bias": (False, None),
     "hidden_activation": ("gelu_pytorch_tanh", None),
     "hidden_act": ("gelu_pytorch_tanh", "gelu", None),  # HF ignores it for Gemma 2 and uses hidden_activation

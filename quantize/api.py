@@ -88,7 +88,7 @@ def quantize(
     out: Path,
     options: QuantizeOptions = QuantizeOptions(),  # noqa: B008, it is frozen
     *,
-    lora: Path | None = None,
+    lora: str | Path | None = None,
     force: bool = False,
     progress: Progress = no_progress,
 ) -> QuantizedModel:
@@ -100,7 +100,7 @@ def quantize(
         model: a Hugging Face folder or id.
         out: the checkpoint's folder.
         options: how the weights become integers.
-        lora: PEFT adapter folder to merge first.
+        lora: a PEFT adapter to merge first, a folder or a Hugging Face id.
         force: replace a quantized checkpoint that is already at `out`.
         progress: is told how far each stage is.
 
@@ -120,19 +120,19 @@ def quantize(
     return QuantizedModel(out, recipe, quantized.configs, tuple(stages), learnt)
 
 
-def open_source(model: str, lora: Path | None) -> Weights:
+def open_source(model: str, lora: str | Path | None) -> Weights:
     """Find and open a model that a checkpoint or a bundle will be made of. Reads headers only.
 
     Args:
         model: a Hugging Face folder or id.
-        lora: PEFT adapter folder to merge.
+        lora: a PEFT adapter to merge, a folder or a Hugging Face id.
 
     Raises:
-        InputError: the model cannot be used, or one of its files could not be copied in the end.
+        InputError: the model or the adapter cannot be used, or one of its files could not be copied in the end.
     """
     folder = hub.resolve(model)
     hub.companions(folder)
-    return open_weights(folder, lora=lora)
+    return open_weights(folder, lora=hub.resolve(str(lora)) if lora is not None else None)
 
 
 def choose_recipe(

@@ -19,6 +19,7 @@ from torch import Tensor
 from gemma_edge.errors import InputError
 from gemma_edge.model.checkpoint import (
     FLOATS,
+    HEAD,
     TABLE,
     Checkpoint,
     Shards,
@@ -37,6 +38,8 @@ from gemma_edge.quantize.recipe import Recipe, recipe_name
 logger = logging.getLogger(__name__)
 
 TABLE_FILE = "gemma_edge_table.safetensors"
+# PARTS: of one matrix, as compressed-tensors names them. The last two are read to be refused where they belong to a matrix.
+PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 
 
 class QuantizedCheckpoint(Weights):
@@ -68,6 +71,8 @@ class QuantizedCheckpoint(Weights):
         for name in norm_names(config):
             shards.expect(name, (config.hidden_size,))
         expect_tied(shards, weight_shapes(config)[TABLE])
+        parts = [f"{name}.{part}" for name in weight_shapes(config) for part in PARTS]
+        shards.refuse_others([HEAD, *norm_names(config), *parts])
         return cls(folder, config, shards)
 
     def files(self) -> list[Path]:

@@ -104,7 +104,7 @@ def quantize(
         model: a Hugging Face folder or id.
         out: the new folder; it appears complete, or not at all.
         options: bits, group size, method, calibration text; None takes the defaults.
-        lora: a PEFT adapter's folder, merged before the weights are quantized.
+        lora: a PEFT adapter, a folder or a Hugging Face id, merged before the weights are quantized.
         force: replace a quantized checkpoint that is there.
         progress: as for `export`.
 
@@ -114,10 +114,7 @@ def quantize(
     from gemma_edge.quantize import api
     from gemma_edge.quantize.options import QuantizeOptions
 
-    adapter = Path(lora) if lora is not None else None
-    return api.quantize(
-        str(model), Path(out), options or QuantizeOptions(), lora=adapter, force=force, progress=progress
-    )
+    return api.quantize(str(model), Path(out), options or QuantizeOptions(), lora=lora, force=force, progress=progress)
 
 
 def evaluate(options: EvaluationOptions, progress: Progress = no_progress) -> Evaluation:

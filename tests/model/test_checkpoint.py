@@ -275,3 +275,36 @@ def test_a_head_that_differs_from_the_table_is_refused(tmp_path: Path) -> None:
     assert (hf.lm_head.weight == hf.model.embed_tokens.weight + 1).all()
     with pytest.raises(InputError, match="lm_head.weight"):
         Checkpoint.open(folder).load()
+
+
+def test_names_without_the_prefix_are_those_of_the_model(folder: Path) -> None:
+    """Saved from Gemma2Model alone, or by a trainer's save_model; transformers completes the names too."""
+    state = stored(folder)
+    save_file({name.removeprefix("model."): value for name, value in state.items()}, folder / "model.safetensors")
+    assert_close(hf_model(folder).state_dict()[Q_PROJ], state[Q_PROJ], rtol=0.0, atol=0.0)
+    assert_holds(Checkpoint.open(folder), state)
+
+
+def test_shards_may_lie_in_a_folder_below(sharded: Path, checkpoint: Callable[..., Path]) -> None:
+    index = sharded / "model.safetensors.index.json"
+    (sharded / "weights").mkdir()
+    for path in sharded.glob("*.safetensors"):
+        path.rename(sharded / "weights" / path.name)
+    names = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": {key: f"weights/{name}" for key, name in names.items()}}))
+    assert_holds(Checkpoint.open(sharded), stored(checkpoint("tiny")))
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.bias", "score.weight", "model.vision.weight"])
+def test_a_tensor_that_the_model_would_lack_is_named(name: str, folder: Path) -> None:
+    """transformers ignores it with a warning, and computes another model than the one that was trained."""
+    edit(folder, lambda state: state.update({name: torch.zeros(64)}))
+    with pytest.raises(InputError) as caught:
+        Checkpoint.open(folder)
+    assert f"holds {name}, which Gemma2ForCausalLM does not have; " in message(caught)
+
+
+def test_tables_of_angles_that_old_folders_hold_are_not_missed(folder: Path) -> None:
+    state = stored(folder)
+    edit(folder, lambda more: more.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(16)}))
+    assert_holds(Checkpoint.open(folder), state)

@@ -188,6 +188,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
         "rope_type is 'yarn'; supported: 'default'",
     ),
+    "a classifier": (
+        {"architectures": ["Gemma2ForSequenceClassification"]},
+        "architectures is ['Gemma2ForSequenceClassification']; supported: ['Gemma2ForCausalLM']",
+    ),
     "attention bias": ({"attention_bias": True}, "attention_bias is True; supported: False"),
     "other activation": ({"hidden_activation": "silu"}, "hidden_activation is 'silu'"),
     "untied head": ({"tie_word_embeddings": False}, "tie_word_embeddings is False"),

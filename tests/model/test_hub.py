@@ -132,7 +132,7 @@ TROUBLE: dict[str, tuple[BaseException, list[str]]] = {
     ),
     "no such model": (
         http_error(errors.RepositoryNotFoundError, "401 Client Error.\nRepository Not Found"),
-        ["no model on Hugging Face", "gemma-export FOLDER"],
+        ["nor a model on Hugging Face", "gemma-export FOLDER"],
     ),
     "hub is down": (
         http_error(errors.HfHubHTTPError, "503 Server Error\nmore"),

@@ -246,6 +246,11 @@ REFUSED: list[Any] = [
         replaced("weight_g_idx", torch.zeros(64, dtype=torch.int32)), f"{K_PROJ} has a weight_g_idx", id="g_idx"
     ),
     pytest.param(
+        lambda raw, state: state.update({f"{K_PROJ}.bias": torch.zeros(64)}),
+        f"holds {K_PROJ}.bias, which Gemma2ForCausalLM does not have",
+        id="a bias",
+    ),
+    pytest.param(
         lambda raw, state: state.pop(f"{K_PROJ}.weight_scale"), f"{K_PROJ}.weight_scale is missing", id="no scale"
     ),
     pytest.param(lambda raw, state: state.pop(f"{K_PROJ}.weight_packed"), f"{K_PROJ}.weight is missing", id="no codes"),
