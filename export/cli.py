@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,14 @@ def _list(names: Iterable[object]) -> str:
 
 
 PATH = click.Path(path_type=Path)
+
 SOURCE = (
     click.argument("model", default=DEFAULT_MODEL),
-    click.option("--lora", help="A PEFT adapter, a folder or a Hugging Face id, merged into the weights first."),
+    click.option(
+        "--lora",
+        multiple=True,
+        help="A PEFT adapter, a folder or a Hugging Face id, merged into the weights first.",
+    ),
 )
 INTEGERS = (
     click.option(
@@ -169,7 +174,7 @@ def make(as_json: bool, **choices: Any) -> None:
 @click.option("-o", "--out", type=PATH, required=True, help="The folder of the quantized checkpoint.")
 @click.option("--force", is_flag=True, help="Replace an existing quantized checkpoint.")
 @JSON
-def quantize_command(model: str, lora: str | None, out: Path, force: bool, as_json: bool, **choices: Any) -> None:
+def quantize_command(model: str, lora: tuple[str, ...], out: Path, force: bool, as_json: bool, **choices: Any) -> None:
     """Quantize MODEL alone: a Hugging Face folder of integers, without a bundle.
 
     transformers and vLLM load the folder, and gemma-export takes it as a model.
@@ -182,7 +187,7 @@ def quantize_command(model: str, lora: str | None, out: Path, force: bool, as_js
 
     _show_warnings()
     options = _quantize_options(choices)
-    made = api.quantize(model, out, options, lora=lora, force=force, progress=report.progress_bar)
+    made = api.quantize(model, out, options, lora=_one_adapter(lora), force=force, progress=report.progress_bar)
     if as_json:
         click.echo(json.dumps(report.quantized_to_json(made), indent=1))
     else:
@@ -292,8 +297,17 @@ def _quantize_options(choices: dict[str, Any]) -> QuantizeOptions:
 
 def _options(choices: dict[str, Any]) -> ExportOptions:
     _need_torch()
-    quantization = _quantize_options(choices)
-    return ExportOptions(**choices, quantization=quantization)
+    quantization, lora = _quantize_options(choices), _one_adapter(choices.pop("lora"))
+    return ExportOptions(**choices, lora=lora, quantization=quantization)
+
+
+def _one_adapter(lora: Sequence[str]) -> str | None:
+    """The adapter. A second one is refused: click alone would take the last and say nothing."""
+    if len(lora) > 1:
+        raise InputError(
+            field="lora", value=" ".join(lora), hint="only one adapter is merged: merge the others into the model first"
+        )
+    return lora[0] if lora else None
 
 
 class _Warnings(logging.Formatter):

@@ -20,6 +20,7 @@ COMPANIONS = (
     "chat_template.jinja",
     "generation_config.json",
 )
+ID = r"[\w.-]+/[\w.-]+"  # of a model on Hugging Face
 FILES = ["*.json", "*.safetensors", *COMPANIONS]
 HINT = "download the model yourself and pass its folder: gemma-export FOLDER"
 
@@ -61,6 +62,19 @@ def companions(folder: Path) -> dict[str, Path]:
     return result
 
 
+def resolve_adapter(lora: str | Path) -> Path:
+    """The folder of a PEFT adapter given as a folder or a hub id.
+
+    Raises:
+        InputError: as `resolve` does.
+    """
+    if not Path(lora).is_dir() and not re.fullmatch(ID, str(lora)):
+        raise InputError(
+            field="lora", value=lora, hint="give a PEFT adapter's folder with adapter_config.json, or a Hugging Face id"
+        )
+    return resolve(str(lora))
+
+
 def resolve(model: str) -> Path:
     """The folder of a model given as a folder or a hub id.
 
@@ -70,7 +84,7 @@ def resolve(model: str) -> Path:
     """
     if Path(model).is_dir():
         return Path(model)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or Path(model).exists():
+    if not re.fullmatch(ID, model) or Path(model).exists():
         raise InputError(f"{model} is neither a folder nor a Hugging Face model id like {DEFAULT_MODEL}")
     try:
         import huggingface_hub

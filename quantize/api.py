@@ -132,7 +132,7 @@ def open_source(model: str, lora: str | Path | None) -> Weights:
     """
     folder = hub.resolve(model)
     hub.companions(folder)
-    return open_weights(folder, lora=hub.resolve(str(lora)) if lora is not None else None)
+    return open_weights(folder, lora=hub.resolve_adapter(lora) if lora is not None else None)
 
 
 def choose_recipe(

@@ -111,21 +111,8 @@ def _option(name: str) -> str:
     return name
 
 
-def _takes_one(parameter: click.Parameter) -> bool:
-    return isinstance(parameter, click.Option) and not (parameter.multiple or parameter.is_flag or parameter.count)
-
-
 class Command(click.Command):
-    """A click command with `one_line_errors`, which refuses a second value for an option that takes one."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """See click.Command."""
-        _, _, order = self.make_parser(ctx).parse_args(args=list(args))
-        repeated = next((option for option in order if _takes_one(option) and order.count(option) > 1), None)
-        if repeated is not None:
-            name = max(repeated.opts, key=len)
-            raise click.UsageError(f"{name} is given {order.count(repeated)} times; it takes one value", ctx)
-        return super().parse_args(ctx, args)
+    """A click command with `one_line_errors`."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""

@@ -52,22 +52,6 @@ def test_the_command_line_spells_parameters_its_own_way() -> None:
     assert result.stderr == "error: --bits 5; supported: 4, 8; BUNDLE and `plan --json` and other stay\n"
 
 
-@main.command(cls=Command)
-@click.option("--lora")
-@click.option("--text", multiple=True)
-@click.option("--force", is_flag=True)
-def takes(lora: str, text: tuple[str, ...], force: bool) -> None:
-    click.echo(f"{lora} {text} {force}")
-
-
-def test_a_second_value_for_an_option_that_takes_one_is_not_dropped() -> None:
-    result = CliRunner().invoke(main, ["takes", "--lora", "a", "--text", "x", "--lora", "b"])
-    assert result.exit_code == 2
-    assert result.stderr.splitlines()[-1] == "Error: --lora is given 2 times; it takes one value"
-    many = ["takes", "--lora", "a", "--text", "x", "--text", "y", "--force", "--force"]
-    assert CliRunner().invoke(main, many).stdout == "a ('x', 'y') True\n"
-
-
 def test_a_note_is_spelled_as_the_command_that_runs_spells_it() -> None:
     command = click.Command(
         "run", params=[click.Option(["--speculate"])], callback=lambda **_: click.echo(spelled(NOTE))

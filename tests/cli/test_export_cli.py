@@ -73,7 +73,8 @@ def test_plan_predicts_without_writing(tmp_path: Path, monkeypatch: pytest.Monke
         (["--context", "0"], ["--context 0", "1 to 512"]),
         (["--prefill-chunk", "0"], ["--prefill-chunk 0"]),
         (["--ram", "0.05"], ["0.05 GiB", "--ram"]),
-        (["--lora", "/nowhere"], ["/nowhere", "adapter_config.json"]),
+        (["--lora", "/nowhere"], ["--lora /nowhere", "adapter_config.json", "Hugging Face id"]),
+        (["--lora", "a", "--lora", "b"], ["--lora a b", "only one adapter"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )

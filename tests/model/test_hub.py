@@ -15,7 +15,7 @@ import pytest
 from huggingface_hub import constants, errors
 
 from gemma_edge.errors import InputError
-from gemma_edge.model.hub import COMPANIONS, DEFAULT_MODEL, copy_companions, resolve
+from gemma_edge.model.hub import COMPANIONS, DEFAULT_MODEL, copy_companions, resolve, resolve_adapter
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -76,6 +76,13 @@ def message(model: str) -> str:
         resolve(model)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
     return str(caught.value)
+
+
+def test_an_adapter_may_come_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = hub_says(monkeypatch, lambda: str(tmp_path))
+    assert resolve_adapter("someone/adapter") == tmp_path
+    assert [call["model"] for call in calls] == ["someone/adapter"]
+    assert resolve_adapter(tmp_path) == tmp_path
 
 
 def test_a_folder_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
