@@ -5,7 +5,7 @@ STAMP := .venv/.set-up
 BUNDLE := out/tiny-gemma2
 PROMPT := And the LORD said unto
 
-.PHONY: help setup demo phone tflite-runtime test clean
+.PHONY: help setup demo phone tflite-runtime test campaign sbom clean
 
 help:
 	@echo 'make setup   make .venv and install everything into it (the other targets do it when needed)'
@@ -15,6 +15,8 @@ help:
 	@echo 'make android       a signed APK of the app, without Android SDK and Gradle; needs the same'
 	@echo 'make phone   fetch Android'"'"'s adbd from Debian into out/phone: with it the tests of gemma-bench --device run'
 	@echo 'make tflite-runtime  an environment for tflite-runtime in out/tflite-runtime: with it its tests run; needs Python 3.11'
+	@echo 'make campaign      hostile inputs, bundles, clients and moments, by the thousand: an hour; ARGS="--seed 7" is passed on'
+	@echo 'make sbom    the list of installed packages with versions and licences, as CycloneDX, in out/sbom.cdx.json'
 	@echo 'make clean   remove everything that these made, except .venv'
 
 setup: $(STAMP)
@@ -64,6 +66,17 @@ test: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# Each prints how many tries it made and what became of them, and fails at the first campaign with a bad outcome.
+CAMPAIGNS ?= inputs bundles states kill disk memory server
+campaign: setup
+	for name in $(CAMPAIGNS); do PYTHONPATH=tests $(BIN)/python -m campaigns.$$name $(ARGS) || exit 1; done
+
+sbom: setup
+	@mkdir -p out
+	PATH="$(BIN):$$PATH" uv tool run --from cyclonedx-bom==7.5.0 cyclonedx-py environment .venv \
+		--pyproject pyproject.toml --mc-type library --output-reproducible -o out/sbom.cdx.json
+	@echo 'in out/sbom.cdx.json'
 
 -include tools/android.mk
 
