@@ -31,6 +31,7 @@ from gemma_edge.model.checkpoint import (
 )
 from gemma_edge.model.config import Gemma2Config, read_json
 from gemma_edge.model.quantized import GROUP_MULTIPLE, QuantConfig, QuantizedTensor
+from gemma_edge.quantize.checkpoint.gptq_awq import PackedCheckpoint
 from gemma_edge.quantize.checkpoint.kv_scales import read_kv_scales
 from gemma_edge.quantize.checkpoint.packing import unpack
 from gemma_edge.quantize.recipe import Recipe, recipe_name
@@ -201,12 +202,15 @@ def open_weights(folder: Path, *, lora: Path | None = None) -> Weights:
     Raises:
         InputError: the folder cannot be used, or a LoRA is given for integers.
     """
-    if "quantization_config" not in read_json(folder / "config.json"):
+    quantization = read_json(folder / "config.json").get("quantization_config")
+    if quantization is None:
         return Checkpoint.open(folder, lora=lora)
     if lora:
         raise InputError(
             f"{folder} is already quantized; a LoRA can only be merged into float weights", field="lora", value=lora
         )
+    if isinstance(quantization, dict) and quantization.get("quant_method") in ("gptq", "awq"):
+        return PackedCheckpoint.open(folder, quantization)
     return QuantizedCheckpoint.open(folder)
 
 
