@@ -178,7 +178,7 @@ def _refuse_other_formats(folder: Path, quantization: dict[str, Any]) -> None:
     if stored != ("compressed-tensors", "pack-quantized"):
         raise InputError(
             f"{folder} is quantized as {stored[0]} / {stored[1]}; supported: compressed-tensors / pack-quantized,"
-            " or pass the original float folder"
+            " gptq, awq, or pass the original float folder"
         )
     for key in ("transform_config", "kv_cache_scheme"):
         if quantization.get(key):
