@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gemma_edge.errors import InputError
+from gemma_edge.errors import InputError, one_line
 from gemma_edge.logits import Logits
 from gemma_edge.runtimes.generation.closing import MAX_CLOSING_TOKENS, Closer, Quotes
 from gemma_edge.runtimes.generation.vocabulary import Vocabulary, allowed_tokens
@@ -95,7 +95,10 @@ def check_schema(schema: Any) -> None:
                 raise InputError(f"the JSON schema cannot be followed: {problem}")
     from llguidance import LLMatcher
 
-    failed, words = LLMatcher.validate_grammar_with_warnings(_grammar(schema))
+    try:
+        failed, words = LLMatcher.validate_grammar_with_warnings(_grammar(schema))
+    except ValueError as error:  # a text in it is not valid UTF-8
+        raise InputError(f"the JSON schema cannot be followed: {one_line(error)}") from None
     if failed:
         raise InputError(f"the JSON schema cannot be followed: {' '.join(words[0].split())}")
 

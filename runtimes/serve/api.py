@@ -93,6 +93,7 @@ async def _stream(job: Job, request: ParsedRequest, form: ResponseForm, send: Se
     async def event(data: Any) -> None:
         text = f"data: {data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)}\n\n"
         await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+        await asyncio.sleep(0)  # others get their turn, and it is noticed that the client has gone
 
     headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
     await send({"type": "http.response.start", "status": 200, "headers": headers})

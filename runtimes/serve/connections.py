@@ -8,6 +8,7 @@ import logging
 import os
 import resource
 import socket
+from collections.abc import Callable
 from typing import Any
 
 from h11 import IDLE
@@ -57,6 +58,7 @@ class Connection(H11Protocol):
 
     def drop(self) -> None:
         """End the connection at once, without sending what is left."""
+        self.connections.discard(self)  # asyncio calls connection_lost only later
         self.transport.abort()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -117,11 +119,23 @@ class Connection(H11Protocol):
         self._timer = None if seconds is None else self.loop.call_later(seconds, self.drop)
 
 
+def _nothing() -> None:
+    """What a server does about being ready, unless it is told."""
+
+
 class LimitedServer(Server):
     """The server: its connections are limited, and when it ends, all answers end."""
 
-    def __init__(self, app: Starlette, engine: Engine, *, log_requests: bool) -> None:
-        """Configure uvicorn for an app around an engine."""
+    def __init__(
+        self, app: Starlette, engine: Engine, *, log_requests: bool = False, ready: Callable[[], None] = _nothing
+    ) -> None:
+        """Configure uvicorn.
+
+        Args:
+            app, engine: an app around an engine.
+            log_requests: whether a line is logged for each request.
+            ready: called when connections are accepted.
+        """
         protocol = type("LimitedConnection", (Connection,), {"limit": max_connections()})
         config = Config(
             app,
@@ -137,7 +151,7 @@ class LimitedServer(Server):
             timeout_graceful_shutdown=GRACE_S,
         )
         super().__init__(config)
-        self._engine = engine
+        self._engine, self._ready = engine, ready
         self._complained_s = -COMPLAINT_S
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -146,6 +160,7 @@ class LimitedServer(Server):
         await super().startup(sockets=sockets)
         for listener in sockets or []:
             listener.listen(QUEUED)  # uvicorn's backlog is both: how many are accepted at once, and how many are held
+        self._ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End all answers, then all connections."""

@@ -99,8 +99,14 @@ def serve(
     hosts = {*names_of_this_machine(), server.host.lower(), *(name.lower() for name in server.allow_host)}
     access = Access(server.api_key, frozenset(hosts), server.cors)
     logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stderr)
-    note(f"{engine.name} is running on {_url(server.host, listeners[0].getsockname()[1])} (Ctrl-C ends it)")
-    LimitedServer(application(engine, access), engine, log_requests=server.log).run(sockets=listeners)
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each write to a client that has just gone
+    url = _url(server.host, listeners[0].getsockname()[1])
+
+    def ready() -> None:
+        note(f"{engine.name} is running on {url} (Ctrl-C ends it)")
+
+    app = application(engine, access)
+    LimitedServer(app, engine, log_requests=server.log, ready=ready).run(sockets=listeners)
 
 
 def listen_on(server: ServerOptions) -> list[socket.socket]:

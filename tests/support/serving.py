@@ -31,7 +31,7 @@ def in_a_thread(engine: Engine, access: Access | None = None) -> Iterator[int]:
     """A server in a thread; its port."""
     listeners = listen_on(ServerOptions(port=0))
     port: int = listeners[0].getsockname()[1]
-    server = LimitedServer(application(engine, access or Access()), engine, log_requests=False)
+    server = LimitedServer(application(engine, access or Access()), engine)
     thread = threading.Thread(target=server.run, args=(listeners,))
     thread.start()
     until(lambda: server.started)
