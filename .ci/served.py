@@ -21,7 +21,8 @@ with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
 
         def ask(body: dict[str, Any]) -> str:
             """The answer's text."""
-            request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode())
+            headers = {"Content-Type": "application/json"}
+            request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), headers)
             with urllib.request.urlopen(request, timeout=60) as answer:
                 return str(json.load(answer)["choices"][0]["text"])
 

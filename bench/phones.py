@@ -6,6 +6,7 @@ docs/measure/benchmarking.md describes the app's side. adb.py talks to the phone
 from __future__ import annotations
 
 import re
+import shlex
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -38,6 +39,8 @@ MIB = 1 << 20
 SPARE_BYTES = 64 * MIB
 # POLL_S: how often the phone is asked whether the result is there.
 POLL_S = 1.0
+# END_OF_VALUE: stands between the properties that a phone prints.
+END_OF_VALUE = "--end-of-value--"
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,11 @@ def facts(phone: Device) -> Facts:
     """
     names = ("ro.product.manufacturer", "ro.product.model", "ro.soc.manufacturer", "ro.soc.model", "ro.board.platform",
              "ro.build.version.release", "ro.build.version.sdk", "ro.product.cpu.abilist", "ro.product.cpu.abi")  # fmt: skip
-    values = phone.shell("; ".join(f'echo "$(getprop {name})"' for name in names)).splitlines()
+    answer = phone.shell("; ".join(f"getprop {name}; echo {END_OF_VALUE}" for name in names))
+    # a maker may write anything into a property, line ends and control characters included
+    values = ["".join(filter(str.isprintable, " ".join(value.split()))) for value in answer.split(END_OF_VALUE)]
     values += [""] * (len(names) - len(values))
-    maker, model, soc_maker, soc, platform, release, sdk, abilist, abi = (value.strip() for value in values)
+    maker, model, soc_maker, soc, platform, release, sdk, abilist, abi = values[: len(names)]
     abis = tuple(filter(None, (abilist or abi).split(",")))
     memory = re.search(r"MemTotal:\s+(\d+) kB", phone.shell("cat /proc/meminfo"))
     rows = phone.shell("df -k /data/local/tmp").splitlines()
@@ -166,7 +171,7 @@ class PhoneBundle:
         total = sum(file.bytes for file in files.values())
         check(self._phone, known, self._manifest, max(0, total - there))
         folders = {f"{self._folder}/{name}".rpartition("/")[0] for name in files}
-        self._phone.shell(f"mkdir -p {' '.join(sorted(folders))}")
+        self._phone.shell(f"mkdir -p {shlex.join(sorted(folders))}")
         with progress(f"send to {self._phone.serial}", total, True) as advance:
             for name, file in files.items():
                 local = self._path / MANIFEST if name == MANIFEST else confined(self._path, name)

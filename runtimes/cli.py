@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,15 +63,18 @@ def chat(bundle: Path, prompt: str | None, load_prefix: Path | None, **choices: 
 
 
 @main.command(SERVE, cls=RunCommand, params=parameters(SERVE))
-def serve(bundle: Path, host: str, port: int, backend: str | None, threads: int | None, **choices: Any) -> None:
+def serve(bundle: Path, backend: str | None, threads: int | None, api_key: str | None, **choices: Any) -> None:
     """Serve the BUNDLE over HTTP to clients of OpenAI's API.
 
-    The server also has a chat page. The sampling options apply to requests that do not set them. Ctrl-C ends the server.
+    The server also has a chat page. --max-tokens and the sampling options apply to requests that do not set them. Ctrl-C ends the
+    server.
     """
     options = _generation(choices, greedy_filters=True)
     from gemma_edge.runtimes.serve import server
 
-    server.serve(bundle, options, server.Address(host, port), backend=backend, threads=threads)
+    if api_key is None and not choices["no_auth"]:
+        api_key = os.environ.get(server.KEY_VARIABLE) or None
+    server.serve(bundle, options, server.ServerOptions(api_key=api_key, **choices), backend=backend, threads=threads)
 
 
 @main.command(PREFIX, cls=RunCommand, params=parameters(PREFIX))

@@ -52,7 +52,7 @@ CHOICES = (
     _choice((PREFIX,), "-o", "--save", "save", type=FILE, metavar="FILE", required=True, help="The file to write."),
     _choice((PREFIX,), "--chat", is_flag=True, help="The text will begin the first turn of a chat."),
     _choice(
-        ANSWERING,
+        GENERATING,
         "-n",
         "--max-tokens",
         type=int,
@@ -129,11 +129,47 @@ CHOICES = (
         "--host",
         default="127.0.0.1",
         show_default=True,
-        help="Address to listen on; 0.0.0.0 lets the whole network in.",
+        help="Address to listen on; 0.0.0.0 opens the server to the network, which needs a key.",
     ),
     _choice(
         (SERVE,), "--port", type=int, default=8080, show_default=True, help="Port to listen on; 0 takes a free one."
     ),
+    _choice(
+        (SERVE,),
+        "--api-key",
+        metavar="KEY",
+        help="Key that requests must bring. Other users of this machine can see it here; $GEMMA_EDGE_API_KEY is safer.",
+    ),
+    _choice(
+        (SERVE,),
+        "--no-auth",
+        is_flag=True,
+        help="Let everybody in who can reach the server, where --host opens it to the network.",
+    ),
+    _choice(
+        (SERVE,),
+        "--allow-host",
+        multiple=True,
+        metavar="NAME",
+        help="Further name of this machine that requests may use; can be repeated. A server with a key allows all names.",
+    ),
+    _choice(
+        (SERVE,),
+        "--cors",
+        multiple=True,
+        metavar="ORIGIN",
+        help="Web page that may send requests, such as http://localhost:3000; can be repeated. Default: only the chat page.",
+    ),
+    _choice(
+        (SERVE,),
+        "--time-limit",
+        type=float,
+        default=600.0,
+        show_default=True,
+        metavar="SECONDS",
+        help="The longest time that one answer may take.",
+    ),
+    _choice((SERVE,), "--log", is_flag=True, help="Print one line to stderr for each request."),
     _choice(
         COMMANDS,
         "--backend",
@@ -146,7 +182,7 @@ CHOICES = (
         help="Number of threads, at most the number of cores. Default: the number that the bundle's target sets.",
     ),
     _choice(
-        ANSWERING,
+        GENERATING,
         "--strict",
         is_flag=True,
         help="Refuse a text that is longer than the context. Default: its oldest tokens are forgotten.",
@@ -164,7 +200,6 @@ CHOICES = (
 # What to do instead, where there is something
 HINTS = {
     (SERVE, "json_schema"): "requests bring their schema in response_format",
-    (SERVE, "max_tokens"): "requests bring max_tokens",
 }
 
 

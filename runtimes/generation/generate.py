@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gemma_edge.errors import InputError
+from gemma_edge.logits import Logits
 from gemma_edge.runtimes.engines.base import Runtime
 from gemma_edge.runtimes.generation.constrain import Constraint, Grammar
 from gemma_edge.runtimes.generation.sampling import Sampler, SamplingParams
@@ -70,6 +71,7 @@ class GenerationState:
     cancelled: Callable[[], bool] = never  # called before every few prompt chunks and each token; True ends the answer
     grammar: Grammar | None = None  # a grammar over this bundle's vocabulary, with the same stop tokens
     speculation: Speculation | None = None  # the prompt lookup of this runtime
+    watch: Callable[[int, Logits], None] | None = None  # called with each token and the model's logits (V,) for it
     ids: list[int] = field(default_factory=list)  # the answer's tokens so far, without the stop token
 
 
@@ -105,17 +107,17 @@ def generate(
     if not ids:
         raise InputError("no token to feed: give at least one token id", field="ids")
     if options.strict:
-        _check_fits(runtime, len(ids), options.max_tokens)
+        check_fits(runtime.cache.context, len(ids), options.max_tokens, fed=runtime.position)
     state = state or GenerationState(Sampler(options.sampling))
     constraint = state.grammar.begin(options.max_tokens) if state.grammar else None
     return _tokens(runtime, ids, options.max_tokens, frozenset(stop_ids), state, constraint)
 
 
-def _check_fits(runtime: Runtime, prompt_tokens: int, max_tokens: int) -> None:
-    context = runtime.cache.context
-    if runtime.position + prompt_tokens + max_tokens <= context:
+def check_fits(context: int, prompt_tokens: int, max_tokens: int, *, fed: int = 0) -> None:
+    """Raise InputError if an answer of `max_tokens` would push tokens out of the context; `fed` were there before."""
+    if fed + prompt_tokens + max_tokens <= context:
         return
-    before = f"{runtime.position} tokens of conversation, " if runtime.position else ""
+    before = f"{fed} tokens of conversation, " if fed else ""
     raise InputError(
         f"{before}a prompt of {prompt_tokens} tokens and {max_tokens} new ones exceed the bundle's context of {context}",
         field="strict",
@@ -157,6 +159,8 @@ def _tokens(
                 return
             sampler.observe([token])
             state.ids.append(token)
+            if state.watch:
+                state.watch(token, logits)
             usage.new_tokens += 1
             # `finish` is set before the token is yielded, because the consumer may stop at this token
             usage.finish = LENGTH if usage.new_tokens == max_tokens else CANCELLED

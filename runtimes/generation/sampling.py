@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from gemma_edge.errors import InputError
 from gemma_edge.logits import Logits
 
-_MIN_TEMPERATURE = 1e-6  # logits / temperature must stay finite in float32
+_MIN_TEMPERATURE, _MAX_TEMPERATURE = 1e-6, 1e6  # logits / temperature must stay finite in float32
+_MIN_PENALTY, _MAX_PENALTY = 1e-6, 1e6  # logits / penalty and logits * penalty, too
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,17 @@ class SamplingParams:
         conditions = (
             (
                 "temperature",
-                self.temperature == 0 or _MIN_TEMPERATURE <= self.temperature < math.inf,
-                f"is neither 0, which is greedy, nor at least {_MIN_TEMPERATURE}",
+                self.temperature == 0 or _MIN_TEMPERATURE <= self.temperature <= _MAX_TEMPERATURE,
+                f"is neither 0, which is greedy, nor between {_MIN_TEMPERATURE} and {_MAX_TEMPERATURE:.0f}",
             ),
             ("top_k", self.top_k >= 0, "is below 0; 0 keeps every token"),
             ("top_p", 0 < self.top_p <= 1, "is not above 0 and at most 1; 1 keeps every token"),
             ("min_p", 0 <= self.min_p <= 1, "is not between 0 and 1; 0 keeps every token"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "is not a number above 0; 1 is off"),
+            (
+                "repetition_penalty",
+                _MIN_PENALTY <= self.repetition_penalty <= _MAX_PENALTY,
+                f"is not between {_MIN_PENALTY} and {_MAX_PENALTY:.0f}; 1 is off",
+            ),
             ("seed", self.seed is None or self.seed >= 0, "is below 0"),
         )
         for name, allowed, problem in conditions:

@@ -1,30 +1,38 @@
-"""The paths of the server: OpenAI's, counters, and the chat page. The form of requests and responses is openai.py's."""
+"""The paths of the server: OpenAI's, counters, and the chat page. What a request may hold is openai.py's."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from gemma_edge.errors import InputError
-from gemma_edge.runtimes.serve.engine import Engine, Job, Refused
-from gemma_edge.runtimes.serve.openai import ParsedRequest, ResponseForm, error_body, finish_reason
+from gemma_edge.runtimes.serve.access import Access, Checked
+from gemma_edge.runtimes.serve.body import Gone, read_body
+from gemma_edge.runtimes.serve.engine import Engine, Job
+from gemma_edge.runtimes.serve.openai import ParsedRequest
+from gemma_edge.runtimes.serve.refused import Refused, error_body, error_response
+from gemma_edge.runtimes.serve.responses import ResponseForm
 
-MAX_BODY_BYTES = 1 << 20  # the longest request
 PAGE_FILE = "page.html"
-# The page fetches nothing from elsewhere.
-PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+# The page fetches nothing from elsewhere, sends nothing elsewhere, and lies in no page of another site.
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
 
 
 @cache
@@ -33,75 +41,95 @@ def chat_page() -> str:
     return (files(__package__) / PAGE_FILE).read_text(encoding="utf-8")
 
 
-async def _pieces(request: Request, job: Job) -> AsyncIterator[str]:
-    """The answer's text as it comes; ends the job if the client has gone."""
-    ended = False
+class Answers:
+    """`/v1/chat/completions` or `/v1/completions`. The answer ends when the client goes away."""
+
+    def __init__(self, engine: Engine, *, chat: bool) -> None:
+        """Answer messages, or prompts."""
+        self.engine, self.chat = engine, chat
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request.
+
+        Raises:
+            InputError, Refused: it gets an error instead.
+        """
+        self.engine.counts["requests"] += 1
+        try:
+            body = await read_body(Request(scope, receive))
+        except Gone:
+            return
+        job = self.engine.submit(body, chat=self.chat)
+        answer = asyncio.create_task(self._answer(job, scope, receive, send))
+        gone = asyncio.create_task(_gone(receive))
+        try:
+            await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
+            if answer.done():
+                answer.result()
+        finally:
+            self.engine.end(job)
+            for task in (answer, gone):
+                task.cancel()
+
+    async def _answer(self, job: Job, scope: Scope, receive: Receive, send: Send) -> None:
+        request = await job.request()
+        form = ResponseForm(self.engine.name, self.chat, request.logprobs is not None)
+        if request.stream:
+            await _stream(job, request, form, send)
+            return
+        pieces = [piece async for piece in job.pieces()]
+        await JSONResponse(form.whole(pieces, job.total))(scope, receive, send)
+
+
+async def _gone(receive: Receive) -> None:
+    """Return when the client has gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _stream(job: Job, request: ParsedRequest, form: ResponseForm, send: Send) -> None:
+    """Send the answer as server-sent events."""
+
+    async def event(data: Any) -> None:
+        text = f"data: {data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)}\n\n"
+        await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+        await asyncio.sleep(0)  # others get their turn, and it is noticed that the client has gone
+
+    headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
     try:
-        while True:
-            try:
-                piece = await asyncio.wait_for(job.pieces.get(), 1)
-            except TimeoutError:
-                if await request.is_disconnected():
-                    return
-                continue
-            if piece is None:
-                ended = True
-                return
-            if isinstance(piece, Exception):
-                raise piece
-            yield piece
-    finally:
-        if not ended:
-            job.cancelled.set()
-
-
-async def _body(request: Request) -> Any:
-    """The request's JSON.
-
-    Raises:
-        Refused: the request is too long, or no JSON.
-    """
-    body = b""
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BODY_BYTES:
-            raise Refused(413, f"the request is longer than {MAX_BODY_BYTES} bytes")
-    try:
-        return json.loads(body)
-    except ValueError as error:
-        raise Refused(400, f"the request is no JSON: {error}") from None
+        if form.chat:
+            await event(form.role())
+        async for piece in job.pieces():
+            await event(form.piece(piece))
+    except (InputError, Refused) as error:
+        await event({"error": error_body(error)})
+    else:
+        if request.include_usage:
+            await event(form.usage(job.total))
+        await event("[DONE]")
+    await send({"type": "http.response.body", "body": b""})
 
 
 class Api:
-    """The paths, as OpenAI documents them: platform.openai.com/docs/api-reference."""
+    """The other paths, as OpenAI documents them: platform.openai.com/docs/api-reference."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
 
-    async def answer(self, request: Request) -> Response:
-        """`/v1/chat/completions` and `/v1/completions`."""
-        engine, chat = self.engine, request.url.path.endswith("/chat/completions")
-        engine.counts["requests"] += 1
-        parsed = ParsedRequest.parse(
-            await _body(request),
-            chat=chat,
-            defaults=engine.options,
-            tokenizer=engine.tokenizer,
-            template=engine.template,
-        )
-        has_schema = parsed.options.json_schema is not None
-        grammar = await run_in_threadpool(engine.grammar, parsed) if has_schema else None
-        job = engine.start(parsed, grammar)
-        form = ResponseForm(engine.name, chat)
-        if parsed.stream:
-            return StreamingResponse(_events(request, job, form), media_type="text/event-stream")
-        text = "".join([piece async for piece in _pieces(request, job)])
-        return JSONResponse(form.whole(text, job.usage))
-
     async def models(self, request: Request) -> Response:
         """`/v1/models`."""
-        model = {"id": self.engine.name, "object": "model", "created": self.engine.created, "owned_by": "gemma-edge"}
-        return JSONResponse({"object": "list", "data": [model]})
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def one_model(self, request: Request) -> Response:
+        """`/v1/models/NAME`."""
+        name = request.path_params["name"]
+        if name != self.engine.name:
+            raise Refused(404, f"there is no model {name!r}; this server has {self.engine.name!r}", param="model")
+        return JSONResponse(self._model())
+
+    def _model(self) -> dict[str, Any]:
+        return {"id": self.engine.name, "object": "model", "created": self.engine.created, "owned_by": "gemma-edge"}
 
     async def health(self, request: Request) -> Response:
         """`/health`: whether the server runs."""
@@ -117,47 +145,47 @@ class Api:
 
     async def page(self, request: Request) -> Response:
         """`/`: the chat page."""
-        return HTMLResponse(chat_page(), headers={"Content-Security-Policy": PAGE_POLICY})
+        return HTMLResponse(chat_page(), headers=PAGE_HEADERS)
 
 
-async def _events(request: Request, job: Job, form: ResponseForm) -> AsyncIterator[str]:
-    def event(data: Any) -> str:
-        return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
-
-    try:
-        async for piece in _pieces(request, job):
-            yield event(form.piece(piece, None))
-    except InputError as error:
-        yield event({"error": error_body(str(error))})
-        return
-    yield event(form.piece(None, finish_reason(job.usage)))
-    if job.request.include_usage:
-        yield event(form.usage(job.usage))
-    yield "data: [DONE]\n\n"
-
-
-def application(engine: Engine, hosts: list[str]) -> Starlette:
+def application(engine: Engine, access: Access) -> Starlette:
     """The server.
 
     Args:
         engine: what answers.
-        hosts: the host names that requests may use, "*" for any.
+        access: who may send requests.
     """
     api = Api(engine)
 
-    async def refuse(request: Request, error: Exception) -> Response:
+    def refused(error: Exception) -> Response:
         engine.counts["refused"] += 1
-        status = error.status if isinstance(error, Refused) else 400
-        return JSONResponse({"error": error_body(str(error))}, status)
+        return error_response(error)
 
-    kinds: dict[Any, Callable[[Request, Exception], Awaitable[Response]]] = {Refused: refuse, InputError: refuse}
+    async def refuse(request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException):  # Starlette's own: an unknown path, another method
+            message = f"{request.method} {request.scope['path']}: {error.detail}"
+            error = Refused(error.status_code, message, headers=error.headers)
+        return refused(error)
+
     routes = [
         Route("/", api.page),
-        Route("/v1/chat/completions", api.answer, methods=["POST"]),
-        Route("/v1/completions", api.answer, methods=["POST"]),
+        Route("/v1/chat/completions", Answers(engine, chat=True), methods=["POST"]),
+        Route("/v1/completions", Answers(engine, chat=False), methods=["POST"]),
         Route("/v1/models", api.models),
+        Route("/v1/models/{name:path}", api.one_model),
         Route("/health", api.health),
         Route("/metrics", api.metrics),
     ]
-    guard = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts)]
-    return Starlette(routes=routes, middleware=guard, exception_handlers=kinds)
+    methods, headers = ["GET", "POST"], ["*"]
+    guards = [
+        Middleware(Checked, check=access.check_place, refuse=refused),
+        Middleware(CORSMiddleware, allow_origins=access.origins, allow_methods=methods, allow_headers=headers),
+        Middleware(Checked, check=access.check_key, refuse=refused),
+    ]
+    app = Starlette(
+        routes=routes,
+        middleware=guards if access.origins else [guards[0], guards[2]],
+        exception_handlers={kind: refuse for kind in (Refused, InputError, HTTPException)},
+    )
+    app.router.redirect_slashes = False
+    return app

@@ -1,133 +1,227 @@
 """The queue in front of the one runtime: one answer at a time, in the order of arrival.
 
-The cache is kept between requests, so a conversation costs only its new turn.
+The cache is kept between requests, so a conversation costs only its new turn. Requests are read and answered in two threads, so
+that the server itself always answers. All methods of `Engine` belong to the thread of the event loop, unless they say otherwise.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from time import monotonic
-
-from starlette.concurrency import run_in_threadpool
+from typing import Any
 
 from gemma_edge.runtimes.engines.base import Runtime
 from gemma_edge.runtimes.generation.constrain import Grammar
 from gemma_edge.runtimes.generation.generate import GenerationOptions, GenerationState, Usage
 from gemma_edge.runtimes.generation.sampling import Sampler
 from gemma_edge.runtimes.generation.text_generator import TextGenerator
-from gemma_edge.runtimes.serve.openai import ParsedRequest
+from gemma_edge.runtimes.serve.logprobs import Recorder
+from gemma_edge.runtimes.serve.openai import Model, ParsedRequest
+from gemma_edge.runtimes.serve.refused import Refused
+from gemma_edge.runtimes.serve.responses import Piece, Total, finish_reason
 from gemma_edge.text.chat import ChatTemplate
 from gemma_edge.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
 MAX_WAITING = 32  # requests in the queue
-MAX_ANSWER_S = 600.0  # seconds that one answer may take, from the start of its prompt
+TIME_LIMIT_S = 600.0  # seconds that the answer to one request may take, from the start of its prompt
 
 
-class Refused(Exception):
-    """A request that gets an error in place of an answer."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status  # HTTP's
-
-
-@dataclass
 class Job:
-    """One answer on its way."""
+    """One request on its way to an answer."""
 
-    request: ParsedRequest
-    grammar: Grammar | None = None
-    usage: Usage = field(default_factory=Usage)
-    cancelled: threading.Event = field(default_factory=threading.Event)
-    pieces: asyncio.Queue[str | Exception | None] = field(default_factory=asyncio.Queue)  # None is the end
+    def __init__(self, body: dict[str, Any], *, chat: bool) -> None:
+        """Belongs to the event loop that runs."""
+        self.body, self.chat = body, chat
+        self.total = Total()
+        self.cancelled = threading.Event()
+        self._loop = asyncio.get_running_loop()
+        self._request: asyncio.Future[ParsedRequest] = self._loop.create_future()
+        self._pieces: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()  # None is the end
+
+    async def request(self) -> ParsedRequest:
+        """The request, when it has been read.
+
+        Raises:
+            InputError, Refused: it gets no answer.
+        """
+        return await self._request
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """The answer as it comes.
+
+        Raises:
+            InputError, Refused: it ends here.
+        """
+        while (piece := await self._pieces.get()) is not None:
+            if isinstance(piece, Exception):
+                raise piece
+            yield piece
+
+    def call(self, function: Callable[..., object], *args: object) -> None:
+        """Call a function in the thread of the event loop. Any thread may do so."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits any more
+            self._loop.call_soon_threadsafe(function, *args)
+
+    def take(self, what: ParsedRequest | Piece | Exception | None) -> None:
+        """Hand something to whoever waits for the answer. It belongs to the thread of the event loop."""
+        if self.cancelled.is_set():
+            return
+        if isinstance(what, ParsedRequest):
+            self._request.set_result(what)
+        elif isinstance(what, Exception) and not self._request.done():
+            self._request.set_exception(what)
+            self._request.exception()  # asyncio would report an error that nobody waits for
+        else:
+            self._pieces.put_nowait(what)
 
 
 class Engine:
-    """The one runtime, and the queue of answers that wait for it."""
+    """The one runtime, and the queue of requests that wait for it."""
 
-    def __init__(self, runtime: Runtime, options: GenerationOptions, notify: Callable[[str], None] = log.info) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        options: GenerationOptions,
+        notify: Callable[[str], None] = log.info,
+        *,
+        time_limit_s: float = TIME_LIMIT_S,
+    ) -> None:
         """Take over a runtime.
 
         Args:
             runtime: must not be used by anything else from now on.
             options: for what a request leaves open.
             notify: called with one sentence when prompt lookup turns out to be of no use with this runtime.
+            time_limit_s: after how many seconds an answer ends.
 
         Raises:
             InputError: a token-level bundle.
         """
-        self.runtime, self.options = runtime, options
-        self.tokenizer = Tokenizer(runtime.bundle, runtime.manifest)
-        self.template = ChatTemplate.from_bundle(runtime.bundle)
-        self.generator = TextGenerator(runtime, self.tokenizer, notify)
+        self.runtime, self.options, self.time_limit_s = runtime, options, time_limit_s
+        tokenizer, template = Tokenizer(runtime.bundle, runtime.manifest), ChatTemplate.from_bundle(runtime.bundle)
+        self.model = Model(tokenizer, template, runtime.vocab_size, runtime.cache.context)
+        self.generator = TextGenerator(runtime, tokenizer, notify)
         self.generator.prepare(options)
         self.name = runtime.manifest.model.name
         self.created = int(time.time())
-        self.waiting = 0
         self.counts = dict.fromkeys(
             ("requests", "refused", "cancelled", "prompt_tokens", "cached_tokens", "new_tokens"), 0
         )
-        self._turn = asyncio.Lock()  # first come, first served
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._jobs: set[Job] = set()  # all that have not ended
+        self._waiting: set[Job] = set()
+        self._closing = False
+        # one thread each, first come, first served
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="read")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="answer")
 
-    def grammar(self, request: ParsedRequest) -> Grammar | None:
-        """The grammar that the answer must fit. The first one takes a second, the next ones some milliseconds.
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for their turn."""
+        return len(self._waiting)
+
+    def submit(self, body: dict[str, Any], *, chat: bool) -> Job:
+        """Put a request into the queue.
+
+        Args:
+            body: its JSON.
+            chat: whether it brings messages; else it brings a prompt.
 
         Raises:
-            InputError: the schema cannot be followed, or not within the request's tokens.
+            Refused: the queue is full, or the server is shutting down.
         """
-        grammar = self.generator.grammar(request.options)
-        if grammar:
-            grammar.begin(request.options.max_tokens)
-        return grammar
-
-    def start(self, request: ParsedRequest, grammar: Grammar | None = None) -> Job:
-        """Put an answer into the queue.
-
-        Raises:
-            Refused: the queue is full.
-        """
+        if self._closing:
+            raise _shutting_down()
         if self.waiting >= MAX_WAITING:
-            raise Refused(503, f"{self.waiting} requests are waiting already; try again later")
-        job = Job(request, grammar)
-        self.waiting += 1
-        task = asyncio.create_task(self._work(job))
-        self._tasks.add(task)  # asyncio itself keeps no reference to it
-        task.add_done_callback(self._tasks.discard)
+            message = f"{self.waiting} requests are waiting already; try again later"
+            raise Refused(503, message, headers={"Retry-After": "1"})
+        job = Job(body, chat=chat)
+        self._jobs.add(job)
+        self._waiting.add(job)
+        self._reader.submit(self._read, job)
         return job
 
-    async def _work(self, job: Job) -> None:
-        loop = asyncio.get_running_loop()
+    def end(self, job: Job) -> None:
+        """Nobody waits for the answer any more: because it is complete, or because the client has gone."""
+        job.cancelled.set()
+        self._jobs.discard(job)
+        self._waiting.discard(job)
+
+    def close(self) -> None:
+        """End all answers and take no more requests."""
+        self._closing = True
+        for job in list(self._jobs):
+            job.take(_shutting_down())
+            self.end(job)
+
+    def _read(self, job: Job) -> None:
+        """Read a request. It runs in the thread of the reader."""
+        if job.cancelled.is_set():
+            return
         try:
-            async with self._turn:
-                self.waiting -= 1
-                if not job.cancelled.is_set():
-                    await run_in_threadpool(
-                        self._answer, job, lambda piece: loop.call_soon_threadsafe(job.pieces.put_nowait, piece)
-                    )
+            request = ParsedRequest.parse(job.body, chat=job.chat, defaults=self.options, model=self.model)
+            # the first grammar takes a second, the next ones some milliseconds
+            grammar = self.generator.grammar(request.options)
+            if grammar:
+                grammar.begin(request.options.max_tokens)
         except Exception as error:  # noqa: BLE001 (the request that waits for the answer raises it)
-            job.pieces.put_nowait(error)
+            job.call(job.take, error)
+        else:
+            job.call(job.take, request)
+            self._writer.submit(self._write, job, request, grammar)
+
+    def _write(self, job: Job, request: ParsedRequest, grammar: Grammar | None) -> None:
+        """Answer a request. It runs in the thread of the writer."""
+        if not job.cancelled.is_set():
+            job.call(self._waiting.discard, job)
+            try:
+                self._answer(job, request, grammar)
+            except Exception as error:  # noqa: BLE001 (the request that waits for the answer raises it)
+                job.call(job.take, error)
+        job.call(self._count, job)
+        job.call(job.take, None)
+
+    def _count(self, job: Job) -> None:
         self.counts["cancelled"] += job.cancelled.is_set()
         for name in ("prompt_tokens", "cached_tokens", "new_tokens"):
-            self.counts[name] += getattr(job.usage, name)
-        job.pieces.put_nowait(None)
+            self.counts[name] += getattr(job.total, name)
 
-    def _answer(self, job: Job, send: Callable[[str], object]) -> None:
-        """Generate one answer. It runs in a thread of its own, so that the server answers other requests meanwhile."""
-        end = monotonic() + MAX_ANSWER_S
-        options = job.request.options
-        state = GenerationState(
-            Sampler(options.sampling),
-            usage=job.usage,
-            cancelled=lambda: job.cancelled.is_set() or monotonic() > end,
-            grammar=job.grammar,
-        )
-        for piece in self.generator.answer(job.request.ids, options, state):
-            send(piece)
+    def _answer(self, job: Job, request: ParsedRequest, grammar: Grammar | None) -> None:
+        end = monotonic() + self.time_limit_s
+
+        def cancelled() -> bool:
+            return job.cancelled.is_set() or monotonic() > end
+
+        state = GenerationState(Sampler(request.options.sampling), cancelled=cancelled, grammar=grammar)
+        for index in range(len(request.prompts)):
+            usage = Usage()
+            for piece in self._choice(request, index, replace(state, usage=usage, ids=[])):
+                job.call(job.take, piece)
+            job.total.add(usage, self.model.context)
+
+    def _choice(self, request: ParsedRequest, index: int, state: GenerationState) -> Iterator[Piece]:
+        """The pieces of the answer to one prompt."""
+        ids, recorder = request.prompts[index], None
+        state.sampler.forget()
+        if request.logprobs is not None:
+            recorder = Recorder(self.model.tokenizer, request.logprobs)
+            state = replace(state, watch=recorder.add)
+            if request.echo:
+                recorder.add_prompt(self.runtime, ids, state.cancelled)
+        if request.echo:
+            yield Piece(index, request.echo[index], recorder.take() if recorder else ())
+        for text in self.generator.answer(ids, request.options, state):
+            yield Piece(index, text, recorder.take() if recorder else ())
+        yield Piece(index, "", recorder.take() if recorder else (), finish_reason(state.usage))
+
+
+def _shutting_down() -> Refused:
+    return Refused(503, "the server is shutting down", headers={"Connection": "close"})

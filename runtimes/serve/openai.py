@@ -1,102 +1,147 @@
-"""OpenAI's requests, as tokens and options, and the form of the responses. Source: OpenAI's API reference."""
+"""OpenAI's requests as tokens and options. What has no place in them is fields.py's. Source: OpenAI's API reference."""
 
 from __future__ import annotations
 
-import time
-import uuid
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gemma_edge.errors import InputError
-from gemma_edge.runtimes.generation.constrain import ANY_OBJECT, check_schema
-from gemma_edge.runtimes.generation.generate import STOP, GenerationOptions, Usage
+from gemma_edge.runtimes.generation.generate import GenerationOptions, check_fits
 from gemma_edge.runtimes.generation.sampling import SamplingParams
+from gemma_edge.runtimes.serve.fields import get, refuse_unsupported
+from gemma_edge.runtimes.serve.refused import shown
+from gemma_edge.runtimes.serve.schemas import schema_of
 from gemma_edge.text.chat import ChatTemplate
 from gemma_edge.text.tokenizer import Tokenizer
 
 SYSTEM = ("system", "developer")
-# Fields that would change the answer and are not implemented -> their values that change nothing. Others are refused.
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "logprobs": (False, 0),
-    "top_logprobs": (0,),
-    "echo": (False,),
-    "suffix": ("",),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-}
 MAX_TOKENS = ("max_completion_tokens", "max_tokens")  # the first of these fields that is there counts
 INTEGERS = ("top_k", "seed")
 NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")  # some of them only other servers have
-SHOWN = 40  # characters of a wrong value in a message
+# The largest request. A larger one would keep the machine busy for long before it could be cancelled.
+MAX_NEW_TOKENS = 1 << 20
+MAX_PROMPTS = 32
+MAX_MESSAGES = 2048
+MAX_PROMPT_CHARS = 1 << 18
+MAX_STOPS, MAX_STOP_CHARS = 16, 256
+MAX_TOP_LOGPROBS = 20
+
+
+@dataclass(frozen=True)
+class Model:
+    """The parts of a bundle that reading a request needs."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    vocab_size: int
+    context: int
 
 
 @dataclass(frozen=True)
 class ParsedRequest:
     """One request."""
 
-    ids: list[int]  # the prompt
+    prompts: tuple[tuple[int, ...], ...]  # token ids; each gets an answer of its own
     options: GenerationOptions
-    stream: bool  # whether the answer is sent in pieces
-    include_usage: bool  # whether a stream ends with the usage
+    stream: bool = False  # whether the answer is sent in pieces
+    include_usage: bool = False  # whether a stream ends with the usage
+    logprobs: int | None = None  # how many alternatives come with each token; None: no log-probabilities
+    echo: tuple[str, ...] = ()  # what stands in front of each answer: its prompt, if requested
 
     @classmethod
-    def parse(
-        cls, body: Any, *, chat: bool, defaults: GenerationOptions, tokenizer: Tokenizer, template: ChatTemplate
-    ) -> ParsedRequest:
+    def parse(cls, body: Any, *, chat: bool, defaults: GenerationOptions, model: Model) -> ParsedRequest:
         """Read a request.
 
         Args:
             body: its JSON.
             chat: whether it brings messages; else it brings a prompt.
             defaults: for what it leaves open.
-            tokenizer, template: those of the bundle.
+            model: the bundle's parts.
 
         Raises:
-            InputError: a field is missing, is not as OpenAI's API says, or is not supported.
+            InputError: a field is missing, is not as OpenAI's API says, is too large, or is not supported.
         """
         if not isinstance(body, dict):
-            raise InputError("the request is no JSON object")
-        for name, allowed in UNSUPPORTED.items():
-            if body.get(name) is not None and body[name] not in allowed:
-                raise InputError(f"{name} {body[name]!r} is not supported; leave it out", field=name, value=body[name])
-        text = template.render(messages_of(body)) if chat else _get(body, "prompt", str, None)
-        if not isinstance(text, str):
-            raise InputError("prompt is missing; give one text", field="prompt")
-        options = replace(
-            defaults,
-            max_tokens=_max_tokens(body, defaults.max_tokens),
-            sampling=_sampling(body, defaults.sampling),
-            stop=_stop(body),
-            json_schema=schema_of(body),
+            raise InputError("the request is not a JSON object")
+        refuse_unsupported(body)
+        stop, schema, logprobs = _stop(body), schema_of(body), _logprobs(body, chat=chat)
+        sampling, max_tokens = _sampling(body, defaults.sampling), _max_tokens(body)
+        echo = get(body, "echo", bool, False)
+        if chat and echo:
+            raise InputError("echo is not supported with messages; leave it out", field="echo", value=echo)
+        if chat:
+            prompts = [_ids(model.template.render(messages_of(body)), model)]
+        else:
+            prompts = [_ids(prompt, model) for prompt in _prompts(body)]
+        if max_tokens is None:
+            max_tokens = _default_tokens(defaults, model.context, max(map(len, prompts)))
+        options = replace(defaults, max_tokens=max_tokens, sampling=sampling, stop=stop, json_schema=schema)
+        for ids in prompts if options.strict else ():
+            check_fits(model.context, len(ids), max_tokens)
+        return cls(
+            tuple(map(tuple, prompts)),
+            options,
+            stream=get(body, "stream", bool, False),
+            include_usage=bool(get(body, "stream_options", dict, {}).get("include_usage")),
+            logprobs=logprobs,
+            echo=tuple(_echoed(body["prompt"], prompts, model.tokenizer)) if echo else (),
         )
-        include_usage = bool(_get(body, "stream_options", dict, {}).get("include_usage"))
-        return cls(tokenizer.encode(text), options, _get(body, "stream", bool, False), include_usage)
 
 
-def _get(body: Mapping[str, Any], name: str, kind: type, default: Any) -> Any:
-    value = body.get(name)
-    if value is None:
-        return default
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise InputError(f"{name} {str(value)[:SHOWN]!r} is no {kind.__name__}", field=name, value=value)
-    return value
+def _default_tokens(defaults: GenerationOptions, context: int, prompt_tokens: int) -> int:
+    """The longest answer to a request that names none; where nothing may be forgotten, what is left of the context."""
+    left = context - prompt_tokens
+    return min(defaults.max_tokens, left) if defaults.strict and left > 0 else defaults.max_tokens
 
 
-def _max_tokens(body: Mapping[str, Any], default: int) -> int:
+def _prompts(body: Mapping[str, Any]) -> list[str | list[int]]:
+    """OpenAI's four forms of a prompt: a text, texts, token ids, lists of token ids."""
+    prompt = body.get("prompt")
+    prompts: list[Any] = prompt if isinstance(prompt, list) and prompt and not _is_ids(prompt) else [prompt]
+    if not all(isinstance(each, str) or _is_ids(each) for each in prompts):
+        raise InputError(
+            "prompt is missing; give a text, a list of texts, token ids, or lists of token ids", field="prompt"
+        )
+    if len(prompts) > MAX_PROMPTS:
+        raise InputError(f"prompt brings {len(prompts)} texts; give at most {MAX_PROMPTS}", field="prompt")
+    return prompts
+
+
+def _is_ids(prompt: Any) -> bool:
+    return isinstance(prompt, list) and bool(prompt) and all(type(each) is int for each in prompt)
+
+
+def _ids(prompt: str | list[int], model: Model) -> list[int]:
+    if len(prompt) > MAX_PROMPT_CHARS:
+        kind = "characters" if isinstance(prompt, str) else "tokens"
+        raise InputError(f"the prompt has {len(prompt)} {kind}; give at most {MAX_PROMPT_CHARS}", field="prompt")
+    if isinstance(prompt, str):
+        return model.tokenizer.encode(prompt)
+    if wrong := [each for each in prompt if not 0 <= each < model.vocab_size]:
+        limit = f"is not between 0 and {model.vocab_size - 1}"
+        raise InputError(f"the prompt's token id {shown(wrong[0])} {limit}", field="prompt", value=wrong[0])
+    return prompt
+
+
+def _echoed(prompt: Any, prompts: list[list[int]], tokenizer: Tokenizer) -> list[str]:
+    texts = [prompt] if isinstance(prompt, str) else prompt
+    return [
+        text if isinstance(text, str) else tokenizer.decode(ids)
+        for text, ids in zip(texts if len(texts) == len(prompts) else [None] * len(prompts), prompts, strict=True)
+    ]
+
+
+def _max_tokens(body: Mapping[str, Any]) -> int | None:
     for name in MAX_TOKENS:
-        value = _get(body, name, int, None)
-        if value is not None and value < 1:
-            raise InputError(f"{name} {value} is below 1", field=name, value=value)
+        value = get(body, name, int, None)
+        if value is not None and not 1 <= value <= MAX_NEW_TOKENS:
+            problem = "below 1" if value < 1 else f"above {MAX_NEW_TOKENS}"
+            raise InputError(f"{name} {shown(value)} is {problem}", field=name, value=value)
         if value is not None:
             return int(value)
-    return default
+    return None
 
 
 def _stop(body: Mapping[str, Any]) -> tuple[str, ...]:
@@ -104,7 +149,24 @@ def _stop(body: Mapping[str, Any]) -> tuple[str, ...]:
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
         raise InputError("stop is neither a text nor a list of texts", field="stop", value=stop)
+    if len(stop) > MAX_STOPS or any(len(text) > MAX_STOP_CHARS for text in stop):
+        limit = f"give at most {MAX_STOPS} texts of at most {MAX_STOP_CHARS} characters"
+        raise InputError(f"stop brings {len(stop)} texts, or too long ones; {limit}", field="stop")
     return tuple(stop)
+
+
+def _logprobs(body: Mapping[str, Any], *, chat: bool) -> int | None:
+    """How many alternatives come with each token: `top_logprobs` of a chat, `logprobs` itself of a completion."""
+    if chat:
+        count = get(body, "top_logprobs", int, 0) if get(body, "logprobs", bool, False) else None
+    else:
+        count = None if body.get("logprobs") is False else get(body, "logprobs", int, None)
+    if count is None and body.get("top_logprobs"):
+        raise InputError("top_logprobs needs logprobs: true, and messages", field="top_logprobs")
+    if count is not None and not 0 <= count <= MAX_TOP_LOGPROBS:
+        name = "top_logprobs" if chat else "logprobs"
+        raise InputError(f"{name} {shown(count)} is not between 0 and {MAX_TOP_LOGPROBS}", field=name, value=count)
+    return count
 
 
 def _sampling(body: Mapping[str, Any], defaults: SamplingParams) -> SamplingParams:
@@ -113,61 +175,48 @@ def _sampling(body: Mapping[str, Any], defaults: SamplingParams) -> SamplingPara
         value = body.get(name)
         if value is None:
             continue
-        kind, article = (int, "whole number") if name in INTEGERS else ((int, float), "number")
+        kind, article = (int, "a whole number") if name in INTEGERS else ((int, float), "a number")
         if isinstance(value, bool) or not isinstance(value, kind):
-            raise InputError(f"{name} {str(value)[:SHOWN]!r} is no {article}", field=name, value=value)
+            raise InputError(f"{name} {shown(value)} is not {article}", field=name, value=value)
         given[name] = value
     return replace(defaults, **given)
-
-
-def schema_of(body: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The JSON schema that `response_format` names, or None if any text will do.
-
-    Raises:
-        InputError: `response_format` is of another type, or its schema cannot be followed.
-    """
-    form = _get(body, "response_format", dict, {"type": "text"})
-    kind, schema = form.get("type"), ANY_OBJECT
-    if kind == "text":
-        return None
-    if kind not in ("json_object", "json_schema"):
-        raise InputError(f"response_format.type {kind!r} is none of text, json_object and json_schema")
-    if kind == "json_schema":
-        schema = _get(_get(form, "json_schema", dict, {}), "schema", dict, None)
-        if schema is None:
-            raise InputError("response_format.json_schema.schema is missing")
-    check_schema(schema)
-    return schema
 
 
 def messages_of(body: Mapping[str, Any]) -> list[dict[str, str]]:
     """A conversation for Gemma's template: what the system says stands in front of the user's first turn.
 
     Raises:
-        InputError: there are no messages, or one has no role or text.
+        InputError: there are no messages, or too many, or one has no role or text.
     """
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise InputError("messages are missing; give a list of at least one", field="messages", value=messages)
-    system, turns = [], list[dict[str, str]]()
+    if len(messages) > MAX_MESSAGES:
+        raise InputError(f"{len(messages)} messages are too many; give at most {MAX_MESSAGES}", field="messages")
+    system, turns, tools = [], list[dict[str, str]](), False
     for message in messages:
-        if not isinstance(message, dict) or message.get("role") not in (*SYSTEM, "user", "assistant"):
-            raise InputError("a message's role is none of system, user and assistant", field="messages")
-        text = _text(message.get("content"))
-        if message["role"] in SYSTEM and not turns:
+        if not isinstance(message, dict) or message.get("role") not in (*SYSTEM, "user", "assistant", "tool"):
+            raise InputError("a message's role is none of system, user, assistant and tool", field="messages")
+        role, text = message["role"], _text(message)
+        if role in SYSTEM and not turns:
             system.append(text)
-        elif system:
-            turns.append({"role": message["role"], "content": "\n\n".join([*system, text])})
-            system = []
-        else:
-            turns.append({"role": message["role"], "content": text})
+            continue
+        if role == "tool" and tools:  # the results of several calls are one turn
+            turns[-1]["content"] += f"\n{text}"
+            continue
+        tools = role == "tool"
+        turns.append({"role": "user" if tools else role, "content": "\n\n".join([*system, text])})
+        system = []
     if not turns:
         raise InputError("messages contain no message of a user", field="messages", value=messages)
     return turns
 
 
-def _text(content: Any) -> str:
-    """A message's text, which may come in parts."""
+def _text(message: Mapping[str, Any]) -> str:
+    """A message's text, which may come in parts; that of an assistant that called tools is the calls."""
+    content, calls = message.get("content"), message.get("tool_calls")
+    if message["role"] == "assistant" and (content is None or content == []):
+        return "\n".join(map(_call, calls)) if isinstance(calls, list) else ""
     if isinstance(content, str):
         return content
     if isinstance(content, list) and all(
@@ -177,52 +226,8 @@ def _text(content: Any) -> str:
     raise InputError("a message's content is neither text nor a list of text parts", field="messages")
 
 
-@dataclass(frozen=True)
-class ResponseForm:
-    """The form of one answer, whole and in pieces."""
-
-    model: str
-    chat: bool
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    def whole(self, text: str, usage: Usage) -> dict[str, Any]:
-        """The one object of an answer that is not streamed."""
-        content = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        choice = {"index": 0, **content, "finish_reason": finish_reason(usage), "logprobs": None}
-        return self._object("", [choice], _usage(usage))
-
-    def piece(self, text: str | None, finish: str | None) -> dict[str, Any]:
-        """One event of a stream."""
-        content: dict[str, Any] = {"text": text or ""}
-        if self.chat:
-            content = {"delta": {"role": "assistant", "content": text} if text is not None else {}}
-        return self._object(".chunk", [{"index": 0, **content, "finish_reason": finish, "logprobs": None}], None)
-
-    def usage(self, usage: Usage) -> dict[str, Any]:
-        """The event that a client may request for the end of a stream."""
-        return self._object(".chunk", [], _usage(usage))
-
-    def _object(self, suffix: str, choices: list[dict[str, Any]], usage: dict[str, Any] | None) -> dict[str, Any]:
-        kind = f"chat.completion{suffix}" if self.chat else "text_completion"
-        head = {"id": f"{'chatcmpl' if self.chat else 'cmpl'}-{self.id}", "object": kind, "created": self.created}
-        return {**head, "model": self.model, "choices": choices, "usage": usage}
-
-
-def finish_reason(usage: Usage) -> str:
-    """Why an answer ended; the API has no word for an answer that ran out of time, so that is "length" too."""
-    return "stop" if usage.finish == STOP else "length"
-
-
-def _usage(usage: Usage) -> dict[str, Any]:
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.new_tokens,
-        "total_tokens": usage.prompt_tokens + usage.new_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-    }
-
-
-def error_body(message: str) -> dict[str, Any]:
-    """An error as OpenAI's clients read it."""
-    return {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+def _call(call: Any) -> str:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        raise InputError("a tool call has no function", field="messages")
+    return json.dumps({name: function.get(name) for name in ("name", "arguments")}, ensure_ascii=False)

@@ -2,64 +2,169 @@
 
 from __future__ import annotations
 
+import errno
+import ipaddress
+import logging
+import math
+import socket
+import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from gemma_edge.errors import InputError
 from gemma_edge.runtimes.engines.load import open_runtime
 from gemma_edge.runtimes.generation.generate import GenerationOptions
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PORTS = 1 << 16
+KEY_VARIABLE = "GEMMA_EDGE_API_KEY"
+# A family of addresses that this machine does not have: the others of the same name may do.
+ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
 @dataclass(frozen=True)
-class Address:
-    """Where the server listens."""
+class ServerOptions:
+    """Where the server listens, who may send requests, and how long an answer may take."""
 
-    host: str = (
-        "127.0.0.1"  # any other address than LOOPBACK lets everybody on the network in, by any name for this machine
-    )
+    host: str = "127.0.0.1"  # an address or a name of this machine
     port: int = 8080  # 0 takes a free one
+    api_key: str | None = None  # what requests must bring; needed where `host` can be reached from outside
+    no_auth: bool = False  # True lets everybody in who can reach `host`
+    allow_host: tuple[str, ...] = ()  # further names of this machine that requests may use; "*" allows all
+    cors: tuple[str, ...] = ()  # web pages of other places that may send requests; "*" allows all
+    time_limit: float = 600.0  # seconds that one answer may take
+    log: bool = False  # whether each request is printed to stderr
 
-    @property
-    def names(self) -> list[str]:
-        """The host names that requests may use, so that a web page elsewhere cannot make a browser send requests here."""
-        return [*LOOPBACK, "[::1]"] if self.host in LOOPBACK else ["*"]
+    def __post_init__(self) -> None:
+        """Raises InputError for a value that cannot be used."""
+        if not 0 <= self.port < PORTS:
+            raise InputError(f"`port` {self.port} is not between 0 and {PORTS - 1}", field="port", value=self.port)
+        if not 0 < self.time_limit < math.inf:
+            problem = f"`time_limit` {self.time_limit} is not a number of seconds above 0"
+            raise InputError(problem, field="time_limit", value=self.time_limit)
+        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key):
+            raise InputError("`api_key` is empty or holds other characters than printable ASCII", field="api_key")
+        if self.api_key is not None and self.api_key != self.api_key.strip():
+            raise InputError("`api_key` begins or ends with a blank", field="api_key")
+        if self.api_key is not None and self.no_auth:
+            raise InputError("`no_auth` lets everybody in, `api_key` does not; leave one of them out", field="no_auth")
+        for origin in self.cors:
+            if origin != "*" and not _is_origin(origin):
+                problem = f"`cors` {origin!r} is not an origin"
+                raise InputError(
+                    problem, field="cors", value=origin, hint="give one such as http://localhost:3000, or *"
+                )
+
+
+def _is_origin(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return bool(parts.hostname) and text == f"{parts.scheme}://{parts.netloc}"
+    except ValueError:
+        return False
 
 
 def serve(
     bundle: str | Path,
     options: GenerationOptions,
-    address: Address,
+    server: ServerOptions,
     *,
     backend: str | None = None,
     threads: int | None = None,
 ) -> None:
-    """Answer requests until Ctrl-C.
+    """Answer requests until Ctrl-C or SIGTERM.
 
     Args:
         bundle: the bundle's folder.
         options: for what a request leaves open.
-        address: where to listen.
+        server: where to listen, and for whom.
         backend, threads: as in `gemma_edge.load`.
 
     Raises:
-        InputError: a package is missing, or the port or the bundle cannot be used.
+        InputError: a package is missing, or the address or the bundle cannot be used, or the server would be open to everybody.
     """
     if missing := [name for name in ("starlette", "uvicorn") if find_spec(name) is None]:
         raise InputError(f"the server needs {' and '.join(missing)}: pip install 'gemma-edge[serve]'")
-    if not 0 <= address.port < PORTS:
-        raise InputError(f"`port` {address.port} is not between 0 and {PORTS - 1}", field="port", value=address.port)
-    import uvicorn
+    listeners = listen_on(server)
 
     from gemma_edge.runtimes.generation.console import note
+    from gemma_edge.runtimes.serve.access import Access, names_of_this_machine
     from gemma_edge.runtimes.serve.api import application
+    from gemma_edge.runtimes.serve.connections import LimitedServer
     from gemma_edge.runtimes.serve.engine import Engine
 
-    engine = Engine(open_runtime(bundle, backend=backend, threads=threads), options, note)
-    config = uvicorn.Config(
-        application(engine, address.names), host=address.host, port=address.port, log_level="info", access_log=False
-    )
-    uvicorn.Server(config).run()
+    runtime = open_runtime(bundle, backend=backend, threads=threads)
+    engine = Engine(runtime, options, note, time_limit_s=server.time_limit)
+    hosts = {*names_of_this_machine(), server.host.lower(), *(name.lower() for name in server.allow_host)}
+    access = Access(server.api_key, frozenset(hosts), server.cors)
+    logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stderr)
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each write to a client that has just gone
+    url = _url(server.host, listeners[0].getsockname()[1])
+
+    def ready() -> None:
+        note(f"{engine.name} is running on {url} (Ctrl-C ends it)")
+
+    app = application(engine, access)
+    LimitedServer(app, engine, log_requests=server.log, ready=ready).run(sockets=listeners)
+
+
+def listen_on(server: ServerOptions) -> list[socket.socket]:
+    """Sockets that are bound to every address of the host; nobody can connect yet.
+
+    Raises:
+        InputError: the host is unknown or not this machine's, the port is taken, or the server would be open to everybody.
+    """
+    host, port = server.host, server.port
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"`host` {host!r} is unknown: {reason}", field="host", value=host) from None
+    addresses = list(dict.fromkeys((family, address) for family, _, _, _, address in found))
+    inside = all(ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback for _, address in addresses)
+    if not inside and server.api_key is None and not server.no_auth:
+        raise InputError(
+            f"`host` {host} can be reached from the network, and nothing keeps others out",
+            field="host",
+            value=host,
+            hint=f"give `api_key` KEY (or ${KEY_VARIABLE}), or `no_auth` to let everybody in",
+        )
+    listeners: list[socket.socket] = []
+    for family, address in addresses:
+        try:
+            listeners.append(_bound(family, address))
+        except OSError as error:
+            if error.errno not in ABSENT or (family, address) == addresses[-1] and not listeners:
+                raise _refusal(host, port, error) from None
+        if not port and listeners:
+            break  # a port that is free in one family of addresses may be taken in another
+    return listeners
+
+
+def _bound(family: int, address: tuple[object, ...]) -> socket.socket:
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind(address)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _refusal(host: str, port: int, error: OSError) -> InputError:
+    if error.errno == errno.EADDRINUSE:
+        hint = "end the program that uses it, or give another `port`; 0 takes a free one"
+        return InputError(f"`port` {port} of {host} is taken", field="port", value=port, hint=hint)
+    if error.errno == errno.EACCES:
+        hint = "give a `port` of 1024 or above"
+        return InputError(f"`port` {port} is for the administrator", field="port", value=port, hint=hint)
+    hint = "give an address of this machine, such as 127.0.0.1"
+    return InputError(f"cannot listen on `host` {host}: {error.strerror}", field="host", value=host, hint=hint)
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -17,7 +17,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from gemma_edge.errors import InputError
+from gemma_edge.errors import InputError, printable
 
 INPUT_EXIT_CODE = 2
 INTERRUPT_EXIT_CODE = 130  # 128 + SIGINT, as shells say it
@@ -72,7 +72,7 @@ def one_line_errors() -> Iterator[None]:
         with _interrupts_kept():
             yield
     except InputError as error:
-        click.echo(f"error: {' '.join(error.spelled(_option).split())}", err=True)
+        click.echo(f"error: {printable(' '.join(error.spelled(_option).split()))}", err=True)
         raise click.exceptions.Exit(INPUT_EXIT_CODE) from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

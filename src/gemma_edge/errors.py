@@ -58,3 +58,8 @@ def one_line(error: Exception) -> str:
     """What a library's error says first, or its kind where it says nothing."""
     said = str(error).strip()
     return said.splitlines()[0] if said else type(error).__name__
+
+
+def printable(text: str) -> str:
+    """A text for a terminal. Control characters are shown as escapes, because a name could command the terminal by them."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from support.pages import Page
 
 from gemma_edge.bench import result as bench_result
 from gemma_edge.bench.cli import main
@@ -108,3 +109,24 @@ def test_the_command_says_what_changed_and_how_it_knows(tmp_path: Path) -> None:
     assert "new.json: other processes kept 0.5 cores busy" in done.stdout
     printed = json.loads(CliRunner().invoke(main, ["--compare", str(old), str(new), "--json"]).stdout)
     assert printed[0]["verdict"] == "better" and printed[0]["change"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("name", ["<script>alert(1)</script>", "\"><svg onload='a'>", "$(reboot) $x$ --> ]]>", "a\nb"])
+def test_what_model_and_phone_are_called_is_text_on_the_page(name: str) -> None:
+    pytest.importorskip("matplotlib", reason="needs the package matplotlib, of the eval extra")
+    from gemma_edge.bench.html import page
+
+    measured = [each for model in (name, f"other {name}") for each in results([10.0, 20.0], model=model)]
+    for each in measured:
+        each.device["name"] = name
+    found = Page(page(measured))
+    assert " ".join(found.text.split()).count(" ".join(name.split())) >= 3 and found.scripts == []
+
+
+def test_a_name_does_not_command_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """A stranger's folder or phone could clear the screen, or write over what stands there."""
+    from gemma_edge.report.console import print_table
+
+    print_table("a\x1b[2Jb", ("model",), [["c\x1b]0;d\x07\x9b"]], names=("model",))
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown and "\x9b" not in shown and "a\\x1b[2Jb" in shown and "c\\x1b]0;d\\x07" in shown

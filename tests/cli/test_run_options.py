@@ -31,6 +31,12 @@ TYPED = {
     "json_schema": ["--json-schema", '{"type": "object"}'],
     "host": ["--host", "0.0.0.0"],
     "port": ["--port", "9"],
+    "api_key": ["--api-key", "secret"],
+    "no_auth": ["--no-auth"],
+    "allow_host": ["--allow-host", "gemma"],
+    "cors": ["--cors", "http://localhost:3000"],
+    "time_limit": ["--time-limit", "5"],
+    "log": ["--log"],
     "backend": ["--backend", "onnx"],
     "threads": ["--threads", "3"],
     "strict": ["--strict"],
@@ -147,7 +153,7 @@ def test_both_spellings_do_the_same(command: str, calls: list[Any]) -> None:
     [
         ("b --serve --chat", ["--chat", "--serve"]),
         ("b --serve --save-prefix f", ["--save-prefix", "--serve"]),
-        ("b --serve -n 5", ["--max-tokens", "--serve", "requests bring max_tokens"]),
+        ("b --serve --stats", ["--stats", "--serve", "leave one of them out"]),
         ("b --port 80", ["--port", "--serve"]),
         ("b --chat --host h", ["--host", "--chat"]),
         ("b --save-prefix f --json", ["--json", "--save-prefix"]),
@@ -163,7 +169,7 @@ def test_a_refusal_names_both_options(args: str, both: list[str], calls: list[An
 
 def test_a_default_that_is_typed_is_given_too(calls: list[Any]) -> None:
     assert "--port" in refusal(run("b", "-p", "x", "--port", "8080"))
-    assert "--max-tokens" in refusal(run("b", "--serve", "--max-tokens", "512"))
+    assert "--stats" in refusal(run("b", "--serve", "--stats"))
     assert run("b", "-p", "x", "--top-k", "0").exit_code == 0, "it says what is done"
 
 

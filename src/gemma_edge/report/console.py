@@ -18,6 +18,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from gemma_edge.errors import printable
+
 ERR = Console(stderr=True)
 OUT = Console()
 
@@ -37,13 +39,17 @@ def print_table(heading: str, columns: Sequence[str], body: Sequence[Sequence[st
     Args:
         names: columns of text, to the left. A narrow terminal folds them, never numbers.
     """
-    table = Table(title=Text(heading), title_justify="left")
+    table = Table(title=_text(heading), title_justify="left")
     for column in columns:
         text = column in names
-        table.add_column(Text(column), justify="left" if text else "right", no_wrap=not text, overflow="fold")
+        table.add_column(_text(column), justify="left" if text else "right", no_wrap=not text, overflow="fold")
     for row in body:
-        table.add_row(*map(Text, row))
+        table.add_row(*map(_text, row))
     OUT.print(table)
+
+
+def _text(text: str) -> Text:
+    return Text(printable(text))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -14,6 +15,8 @@ from gemma_edge.errors import InputError
 
 TOKENIZER_FILE = "tokenizer.json"
 END_OF_TURN = "<end_of_turn>"
+BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # the name of a token that stands for one byte
+BLANK = "\u2581"  # stands for a blank in the names of tokens
 TOKENIZER_HINT = "take the tokenizer.json that belongs to the model"
 
 
@@ -113,6 +116,12 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, without special tokens; bytes that are not UTF-8 become U+FFFD."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that one token stands for; a special token is its name, an id that no token has is empty."""
+        name = self._tokenizer.id_to_token(token) or ""
+        byte = BYTE_TOKEN.fullmatch(name)
+        return bytes([int(byte[1], 16)]) if byte else name.replace(BLANK, " ").encode()
 
     def to_json(self) -> str:
         """The tokenizer.json, without truncation and padding."""

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 from support.browser import needs_browser, wait_on
+from support.serving import in_a_thread, send, until
 from support.toys import write_toy_bundle
 
 pytest.importorskip("starlette", reason="starlette is not installed: pip install 'gemma-edge[serve]'")
@@ -20,17 +20,18 @@ pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install 'ge
 pytest.importorskip("openai", reason="the package openai is not installed")
 
 import openai
-import uvicorn
 
 import gemma_edge
+from gemma_edge.runtimes.generation.constrain import Grammar
 from gemma_edge.runtimes.generation.generate import GenerationOptions
 from gemma_edge.runtimes.generation.session import Session
 from gemma_edge.runtimes.generation.text_generator import until_stop
-from gemma_edge.runtimes.serve import api
 from gemma_edge.runtimes.serve import engine as queue
-from gemma_edge.runtimes.serve.api import application, chat_page
+from gemma_edge.runtimes.serve.api import chat_page
+from gemma_edge.runtimes.serve.body import MAX_BODY_BYTES
 from gemma_edge.runtimes.serve.engine import Engine, Job
-from gemma_edge.runtimes.serve.openai import messages_of
+from gemma_edge.runtimes.serve.openai import ParsedRequest, messages_of
+from gemma_edge.runtimes.serve.responses import Piece
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello."}]
 
@@ -47,29 +48,13 @@ def engine(bundle: Path) -> Engine:
 
 @pytest.fixture(scope="module")
 def port(engine: Engine) -> Iterator[int]:
-    running = uvicorn.Server(
-        uvicorn.Config(application(engine, ["127.0.0.1"]), host="127.0.0.1", port=0, log_level="warning")
-    )
-    thread = threading.Thread(target=running.run)
-    thread.start()
-    while not running.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    yield running.servers[0].sockets[0].getsockname()[1]
-    running.should_exit = True
-    thread.join(30)
+    with in_a_thread(engine) as port:
+        yield port
 
 
 @pytest.fixture(scope="module")
 def client(port: int) -> Any:
     return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
-
-
-def send(port: int, path: str, body: bytes | None = None, **headers: str) -> tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request("POST" if body is not None else "GET", path, body, headers)
-    answer = connection.getresponse()
-    return answer.status, answer.read().decode()
 
 
 def test_a_chat_is_the_sessions(client: Any, bundle: Path) -> None:
@@ -92,7 +77,8 @@ def test_a_stream_is_the_whole_answer_in_pieces(client: Any) -> None:
             model="any", messages=HELLO, max_tokens=9, stream=True, stream_options={"include_usage": True}
         )
     )
-    pieces = [event.choices[0].delta.content for event in events[:-2]]
+    pieces = [event.choices[0].delta.content for event in events[1:-2]]
+    assert [event.choices[0].delta.role for event in events[:-1]] == ["assistant", *[None] * (len(events) - 2)]
     assert "".join(pieces) == whole.choices[0].message.content and len(pieces) > 3
     assert [event.choices[0].finish_reason for event in events[-3:-1]] == [None, "length"]
     assert events[-1].usage.completion_tokens == 9 and events[-1].choices == []
@@ -143,7 +129,7 @@ def test_an_answer_by_a_schema_is_what_the_client_asked_for(stream: bool, client
 @pytest.mark.parametrize(
     ("form", "said"),
     [
-        ({"type": "yaml"}, "response_format.type 'yaml' is none of"),
+        ({"type": "yaml"}, "response_format.type 'yaml' is not supported"),
         ({"type": "json_schema"}, "response_format.json_schema.schema is missing"),
         ({"type": "json_schema", "json_schema": {"name": "a", "schema": {"not": {}}}}, "cannot be followed"),
         ({"type": "json_schema", "json_schema": {"name": "a", "schema": PERSON}}, "an answer of 2 tokens is too short"),
@@ -164,11 +150,11 @@ def test_the_bundle_is_the_one_model(client: Any, port: int) -> None:
     ("options", "said"),
     [
         ({"n": 2}, "n 2 is not supported"),
-        ({"logprobs": True}, "logprobs True is not supported"),
+        ({"tools": [{"type": "function"}]}, "tools .* is not supported"),
         ({"max_completion_tokens": 0, "max_tokens": 3}, "max_completion_tokens 0 is below 1"),
         ({"max_tokens": -1}, "max_tokens -1 is below 1"),
         ({"temperature": -1}, "temperature -1 is neither"),
-        ({"extra_body": {"temperature": "hot"}}, "temperature 'hot' is no number"),
+        ({"extra_body": {"temperature": "hot"}}, "temperature 'hot' is not a number"),
         ({"messages": []}, "messages are missing"),
         ({"messages": [{"role": "robot", "content": "a"}]}, "role is none of system"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "neither text nor a list of text"),
@@ -183,7 +169,7 @@ def test_what_is_not_there_is_refused_in_words(options: dict[str, Any], said: st
 def test_bodies_that_are_no_request(port: int) -> None:
     path = "/v1/completions"
     assert send(port, path, b"{")[0] == send(port, path, b"[]")[0] == send(port, path, b"\xff")[0] == 400
-    assert send(port, path, b" " * (api.MAX_BODY_BYTES + 1))[0] == 413
+    assert send(port, path, b" " * (MAX_BODY_BYTES + 1))[0] == 413
     assert send(port, path)[0] == 405
 
 
@@ -192,26 +178,17 @@ def test_another_sites_name_for_this_machine_is_refused(port: int) -> None:
     assert send(port, "/v1/models", Host="evil.example")[0] == 400
 
 
-def until(true: Callable[[], bool]) -> None:
-    """Wait for what must come, however busy the machine is."""
-    for _ in range(6000):
-        if true():
-            return
-        time.sleep(0.01)
-    raise AssertionError("it did not come")
-
-
 def test_one_at_a_time_in_the_order_of_arrival(client: Any, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[list[int]] = []
     running: list[int] = []
     all_wait = threading.Event()
     original = engine._answer
 
-    def watched(job: Job, tell: Callable[[str], object]) -> None:
+    def watched(job: Job, request: ParsedRequest, grammar: Grammar | None) -> None:
         running.append(1)
         assert len(running) == 1 and all_wait.wait(60)
-        original(job, tell)
-        done.append(job.request.ids)
+        original(job, request, grammar)
+        done.extend(map(list, request.prompts))
         running.pop()
 
     monkeypatch.setattr(engine, "_answer", watched)
@@ -226,7 +203,7 @@ def test_one_at_a_time_in_the_order_of_arrival(client: Any, engine: Engine, monk
     all_wait.set()
     for thread in threads:
         thread.join(60)
-    assert done == [engine.tokenizer.encode(f"It was {number}") for number in range(5)]
+    assert done == [engine.model.tokenizer.encode(f"It was {number}") for number in range(5)]
 
 
 def test_a_full_queue_refuses_and_a_client_that_leaves_ends_its_answer(
@@ -247,10 +224,10 @@ def test_a_full_queue_refuses_and_a_client_that_leaves_ends_its_answer(
     assert f"gemma_cancelled_total {before + 1}\n" in metrics and "gemma_waiting 0\n" in metrics
 
 
-def test_an_answer_that_takes_too_long_ends(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_that_takes_too_long_ends(client: Any, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = count()  # a second later at every look: before the prompt, and before each token
     monkeypatch.setattr(queue, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(queue, "MAX_ANSWER_S", 10)
+    monkeypatch.setattr(engine, "time_limit_s", 10)
     answer = client.completions.create(model="any", prompt="It", max_tokens=1_000_000)
     assert answer.choices[0].finish_reason == "length" and answer.usage.completion_tokens == 9
 
@@ -282,11 +259,39 @@ def test_the_page_is_a_file_of_the_package(port: int) -> None:
     assert 'split("\\n\\n")' in page, "an escape of JavaScript, not a line end"
 
 
+# Sends what is in the text field, once, and is true when the answer is there.
+SENT = """document.title == "gemma-edge" && document.readyState == "complete" &&
+(document.querySelector(".turn") || document.getElementById("form").requestSubmit(),
+ document.querySelector("#used:not(:empty), .turn.error") != null)"""
+# Three ways to run a script, if a page took text for HTML.
+EVIL = """<img src=x onerror="document.title='hit'"><script>document.title='hit'</script>"'`${document.title='hit'}`"""
+
+
 @needs_browser
 def test_the_page_chats_in_a_browser(port: int, client: Any, tmp_path: Path) -> None:
-    ended = 'document.querySelector("#used:not(:empty), .turn.error") != null'
-    page, console = wait_on(f"http://127.0.0.1:{port}/?ask=Hello.", tmp_path, ended)
+    page, console = wait_on(f"http://127.0.0.1:{port}/?ask=Hello.", tmp_path, SENT)
     assert console == []
     for shown in ('<div class="turn user">Hello.</div>', '<h1 id="model">toy</h1>', "tokens in "):
         assert shown in page, page[-1500:]
     assert '<div class="turn assistant"></div>' not in page and "turn error" not in page
+
+
+@needs_browser
+def test_a_link_to_the_page_sends_nothing(port: int, engine: Engine, tmp_path: Path) -> None:
+    """?ask=TEXT was sent at once, so that a link of any other page made the model work."""
+    before = engine.counts["requests"]
+    page, _ = wait_on(
+        f"http://127.0.0.1:{port}/?ask=Hello.", tmp_path, "document.querySelector('h1')?.innerText == 'toy'"
+    )
+    assert engine.counts["requests"] == before and "turn user" not in page
+
+
+@needs_browser
+def test_the_page_shows_what_model_and_user_say_as_text(
+    port: int, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "name", EVIL)
+    monkeypatch.setattr(engine, "_choice", lambda request, index, state: iter([Piece(0, f"{EVIL}\n{EVIL}")]))
+    page, console = wait_on(f"http://127.0.0.1:{port}/?{urlencode({'ask': EVIL})}", tmp_path, SENT)
+    assert console == [] and "<title>gemma-edge</title>" in page
+    assert page.count("<img") == 0 and page.count("<script") == 1 and page.count("&lt;img") == 4

@@ -1,0 +1,105 @@
+"""Who may send requests: by the name that a request uses for this machine, by the page that it comes from, and by a key."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from gemma_edge.runtimes.serve.refused import Refused, shown
+
+OPEN = ("/", "/health")  # paths that need no key: the chat page asks for it, and Docker's health checks have none
+ANY = "*"
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who may send requests."""
+
+    key: str | None = None  # what requests must bring as `Authorization: Bearer KEY`; None lets everybody in
+    hosts: frozenset[str] = frozenset()  # names of this machine that requests may use, beside IP addresses
+    origins: tuple[str, ...] = ()  # web pages of other places that may send requests, such as http://localhost:3000
+
+    def check_place(self, request: Request) -> None:
+        """Refuse what a web page of another place makes a browser send.
+
+        Such a page may use a name of its own that leads to this machine, or send a request without reading the response.
+
+        Raises:
+            Refused: the name of this machine is unknown, or the page may not send requests.
+        """
+        host = request.headers.get("host", "")
+        # without the key, which such a page does not know, its own name for this machine would be enough
+        if self.key is None and not self._is_ours(_name(host)):
+            raise Refused(400, f"the host name {shown(host)} is not one of this machine's; see --allow-host")
+        for origin in request.headers.getlist("origin"):
+            same = origin.lower() in (f"http://{host}".lower(), f"https://{host}".lower())
+            if not same and not {origin, ANY} & {*self.origins}:
+                raise Refused(403, f"a page of {shown(origin)} may not send requests to this server; see --cors")
+
+    def check_key(self, request: Request) -> None:
+        """Refuse a request without the key.
+
+        Raises:
+            Refused: the key is missing or another one.
+        """
+        if self.key is None or request.scope["path"] in OPEN:
+            return
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        same = hmac.compare_digest(given.strip().encode(), self.key.encode())
+        if scheme.lower() != "bearer" or not same:
+            problem = "the API key is wrong" if given else "the API key is missing"
+            message = f"{problem}; send the header Authorization: Bearer KEY"
+            raise Refused(401, message, headers={"WWW-Authenticate": "Bearer"})
+
+    def _is_ours(self, name: str) -> bool:
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return name in self.hosts or ANY in self.hosts
+        return True  # an address is no name that somebody else could have made
+
+
+def names_of_this_machine() -> frozenset[str]:
+    """The names by which a request may call this machine from outside."""
+    name = socket.gethostname().lower()
+    return frozenset({"localhost", name, f"{name.partition('.')[0]}.local"})
+
+
+def _name(host: str) -> str:
+    """The name in a Host header, without its port."""
+    try:
+        return (urlsplit(f"//{host}").hostname or "").rstrip(".")
+    except ValueError:
+        return ""
+
+
+class Checked:
+    """Middleware: passes on the requests that a check lets through."""
+
+    def __init__(self, app: ASGIApp, check: Callable[[Request], None], refuse: Callable[[Exception], Response]) -> None:
+        """Put the check in front of an app.
+
+        Args:
+            app: behind the check.
+            check: raises Refused.
+            refuse: the response for that.
+        """
+        self.app, self.check, self.refuse = app, check, refuse
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check and pass on."""
+        if scope["type"] == "http":
+            try:
+                self.check(Request(scope))
+            except Refused as error:
+                await self.refuse(error)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
