@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import Gemma2ForCausalLM
 
+from gemma_edge.bundle.entries import GLOBAL, LOCAL
 from gemma_edge.model.checkpoint import Checkpoint
-from gemma_edge.model.config import GLOBAL, LOCAL, Gemma2Config
+from gemma_edge.model.config import Gemma2Config
 from gemma_edge.model.gemma2 import Gemma2, rotary_angles
 from gemma_edge.model.kv_cache import RingCache
 

@@ -24,7 +24,8 @@ import torch
 from synthetic_tokenizer import write_tokenizer
 from torch import Tensor
 
-from gemma_edge.model.config import LOCAL, PRESETS, Gemma2Config
+from gemma_edge.bundle.entries import LOCAL
+from gemma_edge.model.config import PRESETS, Gemma2Config
 from gemma_edge.model.hub import copy_companions
 from gemma_edge.quantize.checkpoint.safetensors_writer import Spec, write_safetensors
 
