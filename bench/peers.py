@@ -15,6 +15,7 @@ from gemma_edge.bench.process import ChildFailed, Watched, watch
 from gemma_edge.bench.result import Settings
 from gemma_edge.children import find_program
 from gemma_edge.errors import InputError
+from gemma_edge.reading import read_json
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,9 @@ def genai(model: str, bundles: Sequence[Path]) -> list[Contender]:
 
 def _genai(folder: Path) -> Contender:
     try:
-        config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
+        config = read_json(folder / "genai_config.json", "give a model of onnxruntime-genai")["model"]
         graph = folder / str(config["decoder"]["filename"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise InputError(
             f"{folder}: onnxruntime-genai cannot read it, its genai_config.json is missing or damaged ({error})"
         ) from None

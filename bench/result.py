@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_edge.errors import InputError
+from gemma_edge.reading import MAX_JSON, parse_json, read_text
 
 SCHEMA_VERSION = 1
 
@@ -89,7 +90,7 @@ def read(text: str, source: str) -> list[Result]:
         InputError: the text is not a document of this schema.
     """
     try:
-        data = json.loads(text)
+        data = parse_json(text.encode())
         version = data["schema_version"]
         if version != SCHEMA_VERSION:
             raise InputError(
@@ -113,9 +114,5 @@ def load(paths: Sequence[Path]) -> list[Result]:
     """
     results = []
     for path in paths:
-        try:
-            results += read(path.read_text(encoding="utf-8"), str(path))
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-            raise InputError(f"cannot read {path}: {reason}; give a file that gemma-bench has saved") from None
+        results += read(read_text(path, "give a file that gemma-bench has saved", max_bytes=MAX_JSON), str(path))
     return results

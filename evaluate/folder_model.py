@@ -24,6 +24,7 @@ from gemma_edge.model.kv_cache import RingCache
 from gemma_edge.progress import Progress
 from gemma_edge.quantize.calibration.layerwise import stream_error
 from gemma_edge.quantize.checkpoint.store import TABLE_FILE, QuantizedCheckpoint, open_weights
+from gemma_edge.reading import present
 from gemma_edge.runtimes.engines.base import Runtime
 from gemma_edge.text.tokenizer import TOKENIZER_FILE, Tokenizer
 from gemma_edge.text.windows import Window
@@ -45,7 +46,7 @@ class CheckpointModel:
         Raises:
             InputError: the folder is no Gemma 2 model, or cannot be read.
         """
-        quantized_table = (path / TABLE_FILE).is_file()
+        quantized_table = present(path / TABLE_FILE)
         self.path = path
         self.weights = QuantizedCheckpoint.open(path) if quantized_table else open_weights(path)
         self.config = typed_config(self.weights.config.to_json())
@@ -114,7 +115,7 @@ class CheckpointModel:
 
     def tokenizer(self) -> Tokenizer | None:
         """The folder's tokenizer; None where it has no tokenizer.json."""
-        if not (self.path / TOKENIZER_FILE).is_file():
+        if not present(self.path / TOKENIZER_FILE):
             return None
         return Tokenizer.of_folder(self.path, self.config)
 

@@ -13,6 +13,7 @@ from gemma_edge.evaluate.model import Model
 from gemma_edge.evaluate.open_model import open_model
 from gemma_edge.evaluate.options import EvaluationOptions, TaskOptions
 from gemma_edge.files import need
+from gemma_edge.reading import read_text
 from gemma_edge.text import corpus
 from gemma_edge.text.tokenizer import Tokenizer
 from gemma_edge.text.windows import DEFAULT_WINDOW, PROTOCOLS, SMALLEST_WINDOW, Window, cut
@@ -130,13 +131,7 @@ def _read_texts(paths: Sequence[Path]) -> dict[str, str]:
         return {name: corpus.read(name) for name in corpus.HELD_OUT}
     texts = {}
     for path in paths:
-        if not path.is_file():
-            raise InputError(f"`texts` {path} is not a file", field="texts", value=path)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            problem = f"`texts` {path} is not UTF-8 at byte {error.start}"
-            raise InputError(problem, field="texts", value=path, hint="give UTF-8 text") from None
+        text = read_text(path, "give UTF-8 text", field="texts")
         if not text.strip():
             raise InputError(f"`texts` {path} is empty", field="texts", value=path, hint="give some hundred words")
         texts[str(path)] = text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -11,12 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gemma_edge.bundle.codec import shown
 from gemma_edge.errors import InputError
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.model.gemma2 import DecoderLayer, Gemma2
 from gemma_edge.model.lora import Lora
 from gemma_edge.model.quantized import QuantConfig, QuantizedTensor
 from gemma_edge.model.safetensors_reader import SafetensorsFile
+from gemma_edge.reading import present, read_json
 
 TABLE, HEAD = "model.embed_tokens", "lm_head.weight"
 FINAL_NORM = "model.norm.weight"
@@ -282,20 +283,26 @@ def finite(values: Tensor, name: str, folder: Path) -> Tensor:
 def _shard_paths(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
-    if single.is_file():  # transformers' order: it wins over an index
+    if present(single):  # transformers' order: it wins over an index
         return [single]
-    if index.is_file():
-        try:
-            names = sorted(set(map(Path, json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise InputError(f"{index} is damaged: {error}") from None
-        for name in names:
-            if name.is_absolute() or ".." in name.parts or not (folder / name).is_file():
-                raise InputError(f"{folder}: shard {name} named by {index.name} is missing; download it again")
-        return [folder / name for name in names]
+    if present(index):
+        return _indexed(folder, index)
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     if pickles:
         raise InputError(
             f"{folder} holds {pickles[0]}, a pickle file; only safetensors are read: save it as safetensors"
         )
     raise InputError(f"{folder} has no model.safetensors; pass a Hugging Face model folder with safetensors weights")
+
+
+def _indexed(folder: Path, index: Path) -> list[Path]:
+    """The files that an index names; each must lie in the folder, or in one below."""
+    names = read_json(index, "download it again").get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise InputError(f"{index} is damaged: its weight_map does not map tensors to files; download it again")
+    paths = {name: folder / name for name in sorted(set(names.values()))}
+    for name, path in paths.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts or not present(path):
+            plain = name if name.isprintable() and len(name) < 256 else shown(name)
+            raise InputError(f"{folder}: shard {plain} named by {index.name} is missing; download it again")
+    return list(paths.values())

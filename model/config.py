@@ -1,84 +1,66 @@
-"""Gemma 2's configuration, with Hugging Face's keys; no torch. Source: HF configuration_gemma2.py; Gemma 2 report, table 1."""
+"""Gemma 2's configuration, with Hugging Face's keys; no torch. Source: HF configuration_gemma2.py; Gemma 2 report, table 1.
+
+Types and ranges are those of a manifest (ModelConfig), defaults those of HF's Gemma2Config.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from gemma_edge.bundle.entries import GLOBAL, LOCAL
+from gemma_edge.bundle.checks import config_problems
+from gemma_edge.bundle.codec import KeyProblem, convert, shown
+from gemma_edge.bundle.entries import GLOBAL, LOCAL, LayerType, ModelConfig
+from gemma_edge.bundle.ranges import HeadDim, Heads, Layers, Scale, TokenId, Tokens, Width
 from gemma_edge.errors import InputError
+from gemma_edge.reading import present, read_json
 
+T = TypeVar("T")
+
+ARCHITECTURES = ("Gemma2ForCausalLM", "Gemma2Model")  # a classifier has another head
 # ONLY_VALUE: keys of config.json that change the numbers, and the values that this decoder computes. Messages name the first.
 ONLY_VALUE: dict[str, tuple[Any, ...]] = {
-    "architectures": (["Gemma2ForCausalLM"], ["Gemma2Model"], None, []),  # a classifier has another head
     "attention_bias": (False, None),
     "hidden_activation": ("gelu_pytorch_tanh", None),
     "hidden_act": ("gelu_pytorch_tanh", "gelu", None),  # HF ignores it for Gemma 2 and uses hidden_activation
     "tie_word_embeddings": (True, None),
     "use_bidirectional_attention": (False, None),
-    "rope_scaling": (None,),
 }
-NUMBERS = (
-    "query_pre_attn_scalar",
-    "sliding_window",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "rope_theta",
-    "attn_logit_softcapping",
-    "final_logit_softcapping",
-)
-REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-)
+# UNREAD: keys that change nothing here. HF refuses a folder in which they have another type.
+UNREAD: dict[str, Any] = {
+    "attention_dropout": float | None,
+    "initializer_range": float,
+    "pad_token_id": int | None,
+    "use_cache": bool,
+}
+HINT = "correct it, or download the folder again"
 
 
-@dataclass(frozen=True)
-class Gemma2Config:
-    """What the checkpoint decides. Only fields with a default in HF's Gemma2Config have one, the same."""
+@dataclass(frozen=True, kw_only=True)
+class Gemma2Config(ModelConfig):
+    """What the checkpoint decides, and HF's default for every key that a config.json may leave out.
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    layer_types: tuple[str, ...]  # LOCAL or GLOBAL per layer
-    query_pre_attn_scalar: float = 256.0  # attention scores are scaled by its -1/2 power, not by head_dim's
-    sliding_window: int = 4096  # number of keys that a query of a local layer sees, its own included
-    max_position_embeddings: int = 8192
-    attn_logit_softcapping: float | None = 50.0
-    final_logit_softcapping: float | None = 30.0
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    bos_token_id: int = 2
-    eos_token_id: tuple[int, ...] = (1,)
+    `from_hf` checks types, ranges, and that the numbers fit together.
+    """
 
-    def __post_init__(self) -> None:
-        if len(self.layer_types) != self.num_hidden_layers:
-            raise InputError(f"layer_types has {len(self.layer_types)} entries for {self.num_hidden_layers} layers")
-        unknown = set(self.layer_types) - {LOCAL, GLOBAL}
-        if unknown:
-            raise InputError(f"layer_types holds {sorted(unknown)}; supported: {LOCAL}, {GLOBAL}")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise InputError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of"
-                f" num_key_value_heads {self.num_key_value_heads}"
-            )
-        if self.head_dim % 2:
-            raise InputError(f"head_dim {self.head_dim} is odd; rotary embedding needs an even one")
-        for key in ("sliding_window", "max_position_embeddings", "query_pre_attn_scalar", "vocab_size"):
-            if getattr(self, key) <= 0:
-                raise InputError(f"{key} is {getattr(self, key)}; it must be positive")
+    vocab_size: Tokens = 256000
+    hidden_size: Width = 2304
+    intermediate_size: Width = 9216
+    num_hidden_layers: Layers = 26
+    num_attention_heads: Heads = 8
+    num_key_value_heads: Heads = 4
+    head_dim: HeadDim = 256
+    query_pre_attn_scalar: Scale = 256.0  # attention scores are scaled by its -1/2 power, not by head_dim's
+    sliding_window: Tokens = 4096  # number of keys that a query of a local layer sees, its own included
+    max_position_embeddings: Tokens = 8192
+    attn_logit_softcapping: Scale | None = 50.0
+    final_logit_softcapping: Scale | None = 30.0
+    rms_norm_eps: Scale = 1e-6
+    rope_theta: Scale = 10000.0
+    bos_token_id: TokenId = 2
+    eos_token_id: tuple[TokenId, ...] = (1,)
 
     def is_local(self, layer: int) -> bool:
         """Whether a layer sees only the sliding window."""
@@ -112,77 +94,73 @@ class Gemma2Config:
         path = folder / "config.json"
         raw = read_json(path)
         _refuse_unsupported(path, raw)
-        keys = ("query_pre_attn_scalar", "sliding_window", "max_position_embeddings", "rms_norm_eps", "bos_token_id")
-        layers = raw["num_hidden_layers"]
-        return cls(
-            **{key: raw[key] for key in REQUIRED},
-            **{key: raw[key] for key in keys if raw.get(key) is not None},
-            # null switches a softcap off; an absent key means HF's default
-            **{key: raw[key] for key in ("attn_logit_softcapping", "final_logit_softcapping") if key in raw},
-            layer_types=tuple(raw.get("layer_types") or _alternating(layers)),
-            rope_theta=_rope_theta(path, raw),
-            eos_token_id=_eos(folder, raw),
-        )
+        values = {field.name: raw[field.name] for field in fields(cls) if field.name in raw}
+        layers = _typed(path, raw.get("num_hidden_layers", cls.num_hidden_layers), Layers, "num_hidden_layers")
+        values["layer_types"] = _alternating(layers) if raw.get("layer_types") is None else raw["layer_types"]
+        values["rope_theta"] = _rope_theta(path, raw)
+        if raw.get("bos_token_id") is None:
+            values["bos_token_id"] = cls.bos_token_id
+        stops, values["eos_token_id"] = _eos(folder, raw)
+        config = _typed(path, values, cls)
+        for problem in config_problems(config, ()):
+            raise problem.error(stops if problem.keys[0] == "eos_token_id" else path, HINT)
+        return config
 
 
-def _alternating(layers: int) -> list[str]:
+def _alternating(layers: int) -> list[LayerType]:
     return [LOCAL if i % 2 == 0 else GLOBAL for i in range(layers)]
 
 
-def read_json(path: Path, hint: str = "pass a Hugging Face model folder") -> dict[str, Any]:
-    """The object in a JSON file of a folder that the user gave.
-
-    Args:
-        path: the file.
-        hint: what the error says to do when there is no such file.
-
-    Raises:
-        InputError: no such file, or not a JSON object.
-    """
+def _typed(path: Path, value: Any, kind: type[T], *keys: str) -> T:
+    """What stands at a key of a file, of the right type and in its range."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path.parent} has no {path.name}", hint=hint) from None
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise InputError(f"{path} does not hold a JSON object")
-    return data
+        return convert(value, kind, keys)
+    except KeyProblem as problem:
+        raise problem.error(path, HINT) from None
 
 
 def _refuse_unsupported(path: Path, raw: Mapping[str, Any]) -> None:
     if raw.get("model_type") != "gemma2":
-        raise InputError(f"{path}: model_type is {raw.get('model_type')!r}; supported: 'gemma2'")
+        raise InputError(f'{path}: model_type is {shown(raw.get("model_type"))}; supported: "gemma2"')
+    architectures = _typed(path, raw.get("architectures") or [ARCHITECTURES[0]], list[str], "architectures")
+    for name in architectures:
+        if name not in ARCHITECTURES:
+            raise InputError(f"{path}: architectures holds {shown(name)}", allowed=ARCHITECTURES)
     for key, allowed in ONLY_VALUE.items():
         if key in raw and raw[key] not in allowed:
-            raise InputError(f"{path}: {key} is {raw[key]!r}; supported: {allowed[0]!r}")
-    for key in REQUIRED:
-        if raw.get(key) is None:
-            raise InputError(f"{path}: {key} is missing")
-        if not isinstance(raw[key], int) or raw[key] < 1:
-            raise InputError(f"{path}: {key} is {raw[key]!r}; it must be a whole number above zero")
-    for key in NUMBERS:
-        if not isinstance(raw.get(key), int | float | None):
-            raise InputError(f"{path}: {key} is {raw[key]!r}; it must be a number")
-    if not isinstance(raw.get("layer_types"), list | None):
-        raise InputError(f"{path}: layer_types is {raw['layer_types']!r}; it must be a list, one entry per layer")
+            raise InputError(f"{path}: {key} is {shown(raw[key])}; supported: {shown(allowed[0])}")
+    for key, kind in UNREAD.items():
+        if key in raw:
+            _typed(path, raw[key], kind, key)
 
 
 def _rope_theta(path: Path, raw: Mapping[str, Any]) -> float:
-    """Its value in `rope_parameters` (transformers 5), else at top level (transformers 4)."""
-    parameters = raw.get("rope_parameters") or {}
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    """Its value in `rope_parameters` (transformers 5) or `rope_scaling`, else at top level (transformers 4)."""
+    key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
+    rope: dict[str, Any] = _typed(path, raw.get(key) or {}, dict[str, Any], key)
+    kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
-        raise InputError(f"{path}: rope_type is {kind!r}; supported: 'default'")
-    return float(parameters.get("rope_theta") or raw.get("rope_theta") or 10000.0)
+        raise InputError(f'{path}: rope_type is {shown(kind)}; supported: "default"')
+    for name in (GLOBAL, LOCAL):
+        if name in rope:
+            raise InputError(f"{path}: {key} differs by layer ({name}), which Gemma 2 does not have; {HINT}")
+    at = (key, "rope_theta") if "rope_theta" in rope else ("rope_theta",)
+    value = rope.get("rope_theta", raw.get("rope_theta", Gemma2Config.rope_theta))
+    return _typed(path, value, Scale, *at)
 
 
-def _eos(folder: Path, raw: Mapping[str, Any]) -> tuple[int, ...]:
-    """Stop ids: those of generation_config.json if there are any, as in HF's `generate`."""
-    generation = folder / "generation_config.json"
-    preferred = read_json(generation).get("eos_token_id") if generation.is_file() else None
-    value = next((v for v in (preferred, raw.get("eos_token_id")) if v is not None), 1)
-    return tuple(value) if isinstance(value, list) else (int(value),)
+def _eos(folder: Path, raw: Mapping[str, Any]) -> tuple[Path, tuple[int, ...]]:
+    """Stop ids, and the file that they stand in: generation_config.json if it names any, as in HF's `generate`."""
+    path, value = folder / "generation_config.json", None
+    if present(path):
+        value = read_json(path).get("eos_token_id")
+    if value is None:
+        path, value = folder / "config.json", raw.get("eos_token_id")
+    if value is None:
+        return path, Gemma2Config.eos_token_id
+    if isinstance(value, list):
+        return path, _typed(path, value, tuple[TokenId, ...], "eos_token_id")
+    return path, (_typed(path, value, TokenId, "eos_token_id"),)
 
 
 def _preset(hidden: int, layers: int, ffn: int, heads: tuple[int, int, int], scalar: int) -> Gemma2Config:

@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from gemma_edge.errors import InputError
-from gemma_edge.model.config import read_json
 from gemma_edge.model.safetensors_reader import SafetensorsFile
+from gemma_edge.reading import present, read_json
 
 # ONLY_VALUE: keys of adapter_config.json that change the merged weight, and the values that this file computes.
 ONLY_VALUE: dict[str, tuple[Any, ...]] = {
@@ -68,7 +68,7 @@ class Lora:
         for key, value in tensors.items():
             match = KEY.fullmatch(key)
             if match is None or match["weight"] not in shapes:
-                raise InputError(f"{folder}: {key} is no LoRA of a weight of this model")
+                raise InputError(f"{folder}: {key} is not a LoRA of a weight of this model")
             sides.setdefault(match["weight"], {})[match["side"]] = value.float()
         pairs = {}
         for weight, side in sides.items():
@@ -104,7 +104,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
     path = folder / "adapter_model.safetensors"
-    if not path.exists():
+    if not present(path):
         raise InputError(f"{folder} has no adapter_model.safetensors; pickle adapters are not read")
     return SafetensorsFile(path).whole()
 

@@ -7,7 +7,6 @@ Source: the format's description in the safetensors README, and its rules on off
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import stat
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from gemma_edge.errors import InputError
+from gemma_edge.reading import check_regular, parse_json
 
 HEADER_LIMIT = 100_000_000  # bytes; the safetensors library's own limit
 DTYPES = {
@@ -114,8 +114,7 @@ class SafetensorsFile:
     @contextmanager
     def _open(self) -> Iterator[FileIO]:
         """The open file, whose header is known."""
-        if not self.path.is_file():  # before it is opened: that would wait for ever on a pipe
-            raise InputError(f"{self.path} is missing, or is not a regular file; download it again")
+        check_regular(self.path, "download it again")  # before it is opened: that would wait for ever on a pipe
         try:
             with open(self.path, "rb", buffering=0) as file:
                 status = os.fstat(file.fileno())
@@ -124,7 +123,7 @@ class SafetensorsFile:
                     self._header = _read_header(file, status)
                     self._seen = seen
                 yield file
-        except (ValueError, OSError, RecursionError) as error:
+        except (ValueError, OSError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{self.path} is damaged or truncated ({error}); download it again") from None
@@ -154,7 +153,7 @@ def _read_header(file: FileIO, status: os.stat_result) -> Header:
     text = bytearray()
     while len(text) < size and (part := file.read(size - len(text))):
         text += part
-    fields = json.loads(text.decode(), object_pairs_hook=_unique)
+    fields = parse_json(bytes(text), _unique)
     if not isinstance(fields, dict):
         raise ValueError("the header is not an object")
     metadata = fields.pop("__metadata__", {})

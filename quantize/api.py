@@ -44,6 +44,7 @@ from gemma_edge.quantize.recipe import (
     default_method,
     make_recipe,
 )
+from gemma_edge.reading import present
 from gemma_edge.text import corpus
 from gemma_edge.text.tokenizer import TOKENIZER_FILE, TOKENIZER_HINT
 
@@ -164,7 +165,7 @@ def _made(options: QuantizeOptions, source: Weights) -> Recipe:
     quality = options.quality
     if quality is None:
         # without a tokenizer there is no text to calibrate on, and integers that are already there need none
-        has_text = (source.folder / TOKENIZER_FILE).is_file()
+        has_text = present(source.folder / TOKENIZER_FILE)
         quality = DEFAULT_QUALITY if has_text and not source.is_quantized else "fast"
         if not has_text and not source.is_quantized and options.method is None and bits == DEFAULT_BITS:
             logger.warning("%s has no tokenizer, so nothing to calibrate on: `quality` fast", source.folder)

@@ -27,6 +27,7 @@ from gemma_edge.memory import give_back
 from gemma_edge.model import layerwise as reference
 from gemma_edge.model.checkpoint import Weights
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
+from gemma_edge.reading import present
 from gemma_edge.text import corpus
 from gemma_edge.text.tokenizer import TOKENIZER_FILE, TOKENIZER_HINT, open_tokenizer
 
@@ -48,7 +49,7 @@ def choose_gate(source: Weights, context: int, level: str) -> Gate | None:
         InputError: the tokenizer cannot be used; it is opened at every level.
     """
     path = source.folder / TOKENIZER_FILE
-    tokenizer = path if path.is_file() else None
+    tokenizer = path if present(path) else None
     if level == "none":
         if tokenizer is not None:
             open_tokenizer(tokenizer, TOKENIZER_HINT)

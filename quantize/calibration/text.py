@@ -5,7 +5,6 @@ What a pass makes of the windows is quantize/calibration/layerwise.py's.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from gemma_edge.errors import InputError
 from gemma_edge.quantize.options import CalibrationText
+from gemma_edge.reading import MAX_JSON, check_regular, parse_json
 from gemma_edge.text import corpus
 from gemma_edge.text.chat import ChatTemplate
 from gemma_edge.text.tokenizer import TOKENIZER_FILE, TOKENIZER_HINT, open_tokenizer
@@ -25,6 +25,7 @@ from gemma_edge.text.tokenizer import TOKENIZER_FILE, TOKENIZER_HINT, open_token
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".txt", ".md", ".jsonl")
+TEXT_HINT = "give a text file, a folder or JSON lines"
 WINDOW = 512  # tokens; a shorter context takes its own length
 MIN_TOKENS = 256  # second moments of fewer say nothing
 RARE = (
@@ -106,13 +107,12 @@ def _texts(source: CalibrationText, template: ChatTemplate) -> Iterator[str]:
 
 
 def _files(path: Path) -> list[Path]:
-    if path.is_file():
+    if not path.is_dir():
         return [path]
-    files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES) if path.is_dir() else []
+    files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
     if not files:
-        what = f"holds no {', '.join(SUFFIXES)} file" if path.is_dir() else "does not exist"
         raise InputError(
-            f"`calibration_text` {path} {what}; give a text file, a folder or JSON lines",
+            f"`calibration_text` {path} holds no {', '.join(SUFFIXES)} file; {TEXT_HINT}",
             field="calibration_text",
             value=path,
         )
@@ -121,6 +121,7 @@ def _files(path: Path) -> list[Path]:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[TextIO]:
+    check_regular(file, TEXT_HINT, field="calibration_text")
     try:
         with file.open(encoding="utf-8-sig") as opened:
             yield opened
@@ -133,7 +134,9 @@ def _opened(file: Path) -> Iterator[TextIO]:
 def _lines(file: Path, max_characters: int) -> Iterator[tuple[int, str]]:
     """Lines that are not blank, with their numbers, until `max_characters` are read."""
     with _opened(file) as opened:
-        for number, line in enumerate(opened, 1):
+        for number, line in enumerate(iter(lambda: opened.readline(MAX_JSON + 1), ""), 1):
+            if len(line) > MAX_JSON:
+                raise InputError(f"{file}:{number} is longer than {MAX_JSON} characters; {TEXT_HINT}")
             if line.strip():
                 yield number, line
             max_characters -= len(line)
@@ -144,7 +147,7 @@ def _lines(file: Path, max_characters: int) -> Iterator[tuple[int, str]]:
 def _line(line: str, file: Path, number: int, template: ChatTemplate) -> str:
     """One JSON line: {"text": ...}, or {"messages": [{"role", "content"}, ...]} in the model's chat format."""
     try:
-        data: dict[str, Any] = json.loads(line)
+        data: dict[str, Any] = parse_json(line.encode())
         if "messages" in data:
             return template.render(data["messages"], add_generation_prompt=False)
         if not isinstance(data["text"], str):

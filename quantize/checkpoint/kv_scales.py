@@ -14,6 +14,7 @@ from gemma_edge.errors import InputError
 from gemma_edge.model.checkpoint import Shards
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.quantize.checkpoint.safetensors_writer import plain_spec, write_safetensors
+from gemma_edge.reading import present
 
 KV_FILE = "gemma_edge_kv.safetensors"
 KINDS = ("k_scale", "v_scale")
@@ -84,7 +85,7 @@ def read_kv_scales(folder: Path, config: Gemma2Config) -> KVScales | None:
         InputError: the file is damaged, or belongs to another model.
     """
     path = folder / KV_FILE
-    if not path.is_file():
+    if not present(path):
         return None
     shards = Shards(folder, [path])
     shape = (config.num_key_value_heads, config.head_dim)

@@ -29,12 +29,13 @@ from gemma_edge.model.checkpoint import (
     norm_names,
     weight_shapes,
 )
-from gemma_edge.model.config import Gemma2Config, read_json
+from gemma_edge.model.config import Gemma2Config
 from gemma_edge.model.quantized import GROUP_MULTIPLE, QuantConfig, QuantizedTensor
 from gemma_edge.quantize.checkpoint.gptq_awq import PackedCheckpoint
 from gemma_edge.quantize.checkpoint.kv_scales import read_kv_scales
 from gemma_edge.quantize.checkpoint.packing import unpack
 from gemma_edge.quantize.recipe import Recipe, recipe_name
+from gemma_edge.reading import present, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class QuantizedCheckpoint(Weights):
         super().__init__(folder, config)
         self._shards = shards
         table = folder / TABLE_FILE
-        self._table = Shards(folder, [table]) if table.is_file() else shards
+        self._table = Shards(folder, [table]) if present(table) else shards
         self._shapes = weight_shapes(config)
         self.configs = {name: self._config_of(name) for name in self._shapes}
         self.kv_scales = read_kv_scales(folder, config)
@@ -217,7 +218,9 @@ def open_weights(folder: Path, *, lora: Path | None = None) -> Weights:
 def is_quantized_folder(folder: Path) -> bool:
     """Whether a folder holds integers: only such a folder may be replaced by another quantized checkpoint."""
     config = folder / "config.json"
-    return (folder / TABLE_FILE).is_file() or (config.is_file() and "quantization_config" in read_json(config))
+    return (folder / TABLE_FILE).is_file() or (
+        config.is_file() and read_json(config).get("quantization_config") is not None
+    )
 
 
 def final_configs(source: Weights, recipe: Recipe) -> dict[str, QuantConfig | None]:

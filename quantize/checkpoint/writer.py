@@ -22,7 +22,7 @@ from gemma_edge.model.checkpoint import (
     row_slices,
     weight_shapes,
 )
-from gemma_edge.model.config import Gemma2Config, read_json
+from gemma_edge.model.config import Gemma2Config
 from gemma_edge.model.hub import copy_companions
 from gemma_edge.model.quantized import QuantConfig, QuantizedTensor
 from gemma_edge.model.safetensors_reader import SafetensorsFile
@@ -32,6 +32,7 @@ from gemma_edge.quantize.checkpoint.safetensors_writer import Spec, plain_spec, 
 from gemma_edge.quantize.checkpoint.store import TABLE_FILE, QuantizedCheckpoint, final_configs
 from gemma_edge.quantize.integers import quantize
 from gemma_edge.quantize.recipe import Recipe
+from gemma_edge.reading import read_json
 
 
 def write_quantized(

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from gemma_edge.errors import InputError
 from gemma_edge.model.checkpoint import TABLE, Weights, weight_shapes
-from gemma_edge.model.config import Gemma2Config, read_json
+from gemma_edge.model.config import Gemma2Config
 from gemma_edge.model.quantized import QuantConfig
 from gemma_edge.progress import Progress
 from gemma_edge.quantize.calibration import cache
@@ -25,6 +25,7 @@ from gemma_edge.quantize.mixed import sensitivity
 from gemma_edge.quantize.mixed.budget import Option, as_recipe, solve
 from gemma_edge.quantize.options import CalibrationText
 from gemma_edge.quantize.recipe import DATA_FREE, FLOAT_BITS, Recipe
+from gemma_edge.reading import present, read_json
 from gemma_edge.text.tokenizer import TOKENIZER_FILE
 
 TOKENS = 8192  # tokens of calibration text that are measured on
@@ -198,7 +199,7 @@ def _errors(
     progress: Progress,
 ) -> sensitivity.Errors:
     """What each candidate costs the output: measured once per model, text and method."""
-    if not (source.folder / TOKENIZER_FILE).is_file():
+    if not present(source.folder / TOKENIZER_FILE):
         raise budget.refused(
             f"{source.folder} has no tokenizer, so no text to measure on for {budget}; use `group_size`"
         )
@@ -230,7 +231,7 @@ def read_recipe(path: Path, source: Weights) -> Recipe:
 
     if source.is_quantized:
         raise refused(f"{source.folder} is quantized already; `recipe` needs the original float folder")
-    data = read_json(path, "`plan --save-recipe` writes a recipe")
+    data = read_json(path, "`plan --save-recipe` writes a recipe", field="recipe")
     recipe = Recipe.from_json(data.get("recipe", data), f"`recipe` {path}")
     if recipe.float_bits not in (16, FLOAT_BITS):
         raise refused(f"`recipe` {path}: float_bits {recipe.float_bits}; supported: 16, {FLOAT_BITS}")

@@ -18,6 +18,7 @@ import numpy as np
 
 from gemma_edge.errors import InputError, one_line
 from gemma_edge.logits import Logits
+from gemma_edge.reading import MAX_JSON, parse_json, read_bytes
 from gemma_edge.runtimes.generation.closing import MAX_CLOSING_TOKENS, Closer, Quotes
 from gemma_edge.runtimes.generation.vocabulary import Vocabulary, allowed_tokens
 
@@ -69,11 +70,12 @@ def read_schema(text: str) -> dict[str, Any]:
     """
     inline = text.lstrip().startswith("{")
     name = "the schema" if inline else text
+    hint = "give a file, or the JSON itself"
     try:
-        schema = json.loads(text if inline else Path(text).read_text("utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read the schema {text}: {error.strerror}; give a file, or the JSON itself") from None
-    except (ValueError, RecursionError) as error:
+        schema = parse_json(text.encode() if inline else read_bytes(Path(text), hint, max_bytes=MAX_JSON))
+    except InputError:
+        raise
+    except ValueError as error:
         raise InputError(f"{name} is no JSON: {error}") from None
     check_schema(schema)
     return dict(schema)

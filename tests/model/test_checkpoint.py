@@ -210,21 +210,21 @@ def test_an_index_cannot_point_outside_its_folder(sharded: Path, checkpoint: Cal
 
 
 BROKEN_INDEX = {
-    "not JSON": "{",
-    "empty": "",
-    "no map": "{}",
-    "map is a list": '{"weight_map": ["model-00001-of-00002.safetensors"]}',
-    "list": pytest.param("[]"),
-    "files are numbers": pytest.param('{"weight_map": {"a": 1}}'),
+    "not JSON": ("{", "is not valid JSON"),
+    "empty": ("", "is not valid JSON"),
+    "no map": ("{}", "is damaged"),
+    "map is a list": ('{"weight_map": ["model-00001-of-00002.safetensors"]}', "is damaged"),
+    "list": ("[]", "does not hold a JSON object"),
+    "files are numbers": ('{"weight_map": {"a": 1}}', "is damaged"),
 }
 
 
-@pytest.mark.parametrize("text", BROKEN_INDEX.values(), ids=BROKEN_INDEX.keys())
-def test_a_broken_index_is_named(text: str, sharded: Path) -> None:
+@pytest.mark.parametrize(("text", "problem"), BROKEN_INDEX.values(), ids=BROKEN_INDEX.keys())
+def test_a_broken_index_is_named(text: str, problem: str, sharded: Path) -> None:
     (sharded / "model.safetensors.index.json").write_text(text)
     with pytest.raises(InputError) as caught:
         Checkpoint.open(sharded)
-    assert f"{sharded / 'model.safetensors.index.json'} is damaged" in message(caught)
+    assert f"{sharded / 'model.safetensors.index.json'} {problem}" in message(caught)
 
 
 BAD_VALUES = {

@@ -227,15 +227,15 @@ A_KEY, B_KEY = (f"base_model.model.{Q_PROJ}.lora_{side}.weight" for side in "AB"
 DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     "unknown weight": (
         lambda s: s.update({A_KEY.replace("layers.1", "layers.9"): torch.ones(3, 64)}),
-        r"layers\.9\.self_attn\.q_proj\.lora_A\.weight is no LoRA of a weight of this model",
+        r"layers\.9\.self_attn\.q_proj\.lora_A\.weight is not a LoRA of a weight of this model",
     ),
     "head": (
         lambda s: s.update({"base_model.model.lm_head.lora_A.weight": torch.ones(3, 64)}),
-        r"lm_head\.lora_A\.weight is no LoRA of a weight of this model",
+        r"lm_head\.lora_A\.weight is not a LoRA of a weight of this model",
     ),
     "magnitude": (
         lambda s: s.update({A_KEY.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(128)}),
-        r"lora_magnitude_vector is no LoRA",
+        r"lora_magnitude_vector is not a LoRA",
     ),
     "B is missing": (lambda s: s.pop(B_KEY), f"{Q_PROJ} has only lora_A; the other half is missing"),
     "A is missing": (lambda s: s.pop(A_KEY), f"{Q_PROJ} has only lora_B; the other half is missing"),

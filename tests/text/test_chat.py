@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from campaigns.campaign import time_limit
 from support.checkpoints import DEMO
 from support.toys import edit_json
 from transformers import AutoTokenizer
@@ -110,8 +111,93 @@ def test_roles_must_alternate() -> None:
     ],
 )
 def test_a_template_cannot_leave_its_sandbox(source: str) -> None:
-    with pytest.raises(InputError, match="refuses the conversation"):
+    with pytest.raises(InputError, match="cannot write the conversation"):
         ChatTemplate(source, {}).render([TURN])
+
+
+ENDLESS = {
+    "loops in loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}"
+    "{% endfor %}{% endfor %}",
+    "a recursive loop": "{% for a in range(99999) recursive %}{{ loop(range(99999)) }}{% endfor %}",
+    "macros that call themselves": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+    "an endless macro": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "a filter in a loop": "{% for a in range(99999) %}{{ range(99999) | sum }}{% endfor %}",
+    "text by a number": "{{ 'a' * 10 ** 10 }}",
+    "a list by a number": "{% set x = [1] * 10 ** 10 %}",
+    "a power": "{{ 9 ** (9 ** 9) }}",
+    "products of numbers": "{% set n = namespace(x=99999) %}{% for a in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
+    "doubled text": "{% set n = namespace(x='aaaa') %}{% for a in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "added text": "{% set n = namespace(x='aaaa') %}{% for a in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    "text in blocks": "{% set n = namespace(x='aaaa') %}{% for a in range(99) %}"
+    "{% set n.x %}{{ n.x }}{{ n.x }}{% endset %}{% endfor %}",
+    "lists in lists": "{% set n = namespace(x=[1]) %}{% for a in range(99) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
+    "lists in lists as JSON": "{% set n = namespace(x=[1]) %}{% for a in range(99) %}{% set n.x = [n.x, n.x] %}{% endfor %}"
+    "{{ n.x | tojson }}",
+    "lists in lists that are equal": "{% set n = namespace(x=[1], y=[1]) %}{% for a in range(99) %}"
+    "{% set n.x = [n.x, n.x] %}{% set n.y = [n.y, n.y] %}{% endfor %}{{ n.x == n.y }}",
+    "a width": "{{ '%10000000000d' % 1 }}",
+    "a width in a filter": "{{ '%10000000000d' | format(1) }}",
+    "a width in format": "{{ '{:>10000000000}'.format(1) }}",
+    "a width as an argument": "{{ '{:>{w}}'.format(1, w=10000000000) }}",
+    "blanks around": "{{ 'a' | center(10000000000) }}",
+    "blanks before": "{{ 'a'.rjust(10000000000) }}",
+    "blanks of JSON": "{{ [1] | tojson(indent=10000000000) }}",
+    "digits": "{{ 1 | round(10000000000) }}",
+    "long replacements": "{{ ('a' * 99999).replace('a', 'a' * 99999) }}",
+    "long separators": "{{ range(99999) | join('a' * 99999) }}",
+    "batches": "{{ [1] | batch(10000000000, 'x') | list }}",
+    "much output": "{% set x = 'a' * 99999 %}{% for a in range(99999) %}{{ x }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("source", ENDLESS.values(), ids=ENDLESS)
+def test_a_template_has_a_limit_of_steps_and_of_sizes(source: str) -> None:
+    """jinja's sandbox has neither: these took hours, or all memory."""
+    with pytest.raises(InputError, match="cannot write the conversation") as caught, time_limit(20):
+        ChatTemplate(source, {}).render([TURN])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_long_conversation_is_within_the_limits() -> None:
+    template = ChatTemplate.from_bundle(DEMO)
+    roles = ("user", "assistant")
+    many = [{"role": roles[i % 2], "content": "word " * 20} for i in range(4001)]
+    assert template.render(many).count("<start_of_turn>") == 4002
+    long = template.render([{"role": "user", "content": "a\n" * 2_000_000}])
+    assert len(long) > 3_999_000
+
+
+GENERATION = """\
+{% for m in messages %}
+{% if m['role'] == 'assistant' %}
+<start_of_turn>model
+{% generation %}{% set text = m['content'] | trim %}{{ text + '<end_of_turn>' }}{% endgeneration %}
+
+{% else %}
+<start_of_turn>{{ m['role'] }} {{ m['content'] }}{{ text }}<end_of_turn>
+{% endif %}
+{% endfor %}"""
+
+
+@pytest.mark.parametrize("messages", CONVERSATIONS)
+def test_a_template_of_a_trainer_marks_what_the_model_says(tmp_path: Path, messages: list[Message]) -> None:
+    """{% generation %} is transformers' own tag: the export passed, then chat and server died of it."""
+    folder = tokenizer_folder(tmp_path, GENERATION)
+    assert ChatTemplate.from_bundle(folder).render(messages) == expected(folder, messages, add_generation_prompt=True)
+
+
+@pytest.mark.parametrize(
+    ("source", "takes"),
+    [
+        (LOOPING, True),
+        (GENERATION, True),
+        (GEMMA2_TEMPLATE, False),
+        ("{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}", False),
+        ("{{ messages[0]['nothing']['at all'] }}", False),
+    ],
+)
+def test_a_template_takes_the_systems_turn_or_not(source: str, takes: bool) -> None:
+    assert ChatTemplate(source, {}).takes_system == takes
 
 
 @pytest.mark.parametrize("template", ["{% if %}", "{{ 'open"])
@@ -122,7 +208,7 @@ def test_a_template_that_is_no_jinja_is_one_clear_error(tmp_path: Path, template
 
 def test_a_damaged_tokenizer_config_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("[1")
-    with pytest.raises(InputError, match="tokenizer_config.json is damaged"):
+    with pytest.raises(InputError, match="tokenizer_config.json is not valid JSON"):
         ChatTemplate.from_bundle(tmp_path)
 
 

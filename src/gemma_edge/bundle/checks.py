@@ -34,11 +34,11 @@ def problems(
             yield KeyProblem((*at, "passed"), result.passed, "true if failures is empty, else false")
 
 
-def config_problems(config: ModelConfig) -> Iterator[KeyProblem]:
-    """Every number of a configuration that contradicts another one."""
+def config_problems(config: ModelConfig, at: tuple[Key, ...] = ("config",)) -> Iterator[KeyProblem]:
+    """Every number of a configuration that contradicts another one; `at` leads to the configuration."""
 
     def problem(key: str, value: object, expected: str) -> KeyProblem:
-        return KeyProblem(("config", key), value, expected)
+        return KeyProblem((*at, key), value, expected)
 
     layers = config.num_hidden_layers
     if len(config.layer_types) != layers:
@@ -46,6 +46,9 @@ def config_problems(config: ModelConfig) -> Iterator[KeyProblem]:
     if config.num_attention_heads % config.num_key_value_heads:
         expected = f"a divisor of num_attention_heads, {config.num_attention_heads}"
         yield problem("num_key_value_heads", config.num_key_value_heads, expected)
+    if config.hidden_size % config.num_attention_heads:
+        expected = f"a multiple of num_attention_heads, {config.num_attention_heads}, as transformers demands"
+        yield problem("hidden_size", config.hidden_size, expected)
     if config.head_dim % 2:
         yield problem("head_dim", config.head_dim, "even")
     below = f"below vocab_size, {config.vocab_size}"
@@ -55,7 +58,7 @@ def config_problems(config: ModelConfig) -> Iterator[KeyProblem]:
         yield problem("eos_token_id", [], "a list of at least one token id")
     for index, token in enumerate(config.eos_token_id):
         if token >= config.vocab_size:
-            yield KeyProblem(("config", "eos_token_id", index), token, below)
+            yield KeyProblem((*at, "eos_token_id", index), token, below)
 
 
 def _backend(

@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TypeVar
 import msgspec
 
 from gemma_edge.errors import InputError
+from gemma_edge.reading import parse_json
 
 T = TypeVar("T")
 Key = str | int
@@ -31,7 +32,7 @@ _WORDS = {
 
 
 class KeyProblem(Exception):
-    """One key of a manifest is not what it should be."""
+    """One key of a manifest, or of another JSON file, is not what it should be."""
 
     def __init__(self, keys: Sequence[Key], value: object, expected: str, *, missing: bool = False) -> None:
         """Make it.
@@ -45,12 +46,17 @@ class KeyProblem(Exception):
         super().__init__(expected)
         self.keys, self.value, self.expected, self.missing = tuple(keys), value, expected, missing
 
-    def error(self, file: object) -> InputError:
-        """The error for the user; `file` is where the manifest lies."""
+    def error(self, file: object, hint: str = HINT) -> InputError:
+        """The error for the user.
+
+        Args:
+            file: where the key stands.
+            hint: what to do.
+        """
         key = key_path(self.keys) or "the whole file"
         problem = f"{key} is missing" if self.missing else f"{key} is {shown(self.value)}"
         must = "" if self.missing else f"it must be {self.expected}; "
-        return InputError(f"{file}: {problem}", field=key, value=self.value, hint=f"{must}{HINT}")
+        return InputError(f"{file}: {problem}", field=key, value=self.value, hint=f"{must}{hint}")
 
 
 def key_path(keys: Sequence[Key]) -> str:
@@ -79,12 +85,9 @@ def parse(text: bytes) -> Any:
         ValueError: it is not JSON in UTF-8, or it is nested too deeply.
         KeyProblem: a key stands twice, a number is not finite, or a text is no Unicode.
     """
-    try:
-        data = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
-        for problem in _odd_values(data, ()):
-            raise problem
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+    data = parse_json(text, _unique)
+    for problem in _odd_values(data, ()):
+        raise problem
     return data
 
 

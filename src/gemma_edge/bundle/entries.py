@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Generic, Literal, TypeVar
+from typing import Final, Generic, Literal, TypeVar
 
 from gemma_edge.bundle.geometry import CacheGeometry
 from gemma_edge.bundle.ranges import (
@@ -22,6 +22,7 @@ from gemma_edge.bundle.ranges import (
     Magnitude,
     Name,
     Positive,
+    Scale,
     Sha256,
     Share,
     Threads,
@@ -33,7 +34,9 @@ from gemma_edge.bundle.settings import roles
 
 S = TypeVar("S")  # a class of settings.py
 FIGURES = ("Figure", "Magnitude", "Share")  # annotations of fields that may be null in the file
-LOCAL, GLOBAL = "sliding_attention", "full_attention"
+LOCAL: Final = "sliding_attention"
+GLOBAL: Final = "full_attention"
+LayerType = Literal["sliding_attention", "full_attention"]
 
 
 class _Figures:
@@ -66,14 +69,14 @@ class ModelConfig:
     num_attention_heads: Heads
     num_key_value_heads: Heads
     head_dim: HeadDim
-    layer_types: tuple[Literal["sliding_attention", "full_attention"], ...]
-    query_pre_attn_scalar: Positive
+    layer_types: tuple[LayerType, ...]
+    query_pre_attn_scalar: Scale
     sliding_window: Tokens
     max_position_embeddings: Tokens
-    attn_logit_softcapping: Positive | None
-    final_logit_softcapping: Positive | None
-    rms_norm_eps: Positive
-    rope_theta: Positive
+    attn_logit_softcapping: Scale | None
+    final_logit_softcapping: Scale | None
+    rms_norm_eps: Scale
+    rope_theta: Scale
     bos_token_id: TokenId
     eos_token_id: tuple[TokenId, ...]
 

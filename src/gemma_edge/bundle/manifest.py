@@ -29,6 +29,7 @@ from gemma_edge.bundle.geometry import CacheGeometry
 from gemma_edge.bundle.settings import SETTINGS
 from gemma_edge.errors import InputError
 from gemma_edge.files import sha256
+from gemma_edge.reading import present, read_bytes
 
 SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
@@ -84,16 +85,9 @@ def _read(bundle: Path, path: Path) -> bytes:
     Raises:
         InputError: there is none, or it is no file of a sane size that can be read.
     """
-    if not path.is_file():
+    if not present(path):
         raise InputError(f"{bundle} is not a bundle: no {MANIFEST} in it; make one with gemma-export")
-    try:
-        with path.open("rb") as file:
-            text = file.read(MAX_MANIFEST_BYTES + 1)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}; {HINT}") from None
-    if len(text) > MAX_MANIFEST_BYTES:
-        raise InputError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes; {HINT}")
-    return text
+    return read_bytes(path, HINT, max_bytes=MAX_MANIFEST_BYTES)
 
 
 def _decode(text: bytes, path: Path) -> Manifest:

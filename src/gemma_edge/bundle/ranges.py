@@ -24,6 +24,8 @@ Threads = Annotated[int, Meta(ge=1, le=1024)]
 Count = Annotated[int, Meta(ge=0, le=MAX_BYTES)]
 Bytes = Annotated[int, Meta(ge=0, le=MAX_BYTES)]
 Positive = Annotated[float, Meta(gt=0)]
+# Scale: a number that a model multiplies or divides by. float32 computes with these without overflow.
+Scale = Annotated[float, Meta(ge=1e-12, le=1e12)]
 Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME)]
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$", min_length=64, max_length=64)]
 Version = Annotated[str, Meta(pattern=r"^[0-9]+(\.[0-9]+)*$", max_length=32)]

@@ -1,26 +1,25 @@
 """A conversation as text: the checkpoint's own chat template, rendered as transformers does it, else Gemma 2's.
 
-A template is code from a stranger, so it runs in a sandbox. Source of the environment: transformers/utils/chat_template_utils.py,
-`_cached_compile_jinja_template`.
+A template is code from a stranger, so it runs in a sandbox: sandbox.py.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jinja2
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from gemma_edge.bundle.manifest import confined
-from gemma_edge.errors import InputError
+from gemma_edge.errors import InputError, one_line
+from gemma_edge.reading import MAX_TEMPLATE, present, read_json, read_template
+from gemma_edge.text.sandbox import Sandbox, TemplateRefusal, limited
 
 TEMPLATE_FILE = "chat_template.jinja"
 CONFIG_FILE = "tokenizer_config.json"
+HINT = "export the bundle again"
 
 # The format Gemma 2 was tuned on: ai.google.dev/gemma/docs/core/prompt-structure
 GEMMA2_TEMPLATE = """\
@@ -40,10 +39,23 @@ GEMMA2_TEMPLATE = """\
 {%- endif %}
 """
 
-# What a template can raise, since it is the bundle's code
-_RENDER_ERRORS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+# What a template can raise, since it is a stranger's code
+_RENDER_ERRORS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 Message = Mapping[str, str]  # role (user or assistant) and content
+
+
+class ConversationRefused(InputError):
+    """A template refuses a conversation, for instance because of a system message."""
 
 
 class ChatTemplate:
@@ -61,14 +73,13 @@ class ChatTemplate:
         """
         self._special_tokens = dict(special_tokens)
         self.bos = self._special_tokens.get("bos_token", "")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = _tojson
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = _strftime_now
+        if len(source) > MAX_TEMPLATE:
+            raise InputError(f"the chat template has {len(source)} characters; at most {MAX_TEMPLATE} are read")
         try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise InputError(f"the bundle's chat template cannot be read: {error}") from None
+            with limited():
+                self._template = Sandbox().from_string(source)
+        except (*_RENDER_ERRORS, SyntaxError) as error:
+            raise InputError(f"the bundle's chat template cannot be read: {one_line(error)}") from None
 
     @classmethod
     def from_bundle(cls, bundle: Path) -> ChatTemplate:
@@ -78,15 +89,11 @@ class ChatTemplate:
             InputError: tokenizer_config.json or the template cannot be read.
         """
         config: dict[str, Any] = {}
-        if (bundle / CONFIG_FILE).exists():
-            path = confined(bundle, CONFIG_FILE)
-            try:
-                config = dict(json.loads(path.read_text(encoding="utf-8")))
-            except (ValueError, TypeError) as error:
-                raise InputError(f"{path} is damaged ({error}); export the bundle again") from None
+        if present(bundle / CONFIG_FILE):
+            config = read_json(confined(bundle, CONFIG_FILE), HINT)
         source = _template_in(config)
-        if (bundle / TEMPLATE_FILE).exists():
-            source = confined(bundle, TEMPLATE_FILE).read_text(encoding="utf-8")
+        if present(bundle / TEMPLATE_FILE):
+            source = read_template(confined(bundle, TEMPLATE_FILE), HINT)
         tokens = {"bos_token": "<bos>", "eos_token": "<eos>"}
         for name, value in config.items():
             text = value.get("content") if isinstance(value, dict) else value
@@ -102,18 +109,31 @@ class ChatTemplate:
             add_generation_prompt: whether the text ends with the beginning of the model's turn.
 
         Raises:
-            InputError: the template refuses the conversation, for instance because of a system message.
+            ConversationRefused: the template does not take such a conversation.
+            InputError: the template is broken, or takes too many steps.
         """
         try:
-            return self._template.render(
-                messages=[dict(message) for message in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
-            )
+            with limited(list(messages)):
+                return self._template.render(
+                    messages=[dict(message) for message in messages],
+                    tools=None,
+                    documents=None,
+                    add_generation_prompt=add_generation_prompt,
+                    **self._special_tokens,
+                )
+        except TemplateRefusal as error:
+            raise ConversationRefused(f"the chat template refuses the conversation: {error}") from None
         except _RENDER_ERRORS as error:
-            raise InputError(f"the chat template refuses the conversation: {error}") from None
+            raise InputError(f"the chat template cannot write the conversation: {one_line(error)}") from None
+
+    @cached_property
+    def takes_system(self) -> bool:
+        """Whether a message of the system has a turn of its own; Gemma 2's template refuses it."""
+        told = "what the system says"
+        try:
+            return told in self.render([{"role": "system", "content": told}, {"role": "user", "content": "Hello"}])
+        except InputError:
+            return False
 
 
 def _template_in(config: Mapping[str, Any]) -> str | None:
@@ -127,16 +147,3 @@ def _template_in(config: Mapping[str, Any]) -> str | None:
     if template is not None and not isinstance(template, str):
         raise InputError(f"{CONFIG_FILE}: chat_template is a {type(template).__name__}, neither text nor a list")
     return template
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
-
-
-def _tojson(value: object, ensure_ascii: bool = False, indent: int | None = None, sort_keys: bool = False) -> str:
-    # jinja's own filter escapes HTML
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)

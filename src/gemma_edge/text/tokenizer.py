@@ -12,6 +12,7 @@ from tokenizers.decoders import DecodeStream
 
 from gemma_edge.bundle.manifest import Manifest, confined
 from gemma_edge.errors import InputError
+from gemma_edge.reading import MAX_TOKENIZER, read_bytes
 
 TOKENIZER_FILE = "tokenizer.json"
 END_OF_TURN = "<end_of_turn>"
@@ -31,7 +32,9 @@ def open_tokenizer(path: Path, hint: str) -> tokenizers.Tokenizer:
         InputError: the file is not a tokenizer.
     """
     try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        tokenizer = tokenizers.Tokenizer.from_buffer(read_bytes(path, hint, max_bytes=MAX_TOKENIZER))
+    except InputError:
+        raise
     except Exception as error:  # noqa: BLE001  (the library raises bare Exception for a file it cannot read)
         raise InputError(f"{path} is not a tokenizer ({error})", hint=hint) from None
     # training may have left both in the file; they are wrong for generation
