@@ -71,10 +71,10 @@ public class Bundle private constructor(
     public fun checkHashes(progress: (doneBytes: Long) -> Unit = {}) {
         var done = 0L
         for (entry in files) {
-            val found = sha256(file(entry.name)) { read -> done += read; progress(done) }
-            if (found != entry.sha256) {
+            val actual = sha256(file(entry.name)) { read -> done += read; progress(done) }
+            if (actual != entry.sha256) {
                 throw BundleException(
-                    "$folder/${entry.name} was changed: sha256 ${found.take(16)}..., " +
+                    "$folder/${entry.name} was changed: sha256 ${actual.take(16)}..., " +
                         "the manifest says ${entry.sha256.take(16)}...; import the bundle again",
                 )
             }

@@ -66,8 +66,8 @@ public class GemmaSession(
     public fun send(text: String, params: SamplingParams = SamplingParams(), maxTokens: Int = 512): Flow<String> = answer(maxTokens) {
         val template = template
             ?: throw UnsupportedException("this session has no chat template; call complete, or pass a template to the session")
-        val asked = messages + Message("user", text)
-        val prompt = template.render(asked)
+        val history = messages + Message("user", text)
+        val prompt = template.render(history)
         generate(newTokens(prompt), params, maxTokens, prompt, it) { answer -> remember(asked + Message("assistant", answer)) }
     }
 

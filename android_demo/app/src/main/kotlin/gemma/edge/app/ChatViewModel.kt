@@ -82,24 +82,24 @@ class ChatViewModel(application: Application, private val saved: SavedStateHandl
         val session = session
         if (text.isBlank() || session == null || work?.isActive == true) return
         val model = mutable.value.model.name
-        val asked = mutable.value.messages + ChatMessage(byUser = true, text = text)
-        mutable.value = ChatUiState(ModelState.Answering(model), asked + ChatMessage(byUser = false, text = ""))
+        val history = mutable.value.messages + ChatMessage(byUser = true, text = text)
+        mutable.value = ChatUiState(ModelState.Answering(model), history + ChatMessage(byUser = false, text = ""))
         work = viewModelScope.launch {
             var answer = ""
             var failure: String? = null
             try {
                 failure = failureOf {
                     val chosen = settings.load()
-                    if (asked.size == 1) saved[SYSTEM_PROMPT] = chosen.systemPrompt
-                    val turn = if (asked.size == 1) withSystemPrompt(text) else text
+                    if (history.size == 1) saved[SYSTEM_PROMPT] = chosen.systemPrompt
+                    val turn = if (history.size == 1) withSystemPrompt(text) else text
                     session.send(turn, chosen.sampling, chosen.maxTokens).collect { piece ->
                         answer += piece
-                        show(asked + ChatMessage(byUser = false, text = answer))
+                        show(history + ChatMessage(byUser = false, text = answer))
                     }
                 }
             } finally {
                 // without a text the model could not begin to answer, and the session does not keep the turn either
-                show(if (answer.isEmpty()) asked.dropLast(1) else asked + ChatMessage(false, answer, session.stats))
+                show(if (answer.isEmpty()) history.dropLast(1) else history + ChatMessage(false, answer, session.stats))
                 show(ModelState.Ready(model, failure))
             }
         }
