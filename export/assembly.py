@@ -76,7 +76,7 @@ class Assembly:
             if name not in self._entries:
                 self._lower(name)
         with stage(self.stages, "hash"):
-            has_tokenizer = copy_tokenizer(self.opened.source.folder, self.bundle)
+            has_tokenizer = copy_tokenizer(self.opened.source, self.bundle)
             entries = {name: self._entries[name] for name in self.opened.plans}
             manifest = make_manifest(self.opened, self.integers, entries, self.bundle, has_tokenizer=has_tokenizer)
             self._write(manifest)

@@ -16,7 +16,7 @@ from gemma_edge.bundle.entries import BackendEntry, ModelEntry, RecipeEntry, Tar
 from gemma_edge.bundle.manifest import Manifest, list_files, typed_config, with_identities
 from gemma_edge.export.opened import Opened
 from gemma_edge.model import hub
-from gemma_edge.model.checkpoint import weight_shapes
+from gemma_edge.model.checkpoint import Weights, weight_shapes
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
 from gemma_edge.text.tokenizer import TOKENIZER_FILE
 
@@ -45,12 +45,12 @@ class Integers:
     lora: str | None  # name of the adapter that was merged
 
 
-def copy_tokenizer(folder: Path, bundle: Path) -> bool:
+def copy_tokenizer(source: Weights, bundle: Path) -> bool:
     """Copy tokenizer and chat files; whether the bundle can turn text into tokens."""
-    hub.copy_companions(folder, bundle)
+    hub.copy_companions(source.folder, bundle, text_folder=source.text_folder)
     if (bundle / TOKENIZER_FILE).is_file():
         return True
-    logger.warning("%s has no tokenizer.json: the bundle takes and gives token ids, not text", folder)
+    logger.warning("%s has no tokenizer.json: the bundle takes and gives token ids, not text", source.folder)
     return False
 
 

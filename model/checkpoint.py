@@ -18,6 +18,7 @@ from gemma_edge.model.lora import Lora
 from gemma_edge.model.quantized import QuantConfig, QuantizedTensor
 from gemma_edge.model.safetensors_reader import SafetensorsFile
 from gemma_edge.reading import present, read_json
+from gemma_edge.text.tokenizer import TOKENIZER_FILE
 
 TABLE, HEAD = "model.embed_tokens", "lm_head.weight"
 FINAL_NORM = "model.norm.weight"
@@ -139,6 +140,7 @@ class Weights(ABC):
 
     def __init__(self, folder: Path, config: Gemma2Config) -> None:
         self.folder, self.config = folder, config
+        self.text_folder = folder  # its tokenizer and chat template; those of an adapter if it brings its own
         self.configs = dict.fromkeys(weight_shapes(config))
 
     @abstractmethod
@@ -213,6 +215,8 @@ class Checkpoint(Weights):
     ) -> None:
         super().__init__(folder, config)
         self._shards, self._lora, self._lora_folder = shards, lora, lora_folder
+        if lora_folder is not None and present(lora_folder / TOKENIZER_FILE):
+            self.text_folder = lora_folder
 
     @classmethod
     def open(cls, folder: Path, *, lora: Path | None = None) -> Checkpoint:

@@ -10,6 +10,7 @@ from pathlib import Path
 from gemma_edge.errors import InputError
 
 DEFAULT_MODEL = "google/gemma-2-2b-it"
+STOP_IDS = "generation_config.json"
 # COMPANIONS: files that are copied with a model's weights: tokenizer, chat template, stop ids
 COMPANIONS = (
     "tokenizer.json",
@@ -18,16 +19,25 @@ COMPANIONS = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
-    "generation_config.json",
+    STOP_IDS,
 )
 ID = r"[\w.-]+/[\w.-]+"  # of a model on Hugging Face
 FILES = ["*.json", "*.safetensors", *COMPANIONS]
 HINT = "download the model yourself and pass its folder: gemma-export FOLDER"
 
 
-def copy_companions(folder: Path, out: Path) -> None:
-    """Copy what is there of COMPANIONS; raises as `companions` does."""
-    for name, path in companions(folder).items():
+def copy_companions(folder: Path, out: Path, *, text_folder: Path | None = None) -> None:
+    """Copy what is there of COMPANIONS; raises as `companions` does.
+
+    Args:
+        folder: the model's.
+        out: where to.
+        text_folder: the folder of an adapter that brings its own tokenizer and chat template; the rest is the model's.
+    """
+    found = companions(folder)
+    if text_folder is not None and text_folder != folder:
+        found = {name: path for name, path in found.items() if name == STOP_IDS} | companions(text_folder)
+    for name, path in found.items():
         shutil.copy(path, out / name)
 
 

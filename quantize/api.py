@@ -133,7 +133,9 @@ def open_source(model: str, lora: str | Path | None) -> Weights:
     """
     folder = hub.resolve(model)
     hub.companions(folder)
-    return open_weights(folder, lora=hub.resolve_adapter(lora) if lora is not None else None)
+    source = open_weights(folder, lora=hub.resolve_adapter(lora) if lora is not None else None)
+    hub.companions(source.text_folder)
+    return source
 
 
 def choose_recipe(
@@ -165,7 +167,7 @@ def _made(options: QuantizeOptions, source: Weights) -> Recipe:
     quality = options.quality
     if quality is None:
         # without a tokenizer there is no text to calibrate on, and integers that are already there need none
-        has_text = present(source.folder / TOKENIZER_FILE)
+        has_text = present(source.text_folder / TOKENIZER_FILE)
         quality = DEFAULT_QUALITY if has_text and not source.is_quantized else "fast"
         if not has_text and not source.is_quantized and options.method is None and bits == DEFAULT_BITS:
             logger.warning("%s has no tokenizer, so nothing to calibrate on: `quality` fast", source.folder)
@@ -336,10 +338,10 @@ def _distill(
 
 def _windows(source: Weights, text: CalibrationText, tokens: int) -> Tensor:
     config, text = source.config, replace(text, tokens=tokens)
-    windows = calibration.windows(source.folder, config.bos_token_id, config.max_position_embeddings, text)
+    windows = calibration.windows(source.text_folder, config.bos_token_id, config.max_position_embeddings, text)
     if windows.max() >= config.vocab_size:
         raise InputError(
-            f"{source.folder / TOKENIZER_FILE} gives token id {windows.max()}, the model has a vocabulary of"
+            f"{source.text_folder / TOKENIZER_FILE} gives token id {windows.max()}, the model has a vocabulary of"
             f" {config.vocab_size}; {TOKENIZER_HINT}"
         )
     return windows

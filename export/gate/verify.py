@@ -48,7 +48,7 @@ def choose_gate(source: Weights, context: int, level: str) -> Gate | None:
     Raises:
         InputError: the tokenizer cannot be used; it is opened at every level.
     """
-    path = source.folder / TOKENIZER_FILE
+    path = source.text_folder / TOKENIZER_FILE
     tokenizer = path if present(path) else None
     if level == "none":
         if tokenizer is not None:

@@ -69,7 +69,7 @@ def write_quantized(
         write_kv_scales(out, kv_scales)
     index = {tensor: name for name in names for tensor in sorted(SafetensorsFile(out / name).tensors)}
     write_whole(out / "model.safetensors.index.json", json.dumps({"metadata": {}, "weight_map": index}, indent=1))
-    copy_companions(source.folder, out)
+    copy_companions(source.folder, out, text_folder=source.text_folder)
     _write_config(work, out)
     return QuantizedCheckpoint.open(out)
 

@@ -199,12 +199,12 @@ def _errors(
     progress: Progress,
 ) -> sensitivity.Errors:
     """What each candidate costs the output: measured once per model, text and method."""
-    if not present(source.folder / TOKENIZER_FILE):
+    if not present(source.text_folder / TOKENIZER_FILE):
         raise budget.refused(
             f"{source.folder} has no tokenizer, so no text to measure on for {budget}; use `group_size`"
         )
     config, text = source.config, replace(text, tokens=TOKENS)
-    windows = calibration.windows(source.folder, config.bos_token_id, config.max_position_embeddings, text)
+    windows = calibration.windows(source.text_folder, config.bos_token_id, config.max_position_embeddings, text)
     folder = cache.calibration_folder(sensitivity.key_of(source, windows, methods))
     path = folder / MEASUREMENT
     if not path.is_file():

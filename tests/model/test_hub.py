@@ -85,6 +85,23 @@ def test_an_adapter_may_come_from_the_hub(tmp_path: Path, monkeypatch: pytest.Mo
     assert resolve_adapter(tmp_path) == tmp_path
 
 
+def test_an_adapters_own_tokenizer_comes_before_the_models(tmp_path: Path) -> None:
+    """Trainers save tokenizer and template with the adapter, for tokens and turns that the base model does not know."""
+    base, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))
+    for folder in (base, adapter, out):
+        folder.mkdir()
+    for name in ("tokenizer.json", "special_tokens_map.json", "generation_config.json"):
+        (base / name).write_text("base")
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        (adapter / name).write_text("adapter")
+    copy_companions(base, out, text_folder=adapter)
+    assert {path.name: path.read_text() for path in out.iterdir()} == {
+        "tokenizer.json": "adapter",
+        "chat_template.jinja": "adapter",
+        "generation_config.json": "base",
+    }
+
+
 def test_a_folder_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = hub_says(monkeypatch, raising(AssertionError("asked the hub")))
     assert resolve(str(tmp_path)) == tmp_path

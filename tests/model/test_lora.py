@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from support.checkpoints import hf_model
+from support.checkpoints import DEMO, hf_model
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import Gemma2ForCausalLM
@@ -160,6 +160,12 @@ def test_keys_without_pefts_prefix_and_with_the_adapters_name_are_read(
     edit(adapter, rename)
     found = Checkpoint.open(checkpoint("tiny"), lora=adapter).matrix(Q_PROJ)
     assert_close(found, expected, rtol=0.0, atol=0.0)
+
+
+def test_text_is_read_by_the_adapters_own_tokenizer(checkpoint: Callable[..., Path], adapter: Path) -> None:
+    assert Checkpoint.open(checkpoint("tiny"), lora=adapter).text_folder == checkpoint("tiny")
+    shutil.copy(DEMO / "tokenizer.json", adapter)
+    assert Checkpoint.open(checkpoint("tiny"), lora=adapter).text_folder == adapter
 
 
 NOT_PLAIN: dict[str, dict[str, Any]] = {
