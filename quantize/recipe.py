@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gemma_edge.bundle.codec import KeyProblem, convert
-from gemma_edge.bundle.ranges import Name
+from gemma_edge.bundle.ranges import Count, Name
 from gemma_edge.errors import InputError, one_line
 from gemma_edge.model.quantized import QuantConfig as QuantConfig
 
@@ -100,8 +100,8 @@ class Recipe:
 class _Integers:
     """The keys of QuantConfig, with any values of their types."""
 
-    bits: int
-    group_size: int
+    bits: Count
+    group_size: Count
     symmetric: bool = True
 
 

@@ -223,6 +223,7 @@ def one_try(rng: random.Random, model: Path, place: Path, damages: int | None = 
 
 def run(campaign: Campaign, tries: int) -> None:
     """Damage and export that many times."""
+    torch.set_num_threads(1)  # in a model so small, threads wait for each other longer than they compute
     with tempfile.TemporaryDirectory() as name:
         os.environ.setdefault(VARIABLE, str(Path(name, "cache")))
         model = make_model(Path(name, "whole"))
