@@ -56,7 +56,7 @@ INTEGERS = (
     ),
     click.option(
         "--recipe",
-        type=click.Path(dir_okay=False, path_type=Path),
+        type=PATH,
         help="Take bits, groups and methods from a saved recipe or a bundle's manifest.json.",
     ),
     click.option(

@@ -9,11 +9,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from msgspec import Meta
 from torch import Tensor
 
-from gemma_edge.errors import InputError
+from gemma_edge.bundle.codec import KeyProblem, convert, shown
+from gemma_edge.errors import InputError, one_line
 from gemma_edge.model.safetensors_reader import SafetensorsFile
 from gemma_edge.reading import present, read_json
 
@@ -38,6 +40,9 @@ ONLY_VALUE: dict[str, tuple[Any, ...]] = {
     "monteclora_config": (None,),
 }
 KEY = re.compile(r"(?:base_model\.model\.)?(?P<weight>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+
+Rank = Annotated[int, Meta(ge=1, le=1 << 20)]
+Alpha = Annotated[float, Meta(ge=-1e6, le=1e6)]
 
 
 @dataclass(frozen=True)
@@ -93,13 +98,34 @@ class Lora:
             values.addmm_(pair.b[start : start + len(values)], pair.a, alpha=pair.scaling)
 
 
-def _config(folder: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Adapter:
+    """The keys of adapter_config.json that are computed with, and PEFT's defaults."""
+
+    r: Rank | None = None  # None: the weights say it
+    lora_alpha: Alpha = 8
+    rank_pattern: dict[str, Rank] | None = None
+    alpha_pattern: dict[str, Alpha] | None = None
+    use_rslora: bool | None = None
+
+
+def _config(folder: Path) -> _Adapter:
     path = folder / "adapter_config.json"
     config = read_json(path, "`lora` takes a PEFT adapter folder")
     for key, allowed in ONLY_VALUE.items():
         if key in config and config[key] not in allowed:
-            raise InputError(f"{path}: {key} is {config[key]!r}; only plain LoRA is merged: merge it with PEFT first")
-    return config
+            raise InputError(
+                f"{path}: {key} is {shown(config[key])}; only plain LoRA is merged: merge it with PEFT first"
+            )
+    try:
+        adapter = convert(config, _Adapter)
+        for pattern in [*(adapter.rank_pattern or ()), *(adapter.alpha_pattern or ())]:
+            re.compile(_whole(pattern))
+    except KeyProblem as problem:
+        raise problem.error(path, "save the adapter with PEFT again") from None
+    except re.error as error:
+        raise InputError(f"{path}: {shown(pattern)} is not a regular expression ({one_line(error)})") from None
+    return adapter
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
@@ -109,17 +135,22 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     return SafetensorsFile(path).whole()
 
 
-def _scaling(config: Mapping[str, Any], weight: str, rank: int) -> float:
-    alpha = _pattern(config.get("alpha_pattern"), weight, config.get("lora_alpha", 8))
-    declared = _pattern(config.get("rank_pattern"), weight, config.get("r", rank))
+def _scaling(config: _Adapter, weight: str, rank: int) -> float:
+    alpha = _pattern(config.alpha_pattern, weight, config.lora_alpha)
+    declared = _pattern(config.rank_pattern, weight, rank if config.r is None else config.r)
     if declared != rank:
         raise InputError(f"LoRA of {weight} has rank {rank}, adapter_config.json says {declared}")
-    return float(alpha / rank**0.5 if config.get("use_rslora") else alpha / rank)
+    return float(alpha / rank**0.5 if config.use_rslora else alpha / rank)
+
+
+def _whole(pattern: str) -> str:
+    """PEFT's expression for a key of a pattern: it matches the end of a module's name."""
+    return rf"(.*\.)?({pattern})$"
 
 
 def _pattern(patterns: Mapping[str, float] | None, weight: str, default: float) -> float:
     """The value of the first key that matches the end of the module's name as a regular expression, as in PEFT."""
     for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", weight):
+        if re.match(_whole(key), weight):
             return value
     return default

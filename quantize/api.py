@@ -46,6 +46,7 @@ from gemma_edge.quantize.recipe import (
 )
 from gemma_edge.reading import present
 from gemma_edge.text import corpus
+from gemma_edge.text.check import check_text_files
 from gemma_edge.text.tokenizer import TOKENIZER_FILE, TOKENIZER_HINT
 
 logger = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ def quantize(
 
 
 def open_source(model: str, lora: str | Path | None) -> Weights:
-    """Find and open a model that a checkpoint or a bundle will be made of. Reads headers only.
+    """Find and open a model that a checkpoint or a bundle will be made of. Of the weights only headers are read.
 
     Args:
         model: a Hugging Face folder or id.
@@ -135,6 +136,7 @@ def open_source(model: str, lora: str | Path | None) -> Weights:
     hub.companions(folder)
     source = open_weights(folder, lora=hub.resolve_adapter(lora) if lora is not None else None)
     hub.companions(source.text_folder)
+    source.config = replace(source.config, eos_token_id=check_text_files(source.text_folder, source.config))
     return source
 
 
@@ -313,6 +315,7 @@ def make_checkpoint(
     if work.options.distill:
         learnt["distilled"] = _distill(work, quantized, progress, stages)
         quantized = QuantizedCheckpoint.open(out)
+    quantized.config = source.config  # its stop ids may be more than those of the files
     return quantized, learnt
 
 

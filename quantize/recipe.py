@@ -11,7 +11,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gemma_edge.errors import InputError
+from gemma_edge.bundle.codec import KeyProblem, convert
+from gemma_edge.bundle.ranges import Count, Name
+from gemma_edge.errors import InputError, one_line
 from gemma_edge.model.quantized import QuantConfig as QuantConfig
 
 DATA_FREE = ("rtn", "mse")
@@ -21,6 +23,7 @@ BITS = (4, 8, 16, 32)
 FLOAT_BITS = 32  # bits of matrices that stay float beside quantized ones
 TABLE_PATTERN = r"model\.embed_tokens"
 ANY = r".*"
+RECIPE_HINT = "`plan --save-recipe` writes one"
 
 
 @dataclass(frozen=True)
@@ -82,15 +85,46 @@ class Recipe:
             InputError: it is not a recipe.
         """
         try:
-            rules = tuple(
-                QuantRule(rule["pattern"], QuantConfig(**rule["config"]) if rule["config"] else None, rule["method"])
-                for rule in data["rules"]
-            )
+            read = convert(data, _File)
+            rules = tuple(QuantRule(rule.pattern, _config_of(rule), rule.method) for rule in read.rules)
             for rule in rules:
                 re.compile(rule.pattern)
-            return cls(str(data["name"]), rules, int(data["float_bits"]))
-        except (KeyError, TypeError, ValueError, re.error) as error:
-            raise InputError(f"{origin} is not a recipe ({error!r}); `plan --save-recipe` writes one") from None
+        except KeyProblem as problem:
+            raise problem.error(f"{origin} is not a recipe", RECIPE_HINT) from None
+        except (InputError, re.error) as error:
+            raise InputError(f"{origin} is not a recipe ({one_line(error)}); {RECIPE_HINT}") from None
+        return cls(read.name, rules, read.float_bits)
+
+
+@dataclass(frozen=True)
+class _Integers:
+    """The keys of QuantConfig, with any values of their types."""
+
+    bits: Count
+    group_size: Count
+    symmetric: bool = True
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """The keys of QuantRule."""
+
+    pattern: str
+    config: _Integers | None
+    method: str
+
+
+@dataclass(frozen=True)
+class _File:
+    """A recipe's file."""
+
+    name: Name
+    rules: tuple[_Rule, ...]
+    float_bits: int
+
+
+def _config_of(rule: _Rule) -> QuantConfig | None:
+    return QuantConfig(**asdict(rule.config)) if rule.config else None
 
 
 INT8_ROW = QuantConfig(bits=8, group_size=0)

@@ -90,6 +90,17 @@ def test_what_is_no_json_object_is_refused_in_one_line(text: str, tmp_path: Path
     assert "\n" not in str(caught.value)
 
 
+def test_half_a_surrogate_pair_is_refused_and_a_whole_one_is_read(tmp_path: Path) -> None:
+    """It could not be printed, and msgspec raised UnicodeEncodeError for it."""
+    path = tmp_path / "config.json"
+    path.write_text('{"a": "\\ud83d\\ude42"}')
+    assert read_json(path) == {"a": "🙂"}
+    for text in ('{"a": "\\uD83D"}', '{"\\ude42": 1}'):
+        path.write_text(text)
+        with pytest.raises(InputError, match="holds half a surrogate pair"):
+            read_json(path)
+
+
 def test_a_byte_order_mark_is_refused_in_formats_and_left_out_of_texts(tmp_path: Path) -> None:
     """transformers refuses such a config.json, and Kotlin such a file of a bundle; Windows' editors begin a text with one."""
     path = tmp_path / "file"

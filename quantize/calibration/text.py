@@ -54,7 +54,7 @@ def windows(folder: Path, bos: int, max_length: int, source: CalibrationText) ->
             f"{folder} has no {TOKENIZER_FILE}, so no text to calibrate on: pass `method` mse, or rtn", field="method"
         )
     tokenizer = open_tokenizer(folder / TOKENIZER_FILE, TOKENIZER_HINT)
-    texts = list(_texts(source, ChatTemplate.from_bundle(folder)))
+    texts = list(_texts(source, ChatTemplate.of_folder(folder)))
     # a chat template may write BOS in the middle of a text, where the model never sees it in use
     ids = [[i for i in tokenizer.encode(text, add_special_tokens=False).ids if i != bos] for text in texts]
     total = sum(map(len, ids))

@@ -111,7 +111,7 @@ class PackedCheckpoint(Weights):
             known = ", ".join(f"{a} / {b}" for a, b in LAYOUTS)
             raise InputError(f"{folder} is quantized as {method} / {version}; supported: {known}", hint=HINT)
         bits = quantization.get("bits", quantization.get("w_bit"))
-        if bits not in QUANTIZED_BITS or (layout.order is not None and bits != 4):
+        if type(bits) is not int or bits not in QUANTIZED_BITS or (layout.order is not None and bits != 4):
             raise InputError(f"{folder} has weights of {bits} bits; supported: 4, and 8 in a gptq folder", hint=HINT)
         config = Gemma2Config.from_hf(folder)
         shards = Shards(folder)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from gemma_edge.bundle.codec import KeyProblem, convert, shown
 from gemma_edge.errors import InputError
 from gemma_edge.model.checkpoint import (
     FLOATS,
@@ -38,6 +39,8 @@ from gemma_edge.quantize.recipe import Recipe, recipe_name
 from gemma_edge.reading import present, read_json
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 TABLE_FILE = "gemma_edge_table.safetensors"
 # PARTS: of one matrix, as compressed-tensors names them. The last two are read to be refused where they belong to a matrix.
@@ -65,7 +68,7 @@ class QuantizedCheckpoint(Weights):
         Raises:
             InputError: another quantization format, or a missing or misshapen tensor.
         """
-        quantization = read_json(folder / "config.json").get("quantization_config")
+        quantization = quantization_of(folder)
         if quantization is not None:
             _refuse_other_formats(folder, quantization)
         config = Gemma2Config.from_hf(folder)
@@ -174,11 +177,52 @@ class QuantizedCheckpoint(Weights):
         return finite(self._shards.rows(name).float(), name, self.folder)
 
 
+@dataclass(frozen=True)
+class _Weights:
+    """How compressed-tensors stores some weights."""
+
+    symmetric: bool | None = None
+    type: str | None = None
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Weights that are stored alike, and whether activations are quantized, too."""
+
+    weights: _Weights
+    input_activations: dict[str, Any] | None = None
+    output_activations: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """The part of compressed-tensors' configuration that is read."""
+
+    config_groups: dict[str, _Group] = field(default_factory=dict)
+
+
+def quantization_of(folder: Path) -> dict[str, Any] | None:
+    """The `quantization_config` of a folder; None: it is a float folder.
+
+    Raises:
+        InputError: there is no config.json, or the key holds something else than an object.
+    """
+    quantization = read_json(folder / "config.json").get("quantization_config")
+    return None if quantization is None else _typed(folder, quantization, dict[str, Any])
+
+
+def _typed(folder: Path, quantization: Any, kind: type[T]) -> T:
+    try:
+        return convert(quantization, kind, ("quantization_config",))
+    except KeyProblem as problem:
+        raise problem.error(folder / "config.json", "pass the original float folder") from None
+
+
 def _refuse_other_formats(folder: Path, quantization: dict[str, Any]) -> None:
     stored = quantization.get("quant_method"), quantization.get("format")
     if stored != ("compressed-tensors", "pack-quantized"):
         raise InputError(
-            f"{folder} is quantized as {stored[0]} / {stored[1]}; supported: compressed-tensors / pack-quantized,"
+            f"{folder} is quantized as {shown(stored[0])} / {shown(stored[1])}; supported: compressed-tensors / pack-quantized,"
             " gptq, awq, or pass the original float folder"
         )
     for key in ("transform_config", "kv_cache_scheme"):
@@ -186,14 +230,9 @@ def _refuse_other_formats(folder: Path, quantization: dict[str, Any]) -> None:
             raise InputError(
                 f"{folder}: its quantization_config has a {key}, which is not computed; pass the original folder"
             )
-    for name, group in quantization.get("config_groups", {}).items():
-        weights = group.get("weights") or {}
-        if (
-            group.get("input_activations")
-            or group.get("output_activations")
-            or not weights.get("symmetric")
-            or weights.get("type") != "int"
-        ):
+    for name, group in _typed(folder, quantization, _Groups).config_groups.items():
+        weights = group.weights
+        if group.input_activations or group.output_activations or not weights.symmetric or weights.type != "int":
             raise InputError(f"{folder}: {name} is not weight-only symmetric integers; pass the original float folder")
 
 
@@ -203,14 +242,14 @@ def open_weights(folder: Path, *, lora: Path | None = None) -> Weights:
     Raises:
         InputError: the folder cannot be used, or a LoRA is given for integers.
     """
-    quantization = read_json(folder / "config.json").get("quantization_config")
+    quantization = quantization_of(folder)
     if quantization is None:
         return Checkpoint.open(folder, lora=lora)
     if lora:
         raise InputError(
             f"{folder} is already quantized; a LoRA can only be merged into float weights", field="lora", value=lora
         )
-    if isinstance(quantization, dict) and quantization.get("quant_method") in ("gptq", "awq"):
+    if quantization.get("quant_method") in ("gptq", "awq"):
         return PackedCheckpoint.open(folder, quantization)
     return QuantizedCheckpoint.open(folder)
 

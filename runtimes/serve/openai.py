@@ -72,7 +72,7 @@ class ParsedRequest:
         if chat and echo:
             raise InputError("echo is not supported with messages; leave it out", field="echo", value=echo)
         if chat:
-            prompts = [_ids(model.template.render(messages_of(body)), model)]
+            prompts = [_ids(model.template.render(messages_of(body, takes_system=model.template.takes_system)), model)]
         else:
             prompts = [_ids(prompt, model) for prompt in _prompts(body)]
         if max_tokens is None:
@@ -182,8 +182,13 @@ def _sampling(body: Mapping[str, Any], defaults: SamplingParams) -> SamplingPara
     return replace(defaults, **given)
 
 
-def messages_of(body: Mapping[str, Any]) -> list[dict[str, str]]:
-    """A conversation for Gemma's template: what the system says stands in front of the user's first turn.
+def messages_of(body: Mapping[str, Any], *, takes_system: bool = False) -> list[dict[str, str]]:
+    """A conversation for the bundle's template.
+
+    Args:
+        body: the request.
+        takes_system: whether the template has a turn for the system. Gemma 2's has none: what the system says then stands in
+            front of the user's first turn.
 
     Raises:
         InputError: there are no messages, or too many, or one has no role or text.
@@ -198,7 +203,9 @@ def messages_of(body: Mapping[str, Any]) -> list[dict[str, str]]:
         if not isinstance(message, dict) or message.get("role") not in (*SYSTEM, "user", "assistant", "tool"):
             raise InputError("a message's role is none of system, user, assistant and tool", field="messages")
         role, text = message["role"], _text(message)
-        if role in SYSTEM and not turns:
+        if role in SYSTEM and takes_system:
+            role = "system"
+        elif role in SYSTEM and not turns:
             system.append(text)
             continue
         if role == "tool" and tools:  # the results of several calls are one turn

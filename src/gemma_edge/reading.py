@@ -122,6 +122,10 @@ def read_json(path: Path, hint: str = MODEL_HINT, *, field: str | None = None) -
     text = read_bytes(path, hint, max_bytes=MAX_JSON, field=field)
     try:
         data = parse_json(text)
+        if b"\\ud" in text.lower():
+            json.dumps(data, ensure_ascii=False).encode()  # raises an error for half a surrogate pair
+    except UnicodeEncodeError:
+        raise _refusal(path, "holds half a surrogate pair, which is not text", hint, field) from None
     except ValueError as error:
         raise _refusal(path, f"is not valid JSON: {one_line(error)}", hint, field) from None
     if not isinstance(data, dict):

@@ -109,11 +109,11 @@ def test_odd_names_of_files_are_refused(bundle: Path, name: str) -> None:
     ("text", "message"),
     [
         (b"", "is damaged"),
-        (b"\xef\xbb\xbf{}", "is damaged .*BOM"),
-        (b'{"schema_version": 3, "created": "\xff"}', "is damaged .*utf-8"),
+        (b"\xef\xbb\xbf{}", "is damaged .*byte order mark"),
+        (b'{"schema_version": 3, "created": "\xff"}', "is damaged .*not UTF-8 at byte 34"),
         ("{}".encode("utf-16"), "is damaged"),
-        (b"[" * 100_000, "nested too deeply"),
-        (b'{"a":' * 100_000, "nested too deeply"),
+        (b"[" * 100_000, "nested more than 100 deep"),
+        (b'{"a":' * 100_000, "nested more than 100 deep"),
         (b'{"schema_version": 3, "model": {"name": 1, "name": 2}}', 'the key "name" stands twice'),
         (b'{"schema_version": ' + b"1" * 5000 + b"}", "is damaged"),
         (b'{"schema_version": 3, "config": {"rope_theta": 1e999}}', "config.rope_theta is Infinity; .* finite"),
@@ -131,11 +131,11 @@ def test_what_is_no_manifest_is_one_clear_line(tmp_path: Path, text: bytes, mess
 
 def test_a_manifest_that_is_too_large_or_no_file_is_not_read(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundles, "MAX_MANIFEST_BYTES", 1000)
-    with pytest.raises(InputError, match=r"manifest.json is larger than 1000 bytes"):
+    with pytest.raises(InputError, match=r"manifest.json has \d+ bytes, at most 1000 are read"):
         Manifest.load(bundle)
     (bundle / MANIFEST).unlink()
     os.mkfifo(bundle / MANIFEST)  # to read it would never end
-    with pytest.raises(InputError, match="is not a bundle"):
+    with pytest.raises(InputError, match="is a pipe, not a regular file"):
         Manifest.load(bundle)
 
 

@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from campaigns.campaign import Campaign, Hang, outcome_of, time_limit
+from campaigns import inputs
+from campaigns.campaign import Campaign, Hang, outcome_of, seed_of_today, time_limit
 
 
 def test_a_campaign_sums_up_what_it_tried() -> None:
@@ -54,3 +55,12 @@ def test_an_outcome_is_read_from_exit_code_and_stderr(code: int, stderr: str, ou
 def test_a_try_that_hangs_is_ended() -> None:
     with pytest.raises(Hang), time_limit(0.05):
         time.sleep(60)
+
+
+def test_damaged_inputs_end_in_a_bundle_or_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    seed = seed_of_today()
+    campaign = Campaign("inputs", seed)
+    inputs.run(campaign, 100)
+    printed = capsys.readouterr().out
+    assert campaign.exit_code == 0, f"seed {seed}: {campaign.summary()}\n{printed}"
+    assert campaign.counts["refused"] > 20 and campaign.counts["correct"] > 1, "the damage is one-sided"

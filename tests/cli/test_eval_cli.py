@@ -167,7 +167,7 @@ def test_a_task_over_jsonl_runs_offline_and_scores_as_transformers_does(tmp_path
         (["{toy}", "--window", "3"], ["--window 3", "4 to 10"]),
         (["{toy}", "--max-tokens", "-1"], ["--max-tokens -1"]),
         (["{toy}", "--max-tokens", "1"], ["too short"]),
-        (["{toy}", "--text", "{tmp}/missing.txt"], ["missing.txt is not a file"]),
+        (["{toy}", "--text", "{tmp}/missing.txt"], ["missing.txt does not exist"]),
         (["{toy}", "--text", "{tmp}/empty.txt"], ["empty.txt is empty"]),
         (["{toy}", "--text", "{tmp}/latin1.txt"], ["latin1.txt is not UTF-8 at byte 3"]),
         (["{toy}", "--text", "{tmp}/short.txt", "--protocol", "llama.cpp"], ["too short", "needs 9"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import Gemma2ForCausalLM
 
+from gemma_edge.bundle.codec import shown
 from gemma_edge.errors import InputError
 from gemma_edge.model.checkpoint import Checkpoint, norm_names, weight_shapes
 
@@ -197,7 +199,7 @@ def test_other_kinds_of_adapters_are_refused_by_key(
 ) -> None:
     configure(adapter, **changes)
     found = refusal(checkpoint("tiny"), adapter)
-    assert f"{key} is {changes[key]!r}" in found and str(adapter / "adapter_config.json") in found
+    assert f"{key} is {shown(changes[key])}" in found and str(adapter / "adapter_config.json") in found
 
 
 @pytest.mark.parametrize(
@@ -291,3 +293,22 @@ def test_a_lora_that_is_not_finite_is_named_when_read(checkpoint: Callable[..., 
     weights = Checkpoint.open(checkpoint("tiny"), lora=adapter)
     with pytest.raises(InputError, match=Q_PROJ):
         weights.matrix(Q_PROJ)
+
+
+WRONG_VALUES: dict[str, list[Any]] = {
+    "r": ["3", 0, 2.5, True, [3]],
+    "lora_alpha": ["8", None, [], True, 1e21, math.inf, math.nan],
+    "alpha_pattern": ["x", 3, [], {"a": "b"}, {"(": 1}],
+    "rank_pattern": ["x", 3, [], {"a": "b"}, {"(": 1}],
+    "use_rslora": ["yes"],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in WRONG_VALUES.items() for value in values])
+def test_a_value_that_no_adapter_can_have_is_named(
+    key: str, value: object, checkpoint: Callable[..., Path], adapter: Path
+) -> None:
+    """A pattern that was a text, or no regular expression, was a traceback."""
+    configure(adapter, **{key: value})
+    found = refusal(checkpoint("tiny"), adapter)
+    assert f"{adapter / 'adapter_config.json'}: " in found and (key in found or "not a regular expression" in found)

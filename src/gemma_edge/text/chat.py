@@ -19,7 +19,6 @@ from gemma_edge.text.sandbox import Sandbox, TemplateRefusal, limited
 
 TEMPLATE_FILE = "chat_template.jinja"
 CONFIG_FILE = "tokenizer_config.json"
-HINT = "export the bundle again"
 
 # The format Gemma 2 was tuned on: ai.google.dev/gemma/docs/core/prompt-structure
 GEMMA2_TEMPLATE = """\
@@ -86,19 +85,37 @@ class ChatTemplate:
         """The bundle's own template, or Gemma 2's when it has none.
 
         Raises:
+            InputError: tokenizer_config.json or the template cannot be read, or lies outside the bundle.
+        """
+        for name in (CONFIG_FILE, TEMPLATE_FILE):
+            if present(bundle / name):
+                confined(bundle, name)
+        return cls.of_folder(bundle, "export the bundle again")
+
+    @classmethod
+    def of_folder(cls, folder: Path, hint: str = "download the folder again") -> ChatTemplate:
+        """The template of a Hugging Face folder, or Gemma 2's when it has none.
+
+        Args:
+            folder: its files may be links, as in the hub's cache.
+            hint: ends the message of an error.
+
+        Raises:
             InputError: tokenizer_config.json or the template cannot be read.
         """
-        config: dict[str, Any] = {}
-        if present(bundle / CONFIG_FILE):
-            config = read_json(confined(bundle, CONFIG_FILE), HINT)
+        path = folder / CONFIG_FILE
+        config = read_json(path, hint) if present(path) else {}
         source = _template_in(config)
-        if present(bundle / TEMPLATE_FILE):
-            source = read_template(confined(bundle, TEMPLATE_FILE), HINT)
+        if present(folder / TEMPLATE_FILE):
+            source = read_template(folder / TEMPLATE_FILE, hint)
         tokens = {"bos_token": "<bos>", "eos_token": "<eos>"}
         for name, value in config.items():
             text = value.get("content") if isinstance(value, dict) else value
-            if name.endswith("_token") and isinstance(text, str):
-                tokens[name] = text
+            if not name.endswith("_token") or isinstance(text, bool | None):
+                continue
+            if not isinstance(text, str):
+                raise InputError(f"{path}: {name} is {type(text).__name__}, not a token's text", hint=hint)
+            tokens[name] = text
         return cls(source or GEMMA2_TEMPLATE, tokens)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:

@@ -163,7 +163,7 @@ def test_paths_that_hold_no_text_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"holds no \.txt, \.md, \.jsonl file"):
         cut(tmp_path)
     (tmp_path / "folder.txt").mkdir()
-    with pytest.raises(InputError, match="folder.txt cannot be read"):
+    with pytest.raises(InputError, match="folder.txt is a folder, not a regular file"):
         cut(tmp_path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32  # type: ignore[import-untyped]
 from safetensors.torch import load_file, save_file
 from support.checkpoints import hf_holding, hf_logits, hf_quantized
+from support.toys import edit_json
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -306,6 +308,40 @@ def test_a_lora_does_not_go_into_integers(checkpoint: Callable[..., Path], tmp_p
 
 def test_a_folder_without_a_quantization_is_read_as_floats(checkpoint: Callable[..., Path]) -> None:
     assert isinstance(open_weights(checkpoint("tiny")), Checkpoint)
+
+
+def test_a_quantization_that_is_null_is_none(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """With a LoRA the folder was refused as quantized already."""
+    folder = Path(shutil.copytree(checkpoint("tiny"), tmp_path / "model"))
+    edit_json(folder / "config.json", quantization_config=None)
+    assert isinstance(open_weights(folder), Checkpoint)
+    with pytest.raises(InputError, match="has no adapter_config.json"):
+        open_weights(folder, lora=tmp_path)
+
+
+FORMAT = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("int4", r'quantization_config is "int4"; it must be an object'),
+        ([], "quantization_config is a list"),
+        ({}, "is quantized as null / null"),
+        ({**FORMAT, "config_groups": []}, "quantization_config.config_groups is a list"),
+        ({**FORMAT, "config_groups": {"a": 1}}, "quantization_config.config_groups.a is 1"),
+        ({**FORMAT, "config_groups": {"a": {"weights": [4]}}}, "config_groups.a.weights is a list"),
+        ({**FORMAT, "config_groups": {"a": {"weights": {"symmetric": 1}}}}, "a.weights.symmetric is 1"),
+        ({"quant_method": "gptq", "bits": 4.0}, "weights of 4.0 bits"),
+    ],
+)
+def test_a_quantization_of_another_type_is_named(
+    value: object, words: str, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(checkpoint("tiny"), tmp_path / "model"))
+    edit_json(folder / "config.json", quantization_config=value)
+    with pytest.raises(InputError, match=words):
+        open_weights(folder)
 
 
 @pytest.mark.parametrize(("text", "words"), [(None, "has no config.json"), ("{", "is not valid JSON")])

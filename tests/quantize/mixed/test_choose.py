@@ -225,10 +225,16 @@ def test_quantized_folders_and_folders_without_text_are_refused(tmp_path: Path) 
     ("text", "parts"),
     [
         ("{", ["JSON"]),
-        ("{}", ["no recipe"]),
-        ('{"name": "x", "rules": [{"pattern": "(", "config": null, "method": "rtn"}], "float_bits": 32}', ["no recipe"]),
+        ("{}", ["not a recipe"]),
+        ('{"name": "x", "rules": [{"pattern": "(", "config": null, "method": "rtn"}], "float_bits": 32}', ["not a recipe"]),
         ('{"name": "x", "rules": [], "float_bits": 32}', ["no rule matches model.embed_tokens"]),
         ('{"name": "x", "rules": [{"pattern": ".*", "config": null, "method": "rtn"}], "float_bits": 7}', ["float_bits 7"]),
+        (
+            '{"name": "x", "rules": [{"pattern": ".*", "config": {"bits": 4, "group_size": 32, "symmetric": {}}}]}',
+            ["not a recipe: rules[0].config.symmetric is an object; it must be true or false"],
+        ),
+        ('{"name": "x", "rules": {}, "float_bits": 32}', ["not a recipe: rules is an object; it must be a list"]),
+        ('{"name": ["x"], "rules": [], "float_bits": 32}', ["not a recipe: name is a list"]),
         (
             '{"name": "x", "rules": [{"pattern": ".*", "config": {"bits": 4, "group_size": 32}, "method": "gptq"}],'
             ' "float_bits": 32}',

@@ -1,0 +1,149 @@
+"""Uses a model's tokenizer and chat template before anything is made of them: what is damaged is refused, what is odd is told.
+
+Without this a bundle would be made, and text would become other tokens than in the original, or chatting would fail.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import tokenizers
+from tokenizers.models import BPE
+
+from gemma_edge.bundle.codec import shown
+from gemma_edge.errors import InputError
+from gemma_edge.reading import present, read_json
+from gemma_edge.text.chat import CONFIG_FILE, ChatTemplate, ConversationRefused
+from gemma_edge.text.tokenizer import END_OF_TURN, TOKENIZER_FILE, TOKENIZER_HINT, TokenIds, open_tokenizer
+
+logger = logging.getLogger(__name__)
+
+JSON_FILES = (CONFIG_FILE, "special_tokens_map.json", "added_tokens.json", "generation_config.json")
+TEMPLATE_HINT = "repair or remove the chat template"
+SAMPLE = "It was 12:30 -- naïve façade, “quoted”;\n\n\tdef f(x):  # 東京 🙂 👩‍🚀 \x7f\u200b\n"
+QUESTION, ANSWER = "What is the capital of France?", "Paris, on the Seine."
+
+
+class TextConfig(TokenIds, Protocol):
+    """The part of a model's configuration that its tokenizer must fit."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the table."""
+
+
+def check_text_files(folder: Path, config: TextConfig) -> tuple[int, ...]:
+    """Load a folder's tokenizer and chat template, and use both.
+
+    Args:
+        folder: a Hugging Face folder; without a tokenizer.json only the other files are read.
+        config: the model's.
+
+    Returns:
+        The model's stop ids, and the token that ends a turn in the chat template where it is not one of them.
+
+    Raises:
+        InputError: a file cannot be read, a token has an id that the model's table does not have, a byte has no token, or the
+            template fails on a conversation of one turn.
+    """
+    for name in JSON_FILES:
+        if present(folder / name):
+            read_json(folder / name, TOKENIZER_HINT)
+    template = ChatTemplate.of_folder(folder)
+    conversation = _render(template)
+    path = folder / TOKENIZER_FILE
+    if not present(path):
+        return tuple(config.eos_token_id)
+    tokenizer = open_tokenizer(path, TOKENIZER_HINT)
+    _check_ids(tokenizer, path, config.vocab_size)
+    _check_bytes(tokenizer, path)
+    if tokenizer.decode(tokenizer.encode(SAMPLE, add_special_tokens=False).ids) != SAMPLE:
+        logger.warning("%s: a text does not come back from its tokens as it was", path)
+    bos = tokenizer.token_to_id(template.bos)
+    if bos != config.bos_token_id:
+        logger.warning("%s: %s has the id %s, the model begins with %d", path, template.bos, bos, config.bos_token_id)
+    _, answered, after = conversation.rpartition(ANSWER)
+    end = next(_special(tokenizer, after), None) if answered else None
+    return _stop_ids(path, tokenizer, end, config)
+
+
+def _render(template: ChatTemplate) -> str:
+    """A conversation of three turns up to the end of the answer; "" if the template takes none."""
+    user, model = {"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}
+    for messages in ([user], [user, model, user]):
+        try:
+            if QUESTION not in template.render(messages):
+                logger.warning("the chat template leaves out what the user says")
+        except ConversationRefused as error:
+            logger.warning("a conversation of %d turns: %s", len(messages), error)
+            return ""
+        except InputError as error:
+            raise InputError(f"{error}", hint=TEMPLATE_HINT) from None
+    return template.render([user, model], add_generation_prompt=False)
+
+
+def _check_ids(tokenizer: tokenizers.Tokenizer, path: Path, vocab_size: int) -> None:
+    pieces = tokenizer.get_vocab(with_added_tokens=False)
+    every = tokenizer.get_vocab(with_added_tokens=True)
+    for piece, token in every.items():
+        if token >= vocab_size and piece in pieces:
+            raise InputError(
+                f"{path}: {shown(piece)} has the id {token}, the model has a vocabulary of {vocab_size}",
+                hint=TOKENIZER_HINT,
+            )
+        if token >= vocab_size:
+            logger.warning(
+                "%s: %s has the id %d, the model has a vocabulary of %d: a text that contains it cannot be used",
+                path,
+                shown(piece),
+                token,
+                vocab_size,
+            )
+    inside = {token for token in every.values() if token < vocab_size}
+    missing = [token for token in range(max(inside, default=-1)) if token not in inside]
+    if missing:
+        logger.warning(
+            "%s: %d ids have no token, the first is %d; if the model was made with another tokenizer.json, its texts"
+            " become other tokens here",
+            path,
+            len(missing),
+            missing[0],
+        )
+
+
+def _check_bytes(tokenizer: tokenizers.Tokenizer, path: Path) -> None:
+    """Every byte must have a piece, or texts in rare writings would lose characters."""
+    model: Any = tokenizer.model
+    if not (isinstance(model, BPE) and model.byte_fallback):
+        return
+    for byte in range(256):
+        token = tokenizer.token_to_id(f"<0x{byte:02X}>")
+        if token is None:
+            raise InputError(f"{path} has no token for the byte {byte}, <0x{byte:02X}>", hint=TOKENIZER_HINT)
+        text = tokenizer.decode([token], skip_special_tokens=False)
+        if text != (chr(byte) if byte < 128 else "\ufffd"):
+            raise InputError(f"{path}: the byte {byte} comes back as {shown(text)}", hint=TOKENIZER_HINT)
+
+
+def _stop_ids(path: Path, tokenizer: tokenizers.Tokenizer, end: int | None, config: TextConfig) -> tuple[int, ...]:
+    """The stop ids with the end of a turn: fine-tunes change template and tokenizer, and forget generation_config.json."""
+    stops = tuple(config.eos_token_id)
+    known = (*stops, tokenizer.token_to_id(END_OF_TURN))  # class Tokenizer stops at END_OF_TURN by its name
+    if end in known or end is None or end >= config.vocab_size:
+        return stops
+    logger.warning(
+        "%s: %s ends a turn in the chat template, and is not among the stop ids %s: it is added to them",
+        path.parent,
+        shown(tokenizer.id_to_token(end)),
+        list(stops),
+    )
+    return (*stops, end)
+
+
+def _special(tokenizer: tokenizers.Tokenizer, text: str) -> Iterator[int]:
+    """The special tokens in a text."""
+    special = {token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special}
+    return (token for token in tokenizer.encode(text, add_special_tokens=False).ids if token in special)
