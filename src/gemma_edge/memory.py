@@ -48,7 +48,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     said = str(error).lower()
-    return isinstance(error, RuntimeError | ImportError) and any(part in said for part in OUT_OF_MEMORY)
+    return not isinstance(error, ValueError) and any(part in said for part in OUT_OF_MEMORY)
 
 
 # UNUSED_ADDRESSES: addresses that a process takes without using their memory: libraries loaded later, stacks of threads.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import secrets
 import shutil
@@ -15,14 +14,13 @@ from pathlib import Path
 
 from gemma_edge.bundle.manifest import MANIFEST
 from gemma_edge.errors import InputError
+from gemma_edge.files import label
 
 if sys.platform != "win32":
     import fcntl
 
 OTHER_FOLDER = "pass another folder as `out`"
 OLD = "old"  # name of the replaced folder inside the hidden one, where the system cannot exchange two folders
-# MAX_LABEL: bytes of a name that stand in the hidden folder's name, which must have room for more within the usual 255.
-MAX_LABEL = 200
 # Flags of Linux's renameat2 and macOS's renamex_np; AT_FDCWD: paths are relative to the current folder.
 RENAME_EXCHANGE, RENAME_SWAP, AT_FDCWD = 2, 2, -100
 
@@ -194,9 +192,7 @@ def _made_and_locked(place: Path) -> tuple[Path, int | None]:
 
 def _hidden(place: Path) -> str:
     """What the names of the hidden folders of a destination begin with."""
-    name = place.name
-    label = name if len(os.fsencode(name)) <= MAX_LABEL else hashlib.sha256(os.fsencode(name)).hexdigest()
-    return f".{label}.partial-"
+    return f".{label(place.name)}.partial-"
 
 
 def _clean_leftovers(place: Path) -> None:
