@@ -27,6 +27,7 @@ from gemma_edge.logits import Logits
 from gemma_edge.memory import MappedTable
 from gemma_edge.runtimes.engines.base import Buffers, Runtime
 from gemma_edge.runtimes.engines.load import in_library, refuse_older, thread_count
+from gemma_edge.runtimes.engines.pte_structure import check_program
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +110,7 @@ class ExecuTorchRuntime(Runtime):
         log.info("loading %s of %s with %d threads", role, self._path, self.threads)
         intact(self.bundle, self.manifest.files, self._program)
         with in_library(self._path, "is damaged or no program of this bundle", ERRORS), _silent():
+            check_program(self._path)
             program = self._library._load_program(
                 str(self._path), program_verification=self._library.Verification.InternalConsistency
             )

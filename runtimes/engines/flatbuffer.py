@@ -28,6 +28,8 @@ class Damaged(ValueError):
 class Verifier:
     """Walks once over every table that can be reached."""
 
+    lowest = 0  # index in a vector of indices; -1 where that means none
+
     def __init__(self, data: bytes | mmap, schema: Schema, unions: Mapping[str, Mapping[int, str]]) -> None:
         """Keep what is to be checked.
 
@@ -86,8 +88,8 @@ class Verifier:
         if vector and kind.isdigit():
             start, count = self._vector(self._follow(at), int(kind))
             if limit:
-                values = np.frombuffer(self._data, np.int32, count, start)
-                if count and not -1 <= values.min() <= values.max() < self._counts.get(limit, 0):
+                values = np.frombuffer(self._bytes(start, 4 * count), np.int32)  # a copy: the file is closed some time
+                if count and not self.lowest <= values.min() <= values.max() < self._counts.get(limit, 0):
                     raise Damaged(f"field {index} of {name} names a {limit.strip('*')} that is not there")
         elif vector:
             start, count = self._vector(self._follow(at), 4)
@@ -95,8 +97,9 @@ class Verifier:
                 self._table(self._follow(place), kind)
         elif kind == "s":
             start, count = self._vector(self._follow(at), 1)
-            if self._number(start + count, 1):
+            if self._bytes(start, count + 1)[-1]:
                 raise Damaged(f"a text in {name} has no end")
+            self._bytes(start, count).decode()  # libraries hand texts to Python; a UnicodeDecodeError is a ValueError
         elif kind.startswith("?"):
             self._table(self._follow(at), self._unions[f"{name}.{index}"].get(numbers.get(int(kind[1:]), 0), "numbers"))
         elif not kind.isdigit():

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gemma_edge.bundle.backends import choose_backend, registered
-from gemma_edge.bundle.manifest import Manifest, intact
+from gemma_edge.bundle.manifest import MANIFEST, Manifest, intact
 from gemma_edge.errors import InputError, one_line
+from gemma_edge.file_hash import identity
 from gemma_edge.memory import is_out_of_memory
 from gemma_edge.runtimes.engines.base import Runtime
 
@@ -81,10 +82,26 @@ def intact_but_engines(bundle: Path, manifest: Manifest) -> None:
 def open_runtime(bundle: str | Path, *, backend: str | None = None, threads: int | None = None) -> Runtime:
     """`gemma_edge.load`; see there."""
     folder = Path(bundle)
-    manifest = Manifest.load(folder)
-    chosen = registered()[choose_backend(folder, manifest, backend)]
-    intact_but_engines(folder, manifest)
-    start = time.perf_counter()
-    runtime: Runtime = chosen.open(folder, manifest, threads)
-    runtime.stats.load_s = time.perf_counter() - start
-    return runtime
+    before = _state(folder)
+    try:
+        manifest = Manifest.load(folder)
+        chosen = registered()[choose_backend(folder, manifest, backend)]
+        intact_but_engines(folder, manifest)
+        start = time.perf_counter()
+        runtime: Runtime = chosen.open(folder, manifest, threads)
+    except InputError:
+        if _state(folder) == before:
+            raise
+    else:
+        if _state(folder) == before:
+            runtime.stats.load_s = time.perf_counter() - start
+            return runtime
+    raise InputError(f"{folder} was replaced while it was opened; open it again")
+
+
+def _state(bundle: Path) -> tuple[str | int, ...] | None:
+    """What changes when a bundle is replaced; None where there is none."""
+    try:
+        return identity(bundle / MANIFEST)
+    except (OSError, ValueError, RuntimeError):
+        return None

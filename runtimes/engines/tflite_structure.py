@@ -44,6 +44,8 @@ UNIONS = {
 
 
 class _Model(Verifier):
+    lowest = -1
+
     def check_table(self, name: str, numbers: Mapping[int, int]) -> None:
         """Weights lie behind the flatbuffer, at places that count from the beginning of the file."""
         if name == "Buffer" and numbers.get(1, 0) + numbers.get(2, 0) > self._size:

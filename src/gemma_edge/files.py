@@ -23,11 +23,13 @@ def check_writable(option: str, path: Path) -> None:
         InputError: something else than a file is there, or its own folder is missing or not to be written.
     """
     try:
-        # a device or a pipe would be replaced by a file
-        is_free = not os.path.lexists(path) or path.is_file() or (path.is_symlink() and not path.exists())
-        writable = is_free and os.access(path.absolute().parent, os.W_OK)
+        # a device or a pipe would be replaced by a file; a link is replaced, wherever it leads
+        writable = stat.S_ISREG(mode := os.lstat(path).st_mode) or stat.S_ISLNK(mode)
+    except FileNotFoundError:
+        writable = True
     except (OSError, ValueError):  # too long a name, or a NUL in it
         writable = False
+    writable = writable and not path.is_dir() and os.access(path.absolute().parent, os.W_OK)
     if not writable:
         raise InputError(f"{option} {path}: no file can be written there; give a file name in a folder that exists")
 

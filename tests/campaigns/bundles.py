@@ -23,9 +23,10 @@ from typing import Any
 
 import onnx
 from support.checkpoints import DEMO, ROOT
+from support.damage import reseal
 
 from campaigns.campaign import Campaign, Hang, main, time_limit
-from gemma_edge.bundle.manifest import MANIFEST, list_files
+from gemma_edge.bundle.manifest import MANIFEST
 from gemma_edge.export.api import export
 from gemma_edge.export.options import ExportOptions
 from gemma_edge.quantize.options import QuantizeOptions
@@ -175,16 +176,6 @@ def rewrite(path: Path, data: bytes) -> None:
     """Write a file anew: it may be one with the whole bundle's."""
     path.unlink()
     path.write_bytes(data)
-
-
-def reseal(bundle: Path) -> None:
-    """Make the manifest fit the files."""
-    try:
-        data = json.loads((bundle / MANIFEST).read_text())
-    except ValueError:
-        return
-    files = {name: {"bytes": entry.bytes, "sha256": entry.sha256} for name, entry in list_files(bundle).items()}
-    rewrite(bundle / MANIFEST, json.dumps({**data, "files": files}).encode())
 
 
 class Worker:

@@ -235,9 +235,10 @@ def intact(bundle: Path, files: Mapping[str, FileEntry], name: str) -> Path:
     Raises:
         InputError: it is not in the manifest, is missing, lies outside the bundle, or was changed.
     """
+    path = confined(bundle, name)
     if name not in files:
         raise InputError(f"{bundle / MANIFEST} does not list {shown(name)} in files; {HINT}")
-    path, entry = confined(bundle, name), files[name]
+    entry = files[name]
     try:
         _compare(path, entry, sha256(path) if entry.bytes <= SMALL_BYTES else file_hash(path))
     except OSError as error:
