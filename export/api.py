@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from gemma_edge.bundle.manifest import Manifest, typed_config
-from gemma_edge.bundle.staging import refuse_existing, staged
+from gemma_edge.bundle.staging import put, refuse_existing, staged
 from gemma_edge.errors import InputError
 from gemma_edge.export import plan as planning
 from gemma_edge.export.assembly import Assembly
 from gemma_edge.export.backend import choose_backends
 from gemma_edge.export.contents import Integers
-from gemma_edge.export.disk import check_disk
+from gemma_edge.export.disk import check_disk, check_memory
 from gemma_edge.export.gate.limits import LEVELS
 from gemma_edge.export.gate.verify import choose_gate, gate_pythons
 from gemma_edge.export.onnx import weights as onnx_weights
@@ -28,6 +28,7 @@ from gemma_edge.export.targets import GIB, TARGETS, Target
 from gemma_edge.model.checkpoint import Weights
 from gemma_edge.progress import Progress, Stage, no_progress
 from gemma_edge.quantize.api import (
+    CHECKPOINT,
     Quantization,
     calibration_tokens,
     choose_calibration,
@@ -65,6 +66,8 @@ def open_model(options: ExportOptions, progress: Progress = no_progress, *, plan
         raise InputError(field="target", value=options.target, allowed=TARGETS)
     if options.verify not in LEVELS:
         raise InputError(field="verify", value=options.verify, allowed=LEVELS)
+    if options.out is not None and not plan_only:
+        refuse_existing(options.out, options.force)
     target = TARGETS[options.target]
     backends = choose_backends(options.backend or target.backend)
     if options.ram_gib is not None:
@@ -147,6 +150,7 @@ def export(options: ExportOptions, progress: Progress = no_progress, opened: Ope
     if options.keep_failed:
         refuse_existing(_failed_place(out), options.force)
     choose_gate(source, opened.context, options.verify)  # refuses a bad tokenizer before any work
+    check_memory(opened.plans.values())
     stages: list[Stage] = []
     with staged(out, force=options.force) as work:
         # not earlier: only now is gone what a killed export left
@@ -164,8 +168,9 @@ def export(options: ExportOptions, progress: Progress = no_progress, opened: Ope
         if assembly.failures:
             raise _gate_failed(options, out, assembly.bundle, assembly.failures)
         if options.save_checkpoint:
-            options.save_checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(checkpoint, options.save_checkpoint)
+            with staged(options.save_checkpoint, force=False, kind=CHECKPOINT) as beside:  # perhaps on another disk
+                (beside / CHECKPOINT.folder).rmdir()
+                shutil.move(checkpoint, beside / CHECKPOINT.folder)
     return Export(out, manifest, stages)
 
 
@@ -210,8 +215,7 @@ def _gate_failed(options: ExportOptions, out: Path, bundle: Path, failures: dict
         )
     kept = _failed_place(out)
     refuse_existing(kept, options.force)  # somebody may have made it in the meantime
-    shutil.rmtree(kept, ignore_errors=True)
-    bundle.rename(kept)
+    put(bundle, kept, aside=bundle.with_name("failed"))
     return InputError(f"{out} not made: it differs too much from the original ({figures}); it lies in {kept}")
 
 

@@ -1,4 +1,4 @@
-"""Disk that an export needs, before any work."""
+"""Disk and memory that an export needs, before any work."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from gemma_edge.errors import InputError
 from gemma_edge.export.plan import Plan
 from gemma_edge.export.targets import GIB
+from gemma_edge.memory import memory_mib, room_bytes
 from gemma_edge.model.checkpoint import Weights
 from gemma_edge.quantize.calibration import cache, layerwise
 from gemma_edge.quantize.recipe import Recipe
@@ -53,3 +54,18 @@ def check_disk(
                 f"no space for the export: it needs {need / GIB:.2f} GiB in {folder},"
                 f" {free / GIB:.2f} GiB are free; free some, or {hint}"
             )
+
+
+def check_memory(plans: Iterable[Plan]) -> None:
+    """Refuse an export that the system would end in the middle: for a container's limit, `ulimit -v`, or the machine's memory.
+
+    Raises:
+        InputError: names the bytes needed and the bytes that there are.
+    """
+    room, taken = room_bytes(), int(memory_mib().get("rss", 0) * (1 << 20))
+    need = max(plan.export_ram_bytes for plan in plans)
+    if room is not None and need > room + taken:
+        raise InputError(
+            f"not enough memory for the export: it needs about {need / GIB:.2f} GiB, this process may take"
+            f" {(room + taken) / GIB:.2f} GiB; raise the limit (ulimit -v, or the container's), or use a larger machine"
+        )

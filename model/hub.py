@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from gemma_edge.errors import InputError
+from gemma_edge.files import link_home
 
 DEFAULT_MODEL = "google/gemma-2-2b-it"
 STOP_IDS = "generation_config.json"
@@ -51,16 +52,13 @@ def companions(folder: Path) -> dict[str, Path]:
     Raises:
         InputError: a link leads elsewhere or nowhere, or something is not a regular file.
     """
-    base = Path(os.path.realpath(folder))
-    # a snapshot is models--OWNER--NAME/snapshots/COMMIT, and its files are links into blobs/
-    repository = base.parent.parent
-    is_snapshot = base.parent.name == "snapshots" and repository.name.startswith("models--")
+    home = link_home(folder)
     result = {}
     for name in COMPANIONS:
         path, real = folder / name, Path(os.path.realpath(folder / name))
         if not os.path.lexists(path):
             continue
-        if not real.is_relative_to(repository if is_snapshot else base):
+        if not real.is_relative_to(home):
             raise InputError(
                 f"{path} is a link to {real}, outside of the model's folder; a bundle would publish that file:"
                 " put a copy in the link's place if it belongs to the model, else remove the link"

@@ -11,6 +11,7 @@ import click
 
 from gemma_edge.command import DefaultGroup
 from gemma_edge.errors import InputError
+from gemma_edge.files import check_writable
 from gemma_edge.runtimes.cli_options import CHAT, PREFIX, RUN, SERVE, RunCommand, parameters
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ def prefix(bundle: Path, prompt: str | None, save: Path, chat: bool, **choices: 
 
     Prompts that begin with the text need not compute it again: give the file to --load-prefix of run, chat or prefix.
     """
+    check_writable("`save`", save)
     text = _text(prompt)
     from gemma_edge.runtimes.generation import prefix as prefixes
 

@@ -1,13 +1,19 @@
-"""What a process gives back."""
+"""What a process gives back, and how much it may take."""
 
 from __future__ import annotations
 
+import errno
 import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support.checkpoints import DEMO
+from support.commands import COMMAND, refused, run
+
+from gemma_edge.export import disk
+from gemma_edge.memory import is_out_of_memory, room_bytes
 
 # 200 MB in pieces below malloc's threshold for pages of their own, every second one freed
 FRAGMENTED = """
@@ -90,3 +96,71 @@ def test_memory_where_the_file_was_mapped_before_is_left_alone(tmp_path: Path) -
     path.write_bytes(bytes(1 << 20))
     command = [sys.executable, "-c", ANOTHERS, str(path.resolve())]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "{7}"
+
+
+GROUPS = {
+    "version 2": ("0::/box/inner\n", "", "memory.max", "memory.current"),
+    "version 1": (
+        "7:cpu:/box\n4:memory:/box/inner\n0::/\n",
+        "memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+    ),
+    "seen from inside": ("0::/not/shown/here\n", "", "memory.max", "memory.current"),
+}
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_the_room_is_that_of_the_tightest_container(kind: str, tmp_path: Path) -> None:
+    text, top, limit, current = GROUPS[kind]
+    own, groups = tmp_path / "own", tmp_path / "groups"
+    own.write_text(text)
+    for folder, size in (("box", "1000"), ("box/inner", "max"), (".", "1200" if kind == "seen from inside" else "max")):
+        (groups / top / folder).mkdir(parents=True, exist_ok=True)
+        (groups / top / folder / limit).write_text(f"{size}\n")
+        (groups / top / folder / current).write_text("700\n")
+        (groups / top / folder / "memory.stat").write_text("active_file 5\ninactive_file 20\n")
+    assert room_bytes(groups, own) == (520 if kind == "seen from inside" else 320)
+
+
+def test_without_a_limit_the_room_is_the_machines(tmp_path: Path) -> None:
+    room = room_bytes(tmp_path, tmp_path / "none")
+    assert room is None or room > 100 << 20
+
+
+def test_an_export_that_the_system_would_end_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a container with less memory than the plan says it was killed in the middle, without a word."""
+    monkeypatch.setattr(disk, "room_bytes", lambda: 100 << 20)
+    monkeypatch.setattr(disk, "memory_mib", lambda: {"rss": 20.0})
+    refused(run(DEMO, "-o", tmp_path / "out"), "not enough memory for the export", "this process may take 0.12 GiB")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ulimit -v is enforced on Linux only")
+@pytest.mark.parametrize("mib", [300, 1500])
+def test_a_command_under_a_tight_ulimit_is_one_line(mib: int, tmp_path: Path) -> None:
+    """It was a traceback out of an import, or an abort of torch's while it was loaded."""
+    command = [*COMMAND, str(DEMO), "-o", str(tmp_path / "out")]
+    limited = ["sh", "-c", f'ulimit -v {mib << 10} && exec "$@"', "sh", *command]
+    done = subprocess.run(limited, capture_output=True, text=True)
+    assert done.returncode == 2 and list(tmp_path.iterdir()) == []
+    (line,) = done.stderr.splitlines()
+    assert "memory" in line or "ulimit -v" in line
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:118] . DefaultCPUAllocator: can't allocate memory"),
+        ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+        RuntimeError("can't start new thread"),
+    ],
+)  # fmt: skip
+def test_memory_that_is_full_is_told_from_a_bug(error: Exception) -> None:
+    assert is_out_of_memory(error)
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+    assert not is_out_of_memory(ValueError("cannot allocate memory to a partition"))

@@ -31,6 +31,8 @@ from gemma_edge.reading import present
 from gemma_edge.text import corpus
 from gemma_edge.text.tokenizer import TOKENIZER_FILE, TOKENIZER_HINT, open_tokenizer
 
+KILLED = 9  # SIGKILL, which Windows does not know
+
 
 @dataclass(frozen=True)
 class Gate:
@@ -231,6 +233,12 @@ def _judge(folder: Path, progress: Callable[[int], None], python: str) -> dict[s
         except BaseException:
             process.kill()
             raise
+    if process.returncode == -KILLED:
+        raise InputError(
+            "the gate's process was killed while it ran the finished bundle, most likely because memory was full;"
+            " close other programs, raise the container's limit, or pass `verify` none",
+            field="verify",
+        )
     if process.returncode != 0:
         message = log.read_text().strip() or f"exit code {process.returncode}"
         raise RuntimeError(f"the finished bundle does not run: {message.splitlines()[-1]}")

@@ -20,17 +20,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma_edge.bundle.entries import BackendEntry
-from gemma_edge.bundle.manifest import Manifest, confined
+from gemma_edge.bundle.manifest import Manifest, intact
 from gemma_edge.bundle.settings import ExecuTorchSettings
-from gemma_edge.errors import InputError, one_line
+from gemma_edge.errors import InputError
 from gemma_edge.logits import Logits
 from gemma_edge.memory import MappedTable
 from gemma_edge.runtimes.engines.base import Buffers, Runtime
-from gemma_edge.runtimes.engines.load import refuse_older, thread_count
+from gemma_edge.runtimes.engines.load import in_library, refuse_older, thread_count
+from gemma_edge.runtimes.engines.pte_structure import check_program
 
 log = logging.getLogger(__name__)
 
 OLDEST_EXECUTORCH = (1, 5)
+ERRORS = (
+    RuntimeError,
+    KeyError,
+    ValueError,
+    TypeError,
+    IndexError,
+)  # of its Python binding, ValueError for bytes that are no text
 OPERATORS = ("kernels/quantized/*quantized_ops_aot_lib.*", "extension/llm/custom_ops/*custom_ops_aot_lib.*")
 
 
@@ -56,7 +64,8 @@ class ExecuTorchRuntime(Runtime):
         super().__init__(bundle, manifest, entry.cache, entry.identity)
         refuse_older("executorch", metadata.version("executorch"), OLDEST_EXECUTORCH)
         self.threads = thread_count(threads, manifest)
-        self._path = confined(bundle, entry.settings.program)
+        self._program = entry.settings.program
+        self._path = bundle / self._program
         self._methods = entry.settings.methods
         with _silent():
             self._library = load_library()
@@ -80,9 +89,10 @@ class ExecuTorchRuntime(Runtime):
     def _buffers(self) -> Buffers:
         """See Runtime; of the method that is loaded."""
         buffers: Buffers = {}
-        for name in (f"{kind}_{index}" for index in range(len(self.cache.layers)) for kind in ("key", "value")):
-            buffer = self._method.get_attribute(name)  # (K, S, 1, D), the program's own memory
-            buffers[name] = buffer.view(self.cache.kv_heads, -1, self.cache.head_dim).numpy()  # (K, S, D)
+        with in_library(self._path, "does not run", ERRORS):
+            for name in (f"{kind}_{index}" for index in range(len(self.cache.layers)) for kind in ("key", "value")):
+                buffer = self._method.get_attribute(name)  # (K, S, 1, D), the program's own memory
+                buffers[name] = buffer.view(self.cache.kv_heads, -1, self.cache.head_dim).numpy()  # (K, S, D)
         return buffers
 
     def prepare_decode_many(self) -> None:
@@ -98,15 +108,14 @@ class ExecuTorchRuntime(Runtime):
         carried = self.snapshot().rows if self._role else {}
         self._method, self._role = None, ""
         log.info("loading %s of %s with %d threads", role, self._path, self.threads)
-        try:
-            with _silent():
-                program = self._library._load_program(str(self._path))
-                method = program.load_method(getattr(self._methods, role))
-        except (KeyError, RuntimeError) as error:
-            raise InputError(
-                f"{self._path} is damaged or no program of this bundle: {one_line(error)}; export the bundle again"
-            ) from None
-        self._check_contract(method.method_meta(), role)
+        intact(self.bundle, self.manifest.files, self._program)
+        with in_library(self._path, "is damaged or no program of this bundle", ERRORS), _silent():
+            check_program(self._path)
+            program = self._library._load_program(
+                str(self._path), program_verification=self._library.Verification.InternalConsistency
+            )
+            method = program.load_method(getattr(self._methods, role))
+            self._check_contract(method.method_meta(), role)
         self._table = MappedTable(self._path)  # the linears are packed in memory now
         self._method, self._role = method, role
         for name, rows in carried.items():
@@ -117,10 +126,8 @@ class ExecuTorchRuntime(Runtime):
         import torch
 
         tokens = torch.from_numpy(np.ascontiguousarray(ids[None]))  # (1, T)
-        try:
+        with in_library(self._path, "does not run", ERRORS):
             (logits,) = self._method.call((tokens, torch.tensor([position])))  # (1, T or 1, V)
-        except RuntimeError as error:
-            raise InputError(f"{self._path} does not run: {one_line(error)}; export the bundle again") from None
         rows: Logits = logits[0].numpy()
         return rows
 

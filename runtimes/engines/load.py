@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from gemma_edge.bundle.backends import choose_backend, registered
-from gemma_edge.bundle.manifest import Manifest
-from gemma_edge.errors import InputError
+from gemma_edge.bundle.manifest import MANIFEST, Manifest, intact
+from gemma_edge.errors import InputError, one_line
+from gemma_edge.file_hash import identity
+from gemma_edge.memory import is_out_of_memory
 from gemma_edge.runtimes.engines.base import Runtime
 
 
@@ -37,12 +41,67 @@ def thread_count(requested: int | None, manifest: Manifest) -> int:
     return min(requested or manifest.target.threads, os.cpu_count() or 1)
 
 
+@contextlib.contextmanager
+def in_library(path: Path, problem: str, errors: tuple[type[Exception], ...]) -> Iterator[None]:
+    """Turn the errors of the library that runs a model into one line.
+
+    Args:
+        path: the file that the library works with.
+        problem: what its errors say of the file, such as "does not run".
+        errors: the library's exceptions.
+
+    Raises:
+        InputError: instead of `errors`, and of memory that is full.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise InputError(
+                f"{path}: not enough memory ({one_line(error)}); close other programs, or export with a smaller `context`"
+            ) from None
+        if not isinstance(error, errors):
+            raise
+        raise InputError(f"{path} {problem}: {one_line(error)}; export the bundle again") from None
+
+
+def intact_but_engines(bundle: Path, manifest: Manifest) -> None:
+    """Check every file of a bundle that no engine opens; each engine checks its own.
+
+    Raises:
+        InputError: the first file that was changed.
+    """
+    own = {name for entry in manifest.backends.values() for name in entry.files}
+    for name in manifest.files:
+        if name not in own:
+            intact(bundle, manifest.files, name)
+
+
 def open_runtime(bundle: str | Path, *, backend: str | None = None, threads: int | None = None) -> Runtime:
     """`gemma_edge.load`; see there."""
     folder = Path(bundle)
-    manifest = Manifest.load(folder)
-    chosen = registered()[choose_backend(folder, manifest, backend)]
-    start = time.perf_counter()
-    runtime: Runtime = chosen.open(folder, manifest, threads)
-    runtime.stats.load_s = time.perf_counter() - start
-    return runtime
+    before = _state(folder)
+    try:
+        manifest = Manifest.load(folder)
+        chosen = registered()[choose_backend(folder, manifest, backend)]
+        intact_but_engines(folder, manifest)
+        start = time.perf_counter()
+        runtime: Runtime = chosen.open(folder, manifest, threads)
+    except InputError:
+        if _state(folder) == before:
+            raise
+    else:
+        if _state(folder) == before:
+            runtime.stats.load_s = time.perf_counter() - start
+            return runtime
+    raise InputError(f"{folder} was replaced while it was opened; open it again")
+
+
+def _state(bundle: Path) -> tuple[str | int, ...] | None:
+    """What changes when a bundle is replaced; None where there is none."""
+    try:
+        return identity(bundle / MANIFEST)
+    except (OSError, ValueError, RuntimeError):
+        return None

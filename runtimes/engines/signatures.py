@@ -20,16 +20,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma_edge.bundle.entries import BackendEntry
-from gemma_edge.bundle.manifest import Manifest, confined
+from gemma_edge.bundle.manifest import Manifest, intact
 from gemma_edge.bundle.settings import SignatureSettings
 from gemma_edge.bundle.signature import Signature
-from gemma_edge.errors import InputError, one_line
+from gemma_edge.errors import InputError
 from gemma_edge.logits import Logits
 from gemma_edge.runtimes.engines.base import Runtime
-from gemma_edge.runtimes.engines.load import refuse_older, thread_count
+from gemma_edge.runtimes.engines.load import in_library, refuse_older, thread_count
+from gemma_edge.runtimes.engines.tflite_structure import check_model
 
 log = logging.getLogger(__name__)
 
+ERRORS = (RuntimeError, ValueError, KeyError, TypeError)  # of the libraries' Python bindings
 PADDING = -1  # position of a token that fills up a call
 
 
@@ -62,7 +64,7 @@ class SignatureRuntime(Runtime):
         super().__init__(bundle, manifest, entry.cache, entry.identity)
         self.threads = thread_count(threads, manifest)
         self._at_once = 1 << 30  # `_forward` splits by itself
-        self._path = confined(bundle, entry.settings.program)
+        self._path = intact(bundle, manifest.files, entry.settings.program)
         log.info("loading %s with %d threads", self._path, self.threads)
         self._signatures = entry.settings.signatures
 
@@ -97,10 +99,8 @@ class SignatureRuntime(Runtime):
             ids, position = ids[count:], position + count
 
     def _run(self, signature: Signature, tokens: NDArray[np.int32], input_pos: NDArray[np.int32]) -> Logits | None:
-        try:
+        with in_library(self._path, "does not run", ERRORS):
             return self._call(signature, tokens, input_pos)
-        except RuntimeError as error:
-            raise InputError(f"{self._path} does not run: {one_line(error)}; export the bundle again") from None
 
     def _check(self, signature: Signature, shapes: Mapping[str, Any], caches: Mapping[str, Sequence[int]]) -> None:
         """Compare the shapes of a signature's inputs and outputs with the manifest's. `caches`: expected shapes of the caches."""
@@ -121,15 +121,10 @@ class SignatureRuntime(Runtime):
     @contextlib.contextmanager
     def _loading(self) -> Iterator[None]:
         """Silence the library, and turn its errors into an InputError."""
-        try:
+        with in_library(self._path, "is damaged or no model of this bundle", ERRORS):
+            check_model(self._path)
             with silent():
                 yield
-        except (RuntimeError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(
-                f"{self._path} is damaged or no model of this bundle: {one_line(error)}; export the bundle again"
-            ) from None
 
     def _holds(self, position: int, written: int) -> bool:
         """See Runtime.

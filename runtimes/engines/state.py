@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,11 +12,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma_edge.errors import InputError
-from gemma_edge.files import replacing
+from gemma_edge.bundle.codec import KeyProblem, convert, parse
+from gemma_edge.errors import InputError, one_line
+from gemma_edge.files import others_can_change, replacing
 
 FORMAT = "gemma-edge state 1"
 IDS = "ids"
+DIGEST = "sha256"
+MAX_POSITION = 1 << 30  # tokens; the engines count in 32 bits
+# ERRORS: what safetensors raises for a file that is none, or that holds types which NumPy does not have.
+ERRORS = (KeyError, TypeError, ValueError, AttributeError, OSError, MemoryError)
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """`state` of a file's header."""
+
+    identity: str
+    position: int
+    written: int
 
 
 @dataclass(frozen=True)
@@ -27,6 +42,7 @@ class State:
     written: int  # highest position written with what the cache holds; more than `position` after a rewind
     ids: NDArray[np.int32]  # (N,), the last tokens fed
     rows: Mapping[str, NDArray[Any]]  # cache buffer -> (..., rows in use, head_dim)
+    name: str = "the state"  # in messages: the file that it was read from
 
     def check(self, identity: str, buffers: Mapping[str, NDArray[Any]]) -> None:
         """Compare with the runtime that is to go on from it.
@@ -40,7 +56,7 @@ class State:
         """
         if self.identity != identity:
             raise InputError(
-                f"the state belongs to another bundle or backend ({self.identity[:16]}...; this one is"
+                f"{self.name} belongs to another bundle or backend ({self.identity[:16]}...; this one is"
                 f" {identity[:16]}...); feed its text again"
             )
         actual = {name: (rows.shape, rows.dtype) for name, rows in self.rows.items()}
@@ -48,13 +64,16 @@ class State:
         odd = sorted(name for name in actual.keys() | expected.keys() if actual.get(name) != expected.get(name))
         if odd:
             raise InputError(
-                f"the state is damaged: {odd[0]} is {actual.get(odd[0])}, this bundle has {expected.get(odd[0])};"
+                f"{self.name} is damaged: {odd[0]} is {actual.get(odd[0])}, this bundle has {expected.get(odd[0])};"
                 " make it again"
             )
-        if not len(self.ids) <= self.position <= self.written or (self.position and not len(self.ids)):
+        if not len(self.ids) <= self.position <= self.written <= MAX_POSITION or (self.position and not len(self.ids)):
             raise InputError(
-                f"the state is damaged: {len(self.ids)} ids, position {self.position} of {self.written}; make it again"
+                f"{self.name} is damaged: {len(self.ids)} ids, position {self.position} of {self.written}; make it again"
             )
+        for name, rows in self.rows.items():
+            if rows.dtype.kind == "f" and not np.isfinite(rows).all():
+                raise InputError(f"{self.name} is damaged: {name} holds numbers that are not finite; make it again")
 
 
 def write_state(path: Path, state: State, notes: Mapping[str, Any]) -> None:
@@ -73,10 +92,11 @@ def write_state(path: Path, state: State, notes: Mapping[str, Any]) -> None:
 
     numbers = {"identity": state.identity, "position": state.position, "written": state.written}
     header = {"format": FORMAT, "state": json.dumps(numbers), "notes": json.dumps(notes, ensure_ascii=False)}
-    tensors = {IDS: state.ids, **{f"cache.{name}": rows for name, rows in state.rows.items()}}
+    named = {IDS: state.ids, **{f"cache.{name}": rows for name, rows in state.rows.items()}}
+    tensors = {name: np.ascontiguousarray(rows) for name, rows in named.items()}
     try:
         with replacing(path) as partial:
-            save_file({name: np.ascontiguousarray(rows) for name, rows in tensors.items()}, partial, header)
+            save_file(tensors, partial, {**header, DIGEST: _digest(header, tensors)})
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {path}: {error}; name a file in a folder that can be written") from None
 
@@ -94,20 +114,45 @@ def read_state(path: Path) -> tuple[State, dict[str, Any]]:
 
     if not path.is_file():
         raise InputError(f"{path} is not a file; save a prefix there first")
+    if others_can_change(path):
+        raise InputError(
+            f"{path} can be changed by every user of this machine; copy it into a folder of your own, and chmod o-w it"
+        )
     try:
         with safe_open(path, framework="np") as file:
             header = file.metadata() or {}
             if header.get("format") != FORMAT:
                 raise InputError(f"{path} is not a saved state, or is of another version; save the prefix again")
-            numbers, notes = json.loads(header["state"]), json.loads(header["notes"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        ids = tensors.pop(IDS)
-        if ids.ndim != 1 or ids.dtype != np.int32:
-            raise TypeError(f"ids are {ids.dtype} {ids.shape}")
-        rows = {name.removeprefix("cache."): value for name, value in tensors.items()}
-        state = State(str(numbers["identity"]), int(numbers["position"]), int(numbers["written"]), ids, rows)
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        return _parse(header, tensors, str(path))
+    except (SafetensorError, KeyProblem, *ERRORS) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path} is damaged ({error}); save the prefix again") from None
-    return state, dict(notes)
+        raise InputError(f"{path} is damaged ({one_line(error)}); save the prefix again") from None
+
+
+def _parse(header: dict[str, str], tensors: dict[str, NDArray[Any]], name: str) -> tuple[State, dict[str, Any]]:
+    """The state and the notes in a file's header and tensors.
+
+    Raises:
+        KeyError, TypeError, ValueError, KeyProblem: they are none.
+    """
+    digest = header.pop(DIGEST, None)  # the Kotlin library writes none
+    if digest is not None and digest != _digest(header, tensors):
+        raise ValueError("its bytes were changed")
+    numbers = convert(parse(header["state"].encode()), _Numbers)
+    notes = convert(parse(header["notes"].encode()), dict[str, Any])
+    ids = tensors.pop(IDS)
+    if ids.ndim != 1 or ids.dtype != np.int32:
+        raise TypeError(f"ids are {ids.dtype} {ids.shape}")
+    rows = {key.removeprefix("cache."): value for key, value in tensors.items()}
+    return State(numbers.identity, numbers.position, numbers.written, ids, rows, name), notes
+
+
+def _digest(header: Mapping[str, str], tensors: Mapping[str, NDArray[Any]]) -> str:
+    """SHA-256 of all that a file holds."""
+    digest = hashlib.sha256(json.dumps(sorted(header.items())).encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tensors[name].shape}".encode())
+        digest.update(np.ascontiguousarray(tensors[name]).data)
+    return digest.hexdigest()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gemma_edge.bundle.codec import KeyProblem, convert
 from gemma_edge.errors import InputError
 from gemma_edge.runtimes.engines.base import Runtime
 from gemma_edge.runtimes.engines.load import open_runtime
@@ -32,6 +33,14 @@ class _Turn:
     messages: Messages = ()
     ids: tuple[int, ...] = ()  # the tokens as the model read and wrote them; the last one may not be fed yet
     texts: tuple[str, ...] = ()  # the text of these ids, in each form that a template may write
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """The notes of a saved session."""
+
+    said: tuple[_Turn, ...]
+    before: str
 
 
 class Session:
@@ -182,12 +191,14 @@ class Session:
         self._answer.close()
         state, notes = read_state(Path(path))
         try:
-            turns = [_Turn(tuple(turn["messages"]), tuple(turn["ids"]), tuple(turn["texts"])) for turn in notes["said"]]
-            prefix = str(notes["before"])
-        except (KeyError, TypeError):
+            saved = convert(notes, _Saved)
+        except KeyProblem:
             raise InputError(f"{path} holds no conversation; make one with Session.save") from None
+        turns, limit = list(saved.said), self.runtime.vocab_size
+        if not turns or any(not 0 <= token < limit for turn in turns for token in turn.ids):
+            raise InputError(f"{path} is damaged: its conversation is none of this bundle; make it again")
         self.runtime.restore(state)
-        self._turns, self.prefix = turns, prefix
+        self._turns, self.prefix = turns, saved.before
         self._sampler.forget()
         self._sampler.observe(turns[-1].ids)
 

@@ -18,6 +18,7 @@ import click
 from click.core import ParameterSource
 
 from gemma_edge.errors import InputError, printable
+from gemma_edge.memory import is_out_of_memory
 
 INPUT_EXIT_CODE = 2
 INTERRUPT_EXIT_CODE = 130  # 128 + SIGINT, as shells say it
@@ -61,12 +62,47 @@ def _interrupts_kept() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+# What is wrong with the disk that is written to, by the error's number
+DISK_ERRORS = {
+    errno.ENOSPC: "no space left on {}; free some, or write to another disk",
+    errno.EDQUOT: "no space left in your quota on {}; free some, or write to another disk",
+    errno.EFBIG: "{}: no file may become that large here; raise the limit (ulimit -f), or write to another disk",
+    errno.EROFS: "{} can only be read; write to another disk",
+}
+
+
+def _of_the_machine(error: Exception) -> str | None:
+    """One line for an error that lies in the machine and not in our code; None for another error."""
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return DISK_ERRORS[error.errno].format(error.filename or "the disk that is written to")
+    if is_out_of_memory(error):
+        return "not enough memory; close other programs, raise the limit (ulimit -v, or the container's), or take less"
+    return None
+
+
+def clean_up_when_ended() -> None:
+    """Let SIGTERM and SIGHUP end this process as Ctrl-C does, so that it cleans up: exit 143 and 129.
+
+    A signal that is ignored stays ignored: `nohup` relies on it.
+    """
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has one
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)  # the cleaning up is not to be interrupted by the next one
+        raise SystemExit(128 + signum)
+
+    for number in numbers:
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, end)
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn an InputError, a full disk and Ctrl-C inside the block into one line and an exit code.
+    """Turn an InputError, a disk or a memory that is full, and Ctrl-C inside the block into one line and an exit code.
 
     Raises:
-        click.exceptions.Exit: instead of those three.
+        click.exceptions.Exit: instead of those.
     """
     try:
         with _interrupts_kept():
@@ -74,11 +110,10 @@ def one_line_errors() -> Iterator[None]:
     except InputError as error:
         click.echo(f"error: {printable(' '.join(error.spelled(_option).split()))}", err=True)
         raise click.exceptions.Exit(INPUT_EXIT_CODE) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if not (line := _of_the_machine(error)):
             raise
-        where = error.filename or "the disk that is written to"
-        click.echo(f"error: no space left on {where}; free some, or write to another disk", err=True)
+        click.echo(f"error: {line}", err=True)
         raise click.exceptions.Exit(INPUT_EXIT_CODE) from None
     except KeyboardInterrupt:
         click.echo("interrupted", err=True)

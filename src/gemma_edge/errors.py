@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 
 # A parameter's name in a message, between backticks. Other text between backticks is left as it stands.
 _PARAMETER = re.compile(r"`([a-z][a-z0-9_]*)`")
+MAX_SAID = 300  # characters of a library's message in one of ours
 
 
 class InputError(ValueError):
@@ -55,9 +56,10 @@ class InputError(ValueError):
 
 
 def one_line(error: Exception) -> str:
-    """What a library's error says first, or its kind where it says nothing."""
-    said = str(error).strip()
-    return said.splitlines()[0] if said else type(error).__name__
+    """What a library's error says first, or its kind where it says nothing; shortened, and without control characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = printable(lines[0]) if lines else type(error).__name__
+    return said if len(said) <= MAX_SAID else f"{said[: MAX_SAID - 3]}..."
 
 
 def printable(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The hash of a large file's bytes, remembered in the user's cache so that a model is not read through at every start.
+"""The hash of a large file's bytes, and what else is computed from them, remembered in the user's cache: a model is read once.
 
 It is remembered for one state of one file: path, device, inode, size and the times of its last changes. A user cannot set the
 time of the last change of an inode, so a file that was changed, replaced or restored is hashed again.
@@ -11,6 +11,7 @@ import json
 import os
 import re
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -34,35 +35,47 @@ def file_hash(path: Path) -> str:
     Raises:
         OSError: the file cannot be read. Without a cache it is merely hashed every time.
     """
+    return remembered("sha256", path, sha256, "[0-9a-f]{64}")
+
+
+def remembered(kind: str, path: Path, compute: Callable[[Path], str], pattern: str) -> str:
+    """What was computed from a file's bytes as they are now, from memory if it was computed before.
+
+    Args:
+        kind: names what is computed; another name where the same bytes would give another result.
+        path: the file.
+        compute: called with the path. What it raises is not remembered.
+        pattern: of every possible result; anything else in the cache is computed again.
+    """
     before = identity(path)
-    note = _note(before)
-    if note is not None and (known := _read(note)):
+    note = _note(kind, before)
+    if note is not None and (known := _read(note, pattern)):
         return known
     began = time.time()
-    result = sha256(path)
+    result = compute(path)
     changed = max(path.stat().st_mtime, path.stat().st_ctime)
     if note is not None and identity(path) == before and changed < began - SETTLED_S:
         _write(note, result)
     return result
 
 
-def _note(state: tuple[str | int, ...]) -> Path | None:
-    """Where the hash of this state of a file is written."""
+def _note(kind: str, state: tuple[str | int, ...]) -> Path | None:
+    """Where the result for this state of a file is written."""
     try:
-        return user_cache.folder("sha256", hashlib.sha256(json.dumps(state).encode()).hexdigest()) / "sha256"
+        return user_cache.folder(kind, hashlib.sha256(json.dumps(state).encode()).hexdigest()) / kind
     except (OSError, RuntimeError):
         return None
 
 
-def _read(note: Path) -> str:
-    """What is written there; empty unless it is a hash."""
+def _read(note: Path, pattern: str) -> str:
+    """What is written there; empty unless it fits the pattern."""
     try:
         if not user_cache.is_own(note.lstat()) or not note.is_file():
             return ""
         text = note.read_text(encoding="ascii", errors="replace").strip()
     except OSError:
         return ""
-    return text if re.fullmatch("[0-9a-f]{64}", text) else ""
+    return text if re.fullmatch(pattern, text) else ""
 
 
 def _write(note: Path, digest: str) -> None:

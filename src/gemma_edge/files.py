@@ -5,21 +5,38 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import stat
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from gemma_edge.errors import InputError
 
+MAX_LABEL = 200  # bytes of a name that may stand in a longer one, which has 255 at most
+
 
 def check_writable(option: str, path: Path) -> None:
     """Refuse a file that could not be written after hours of work.
 
     Raises:
-        InputError: a folder is there, or its own folder is missing or not to be written.
+        InputError: something else than a file is there, or its own folder is missing or not to be written.
     """
-    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+    try:
+        # a device or a pipe would be replaced by a file; a link is replaced, wherever it leads
+        writable = stat.S_ISREG(mode := os.lstat(path).st_mode) or stat.S_ISLNK(mode)
+    except FileNotFoundError:
+        writable = True
+    except (OSError, ValueError):  # too long a name, or a NUL in it
+        writable = False
+    writable = writable and not path.is_dir() and os.access(path.absolute().parent, os.W_OK)
+    if not writable:
         raise InputError(f"{option} {path}: no file can be written there; give a file name in a folder that exists")
+
+
+def label(name: str) -> str:
+    """A name for use in a longer one: itself, or where there would be no room its hash."""
+    return name if len(os.fsencode(name)) <= MAX_LABEL else hashlib.sha256(os.fsencode(name)).hexdigest()
 
 
 @contextmanager
@@ -28,7 +45,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     When it does not, nothing is left behind and an older file stays as it was.
     """
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial = path.with_name(f".{label(path.name)}.partial-{os.getpid()}")
     try:
         yield partial
         partial.replace(path)
@@ -40,6 +57,32 @@ def write_whole(path: Path, text: str) -> None:
     """Write a text file; an older one is replaced only by a complete one."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def others_can_change(path: Path) -> bool:
+    """Whether every user of this machine could have put the bytes of a file there. Windows does not tell: there it is believed.
+
+    In a folder like /tmp, in which everybody may make files but only change their own, it must be the user's or root's.
+    """
+    if sys.platform == "win32":
+        return False
+    file, folder = path.stat(), Path(os.path.realpath(path)).parent.stat()
+    if file.st_mode & stat.S_IWOTH:
+        return True
+    own = file.st_uid in (0, os.getuid())
+    return bool(folder.st_mode & stat.S_IWOTH) and not (folder.st_mode & stat.S_ISVTX and own)
+
+
+def link_home(folder: Path) -> Path:
+    """The folder that links in `folder` may lead into: itself, or the repository of the hub's cache that it is part of.
+
+    There a snapshot is models--OWNER--NAME/snapshots/COMMIT, and its files are links into blobs/ beside `snapshots`.
+    """
+    base = Path(os.path.realpath(folder))
+    for snapshots in base.parents:
+        if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--"):
+            return snapshots.parent
+    return base
 
 
 def sha256(path: Path, progress: Callable[[int], None] = lambda done: None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import gc
 import sys
 from pathlib import Path
@@ -27,6 +28,102 @@ def memory_mib(pid: int | str = "self") -> dict[str, float]:
         return {}
     pairs = (line.split(":", 1) for line in lines)
     return {NAMES[key]: int(value.split()[0]) / 1024 for key, value in pairs if key in NAMES}
+
+
+# Parts of the messages of libraries that got no memory and do not raise a MemoryError: torch, onnxruntime, the loader, threads.
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "failed to allocate memory",
+    "bad_alloc",
+    "bad allocation",
+    "memoryerror",
+    "can't start new thread",
+    "failed to map segment",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is not enough memory."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    said = str(error).lower()
+    return not isinstance(error, ValueError) and any(part in said for part in OUT_OF_MEMORY)
+
+
+# UNUSED_ADDRESSES: addresses that a process takes without using their memory: libraries loaded later, stacks of threads.
+UNUSED_ADDRESSES = 1 << 29
+CGROUPS = Path("/sys/fs/cgroup")
+# FILE: the line of memory.stat with the pages of files that the system may drop, which also count as taken.
+FILE = "inactive_file "
+
+
+def room_bytes(cgroups: Path = CGROUPS, own: Path = Path("/proc/self/cgroup")) -> int | None:
+    """Bytes that this process may still take under the limits that end it: the machine's memory, `ulimit -v`, a container's.
+
+    Args:
+        cgroups: where Linux shows the limits of groups of processes.
+        own: the file that names the groups of this process.
+
+    Returns:
+        None where the system tells of no limit.
+    """
+    rooms = _room_in_cgroups(cgroups, own)
+    if (addresses := room_in_address_space()) is not None:
+        rooms.append(addresses - UNUSED_ADDRESSES)
+    if (total := _lines("/proc/meminfo")).get("MemTotal"):
+        taken = int(memory_mib().get("rss", 0) * (1 << 20))
+        rooms.append(total["MemTotal"] + total.get("SwapTotal", 0) - taken)
+    return max(0, min(rooms)) if rooms else None
+
+
+def _lines(path: str) -> dict[str, int]:
+    """The lines `key: 12 kB` of a file, in bytes."""
+    try:
+        lines = Path(path).read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return {}
+    words = [line.replace(":", " ").split() for line in lines]
+    return {word[0]: int(word[1]) * 1024 for word in words if len(word) == 3 and word[1].isdigit() and word[2] == "kB"}
+
+
+def room_in_address_space() -> int | None:
+    """Bytes of addresses that `ulimit -v` still leaves this process; None without that limit."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    taken = _lines("/proc/self/status").get("VmSize")
+    return None if limit == resource.RLIM_INFINITY or taken is None else limit - taken
+
+
+def _room_in_cgroups(cgroups: Path, own: Path) -> list[int]:
+    """The room in the group of this process and those around it, of both versions; cached file pages count as free."""
+    rooms = []
+    for line in _text(own).splitlines():
+        _, controllers, inner = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top = cgroups / "memory" if controllers else cgroups
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+        group = top / inner.strip("/")
+        for folder in (group, *group.parents):
+            limit, taken = (_text(folder / name).strip() for name in names)
+            if limit.isdigit() and taken.isdigit():
+                cached = [row.split()[1] for row in _text(folder / "memory.stat").splitlines() if row.startswith(FILE)]
+                rooms.append(int(limit) - int(taken) + sum(map(int, cached)))
+            if folder == top:
+                break
+    return rooms
+
+
+def _text(path: Path) -> str:
+    """A small file's text; empty if it cannot be read."""
+    try:
+        return path.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return ""
 
 
 def peak_rss_mib() -> float:

@@ -16,7 +16,7 @@ from support.checkpoints import DEMO
 from support.commands import COMMAND, refused, run
 
 from gemma_edge.bundle.backends import registered
-from gemma_edge.bundle.manifest import MANIFEST, Manifest
+from gemma_edge.bundle.manifest import Manifest
 from gemma_edge.export.gate.limits import LEVELS
 from gemma_edge.export.targets import TARGETS
 from gemma_edge.quantize.recipe import BITS, METHODS
@@ -182,7 +182,7 @@ def test_parents_made_for_a_bundle_that_is_not_made_go_too(tmp_path: Path, monke
         refused(run(DEMO, "-o", out), "no space for the export")
     assert [path.name for path in tmp_path.rglob("*")] == ["here"]
     (tmp_path / "file").write_text("x")
-    refused(run(DEMO, "-o", tmp_path / "file" / "new" / "x"), "cannot write in")
+    refused(run(DEMO, "-o", tmp_path / "file" / "new" / "x"), "cannot write")
     assert run(DEMO, "-o", out, "--verify", "none", *FAST).exit_code == 0
     assert out.is_dir()
 
@@ -213,7 +213,7 @@ def test_kill_9_at_any_moment_leaves_no_half_bundle_and_the_next_run_works(delay
     Manifest.load(out)
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_export_cleans_up_after_itself(signal_number: int, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [*COMMAND, str(DEMO), "-o", str(tmp_path / "out"), *FAST],
@@ -228,19 +228,8 @@ def test_interrupted_export_cleans_up_after_itself(signal_number: int, tmp_path:
             break
     process.send_signal(signal_number)
     _, errors = process.communicate()
-    assert process.returncode == (130 if signal_number == signal.SIGINT else 143)
+    assert process.returncode == 128 + signal_number
     assert "Traceback" not in errors and list(tmp_path.iterdir()) == []
-
-
-def test_bundle_moved_aside_by_a_killed_replacement_comes_back(tmp_path: Path) -> None:
-    """Between the two renames of --force the old bundle has another name; the next run finds it."""
-    out = tmp_path / "out"
-    assert run(DEMO, "-o", out, "--verify", "none", *FAST).exit_code == 0
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    out.rename(tmp_path / f".out.old-{dead.pid}")
-    refused(run(DEMO, "-o", out), "exists")
-    assert (out / MANIFEST).exists() and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("args", [["--help"], ["make", "--help"], ["plan", "--help"], ["inspect", "--help"]])

@@ -283,6 +283,9 @@ def test_a_reader_that_leaves_ends_the_answer_in_silence(bundle: Path) -> None:
         (InputError("two\nlines"), "error: two lines"),
         (OSError(28, "No space left on device", "/out/file"), "error: no space left on /out/file; free some"),
         (OSError(28, "No space left on device"), "error: no space left on the disk that is written to"),
+        (OSError(27, "File too large", "/out/file"), "error: /out/file: no file may become that large here"),
+        (OSError(30, "Read-only file system", "/out/file"), "error: /out/file can only be read"),
+        (MemoryError(), "error: not enough memory"),
     ],
 )
 @pytest.mark.parametrize("in_group", [False, True])

@@ -28,12 +28,14 @@ from gemma_edge.bundle.entries import (
 from gemma_edge.bundle.geometry import CacheGeometry
 from gemma_edge.bundle.settings import SETTINGS
 from gemma_edge.errors import InputError
-from gemma_edge.files import sha256
+from gemma_edge.file_hash import file_hash
+from gemma_edge.files import link_home, sha256
 from gemma_edge.reading import present, read_bytes
 
 SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20
+SMALL_BYTES = 4 << 20  # a file up to this size is hashed at every open, a larger one once for each state of it
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,9 @@ def _check_files(bundle: Path, manifest: Manifest) -> None:
     for name, entry in manifest.files.items():
         size = confined(bundle, name).stat().st_size
         if size != entry.bytes:
-            raise InputError(f"{bundle / name}: {size} bytes, the manifest says {entry.bytes}; export it again")
+            raise InputError(
+                f"{bundle / name}: {size} bytes, the manifest says {entry.bytes}; copy the bundle again, or export it again"
+            )
     for backend in manifest.backends.values():
         for name in backend.files:
             if _place_of(bundle, name) == "outside":
@@ -188,7 +192,7 @@ def _check_files(bundle: Path, manifest: Manifest) -> None:
 def _place_of(bundle: Path, name: str) -> Literal["inside", "outside", "nowhere"]:
     """Where a name leads. Nowhere: it is not a file name at all."""
     try:
-        inside = not Path(name).is_absolute() and (bundle / name).resolve().is_relative_to(bundle.resolve())
+        inside = not Path(name).is_absolute() and (bundle / name).resolve().is_relative_to(link_home(bundle))
         (bundle / name).is_file()
     except (OSError, ValueError, RuntimeError):  # too long, a NUL in it, or a circle of links
         return "nowhere"
@@ -218,6 +222,30 @@ def confined(bundle: Path, name: str) -> Path:
     return path
 
 
+def intact(bundle: Path, files: Mapping[str, FileEntry], name: str) -> Path:
+    """The path of a file whose bytes are those that the manifest names.
+
+    A small file is hashed each time, a large one once for each state of the file (file_hash.py).
+
+    Args:
+        bundle: the folder.
+        files: the manifest's.
+        name: the file's name in the manifest.
+
+    Raises:
+        InputError: it is not in the manifest, is missing, lies outside the bundle, or was changed.
+    """
+    path = confined(bundle, name)
+    if name not in files:
+        raise InputError(f"{bundle / MANIFEST} does not list {shown(name)} in files; {HINT}")
+    entry = files[name]
+    try:
+        _compare(path, entry, sha256(path) if entry.bytes <= SMALL_BYTES else file_hash(path))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}; {HINT}") from None
+    return path
+
+
 def check_hashes(bundle: Path, manifest: Manifest, progress: Callable[[int], None] = lambda done: None) -> None:
     """Compare every file with the hash in the manifest.
 
@@ -225,12 +253,15 @@ def check_hashes(bundle: Path, manifest: Manifest, progress: Callable[[int], Non
         InputError: the first file that differs, with both hashes.
     """
     for name, entry in manifest.files.items():
-        result = sha256(confined(bundle, name), progress)
-        if result != entry.sha256:
-            raise InputError(
-                f"{bundle / name} was changed: sha256 {result[:16]}..., the manifest says {entry.sha256[:16]}...;"
-                " export it again"
-            )
+        _compare(bundle / name, entry, sha256(confined(bundle, name), progress))
+
+
+def _compare(path: Path, entry: FileEntry, result: str) -> None:
+    if result != entry.sha256:
+        raise InputError(
+            f"{path} was changed: sha256 {result[:16]}..., the manifest says {entry.sha256[:16]}...;"
+            " copy the bundle again, or export it again"
+        )
 
 
 def list_files(folder: Path) -> dict[str, FileEntry]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime  # type: ignore[import-untyped]
 import pytest
+from support.damage import reseal
 from support.toys import (
     CHUNK,
     VOCAB,
@@ -22,7 +23,7 @@ from support.toys import (
 
 import gemma_edge
 from gemma_edge.bundle.geometry import LayerCache
-from gemma_edge.bundle.manifest import Manifest
+from gemma_edge.bundle.manifest import Manifest, list_files
 from gemma_edge.errors import InputError
 from gemma_edge.runtimes.engines.base import Runtime
 from gemma_edge.runtimes.engines.load import refuse_older
@@ -167,19 +168,19 @@ def test_impossible_tokens_are_refused(runtime: OnnxRuntime, ids: list[int]) -> 
 @pytest.mark.parametrize("content", [b"", b"not a graph", b"\x00" * 1000])
 def test_a_file_that_is_no_graph_is_one_clear_error(tmp_path: Path, content: bytes) -> None:
     bundle = write_toy_bundle(tmp_path / "bundle")
-    manifest = Manifest.load(bundle)
     (bundle / "generate.onnx").write_bytes(content)
+    reseal(bundle)
     with pytest.raises(InputError, match="generate.onnx is damaged or no graph of this bundle"):
-        OnnxRuntime(bundle, manifest, threads=1)
+        OnnxRuntime(bundle, Manifest.load(bundle), threads=1)
 
 
 def test_a_truncated_graph_is_one_clear_error(tmp_path: Path) -> None:
     bundle = write_toy_bundle(tmp_path / "bundle")
-    manifest = Manifest.load(bundle)
     graph = (bundle / "generate.onnx").read_bytes()
     (bundle / "generate.onnx").write_bytes(graph[: len(graph) // 2])
+    reseal(bundle)
     with pytest.raises(InputError, match="generate.onnx is damaged"):
-        OnnxRuntime(bundle, manifest, threads=1)
+        OnnxRuntime(bundle, Manifest.load(bundle), threads=1)
 
 
 def test_a_graph_of_another_model_is_refused(tmp_path: Path) -> None:
@@ -189,13 +190,13 @@ def test_a_graph_of_another_model_is_refused(tmp_path: Path) -> None:
     foreign.graph.node[1].input[0] = "seqlens_k"
     (bundle / "generate.onnx").write_bytes(foreign.SerializeToString())
     with pytest.raises(InputError, match="no graph of this bundle: input_pos is only in one of them"):
-        OnnxRuntime(bundle, toy_manifest(), threads=1)
+        OnnxRuntime(bundle, toy_manifest(files=list_files(bundle)), threads=1)
 
 
 def test_a_cache_of_another_size_than_the_graph_is_refused(bundle: Path) -> None:
     """Binding a smaller buffer would let the graph write outside it."""
     layers = tuple(LayerCache(window, window) for window in WINDOWS)
-    manifest = toy_manifest(backends={"onnx": toy_backend(layers=layers)})
+    manifest = toy_manifest(backends={"onnx": toy_backend(layers=layers)}, files=list_files(bundle))
     with pytest.raises(InputError, match=r"past_key_values.0.key is .*, the manifest says"):
         OnnxRuntime(bundle, manifest, threads=1)
 
@@ -210,7 +211,8 @@ def test_a_graph_outside_the_bundle_or_missing_is_refused(bundle: Path, name: st
 
 
 def test_a_bundle_without_a_score_graph_still_generates(bundle: Path) -> None:
-    runtime = OnnxRuntime(bundle, toy_manifest(backends={"onnx": toy_backend(toy_settings(score=None))}), threads=1)
+    backends = {"onnx": toy_backend(toy_settings(score=None))}
+    runtime = OnnxRuntime(bundle, toy_manifest(backends=backends, files=list_files(bundle)), threads=1)
     runtime.prefill([5])
     with pytest.raises(InputError, match="no 'score' graph"):
         runtime.score([5])

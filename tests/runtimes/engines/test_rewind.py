@@ -161,7 +161,10 @@ def test_a_damaged_or_foreign_state_file_is_one_line(runtime: OnnxRuntime, tmp_p
     with pytest.raises(InputError, match="is damaged"):
         read_state(path)
     path.write_bytes(whole.replace(b'position\\": 5', b'position\\": 4'))
-    with pytest.raises(InputError, match="the state is damaged: 5 ids, position 4 of 5"):
+    with pytest.raises(InputError, match="its bytes were changed"):
+        read_state(path)
+    path.write_bytes(whole.replace(b"sha256", b"sha257").replace(b'position\\": 5', b'position\\": 4'))
+    with pytest.raises(InputError, match="state is damaged: 5 ids, position 4 of 5"):
         runtime.restore(read_state(path)[0])
     with pytest.raises(InputError, match="cannot write .*name a file in a folder"):
         write_state(tmp_path / "missing" / "state", runtime.snapshot(), {})

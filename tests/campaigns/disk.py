@@ -1,0 +1,88 @@
+"""Exports to disks that become full: refused in one line, nothing left behind, the bundle before it whole.
+
+Every other try runs under a limit of the size of one file (`ulimit -f`), the others on a small file system in memory, short of
+bytes or of inodes. Where nobody may mount one, all run under the limit.
+
+    PYTHONPATH=tests .venv/bin/python -m campaigns.disk --tries 40 --seed 7
+"""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import gemma_edge.export.api
+from campaigns import exports
+from campaigns.campaign import Campaign, main, outcome_of
+from gemma_edge.errors import InputError
+
+
+@contextlib.contextmanager
+def small_disk(at: Path, size: int, files: int) -> Iterator[bool]:
+    """A file system of so many bytes and inodes at a folder; False where it cannot be mounted."""
+    options = f"size={size},nr_inodes={files}"
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(at)]
+    mounted = subprocess.run(command, capture_output=True).returncode == 0
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(at)], check=True)
+
+
+def export_under(limit: int | None, out: Path) -> None:
+    """An export that finds out only while it writes that there is no room."""
+    gemma_edge.export.api.check_disk = lambda *args: None  # type: ignore[attr-defined]
+    if limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    exports.make(out)
+
+
+def one_try(folder: Path, out: Path, limit: int | None) -> tuple[str, str]:
+    """Export, and look at what is there: the outcome, and what is wrong."""
+    errors = folder / "stderr"
+    before = exports.whole(out)
+    code = exports.wait(exports.start(errors, lambda: export_under(limit, out)))
+    said = errors.read_text(errors="replace")
+    if code is None:
+        return "hang", said[-300:]
+    outcome = outcome_of(code, said)
+    try:
+        after, rest = exports.whole(out), exports.left(out, cleaned=False)
+    except InputError as error:
+        return "left_over", f"half a bundle: {error}"
+    if rest or (outcome == "refused" and after != before):
+        return "left_over", f"{rest} {before!r} became {after!r}"
+    return outcome, said[-600:]
+
+
+def run(campaign: Campaign, tries: int) -> None:
+    """Sizes from nothing to what a whole export takes, in the order of chance."""
+    with exports.place() as folder:
+        previous, here = folder / "previous", folder / "here"
+        assert exports.wait(exports.start(folder / "stderr", lambda: exports.make(previous, bits=4))) == 0
+        largest = max(path.stat().st_size for path in previous.iterdir())
+        total = sum(path.stat().st_size for path in previous.iterdir())
+        points = [(index + campaign.random.random()) / tries for index in range(tries)]
+        for index, point in enumerate(points):
+            shutil.rmtree(here, ignore_errors=True)
+            here.mkdir()
+            on_disk = index % 2 == 1
+            # the bundle before, the checkpoint and the new bundle, which has twice the bits
+            size = int(total * (1.02 + 5 * point)) if on_disk else 1 << 30
+            with small_disk(here, size, int(14 + 40 * point) if index % 8 == 3 else 0) as mounted:
+                out = here / "out"
+                if index % 4:
+                    shutil.copytree(previous, out)
+                limit = None if on_disk and mounted else int(2 * largest * point)
+                outcome, what = one_try(folder, out, limit)
+            place = f"file system of {size}" if limit is None else f"files up to {limit}"
+            campaign.tried(outcome, f"{place} bytes: {what}")
+
+
+if __name__ == "__main__":
+    main("disk", run, tries=40)
