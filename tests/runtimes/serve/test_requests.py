@@ -123,6 +123,8 @@ def test_a_schema_comes_in_every_servers_spelling(body: dict[str, Any], model: M
         ({"guided_json": "[" * 100_000}, "guided_json is not JSON"),
         ({"json_schema": [1]}, "the JSON schema is"),
         ({"json_schema": {"const": "\ud800"}}, "the JSON schema cannot be followed"),
+        ({"json_schema": {"type": "string", "minLength": 10**6}}, "minLength or minItems above 4096"),
+        ({"json_schema": {"type": "array", "minItems": 10**400}}, "minLength or minItems above 4096"),
         ({"json_schema": {"enum": ["x" * 70_000]}}, "longer than 65536 characters"),
         ({"response_format": "json"}, "response_format 'json' is not an object"),
     ],
