@@ -173,6 +173,14 @@ def test_a_conversation_with_tools_is_read_as_text() -> None:
     assert turns[2]["content"] == "31\ndry" and turns[3]["content"] == ""
 
 
+def test_what_the_system_says_has_its_turn_where_the_template_has_one() -> None:
+    said = [{"role": role, "content": role} for role in ("system", "developer", "user")]
+    own = [{"role": "system", "content": "system\n\ndeveloper"}, {"role": "user", "content": "user"}]
+    assert messages_of({"messages": said}, takes_system=True) == own
+    assert messages_of({"messages": said}) == [{"role": "user", "content": "system\n\ndeveloper\n\nuser"}]
+    assert messages_of({"messages": said[2:]}, takes_system=True) == own[1:]
+
+
 @pytest.mark.parametrize(
     ("messages", "said"),
     [
