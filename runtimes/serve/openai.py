@@ -38,7 +38,6 @@ class Model:
     template: ChatTemplate
     vocab_size: int
     context: int
-    takes_system: bool = False  # whether the template has a turn for the system
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class ParsedRequest:
         if chat and echo:
             raise InputError("echo is not supported with messages; leave it out", field="echo", value=echo)
         if chat:
-            prompts = [_ids(model.template.render(messages_of(body, takes_system=model.takes_system)), model)]
+            prompts = [_ids(model.template.render(messages_of(body, takes_system=model.template.takes_system)), model)]
         else:
             prompts = [_ids(prompt, model) for prompt in _prompts(body)]
         if max_tokens is None:
