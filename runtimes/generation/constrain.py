@@ -8,6 +8,7 @@ last token, is always valid; an answer that is cancelled is not.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
@@ -38,15 +39,22 @@ OPTIONS: Any = {
 
 def _number(schema: dict[str, Any], key: str, default: float) -> float:
     value = schema.get(key)
-    return float(value) if isinstance(value, (int, float)) else default
+    try:
+        return float(value) if isinstance(value, (int, float)) else default
+    except OverflowError:
+        return math.inf if schema[key] > 0 else -math.inf
 
 
 def _loses_bound(schema: dict[str, Any], own: str, *others: str) -> bool:
     return _number(schema, own, 1) == 0 and any(abs(_number(schema, other, 1)) < 1 for other in others)
 
 
-# schemas that llguidance 1.9 accepts but does not follow, as tests with the package jsonschema show
+# schemas that llguidance 1.9 accepts but does not follow, as tests with the package jsonschema show; and texts without end
 UNSUPPORTED: tuple[tuple[Callable[[dict[str, Any]], bool], str], ...] = (
+    (
+        lambda each: max(_number(each, "minLength", 0), _number(each, "minItems", 0)) > MAX_CLOSING_TOKENS,
+        f"minLength or minItems above {MAX_CLOSING_TOKENS}; lower it",
+    ),
     (lambda each: _number(each, "minProperties", 0) > 1, "minProperties above 1, where keys may repeat; require some"),
     (lambda each: _number(each, "multipleOf", 1) % 1 != 0, "multipleOf a fraction; scale it to whole numbers"),
     (

@@ -1,17 +1,17 @@
-"""Reads the JSON of a request: its size, its depth and the time that it may take are limited."""
+"""Reads the JSON of a request: its size and the time that it may take are limited, its depth is by reading.py."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-from typing import Any, NoReturn
+from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
+from gemma_edge.errors import one_line
+from gemma_edge.reading import parse_json
 from gemma_edge.runtimes.serve.refused import Refused, shown
 
 MAX_BODY_BYTES = 1 << 20  # the longest request
-MAX_DEPTH = 64  # the deepest nesting of lists and objects
 BODY_S = 20.0  # seconds from the head of a request to the end of its body
 JSON_TYPE = "application/json"
 
@@ -53,21 +53,9 @@ def parse_body(body: bytes) -> dict[str, Any]:
         Refused: they hold something else, or one that is nested too deep.
     """
     try:
-        parsed = json.loads(body, parse_constant=_no_constant)
-    except RecursionError:
-        raise Refused(400, f"the request is nested deeper than {MAX_DEPTH} levels") from None
+        parsed = parse_json(body)
     except ValueError as error:
-        raise Refused(400, f"the request is not JSON: {error}") from None
+        raise Refused(400, f"the request is not JSON: {one_line(error)}") from None
     if not isinstance(parsed, dict):
         raise Refused(400, f"the request is not a JSON object but {shown(parsed)}")
-    level: list[Any] = [parsed]
-    for _ in range(MAX_DEPTH):
-        containers = [part for part in level if isinstance(part, (dict, list))]
-        if not containers:
-            return parsed
-        level = [child for part in containers for child in (part.values() if isinstance(part, dict) else part)]
-    raise Refused(400, f"the request is nested deeper than {MAX_DEPTH} levels")
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"JSON has no number {name}")
+    return parsed

@@ -17,6 +17,7 @@ from dataclasses import replace
 from time import monotonic
 from typing import Any
 
+from gemma_edge.memory import give_back
 from gemma_edge.runtimes.engines.base import Runtime
 from gemma_edge.runtimes.generation.constrain import Grammar
 from gemma_edge.runtimes.generation.generate import GenerationOptions, GenerationState, Usage
@@ -26,6 +27,7 @@ from gemma_edge.runtimes.serve.logprobs import Recorder
 from gemma_edge.runtimes.serve.openai import Model, ParsedRequest
 from gemma_edge.runtimes.serve.refused import Refused
 from gemma_edge.runtimes.serve.responses import Piece, Total, finish_reason
+from gemma_edge.runtimes.serve.schemas import SPELLINGS
 from gemma_edge.text.chat import ChatTemplate
 from gemma_edge.text.tokenizer import Tokenizer
 
@@ -177,6 +179,8 @@ class Engine:
         else:
             job.call(job.take, request)
             self._writer.submit(self._write, job, request, grammar)
+        if any(name in job.body for name in SPELLINGS):
+            give_back()  # a schema may have taken much
 
     def _write(self, job: Job, request: ParsedRequest, grammar: Grammar | None) -> None:
         """Answer a request. It runs in the thread of the writer."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 from gemma_edge.errors import InputError
@@ -183,12 +184,11 @@ def _sampling(body: Mapping[str, Any], defaults: SamplingParams) -> SamplingPara
 
 
 def messages_of(body: Mapping[str, Any], *, takes_system: bool = False) -> list[dict[str, str]]:
-    """A conversation for the bundle's template.
+    """A conversation for the chat template.
 
     Args:
         body: the request.
-        takes_system: whether the template has a turn for the system. Gemma 2's has none: what the system says then stands in
-            front of the user's first turn.
+        takes_system: True leaves the system its turn; else what it says stands in front of the user's first turn.
 
     Raises:
         InputError: there are no messages, or too many, or one has no role or text.
@@ -198,39 +198,39 @@ def messages_of(body: Mapping[str, Any], *, takes_system: bool = False) -> list[
         raise InputError("messages are missing; give a list of at least one", field="messages", value=messages)
     if len(messages) > MAX_MESSAGES:
         raise InputError(f"{len(messages)} messages are too many; give at most {MAX_MESSAGES}", field="messages")
-    system, turns, tools = [], list[dict[str, str]](), False
-    for message in messages:
-        if not isinstance(message, dict) or message.get("role") not in (*SYSTEM, "user", "assistant", "tool"):
-            raise InputError("a message's role is none of system, user, assistant and tool", field="messages")
-        role, text = message["role"], _text(message)
-        if role in SYSTEM and takes_system:
-            role = "system"
-        elif role in SYSTEM and not turns:
-            system.append(text)
-            continue
-        if role == "tool" and tools:  # the results of several calls are one turn
-            turns[-1]["content"] += f"\n{text}"
-            continue
-        tools = role == "tool"
-        turns.append({"role": "user" if tools else role, "content": "\n\n".join([*system, text])})
-        system = []
-    if not turns:
+    said = [_said(message) for message in messages]
+    system = [text for _, text in takewhile(lambda each: each[0] in SYSTEM, said)]
+    said = said[len(system) :]
+    if not said:
         raise InputError("messages contain no message of a user", field="messages", value=messages)
+    turns = [{"role": "system", "content": "\n\n".join(system)}] if system and takes_system else []
+    if not takes_system:
+        said[0] = (said[0][0], "\n\n".join([*system, said[0][1]]))
+    before = ""
+    for role, text in said:
+        if role == before == "tool":  # the results of several calls are one turn
+            turns[-1]["content"] += f"\n{text}"
+        else:
+            turns.append({"role": "user" if role == "tool" else role, "content": text})
+        before = role
     return turns
 
 
-def _text(message: Mapping[str, Any]) -> str:
-    """A message's text, which may come in parts; that of an assistant that called tools is the calls."""
-    content, calls = message.get("content"), message.get("tool_calls")
-    if message["role"] == "assistant" and (content is None or content == []):
-        return "\n".join(map(_call, calls)) if isinstance(calls, list) else ""
-    if isinstance(content, str):
-        return content
+def _said(message: Any) -> tuple[str, str]:
+    """The role and the text of a message. The text may come in parts; calls of tools are text, too."""
+    if not isinstance(message, dict) or message.get("role") not in (*SYSTEM, "user", "assistant", "tool"):
+        raise InputError("a message's role is none of system, user, assistant and tool", field="messages")
+    role, content, calls = message["role"], message.get("content"), message.get("tool_calls")
+    calls = calls if role == "assistant" and isinstance(calls, list) else []
+    if role == "assistant" and content is None:
+        content = []
     if isinstance(content, list) and all(
         isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content
     ):
-        return "".join(part["text"] for part in content)
-    raise InputError("a message's content is neither text nor a list of text parts", field="messages")
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise InputError("a message's content is neither text nor a list of text parts", field="messages")
+    return role, "\n".join([*([content] if content else []), *map(_call, calls)])
 
 
 def _call(call: Any) -> str:

@@ -6,7 +6,8 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from gemma_edge.errors import InputError
+from gemma_edge.errors import InputError, one_line
+from gemma_edge.reading import parse_json
 from gemma_edge.runtimes.generation.constrain import ANY_OBJECT, check_schema
 from gemma_edge.runtimes.serve.fields import get, refuse_unsupported
 from gemma_edge.runtimes.serve.refused import shown
@@ -75,6 +76,6 @@ def schema_of(body: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _parsed(name: str, text: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{name} is not JSON: {error}", field=name) from None
+        return parse_json(text.encode())
+    except ValueError as error:
+        raise InputError(f"{name} is not JSON: {one_line(error)}", field=name) from None

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from gemma_edge.memory import memory_mib
 from gemma_edge.runtimes.serve.access import Access
 from gemma_edge.runtimes.serve.api import application
 from gemma_edge.runtimes.serve.connections import LimitedServer
@@ -62,10 +63,7 @@ class Process:
 
     def resident_mib(self) -> float:
         """Its resident memory."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="ascii")
-        found = re.search(r"VmRSS:\s+(\d+) kB", status)
-        assert found
-        return int(found[1]) / 1024
+        return memory_mib(self.process.pid)["rss"]
 
     def stop(self) -> None:
         """End it, whatever it does."""

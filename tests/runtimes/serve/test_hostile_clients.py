@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
+import logging
 import signal
 import socket
 import subprocess
@@ -19,6 +22,8 @@ pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install 'ge
 import gemma_edge
 from gemma_edge.runtimes.generation.generate import GenerationOptions
 from gemma_edge.runtimes.serve import body, connections
+from gemma_edge.runtimes.serve.access import Access
+from gemma_edge.runtimes.serve.api import application
 from gemma_edge.runtimes.serve.engine import MAX_WAITING, Engine
 
 HEAD = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n".encode()
@@ -140,6 +145,19 @@ def test_idle_connections_make_room(bundle: Path, tmp_path: Path) -> None:
             connection.close()
     finally:
         server.stop()
+
+
+def test_too_many_open_files_are_one_line(bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """asyncio printed a traceback for each connection that it could not accept."""
+    engine = Engine(gemma_edge.load(bundle, threads=1), GenerationOptions())
+    server = connections.LimitedServer(application(engine, Access()), engine)
+    loop = asyncio.new_event_loop()
+    for _ in range(100):
+        server._on_error(loop, {"message": "out of system resource", "exception": OSError(errno.EMFILE, "too many")})
+    loop.close()
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == [
+        "connections cannot be accepted: too many open files; raise ulimit -n"
+    ]
 
 
 def test_the_server_answers_while_it_reads_a_large_request(server: Process) -> None:

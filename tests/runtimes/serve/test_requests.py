@@ -12,8 +12,9 @@ from support.toys import VOCAB, toy_manifest
 pytest.importorskip("starlette", reason="starlette is not installed: pip install 'gemma-edge[serve]'")
 
 from gemma_edge.errors import InputError
+from gemma_edge.reading import MAX_DEPTH
 from gemma_edge.runtimes.generation.generate import GenerationOptions
-from gemma_edge.runtimes.serve.body import MAX_DEPTH, parse_body
+from gemma_edge.runtimes.serve.body import parse_body
 from gemma_edge.runtimes.serve.fields import OTHERS, UNSUPPORTED
 from gemma_edge.runtimes.serve.openai import MAX_PROMPT_CHARS, Model, ParsedRequest, messages_of
 from gemma_edge.runtimes.serve.refused import Refused
@@ -120,9 +121,12 @@ def test_a_schema_comes_in_every_servers_spelling(body: dict[str, Any], model: M
         ({"structured_outputs": {"regex": "a+"}}, "regex 'a\\+' is not supported"),
         ({"structured_outputs": {"choice": ["a"]}}, "choice .* is not supported"),
         ({"guided_json": "{"}, "guided_json is not JSON"),
-        ({"guided_json": "[" * 100_000}, "guided_json is not JSON"),
+        ({"guided_json": "[" * 100_000}, "guided_json is not JSON: it is nested more than 100 deep"),
+        ({"guided_json": "\ud800"}, "guided_json is not JSON"),
         ({"json_schema": [1]}, "the JSON schema is"),
         ({"json_schema": {"const": "\ud800"}}, "the JSON schema cannot be followed"),
+        ({"json_schema": {"type": "string", "minLength": 10**6}}, "minLength or minItems above 4096"),
+        ({"json_schema": {"type": "array", "minItems": 10**400}}, "minLength or minItems above 4096"),
         ({"json_schema": {"enum": ["x" * 70_000]}}, "longer than 65536 characters"),
         ({"response_format": "json"}, "response_format 'json' is not an object"),
     ],
@@ -171,6 +175,22 @@ def test_a_conversation_with_tools_is_read_as_text() -> None:
     assert turns[2]["content"] == "31\ndry" and turns[3]["content"] == ""
 
 
+def test_a_template_with_a_turn_for_the_system_gets_one(model: Model) -> None:
+    """What the system said went into the user's turn all the same: 43 tokens, where transformers has 49."""
+    source = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
+    own = Model(model.tokenizer, ChatTemplate(source, {}), VOCAB, context=64)
+    (ids,) = parse(own, chat=True, messages=[{"role": "system", "content": "Be brief."}, *HELLO["messages"]]).prompts
+    assert model.tokenizer.decode(ids) == "[system] Be brief. [user] Hello. "
+
+
+def test_what_the_system_says_has_its_turn_where_the_template_has_one() -> None:
+    said = [{"role": role, "content": role} for role in ("system", "developer", "user")]
+    own = [{"role": "system", "content": "system\n\ndeveloper"}, {"role": "user", "content": "user"}]
+    assert messages_of({"messages": said}, takes_system=True) == own
+    assert messages_of({"messages": said}) == [{"role": "user", "content": "system\n\ndeveloper\n\nuser"}]
+    assert messages_of({"messages": said[2:]}, takes_system=True) == own[1:]
+
+
 @pytest.mark.parametrize(
     ("messages", "said"),
     [
@@ -189,10 +209,9 @@ def test_messages_that_are_wrong_are_refused(messages: list[Any], said: str) -> 
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        (b'{"a":' * (MAX_DEPTH + 1) + b"1" + b"}" * (MAX_DEPTH + 1), "nested deeper than 64"),
-        (b"[" * 100_000, "nested deeper than 64"),
-        (b'{"a":NaN}', "JSON has no number NaN"),
-        (b'{"a":-Infinity}', "JSON has no number -Infinity"),
+        (b'{"a":' * (MAX_DEPTH + 2) + b"1" + b"}" * (MAX_DEPTH + 2), "nested more than 100 deep"),
+        (b"[" * 100_000, "nested more than 100 deep"),
+        (b"\xef\xbb\xbf{}", "byte order mark"),
         (b'{"a":' + b"9" * 5000 + b"}", "not JSON"),
         (b"\xff", "not JSON"),
         (b"[]", "not a JSON object"),
