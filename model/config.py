@@ -16,7 +16,7 @@ ONLY_VALUE: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
     "hidden_activation": ("gelu_pytorch_tanh", None),
     "hidden_act": ("gelu_pytorch_tanh", "gelu", None),  # HF ignores it for Gemma 2 and uses hidden_activation
-    "tie_word_embeddings": (True, None),
+    "tie_word_embeddings": (True, False, None),
     "use_bidirectional_attention": (False, None),
     "rope_scaling": (None,),
 }
@@ -29,6 +29,7 @@ NUMBERS = (
     "attn_logit_softcapping",
     "final_logit_softcapping",
 )
+TABLE, HEAD = "model.embed_tokens", "lm_head"  # the matrices with a row per token, by their names without `.weight`
 REQUIRED = (
     "vocab_size",
     "hidden_size",
@@ -61,6 +62,7 @@ class Gemma2Config:
     rope_theta: float = 10000.0
     bos_token_id: int = 2
     eos_token_id: tuple[int, ...] = (1,)
+    tie_word_embeddings: bool = True  # False: the head is a matrix of its own; see `checkpoint.with_stored_head`
 
     def __post_init__(self) -> None:
         if len(self.layer_types) != self.num_hidden_layers:
@@ -84,12 +86,18 @@ class Gemma2Config:
         return self.layer_types[layer] == LOCAL
 
     @property
+    def head(self) -> str:
+        """The matrix that gives the logits: the tied table, or a head of its own."""
+        return TABLE if self.tie_word_embeddings else HEAD
+
+    @property
     def num_parameters(self) -> int:
-        """Weights of the checkpoint, the tied table counted once."""
+        """Weights of the checkpoint, a tied table counted once."""
         h, d = self.hidden_size, self.head_dim
         attention = 2 * h * d * (self.num_attention_heads + self.num_key_value_heads)
         per_layer = attention + 3 * h * self.intermediate_size + 4 * h
-        return self.vocab_size * h + self.num_hidden_layers * per_layer + h
+        tables = 1 if self.tie_word_embeddings else 2
+        return tables * self.vocab_size * h + self.num_hidden_layers * per_layer + h
 
     def to_json(self) -> dict[str, Any]:
         """Plain values under HF's keys."""
@@ -111,7 +119,14 @@ class Gemma2Config:
         path = folder / "config.json"
         raw = read_json(path)
         _refuse_unsupported(path, raw)
-        keys = ("query_pre_attn_scalar", "sliding_window", "max_position_embeddings", "rms_norm_eps", "bos_token_id")
+        keys = (
+            "query_pre_attn_scalar",
+            "sliding_window",
+            "max_position_embeddings",
+            "rms_norm_eps",
+            "bos_token_id",
+            "tie_word_embeddings",
+        )
         layers = raw["num_hidden_layers"]
         return cls(
             **{key: raw[key] for key in REQUIRED},

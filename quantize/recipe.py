@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gemma_edge.errors import InputError
+from gemma_edge.model.config import HEAD, TABLE
 from gemma_edge.model.quantized import QuantConfig as QuantConfig
 
 DATA_FREE = ("rtn", "mse")
@@ -19,7 +20,7 @@ CALIBRATED = ("hscale", "gptq", "awq", "awq+gptq")
 METHODS = (*DATA_FREE, *CALIBRATED)
 BITS = (4, 8, 16, 32)
 FLOAT_BITS = 32  # bits of matrices that stay float beside quantized ones
-TABLE_PATTERN = r"model\.embed_tokens"
+TABLE_PATTERN = re.escape(TABLE)
 ANY = r".*"
 
 
@@ -45,8 +46,9 @@ class Recipe:
     float_bits: int = FLOAT_BITS  # bits of unquantized matrices, 16 or 32
 
     def rule_for(self, weight: str) -> QuantRule:
-        """The first rule that matches."""
-        return next(rule for rule in self.rules if re.fullmatch(rule.pattern, weight))
+        """The first rule that matches. A head of its own becomes what the table becomes."""
+        name = TABLE if weight == HEAD else weight
+        return next(rule for rule in self.rules if re.fullmatch(rule.pattern, name))
 
     def config_for(self, weight: str, in_features: int) -> QuantConfig | None:
         """The fitted configuration of one weight; None = float."""
@@ -155,7 +157,8 @@ def make_recipe(
         bits: 4 or 8 for the linears; 16 or 32 leaves the whole model float.
         group_size: weights per scale, 0: one scale per channel; None takes the default of bits and method.
         method: one of METHODS; None takes the default of bits, group size and quality.
-        table_bits: bits of the tied table; 8: one scale per row, 4: groups as in the linears. Its method needs no data.
+        table_bits: bits of the table and of a head of its own; 8: one scale per row, 4: groups as in the linears. Their method
+            needs no data.
         quality: one of QUALITIES; 8 bits need no calibration.
 
     Raises:

@@ -1,8 +1,8 @@
 """The quantized checkpoint: a Hugging Face folder in compressed-tensors' `pack-quantized` layout, read slice by slice.
 
 transformers and vLLM load the folder. That layout has no place for two things, which lie in files of our own beside it: the
-quantized tied table (TABLE_FILE; transformers and vLLM use the float table), and the scales of an int8 KV cache (kv_scales.py).
-writer.py writes the folder.
+quantized table and a quantized head of its own (TABLE_FILE; transformers and vLLM use the float ones), and the scales of an
+int8 KV cache (kv_scales.py). writer.py writes the folder.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from torch import Tensor
 from gemma_edge.errors import InputError
 from gemma_edge.model.checkpoint import (
     FLOATS,
+    HEAD,
     TABLE,
     Checkpoint,
     Shards,
     Weights,
-    expect_tied,
     finite,
     norm_names,
     weight_shapes,
+    with_stored_head,
 )
 from gemma_edge.model.config import Gemma2Config, read_json
 from gemma_edge.model.quantized import GROUP_MULTIPLE, QuantConfig, QuantizedTensor
@@ -63,11 +64,10 @@ class QuantizedCheckpoint(Weights):
         quantization = read_json(folder / "config.json").get("quantization_config")
         if quantization is not None:
             _refuse_other_formats(folder, quantization)
-        config = Gemma2Config.from_hf(folder)
         shards = Shards(folder)
+        config = with_stored_head(Gemma2Config.from_hf(folder), shards)
         for name in norm_names(config):
             shards.expect(name, (config.hidden_size,))
-        expect_tied(shards, weight_shapes(config)[TABLE])
         return cls(folder, config, shards)
 
     def files(self) -> list[Path]:
@@ -75,7 +75,7 @@ class QuantizedCheckpoint(Weights):
         return sorted({*self._shards.files(), *self._table.files()})
 
     def _holder(self, weight: str) -> Shards:
-        return self._table if weight == TABLE else self._shards
+        return self._table if weight in (TABLE, HEAD) else self._shards
 
     def _config_of(self, weight: str) -> QuantConfig | None:
         holder, (rows, columns) = self._holder(weight), self._shapes[weight]
@@ -159,7 +159,7 @@ class QuantizedCheckpoint(Weights):
         return self.plain_rows(weight, start, stop)
 
     def plain_rows(self, weight: str, start: int, stop: int) -> Tensor:
-        """Rows of a matrix that is stored in float; this includes the table, also when its integers lie beside it."""
+        """Rows of a matrix that is stored in float; this includes table and head, also when their integers lie beside them."""
         return finite(self._shards.rows(f"{weight}.weight", start, stop).float(), f"{weight}.weight", self.folder)
 
     def vector(self, name: str) -> Tensor:
@@ -222,5 +222,5 @@ def named_by_content(source: Weights, recipe: Recipe) -> Recipe:
     if not source.is_quantized:
         return recipe
     configs = final_configs(source, recipe)
-    table = configs.pop(TABLE)
-    return replace(recipe, name=recipe_name(configs.values(), table, recipe.float_bits))
+    linears = [config for weight, config in configs.items() if weight not in (TABLE, HEAD)]
+    return replace(recipe, name=recipe_name(linears, configs[TABLE], recipe.float_bits))
