@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -46,9 +46,17 @@ class Recipe:
     float_bits: int = FLOAT_BITS  # bits of unquantized matrices, 16 or 32
 
     def rule_for(self, weight: str) -> QuantRule:
-        """The first rule that matches. A head of its own becomes what the table becomes."""
+        """The first rule that matches."""
+        return next(self._matching(weight))
+
+    def covers(self, weight: str) -> bool:
+        """Whether a rule matches."""
+        return any(self._matching(weight))
+
+    def _matching(self, weight: str) -> Iterator[QuantRule]:
+        """The rules that match, in order. A head of its own becomes what the table becomes."""
         name = TABLE if weight == HEAD else weight
-        return next(rule for rule in self.rules if re.fullmatch(rule.pattern, name))
+        return (rule for rule in self.rules if re.fullmatch(rule.pattern, name))
 
     def config_for(self, weight: str, in_features: int) -> QuantConfig | None:
         """The fitted configuration of one weight; None = float."""
