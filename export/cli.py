@@ -48,7 +48,9 @@ INTEGERS = (
         "--bits", type=int, help=f"Bits of the linear layers: {_list(BITS)}; 16 and 32 are floats. Default: 4."
     ),
     click.option("--group-size", type=int, help="Weights per scale, a multiple of 32; 0 means one scale per channel."),
-    click.option("--table-bits", type=click.Choice(["4", "8"]), help="Bits of the tied embedding table. Default: 8."),
+    click.option(
+        "--table-bits", type=click.Choice(["4", "8"]), help="Bits of the embedding table and the head. Default: 8."
+    ),
     click.option(
         "--bpw",
         type=float,

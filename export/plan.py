@@ -16,7 +16,7 @@ from gemma_edge.errors import InputError
 from gemma_edge.export.backend import Backend, StoredWeights, exporter
 from gemma_edge.export.gate.limits import LEVELS
 from gemma_edge.export.targets import DEFAULT_CHUNK, GIB, Target
-from gemma_edge.model.checkpoint import SLICE_BYTES, Weights, linear_shapes
+from gemma_edge.model.checkpoint import SLICE_BYTES, TABLE, Weights, linear_shapes
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.model.kv_cache import slots_needed, windows
 from gemma_edge.quantize.checkpoint.store import final_configs
@@ -207,6 +207,7 @@ class _Prediction:
     def plan(self, context: int, chunk: int) -> Plan:
         """The plan of a context, without calibration and gate."""
         config, cache = self.source.config, self.cache(context, chunk)
+        tables = len({TABLE, config.head})
         return Plan(
             target=self.target.name,
             backend=self.exporter.name,
@@ -219,8 +220,8 @@ class _Prediction:
             device_ram_bytes=self.device_ram(cache),
             device_ram_limit_bytes=self.target.ram_bytes,
             export_ram_bytes=_export_ram(config),
-            # The checkpoint is no larger than the bundle's file, unless a table stays in it in float beside its integers.
-            export_disk_bytes=2 * self.file_bytes + 4 * config.vocab_size * config.hidden_size,
+            # The checkpoint is no larger than the bundle's file, unless table and head stay in it in float beside their integers.
+            export_disk_bytes=2 * self.file_bytes + 4 * tables * config.vocab_size * config.hidden_size,
         )
 
     def too_large(self, context: int, chunk: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from gemma_edge.bundle.codec import shown
 from gemma_edge.errors import InputError
+from gemma_edge.model.config import HEAD as HEAD
+from gemma_edge.model.config import TABLE as TABLE
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.model.gemma2 import DecoderLayer, Gemma2
 from gemma_edge.model.lora import Lora
@@ -20,7 +23,6 @@ from gemma_edge.model.safetensors_reader import SafetensorsFile
 from gemma_edge.reading import present, read_json
 from gemma_edge.text.tokenizer import TOKENIZER_FILE
 
-TABLE, HEAD = "model.embed_tokens", "lm_head.weight"
 FINAL_NORM = "model.norm.weight"
 # PREFIX: of every name but the head's. COMPUTED: ends of names that old versions of transformers saved, and nobody reads.
 PREFIX, HEAD_STEM, COMPUTED = "model.", "lm_head.", (".rotary_emb.inv_freq",)
@@ -46,8 +48,8 @@ def linear_shapes(config: Gemma2Config, layer: int) -> dict[str, tuple[int, int]
 
 
 def weight_shapes(config: Gemma2Config) -> dict[str, tuple[int, int]]:
-    """Every matrix, the tied table first: name without `.weight` -> (out, in)."""
-    shapes = {TABLE: (config.vocab_size, config.hidden_size)}
+    """Every matrix, the table first, then a head of its own: name without `.weight` -> (out, in)."""
+    shapes = dict.fromkeys((TABLE, config.head), (config.vocab_size, config.hidden_size))
     for layer in range(config.num_hidden_layers):
         shapes |= linear_shapes(config, layer)
     return shapes
@@ -225,14 +227,15 @@ class Checkpoint(Weights):
         Raises:
             InputError: names the file, key or tensor at fault.
         """
-        config = Gemma2Config.from_hf(folder)
         shards = Shards(folder)
+        config = with_stored_head(Gemma2Config.from_hf(folder), shards)
         for name, shape in weight_shapes(config).items():
             shards.expect(f"{name}.weight", shape)
         for name in norm_names(config):
             shards.expect(name, (config.hidden_size,))
-        expect_tied(shards, weight_shapes(config)[TABLE])
-        shards.refuse_others([HEAD, *norm_names(config), *(f"{name}.weight" for name in weight_shapes(config))])
+        shards.refuse_others(
+            [f"{HEAD}.weight", *norm_names(config), *(f"{name}.weight" for name in weight_shapes(config))]
+        )
         adapter = Lora.open(lora, weight_shapes(config)) if lora else None
         return cls(folder, config, shards, adapter, lora)
 
@@ -262,18 +265,31 @@ class Checkpoint(Weights):
         return finite(self._shards.rows(name).float(), name, self.folder)
 
 
-def expect_tied(shards: Shards, shape: tuple[int, int]) -> None:
-    """Refuse a stored head that differs from the table: transformers then unties them, whatever config.json says."""
-    if "lm_head.weight_packed" in shards:
+def with_stored_head(config: Gemma2Config, shards: Shards) -> Gemma2Config:
+    """The configuration with `tie_word_embeddings` as the tensors decide it: the head is a matrix of its own where one is stored
+    that differs from the table. transformers does the same, whatever config.json says.
+
+    Raises:
+        InputError: config.json announces a head and none is stored, or it is stored as integers or in another shape.
+    """
+    name, table, shape = f"{HEAD}.weight", f"{TABLE}.weight", (config.vocab_size, config.hidden_size)
+    if f"{HEAD}.weight_packed" in shards:
         raise InputError(
-            f"{shards.folder} holds lm_head.weight_packed, a head of its own; only a tied head is supported"
+            f"{shards.folder} holds {HEAD}.weight_packed, a head of integers; only a float head is read",
+            hint="quantize the folder again with `lm_head` ignored, or pass the original float folder",
         )
-    if HEAD not in shards:
-        return
-    shards.expect(HEAD, shape)
-    for start, stop in row_slices(shape):
-        if not torch.equal(shards.rows(HEAD, start, stop), shards.rows(f"{TABLE}.weight", start, stop)):
-            raise InputError(f"{shards.folder}: {HEAD} differs from {TABLE}.weight; only a tied head is supported")
+    if name not in shards:
+        if not config.tie_word_embeddings:
+            raise InputError(
+                f"{shards.folder}: tie_word_embeddings is false, and its safetensors files hold no {name}",
+                hint="set it to true in config.json if the head is the table, else save the model with its head",
+            )
+        return config
+    for stored in (name, table):
+        shards.expect(stored, shape)
+    slices = row_slices(shape)
+    tied = all(torch.equal(shards.rows(name, *part).float(), shards.rows(table, *part).float()) for part in slices)
+    return replace(config, tie_word_embeddings=tied)
 
 
 def finite(values: Tensor, name: str, folder: Path) -> Tensor:

@@ -25,9 +25,9 @@ ONLY_VALUE: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
     "hidden_activation": ("gelu_pytorch_tanh", None),
     "hidden_act": ("gelu_pytorch_tanh", "gelu", None),  # HF ignores it for Gemma 2 and uses hidden_activation
-    "tie_word_embeddings": (True, None),
     "use_bidirectional_attention": (False, None),
 }
+TABLE, HEAD = "model.embed_tokens", "lm_head"  # the matrices with a row per token, by their names without `.weight`
 # UNREAD: keys that change nothing here. HF refuses a folder in which they have another type.
 UNREAD: dict[str, Any] = {
     "attention_dropout": float | None,
@@ -61,18 +61,25 @@ class Gemma2Config(ModelConfig):
     rope_theta: Scale = 10000.0
     bos_token_id: TokenId = 2
     eos_token_id: tuple[TokenId, ...] = (1,)
+    tie_word_embeddings: bool = True  # False: the head is a matrix of its own; see `checkpoint.with_stored_head`
 
     def is_local(self, layer: int) -> bool:
         """Whether a layer sees only the sliding window."""
         return self.layer_types[layer] == LOCAL
 
     @property
+    def head(self) -> str:
+        """The matrix that gives the logits: the tied table, or a head of its own."""
+        return TABLE if self.tie_word_embeddings else HEAD
+
+    @property
     def num_parameters(self) -> int:
-        """Weights of the checkpoint, the tied table counted once."""
+        """Weights of the checkpoint, a tied table counted once."""
         h, d = self.hidden_size, self.head_dim
         attention = 2 * h * d * (self.num_attention_heads + self.num_key_value_heads)
         per_layer = attention + 3 * h * self.intermediate_size + 4 * h
-        return self.vocab_size * h + self.num_hidden_layers * per_layer + h
+        tables = 1 if self.tie_word_embeddings else 2
+        return tables * self.vocab_size * h + self.num_hidden_layers * per_layer + h
 
     def to_json(self) -> dict[str, Any]:
         """Plain values under HF's keys."""
@@ -98,8 +105,9 @@ class Gemma2Config(ModelConfig):
         layers = _typed(path, raw.get("num_hidden_layers", cls.num_hidden_layers), Layers, "num_hidden_layers")
         values["layer_types"] = _alternating(layers) if raw.get("layer_types") is None else raw["layer_types"]
         values["rope_theta"] = _rope_theta(path, raw)
-        if raw.get("bos_token_id") is None:
-            values["bos_token_id"] = cls.bos_token_id
+        for key in ("bos_token_id", "tie_word_embeddings"):
+            if values.get(key) is None:
+                values[key] = getattr(cls, key)
         stops, values["eos_token_id"] = _eos(folder, raw)
         config = _typed(path, values, cls)
         for problem in config_problems(config, ()):

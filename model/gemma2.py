@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gemma_edge.model.config import Gemma2Config
+from gemma_edge.model.config import HEAD, TABLE, Gemma2Config
 from gemma_edge.model.kv_cache import KVCache, Rope
 from gemma_edge.model.soft_cap import soft_cap
 
@@ -45,7 +45,7 @@ class TiedTable(Protocol):
 
 
 class Embedding(nn.Module):
-    """The tied table: it turns tokens into vectors, and vectors into logits."""
+    """The table: it turns tokens into vectors and, where the head is tied to it, vectors into logits."""
 
     def __init__(self, name: str, vocab_size: int, hidden_size: int) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class Gemma2Model(nn.Module):
         super().__init__()
         layers = layers or Layers()
         self.config = config
-        self.embed_tokens = layers.embedding("model.embed_tokens", config.vocab_size, config.hidden_size)
+        self.embed_tokens = layers.embedding(TABLE, config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i, layers) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.register_buffer("inv_freq", inverse_frequencies(config), persistent=False)
@@ -168,7 +168,11 @@ class Gemma2(nn.Module):
     def __init__(self, config: Gemma2Config, layers: Layers | None = None) -> None:
         super().__init__()
         self.config = config
+        layers = layers or Layers()
         self.model = Gemma2Model(config, layers)
+        self.lm_head: nn.Module | None = None
+        if not config.tie_word_embeddings:
+            self.lm_head = layers.linear(HEAD, config.hidden_size, config.vocab_size)
 
     def forward(self, tokens: Tensor, input_pos: Tensor, cache: KVCache) -> Tensor:
         """Logits (B, T, V) of the tokens (B, T) written at `input_pos` (1,)."""
@@ -176,7 +180,8 @@ class Gemma2(nn.Module):
 
     def head(self, x: Tensor) -> Tensor:
         """(B, T, hidden) -> soft-capped logits (B, T, V)."""
-        return soft_cap(self.model.embed_tokens.logits(x), self.config.final_logit_softcapping)
+        logits = self.model.embed_tokens.logits(x) if self.lm_head is None else self.lm_head(x)
+        return soft_cap(logits, self.config.final_logit_softcapping)
 
 
 def inverse_frequencies(config: Gemma2Config) -> Tensor:

@@ -15,7 +15,7 @@ from gemma_edge.model.kv_cache import RingCache
 from gemma_edge.model.soft_cap import soft_cap
 
 CHUNK = 512  # tokens to which a block is applied at once
-HEAD_ROWS = 1024  # rows of the table that are multiplied at once: 9 MB of the 2B model
+HEAD_ROWS = 1024  # rows of the head that are multiplied at once: 9 MB of the 2B model
 HEAD_POSITIONS = 192  # positions whose logits are in memory at once: 200 MB with a vocabulary of 256,000
 
 
@@ -82,12 +82,12 @@ def hidden_states(
 
 @torch.no_grad()
 def logits(weights: Weights, hidden: Tensor) -> Tensor:
-    """Soft-capped logits (T, V) float32 of (T, hidden); the table is read in slices."""
+    """Soft-capped logits (T, V) float32 of (T, hidden); the head is read in slices."""
     config = weights.config
     out = torch.empty(len(hidden), config.vocab_size)
     for start in range(0, config.vocab_size, HEAD_ROWS):
         stop = min(start + HEAD_ROWS, config.vocab_size)
-        part = hidden @ weights.rows(TABLE, start, stop).T  # (T, <= HEAD_ROWS)
+        part = hidden @ weights.rows(config.head, start, stop).T  # (T, <= HEAD_ROWS)
         # the softcap is applied to each part: on the whole of `out` it would need two more tensors of its size
         out[:, start:stop] = soft_cap(part, config.final_logit_softcapping)
     return out

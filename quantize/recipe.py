@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from gemma_edge.bundle.codec import KeyProblem, convert
 from gemma_edge.bundle.ranges import Count, Name
 from gemma_edge.errors import InputError, one_line
+from gemma_edge.model.config import HEAD, TABLE
 from gemma_edge.model.quantized import QuantConfig as QuantConfig
 
 DATA_FREE = ("rtn", "mse")
@@ -21,7 +22,7 @@ CALIBRATED = ("hscale", "gptq", "awq", "awq+gptq")
 METHODS = (*DATA_FREE, *CALIBRATED)
 BITS = (4, 8, 16, 32)
 FLOAT_BITS = 32  # bits of matrices that stay float beside quantized ones
-TABLE_PATTERN = r"model\.embed_tokens"
+TABLE_PATTERN = re.escape(TABLE)
 ANY = r".*"
 RECIPE_HINT = "`plan --save-recipe` writes one"
 
@@ -49,7 +50,16 @@ class Recipe:
 
     def rule_for(self, weight: str) -> QuantRule:
         """The first rule that matches."""
-        return next(rule for rule in self.rules if re.fullmatch(rule.pattern, weight))
+        return next(self._matching(weight))
+
+    def covers(self, weight: str) -> bool:
+        """Whether a rule matches."""
+        return any(self._matching(weight))
+
+    def _matching(self, weight: str) -> Iterator[QuantRule]:
+        """The rules that match, in order. A head of its own becomes what the table becomes."""
+        name = TABLE if weight == HEAD else weight
+        return (rule for rule in self.rules if re.fullmatch(rule.pattern, name))
 
     def config_for(self, weight: str, in_features: int) -> QuantConfig | None:
         """The fitted configuration of one weight; None = float."""
@@ -189,7 +199,8 @@ def make_recipe(
         bits: 4 or 8 for the linears; 16 or 32 leaves the whole model float.
         group_size: weights per scale, 0: one scale per channel; None takes the default of bits and method.
         method: one of METHODS; None takes the default of bits, group size and quality.
-        table_bits: bits of the tied table; 8: one scale per row, 4: groups as in the linears. Its method needs no data.
+        table_bits: bits of the table and of a head of its own; 8: one scale per row, 4: groups as in the linears. Their method
+            needs no data.
         quality: one of QUALITIES; 8 bits need no calibration.
 
     Raises:

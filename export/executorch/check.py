@@ -12,7 +12,7 @@ from gemma_edge.bundle.geometry import CacheGeometry
 from gemma_edge.export.executorch.delegates import Kernel, kernel_of, linears
 from gemma_edge.export.executorch.packing import SCALE, Constant, constants, pieces_of
 from gemma_edge.export.executorch.pte import GATHERS, Pte, calls
-from gemma_edge.model.checkpoint import TABLE, weight_shapes
+from gemma_edge.model.checkpoint import weight_shapes
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.quantize.recipe import QuantConfig
 
@@ -86,7 +86,7 @@ def _check_operators(path: Path, plan: ExecutionPlan) -> None:
 
 
 def _check_delegates(path: Path, plan: ExecutionPlan, config: Gemma2Config) -> None:
-    expected = 2 * config.num_hidden_layers + pieces_of(TABLE, (config.vocab_size, config.hidden_size))
+    expected = 2 * config.num_hidden_layers + pieces_of(config.head, (config.vocab_size, config.hidden_size))
     backends = {delegate.id for delegate in plan.delegates}
     called = sum(isinstance(step.instr_args, DelegateCall) for chain in plan.chains for step in chain.instructions)
     if len(plan.delegates) != expected or called != expected or backends != {"XnnpackBackend"}:

@@ -31,7 +31,7 @@ USED_STEP = 64  # slots are read in steps of 64, because a delegate allocates ag
 
 
 class Embedding(nn.Module):
-    """Rows of the tied table. The table has one row here; pte.py gives it its size and streams its bytes into the file."""
+    """Rows of the table. The table has one row here; pte.py gives it its size and streams its bytes into the file."""
 
     def __init__(self, hidden_size: int, quant: QuantConfig | None) -> None:
         super().__init__()
@@ -83,9 +83,9 @@ class Composed(nn.Module):
 
         Args:
             config, geometry: the model's, and its caches'.
-            embedding: the tied table's rows.
+            embedding: the table's rows.
             layers: the two halves of each.
-            head: the pieces of final norm, table and soft cap.
+            head: the pieces of final norm, head and soft cap.
             every_position: logits are computed at every position; False: at the last one.
         """
         super().__init__()

@@ -122,8 +122,8 @@ def _parts(
         for layer in range(config.num_hidden_layers)
     ]
     piece = lower_half(head_piece(config, weight), Limits(geometry.prefill_chunk, 0))
-    count = pieces_of(TABLE, (config.vocab_size, config.hidden_size))
-    return layers, [Lowered(piece, "model.", checkpoint.vector, piece=index) for index in range(count)]
+    count = pieces_of(config.head, (config.vocab_size, config.hidden_size))
+    return layers, [Lowered(piece, "", checkpoint.vector, piece=index) for index in range(count)]
 
 
 def _trace(composed: Composed, at_once: int) -> ExportedProgram:

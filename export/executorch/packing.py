@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gemma_edge.model.checkpoint import TABLE, row_slices, weight_shapes
+from gemma_edge.model.checkpoint import HEAD, TABLE, row_slices, weight_shapes
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.quantize.checkpoint.packing import pack_bytes
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
@@ -47,11 +47,11 @@ def is_halved(weight: str) -> bool:
 
 
 def pieces_of(weight: str, shape: tuple[int, int]) -> int:
-    """How many linears a weight becomes: two if its output is rotated, several alike for a large table, else one."""
+    """How many linears a weight becomes: two if its output is rotated, several alike for a large head, else one."""
     if is_halved(weight):
         return 2
     rows, columns = shape
-    if weight != TABLE or rows * columns <= LARGEST_PIECE:
+    if weight not in (TABLE, HEAD) or rows * columns <= LARGEST_PIECE:
         return 1
     # in steps of 16 rows, so that pieces of one part lie side by side, each aligned for XNNPACK
     counts = (count for count in range(2, rows // 16 + 1) if rows % (16 * count) == 0)
@@ -89,9 +89,9 @@ def packed_embedding(weight: Weight) -> dict[str, Tensor]:
     return packed(weight)
 
 
-def shares_table(config: QuantConfig | None) -> bool:
-    """Whether embedding and head read the same bytes of the table."""
-    return config is None or config.bits == 8
+def shares_table(config: Gemma2Config, quant: QuantConfig | None) -> bool:
+    """Whether embedding and head read the same bytes; `quant` is the table's."""
+    return config.tie_word_embeddings and (quant is None or quant.bits == 8)
 
 
 def row_bytes(config: QuantConfig | None, columns: int, *, embedding: bool = False) -> dict[str, int]:
@@ -130,6 +130,8 @@ def halves(weight: Weight, head_dim: int) -> tuple[Weight, Weight]:
 def constants(config: Gemma2Config, configs: Mapping[str, QuantConfig | None]) -> Iterator[tuple[Constant, int]]:
     """Every constant of the delegates with its bytes; the pieces of one part of a weight follow each other."""
     for weight, (rows, columns) in weight_shapes(config).items():
+        if weight == TABLE and not config.tie_word_embeddings:
+            continue  # only the embedding reads it
         count = pieces_of(weight, (rows, columns))
         for part, size in row_bytes(configs[weight], columns).items():
             for piece in range(count):
@@ -145,7 +147,8 @@ def embedding_bytes(config: Gemma2Config, quant: QuantConfig | None) -> dict[str
 def weights_bytes(config: Gemma2Config, configs: Mapping[str, QuantConfig | None]) -> int:
     """Bytes that the weights take of the file. A table counts once if embedding and head read the same bytes of it."""
     total = sum(size for _, size in constants(config, configs))
-    return total if shares_table(configs[TABLE]) else total + sum(embedding_bytes(config, configs[TABLE]).values())
+    quant = configs[TABLE]
+    return total if shares_table(config, quant) else total + sum(embedding_bytes(config, quant).values())
 
 
 def _bytes(values: Tensor) -> Tensor:

@@ -158,15 +158,17 @@ def place_constants(
     Args:
         embedding: offset of the embedding's table, by part: the head's pieces lie inside where their bytes are the same.
     """
-    config, quant = checkpoint.config, checkpoint.configs[TABLE]
+    config, quant = checkpoint.config, checkpoint.configs[checkpoint.config.head]
     rows, columns = config.vocab_size, config.hidden_size
-    # the table's pieces lie side by side, so that they can be written as one
+    # the head's pieces lie side by side, so that they can be written as one
     head = (
-        embedding if shares_table(quant) else {p: segments.take(rows * n) for p, n in row_bytes(quant, columns).items()}
+        embedding
+        if shares_table(config, quant)
+        else {part: segments.take(rows * size) for part, size in row_bytes(quant, columns).items()}
     )
     places = {}
     for constant, size in constants(config, checkpoint.configs):
-        offset = head[constant.part] + constant.piece * size if constant.weight == TABLE else None
+        offset = head[constant.part] + constant.piece * size if constant.weight == config.head else None
         places[constant] = segments.add(size, offset)
     return places
 
@@ -190,12 +192,14 @@ def _stream(
         file.seek(place + start * values.shape[1])
         progress(file.write(values.numpy().data))
 
+    # whether no linear reads the weight, or those that do read the embedding's own bytes
+    config = checkpoint.config
+    inside = bool(embedding) and (not config.tie_word_embeddings or shares_table(config, checkpoint.configs[weight]))
     for start, rows in slices(checkpoint, weight):
         pieces = halves(rows, checkpoint.config.head_dim) if is_halved(weight) else (rows,)
-        if not embedding or not shares_table(checkpoint.configs[weight]):
-            for index, piece in enumerate(pieces):
-                for part, values in packed(piece).items():
-                    put(where[Constant(weight, part, index)], values, start)
+        for index, piece in enumerate(() if inside else pieces):
+            for part, values in packed(piece).items():
+                put(where[Constant(weight, part, index)], values, start)
         for part, values in packed_embedding(rows).items() if embedding else ():
             put(embedding[part], values, start)
 

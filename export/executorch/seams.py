@@ -22,7 +22,7 @@ from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor 
 )
 
 from gemma_edge.export.executorch.packing import Weight, is_halved, pieces_of
-from gemma_edge.model.checkpoint import TABLE, linear_shapes
+from gemma_edge.model.checkpoint import linear_shapes
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.model.gemma2 import DecoderLayer, Layers, RMSNorm
 from gemma_edge.model.kv_cache import Rope, rotate_halves
@@ -256,16 +256,17 @@ class AttendHalf(Half):
 
 
 class Head(Half):
-    """Final norm, a piece of the tied table, and soft cap."""
+    """Final norm, a piece of the head's matrix, and soft cap. Its names are whole ones of the checkpoint."""
 
-    def __init__(self, config: Gemma2Config, table: Linear) -> None:
+    def __init__(self, config: Gemma2Config, piece: Linear) -> None:
         super().__init__(config)
-        self.rows = table.weight.shape[0]
-        self.norm, self.table = RMSNorm(config.hidden_size, config.rms_norm_eps), table
+        self.rows = piece.weight.shape[0]
+        self.model = nn.ModuleDict({"norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
+        self.piece = piece
 
     def forward(self, x: Tensor) -> Tensor:
         """(1, T, hidden) -> logits (1, T, rows)."""
-        return soft_cap(self.table(self.norm(x)), self.config.final_logit_softcapping)
+        return soft_cap(self.piece(self.model["norm"](x)), self.config.final_logit_softcapping)
 
     def example(self, limits: Limits) -> tuple[tuple[Tensor, ...], tuple[dict[int, Any], ...]]:
         """See `Half.example`."""
@@ -298,10 +299,10 @@ def block_half(half: type[ProjectHalf] | type[AttendHalf], config: Gemma2Config,
 
 
 def head_piece(config: Gemma2Config, weight: Rows) -> Half:
-    """The head over one piece of the table."""
+    """The head over one piece of its matrix."""
     shape = config.vocab_size, config.hidden_size
-    rows = shape[0] // pieces_of(TABLE, shape)
-    return _ready(Head(config, Linear("embed_tokens", weight(TABLE, rows, shape[1]))))
+    rows = shape[0] // pieces_of(config.head, shape)
+    return _ready(Head(config, Linear(config.head, weight(config.head, rows, shape[1]))))
 
 
 def _ready(half: Half) -> Half:

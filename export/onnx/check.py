@@ -49,6 +49,7 @@ def check_graph(
     _check_attention(path, graph, config, geometry, windowed)
     _check_weights(path, graph, blobs)
     _check_integers(path, graph, config, configs)
+    _check_table_and_head(path, graph, config)
     for node in graph:
         if node.op_type == "Gelu" and node.attributes["approximate"].as_string() != "tanh":
             raise RuntimeError(f"{path.name}: a Gelu is not the tanh approximation")
@@ -57,17 +58,16 @@ def check_graph(
 def expected_counts(config: Gemma2Config, configs: Mapping[str, QuantConfig | None]) -> dict[str, int]:
     """How often each operator that carries the model occurs."""
     layers = config.num_hidden_layers
-    quantized = sum(c is not None for name, c in configs.items() if name != TABLE)
-    table = configs[TABLE] is not None
-    floats = len(configs) - 1 - quantized
+    # every matrix is multiplied but an untied table, which is only gathered
+    multiplied = [configs[name] is not None for name in configs if name != TABLE or config.tie_word_embeddings]
     return {
         "GroupQueryAttention": layers,
         "RotaryEmbedding": 2 * layers,
         "RMSNormalization": NORMS_PER_LAYER * layers + 1,
         "Gelu": layers,
-        "MatMulNBits": quantized + table,
-        "MatMul": floats + (not table),
-        "GatherBlockQuantized": int(table),
+        "MatMulNBits": multiplied.count(True),
+        "MatMul": multiplied.count(False),
+        "GatherBlockQuantized": int(configs[TABLE] is not None),
         "Tanh": int(config.final_logit_softcapping is not None),
     }
 
@@ -136,7 +136,7 @@ def _check_weights(path: Path, graph: ir.Graph, blobs: list[Blob]) -> None:
             if tensor.nbytes > SMALL_BYTES:
                 raise RuntimeError(f"{path.name}: constant {name} of {tensor.nbytes} bytes is inside the graph")
             continue
-        blob = by_name.get(f"{TABLE}.weight_packed" if name == HEAD_PACKED else name)
+        blob = by_name.get(name) or (by_name.get(f"{TABLE}.weight_packed") if name == HEAD_PACKED else None)
         if blob is None:
             raise RuntimeError(f"{path.name}: {name} is in the graph but not in the weights file")
         if (tensor.offset, tensor.length) != (blob.offset, blob.nbytes):
@@ -161,7 +161,7 @@ def _check_integers(
             continue
         packed, scale = (node.inputs[index] for index in QUANTIZED_INPUTS[node.op_type])
         assert packed is not None and packed.name is not None and scale is not None
-        weight = TABLE if packed.name == HEAD_PACKED else packed.name.removesuffix(".weight_packed")
+        weight = config.head if packed.name == HEAD_PACKED else packed.name.removesuffix(".weight_packed")
         quant, (rows, columns) = configs[weight], shapes[weight]
         if quant is None:
             raise RuntimeError(f"{path.name}: {node.op_type} reads {weight}, which is float")
@@ -181,3 +181,28 @@ def _check_integers(
                 f"{path.name}: {node.op_type} of {weight} with block_size {block} reads {scale.name} {list(scales)},"
                 f" expected {weight}.weight_scale {list(expected_scales)}"
             )
+
+
+def _check_table_and_head(path: Path, graph: ir.Graph, config: Gemma2Config) -> None:
+    """The tokens look up rows of the table, and the logits are products with the head: both have the same shape."""
+    (lookup,) = (
+        node
+        for node in graph
+        if any(v is not None and v.name == "input_ids" for v in node.inputs) and node.op_type.startswith("Gather")
+    )
+    *_, product = (node for node in graph if node.op_type in ("MatMul", "MatMulNBits"))
+    tied = {f"{TABLE}.weight", f"{TABLE}.weight_packed"}
+    for what, value, expected in (
+        ("table", lookup.inputs[0], tied),
+        ("head", product.inputs[1], {f"{config.head}.weight", HEAD_PACKED}),
+    ):
+        name = _stored(value)
+        if name not in expected:
+            raise RuntimeError(f"{path.name}: the {what} is {name}, expected {sorted(expected)[0]}")
+
+
+def _stored(value: ir.Value | None) -> str | None:
+    """The name of the initializer that a value is, or was made from by casting and transposing."""
+    while value is not None and (node := value.producer()) is not None:
+        value = node.inputs[0]
+    return value.name if value is not None else None

@@ -122,14 +122,14 @@ def attach_weights(model: ir.Model, blobs: list[Blob], file_name: str) -> None:
     _name_table_twice(graph)
     holes = {name.removeprefix(f"{MODULE}."): v for name, v in graph.initializers.items() if v.const_value is None}
     by_name = {blob.name: blob for blob in blobs}
-    expected = set(by_name) | ({HEAD_PACKED} if HEAD_PACKED in holes else set())
+    expected = set(by_name) | ({HEAD_PACKED} & holes.keys())
     if set(holes) != expected:
         raise RuntimeError(f"graph and weights file differ in {sorted(set(holes) ^ expected)[:4]}")
     for name, value in holes.items():
         old_name = value.name
-        blob = by_name[f"{TABLE}.weight_packed" if name == HEAD_PACKED else name]
+        blob = by_name[name if name in by_name else f"{TABLE}.weight_packed"]
         shape = tuple(value.shape or ())
-        same_bytes = name == HEAD_PACKED and value.dtype == ir.DataType.UINT8
+        same_bytes = name not in by_name and value.dtype == ir.DataType.UINT8
         if not same_bytes and (shape != blob.shape or value.dtype != DTYPES[blob.dtype]):
             raise RuntimeError(f"{name}: the graph has {value.dtype} {shape}, the file {blob.dtype} {blob.shape}")
         tensor_shape = value.shape
@@ -154,12 +154,12 @@ def _use_norms_plus_one(graph: ir.Graph) -> None:
 
 
 def _name_table_twice(graph: ir.Graph) -> None:
-    """Replace Reshape(table) before the head by an initializer of the new shape over the same bytes.
+    """Replace Reshape(table) before a tied head by an initializer of the new shape over the same bytes.
 
     With the Reshape, ONNX Runtime's constant folding would hold the table twice.
     """
     table = graph.initializers.get(f"{MODULE}.{TABLE}.weight_packed")
-    if table is None:
+    if table is None or f"{MODULE}.{HEAD_PACKED}" in graph.initializers:
         return
     reshapes = [node for node, _ in table.uses() if node.op_type == "Reshape"]
     if len(reshapes) != 1:

@@ -60,7 +60,7 @@ def matmul_nbits(x: Tensor, packed: Tensor, scale: Tensor, weight: MatMulNBits |
 
 
 class QuantizedEmbedding(nn.Module):
-    """The tied table: gathered by rows, and multiplied as the head, over the same bytes."""
+    """The table: gathered by rows and, where the head is tied to it, multiplied as the head, over the same bytes."""
 
     def __init__(self, vocab_size: int, hidden_size: int, config: QuantConfig, accuracy_level: int) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class FloatLinear(nn.Module):
 
 
 class FloatEmbedding(FloatLinear):
-    """The tied table in float: only the gathered rows are widened."""
+    """The table in float: only the gathered rows are widened."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, T) int64 -> (B, T, hidden)."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gemma_edge.errors import InputError
-from gemma_edge.model.checkpoint import TABLE, Weights, norm_names, row_slices, weight_shapes
+from gemma_edge.model.checkpoint import HEAD, TABLE, Weights, norm_names, row_slices, weight_shapes
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.quantize.checkpoint.kv_scales import KINDS, scale_name
 from gemma_edge.quantize.checkpoint.packing import pack_bytes
@@ -25,7 +25,8 @@ from gemma_edge.quantize.recipe import QuantConfig
 
 ALIGNMENT = 4096  # a page, so that every tensor can be mapped
 BLOCK_SIZES = (256, 128, 64, 32, 16)  # block sizes that the kernels know, the best first
-HEAD_PACKED = "lm_head.weight_packed"  # the table's bytes in the three-dimensional shape that MatMulNBits reads
+# HEAD_PACKED: a head's codes in the three-dimensional shape that MatMulNBits reads; of a tied one they are the table's bytes
+HEAD_PACKED = f"{HEAD}.weight_packed"
 
 
 def block_size(config: QuantConfig, in_features: int) -> int:

@@ -180,7 +180,7 @@ def _check_order(path: Path, uses: Iterable[Use], config: Gemma2Config, signatur
         for weight in sorted(linear_shapes(config, layer), key=lambda each: order.index(each.rpartition(".")[2]))
         if role != PREFILL or layer < last or weight.endswith(("k_proj", "v_proj"))
     ]
-    head = [] if role == PREFILL else [TABLE]
+    head = [] if role == PREFILL else [config.head]
     expected = [("EMBEDDING_LOOKUP", TABLE), *(("FULLY_CONNECTED", weight) for weight in [*linears, *head])]
     actual = [(use.operator, use.weight.name.decode()) for use in uses]
     if actual != expected:

@@ -21,13 +21,12 @@ from gemma_edge.errors import InputError
 from gemma_edge.model.checkpoint import (
     FLOATS,
     HEAD,
-    TABLE,
     Shards,
     Weights,
-    expect_tied,
     finite,
     norm_names,
     weight_shapes,
+    with_stored_head,
 )
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.model.quantized import GROUP_MULTIPLE, QUANTIZED_BITS, QuantConfig, QuantizedTensor
@@ -113,13 +112,12 @@ class PackedCheckpoint(Weights):
         bits = quantization.get("bits", quantization.get("w_bit"))
         if type(bits) is not int or bits not in QUANTIZED_BITS or (layout.order is not None and bits != 4):
             raise InputError(f"{folder} has weights of {bits} bits; supported: 4, and 8 in a gptq folder", hint=HINT)
-        config = Gemma2Config.from_hf(folder)
         shards = Shards(folder)
+        config = with_stored_head(Gemma2Config.from_hf(folder), shards)
         for name in norm_names(config):
             shards.expect(name, (config.hidden_size,))
-        expect_tied(shards, weight_shapes(config)[TABLE])
         parts = [f"{name}.{part}" for name in weight_shapes(config) for part in ("weight", *PARTS)]
-        shards.refuse_others([HEAD, *norm_names(config), *parts])
+        shards.refuse_others([f"{HEAD}.weight", *norm_names(config), *parts])
         return cls(folder, config, shards, layout, bits)
 
     def files(self) -> list[Path]:

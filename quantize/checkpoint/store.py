@@ -1,8 +1,8 @@
 """The quantized checkpoint: a Hugging Face folder in compressed-tensors' `pack-quantized` layout, read slice by slice.
 
 transformers and vLLM load the folder. That layout has no place for two things, which lie in files of our own beside it: the
-quantized tied table (TABLE_FILE; transformers and vLLM use the float table), and the scales of an int8 KV cache (kv_scales.py).
-writer.py writes the folder.
+quantized table and a quantized head of its own (TABLE_FILE; transformers and vLLM use the float ones), and the scales of an
+int8 KV cache (kv_scales.py). writer.py writes the folder.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from gemma_edge.model.checkpoint import (
     Checkpoint,
     Shards,
     Weights,
-    expect_tied,
     finite,
     norm_names,
     weight_shapes,
+    with_stored_head,
 )
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.model.quantized import GROUP_MULTIPLE, QuantConfig, QuantizedTensor
@@ -71,13 +71,12 @@ class QuantizedCheckpoint(Weights):
         quantization = quantization_of(folder)
         if quantization is not None:
             _refuse_other_formats(folder, quantization)
-        config = Gemma2Config.from_hf(folder)
         shards = Shards(folder)
+        config = with_stored_head(Gemma2Config.from_hf(folder), shards)
         for name in norm_names(config):
             shards.expect(name, (config.hidden_size,))
-        expect_tied(shards, weight_shapes(config)[TABLE])
         parts = [f"{name}.{part}" for name in weight_shapes(config) for part in PARTS]
-        shards.refuse_others([HEAD, *norm_names(config), *parts])
+        shards.refuse_others([f"{HEAD}.weight", *norm_names(config), *parts])
         return cls(folder, config, shards)
 
     def files(self) -> list[Path]:
@@ -85,7 +84,7 @@ class QuantizedCheckpoint(Weights):
         return sorted({*self._shards.files(), *self._table.files()})
 
     def _holder(self, weight: str) -> Shards:
-        return self._table if weight == TABLE else self._shards
+        return self._table if weight in (TABLE, HEAD) else self._shards
 
     def _config_of(self, weight: str) -> QuantConfig | None:
         holder, (rows, columns) = self._holder(weight), self._shapes[weight]
@@ -169,7 +168,7 @@ class QuantizedCheckpoint(Weights):
         return self.plain_rows(weight, start, stop)
 
     def plain_rows(self, weight: str, start: int, stop: int) -> Tensor:
-        """Rows of a matrix that is stored in float; this includes the table, also when its integers lie beside it."""
+        """Rows of a matrix that is stored in float; this includes table and head, also when their integers lie beside them."""
         return finite(self._shards.rows(f"{weight}.weight", start, stop).float(), f"{weight}.weight", self.folder)
 
     def vector(self, name: str) -> Tensor:
@@ -273,5 +272,5 @@ def named_by_content(source: Weights, recipe: Recipe) -> Recipe:
     if not source.is_quantized:
         return recipe
     configs = final_configs(source, recipe)
-    table = configs.pop(TABLE)
-    return replace(recipe, name=recipe_name(configs.values(), table, recipe.float_bits))
+    linears = [config for weight, config in configs.items() if weight not in (TABLE, HEAD)]
+    return replace(recipe, name=recipe_name(linears, configs[TABLE], recipe.float_bits))

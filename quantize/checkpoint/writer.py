@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gemma_edge.files import write_whole
 from gemma_edge.model.checkpoint import (
     FINAL_NORM,
+    HEAD,
     NORMS,
     TABLE,
     Weights,
@@ -75,7 +76,7 @@ def write_quantized(
 
 
 def shard_names(config: Gemma2Config) -> list[str]:
-    """The checkpoint's weights files: first the table and the final norm, then one file per layer."""
+    """The checkpoint's weights files: first table, final norm and head, then one file per layer."""
     count = config.num_hidden_layers + 1
     return [f"model-{shard + 1:05d}-of-{count:05d}.safetensors" for shard in range(count)]
 
@@ -84,9 +85,9 @@ def quantization_config(configs: Mapping[str, QuantConfig | None]) -> dict[str, 
     """compressed-tensors' description of the linears, one group per distinct configuration."""
     groups: dict[QuantConfig, list[str]] = {}
     for name, config in configs.items():
-        if config is not None and name != TABLE:
+        if config is not None and name not in (TABLE, HEAD):
             groups.setdefault(config, []).append(name)
-    plain = [name for name, config in configs.items() if config is None and name != TABLE]
+    plain = [name for name, config in configs.items() if config is None and name not in (TABLE, HEAD)]
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
@@ -101,7 +102,7 @@ def quantization_config(configs: Mapping[str, QuantConfig | None]) -> dict[str, 
             }
             for i, (config, names) in enumerate(groups.items())
         },
-        "ignore": ["lm_head", *plain],
+        "ignore": [HEAD, *plain],
     }
 
 
@@ -195,20 +196,25 @@ class _Work:
 
 
 def _write_table(work: _Work, out: Path, name: str) -> None:
-    """The tied table and the final norm; the table also as integers, in our own file, where the recipe says so."""
-    quantized = work.configs[TABLE] is not None
-    # the table counts once: here where it stays float, else when its integers are made
-    counted = _Work(work.source, work.recipe, work.configs, lambda done: None) if quantized else work
+    """Table, final norm and a head of its own; the matrices also as integers, in our own file, where the recipe says so."""
+    matrices = dict.fromkeys((TABLE, work.source.config.head))
+    quantized = [weight for weight in matrices if work.configs[weight] is not None]
+    # a matrix counts once: here where it stays float, else when its integers are made
+    uncounted = _Work(work.source, work.recipe, work.configs, lambda done: None)
     # written float even where ours is quantized: transformers and vLLM use this one
-    write_safetensors(out / name, [_float_spec(counted, TABLE), _norm_spec(work.source, FINAL_NORM)])
+    floats = [_float_spec(uncounted if weight in quantized else work, weight) for weight in matrices]
+    write_safetensors(out / name, [*floats, _norm_spec(work.source, FINAL_NORM)])
     if quantized:
-        write_safetensors(out / TABLE_FILE, _integer_specs(work, TABLE))
+        write_safetensors(out / TABLE_FILE, [spec for weight in quantized for spec in _integer_specs(work, weight)])
 
 
 def _write_config(work: _Work, out: Path) -> None:
     raw = read_json(work.source.folder / "config.json")
     raw.pop("quantization_config", None)
-    if any(config for name, config in work.configs.items() if name != TABLE):
+    tied = work.source.config.tie_word_embeddings
+    if raw.get("tie_word_embeddings", True) != tied:  # other programs go by the key, not by the tensors
+        raw["tie_word_embeddings"] = tied
+    if any(config for name, config in work.configs.items() if name not in (TABLE, HEAD)):
         raw["quantization_config"] = quantization_config(work.configs)
     write_whole(out / "config.json", json.dumps(raw, indent=1) + "\n")
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gemma_edge.errors import InputError
-from gemma_edge.model.checkpoint import TABLE, Weights, linear_shapes, norm_names, weight_shapes
+from gemma_edge.model.checkpoint import HEAD, Weights, linear_shapes, norm_names, weight_shapes
 from gemma_edge.model.gemma2 import Embedding, Gemma2, Layers, Linear
 from gemma_edge.model.kv_cache import RingCache
 from gemma_edge.quantize.checkpoint.safetensors_writer import write_safetensors
@@ -95,7 +95,7 @@ def _student(quantized: QuantizedCheckpoint) -> Gemma2:
     shapes, config = weight_shapes(quantized.config), quantized.config
 
     def linear(name: str, in_features: int, out_features: int) -> nn.Module:
-        if quantized.configs[name] is not None:
+        if name != HEAD and quantized.configs[name] is not None:
             return CodedLinear(quantized.quantized(name, 0, shapes[name][0]))
         kept = Linear(name, in_features, out_features)
         kept.weight.data = quantized.matrix(name)
@@ -103,7 +103,7 @@ def _student(quantized: QuantizedCheckpoint) -> Gemma2:
 
     def embedding(name: str, vocab_size: int, hidden_size: int) -> Embedding:
         table = Embedding(name, vocab_size, hidden_size)
-        table.weight.data = quantized.matrix(TABLE)
+        table.weight.data = quantized.matrix(name)
         return table
 
     model = Gemma2(config, Layers(linear, embedding))
@@ -113,7 +113,7 @@ def _student(quantized: QuantizedCheckpoint) -> Gemma2:
 
 
 def _write(quantized: QuantizedCheckpoint, student: Gemma2) -> None:
-    """Replace the layers' shards by the student's scales and norms; the final norm's shard holds the table and stays."""
+    """Replace the layers' shards by the student's scales and norms; the first shard, with table, final norm and head, stays."""
     for layer, name in enumerate(shard_names(quantized.config)[1:]):
         block = student.get_submodule(f"model.layers.{layer}")
         linears = {part: module for part, module in block.named_modules() if isinstance(module, CodedLinear)}

@@ -128,6 +128,10 @@ def choose(
     """
     if source.is_quantized:
         raise budget.refused(f"{source.folder} is quantized already; {budget} needs the original float folder")
+    if not source.config.tie_word_embeddings:
+        raise budget.refused(
+            f"{source.folder} has a head of its own, and {budget} weighs models with a tied one only; use `bits`, or a `recipe`"
+        )
     if budget.bpw is not None and not math.isfinite(budget.bpw):
         raise budget.refused(f"{budget}; give a number of bits per weight")
     costs, limit = _costs(source, budget)
@@ -236,10 +240,10 @@ def read_recipe(path: Path, source: Weights) -> Recipe:
     if recipe.float_bits not in (16, FLOAT_BITS):
         raise refused(f"`recipe` {path}: float_bits {recipe.float_bits}; supported: 16, {FLOAT_BITS}")
     for weight, (_, columns) in weight_shapes(source.config).items():
-        if not any(re.fullmatch(rule.pattern, weight) for rule in recipe.rules):
+        if not recipe.covers(weight):
             raise refused(f"`recipe` {path}: no rule matches {weight}; is it of another model?")
         recipe.config_for(weight, columns)
     table = recipe.rule_for(TABLE)
     if table.config is not None and table.method not in DATA_FREE:
-        raise refused(f"`recipe` {path}: the tied table by {table.method}; supported: {', '.join(DATA_FREE)}")
+        raise refused(f"`recipe` {path}: the table by {table.method}; supported: {', '.join(DATA_FREE)}")
     return recipe

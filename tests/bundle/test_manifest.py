@@ -146,6 +146,13 @@ def test_what_is_written_is_what_is_read(bundle: Path) -> None:
     assert with_identities(manifest) == manifest
 
 
+def test_a_manifest_from_before_there_were_untied_heads_has_a_tied_one(bundle: Path) -> None:
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    assert manifest["config"].pop("tie_word_embeddings") is True
+    (bundle / MANIFEST).write_text(json.dumps(manifest))
+    assert Manifest.load(bundle).config.tie_word_embeddings
+
+
 def test_a_figure_that_is_not_finite_is_null_in_the_file_and_nan_when_it_is_read(bundle: Path) -> None:
     broken = replace(GATE, lowering=replace(DIFFERENCE, kl=math.nan, ppl=math.inf), failures=("kl",), passed=False)
     manifest = replace(Manifest.load(bundle), verification={"onnx": broken})

@@ -64,6 +64,18 @@ def test_ram_of_export_and_device_are_within_15_percent_of_the_plan(bits: int, t
     assert kib(GENERATE, out) * 1024 == pytest.approx(plan.device_ram_bytes, rel=0.15)
 
 
+@pytest.mark.parametrize("backend", ["onnx", "tflite", "executorch"])
+@pytest.mark.parametrize("bits", [8, 32])
+def test_a_head_of_its_own_is_counted(backend: str, bits: int, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    def planned(shape: str) -> int:
+        return make_plan(
+            Checkpoint.open(checkpoint(shape)), make_recipe(bits), TARGETS["desktop"], backend
+        ).weights_bytes
+
+    head = 320 * 64 * bits // 8
+    assert head <= planned("untied") - planned("tiny") <= head + 320 * 12 + 2 * 4096  # scales and gaps
+
+
 def test_context_is_halved_until_it_fits_and_what_never_fits_is_refused() -> None:
     source, recipe = Checkpoint.open(DEMO), make_recipe(4)
     whole = make_plan(source, recipe, TARGETS["desktop"], "onnx")

@@ -11,16 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.checkpoints import hf_model, make_checkpoint
+from support.checkpoints import hf_logits, hf_model, make_checkpoint, relative_error
 from torch import Tensor
 from torch.testing import assert_close
 
 from gemma_edge.errors import InputError
 from gemma_edge.model import checkpoint as module
+from gemma_edge.model import layerwise
 from gemma_edge.model.checkpoint import Checkpoint, Shards, norm_names, row_slices, weight_shapes
 
 State = dict[str, Tensor]
 Q_PROJ = "model.layers.2.self_attn.q_proj.weight"
+HEAD = "lm_head.weight"
 
 
 @pytest.fixture
@@ -267,14 +269,47 @@ def test_a_head_stored_as_a_copy_of_the_table_is_no_obstacle(tmp_path: Path) -> 
     assert_holds(Checkpoint.open(folder), state)
 
 
-def test_a_head_that_differs_from_the_table_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_head_that_differs_from_the_table_is_a_matrix_of_its_own(announced: bool, tmp_path: Path) -> None:
     """transformers unties them then, whatever config.json says: a merge or a fine-tuning of the head can leave such a folder."""
     folder = make_checkpoint(tmp_path)
-    edit(folder, lambda s: s.update({"lm_head.weight": s["model.embed_tokens.weight"] + 1}))
-    hf = hf_model(folder)
-    assert (hf.lm_head.weight == hf.model.embed_tokens.weight + 1).all()
-    with pytest.raises(InputError, match="lm_head.weight"):
-        Checkpoint.open(folder).load()
+    edit(folder, lambda s: s.update({HEAD: s["model.embed_tokens.weight"].flip(0).contiguous()}))
+    set_tied(folder, announced)
+    weights, hf = Checkpoint.open(folder), hf_model(folder)
+    assert not weights.config.tie_word_embeddings
+    assert weights.config.num_parameters == sum(value.numel() for value in stored(folder).values())
+    assert_close(weights.matrix("lm_head"), hf.lm_head.weight.data, rtol=0.0, atol=0.0)
+    ids = torch.arange(3, 27)
+    expected = hf_logits(hf, ids)
+    hidden = layerwise.hidden_states(weights, ids, len(ids))
+    assert relative_error(layerwise.logits(weights, hidden), expected) <= 1e-5
+
+
+def test_an_announced_head_that_equals_the_table_is_tied(tmp_path: Path) -> None:
+    """Trainers save it so. Nothing is stored or computed twice."""
+    folder = make_checkpoint(tmp_path)
+    edit(folder, lambda s: s.update({HEAD: s["model.embed_tokens.weight"].clone()}))
+    set_tied(folder, tied=False)
+    assert Checkpoint.open(folder).config.tie_word_embeddings
+
+
+def test_an_announced_head_that_is_not_stored_is_refused(folder: Path) -> None:
+    """transformers would compute with a random one."""
+    set_tied(folder, tied=False)
+    with pytest.raises(InputError, match=r"tie_word_embeddings is false, and .* no lm_head\.weight") as error:
+        Checkpoint.open(folder)
+    assert "set it to true" in message(error)
+
+
+def test_a_head_of_another_size_than_the_table_is_refused(folder: Path) -> None:
+    edit(folder, lambda s: s.update({HEAD: torch.zeros(321, 64)}))
+    with pytest.raises(InputError, match=r"lm_head\.weight has shape \[321, 64\]"):
+        Checkpoint.open(folder)
+
+
+def set_tied(folder: Path, tied: bool) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": tied}))
 
 
 def test_names_without_the_prefix_are_those_of_the_model(folder: Path) -> None:

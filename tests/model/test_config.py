@@ -202,7 +202,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "attention bias": ({"attention_bias": True}, "attention_bias is true; supported: false"),
     "other activation": ({"hidden_activation": "silu"}, 'hidden_activation is "silu"'),
-    "untied head": ({"tie_word_embeddings": False}, "tie_word_embeddings is false"),
     "bidirectional": ({"use_bidirectional_attention": True}, "use_bidirectional_attention is true"),
 }
 

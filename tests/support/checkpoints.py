@@ -50,6 +50,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "starts_global": {"layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]},
     "odd_sizes": {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 6, "num_key_value_heads": 2},
     "no_softcaps": {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+    "untied": {"tie_word_embeddings": False},
 }
 
 

@@ -79,6 +79,7 @@ class ModelConfig:
     rope_theta: Scale
     bos_token_id: TokenId
     eos_token_id: tuple[TokenId, ...]
+    tie_word_embeddings: bool = True  # False: the head is a matrix of its own
 
 
 @dataclass(frozen=True)

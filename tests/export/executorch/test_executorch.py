@@ -5,12 +5,13 @@ from __future__ import annotations
 import runpy
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from support.checkpoints import DEMO, ROOT, hf_logits, hf_model, relative_error
+from support.checkpoints import DEMO, ROOT, hf_logits, hf_model, make_checkpoint, relative_error
 from support.lowered import lower_bundle, prefilled, some_ids
 from support.rewinding import worst_error
 
@@ -19,6 +20,7 @@ pytest.importorskip("executorch", reason="executorch is not installed: pip insta
 import gemma_edge
 from gemma_edge.errors import InputError
 from gemma_edge.export.api import Export
+from gemma_edge.export.backend import StoredWeights
 from gemma_edge.export.executorch import check
 from gemma_edge.export.executorch.backend import BACKEND, FILE, KERNELS, METHODS
 from gemma_edge.export.executorch.packing import CODES, SCALE, Constant
@@ -41,10 +43,11 @@ def make_bundle(folder: Path, out: Path, recipe: Recipe, context: int) -> tuple[
     return quantized, gemma_edge.load(bundle)
 
 
+@pytest.mark.parametrize("shape", ["tiny", "untied"])
 def test_float_program_equals_transformers_in_uneven_chunks_past_the_window(
-    checkpoint: Callable[..., Path], tmp_path: Path
+    shape: str, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    folder = checkpoint()
+    folder = checkpoint(shape)
     _, runtime = make_bundle(folder, tmp_path, make_recipe(32), context=48)
     ids = some_ids(sum(UNEVEN), open_weights(folder).config.vocab_size)
     expected = hf_logits(hf_model(folder), torch.tensor(ids))
@@ -66,8 +69,30 @@ def int4(
 
 def test_program_holds_the_checkpoints_integers_bit_for_bit(int4: tuple[QuantizedCheckpoint, Runtime]) -> None:
     quantized, runtime = int4
+    assert_holds_integers(runtime, quantized, list(weight_shapes(quantized.config)))
+
+
+@pytest.mark.parametrize("table_bits", [4, 8])
+def test_a_head_of_its_own_is_multiplied_and_the_table_only_looked_up(table_bits: int, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "float", num_hidden_layers=2, tie_word_embeddings=False)
+    recipe = make_recipe(4, group_size=32, method="rtn", table_bits=table_bits)
+    quantized, runtime = make_bundle(folder, tmp_path / "int4", recipe, context=48)
+    assert_holds_integers(runtime, quantized, [weight for weight in weight_shapes(quantized.config) if weight != TABLE])
+    ids = some_ids(24, quantized.config.vocab_size)
+    expected = in_torch(quantized, ids, context=48)
+    # activations are int8 here and float there
+    assert relative_error(torch.from_numpy(runtime.score(ids)), expected) < 0.15
+    planned = BACKEND.weights_bytes(StoredWeights(quantized, quantized.configs, 32))
+    assert 0 < (runtime.bundle / FILE).stat().st_size - planned < 400_000
+    tied = replace(quantized.config, tie_word_embeddings=True)
+    with pytest.raises(RuntimeError, match="are not multiplied|of no weight"):
+        check.check_pte(runtime.bundle / FILE, tied, quantized.configs, runtime.cache, list(METHODS.values()))
+
+
+def assert_holds_integers(runtime: Runtime, quantized: QuantizedCheckpoint, weights: list[str]) -> None:
     pte, size = Pte.open(runtime.bundle / FILE), quantized.config.head_dim
-    for weight, (rows, _) in weight_shapes(quantized.config).items():
+    for weight in weights:
+        rows, _ = weight_shapes(quantized.config)[weight]
         stored = quantized.quantized(weight, 0, rows)
         halved = weight.endswith(("q_proj", "k_proj"))
         for piece in (0, 1) if halved else (0,):
@@ -104,15 +129,20 @@ def test_a_linear_of_another_kind_than_its_weight_is_found(
 def test_int4_program_runs_five_contexts_and_stays_with_its_integers(int4: tuple[QuantizedCheckpoint, Runtime]) -> None:
     quantized, runtime = int4
     ids = some_ids(5 * 16, quantized.config.vocab_size)
-    model, cache = quantized.load(), RingCache(quantized.config, context=16, chunk=CHUNK)
-    with torch.no_grad():
-        chunks = [torch.tensor(ids[start : start + CHUNK]) for start in range(0, len(ids), CHUNK)]
-        starts = [torch.tensor([start]) for start in range(0, len(ids), CHUNK)]
-        expected = torch.cat([model(ids[None], at, cache)[0] for ids, at in zip(chunks, starts, strict=True)])
+    expected = in_torch(quantized, ids, context=16)
     # activations are int8 here and float there, on random weights of standard deviation 1
     assert relative_error(torch.from_numpy(runtime.score(ids)), expected) < 0.15
     wrong = torch.roll(expected, 1, dims=0)
     assert relative_error(wrong, expected) > 0.5, "the bound above would let wrong positions pass"
+
+
+def in_torch(quantized: QuantizedCheckpoint, ids: list[int], context: int) -> torch.Tensor:
+    """Logits (T, V) of the same integers in torch, with float activations."""
+    model, cache = quantized.load(), RingCache(quantized.config, context=context, chunk=CHUNK)
+    with torch.no_grad():
+        chunks = [torch.tensor(ids[start : start + CHUNK]) for start in range(0, len(ids), CHUNK)]
+        starts = [torch.tensor([start]) for start in range(0, len(ids), CHUNK)]
+        return torch.cat([model(ids[None], at, cache)[0] for ids, at in zip(chunks, starts, strict=True)])
 
 
 def test_every_rewind_of_the_ring_is_exact_and_a_restored_state_gives_the_same_bits(

@@ -74,7 +74,7 @@ def whole_model(checkpoint: QuantizedCheckpoint, cache: CacheGeometry) -> Compos
     table = packed_embedding(checkpoint.quantized(TABLE, 0, config.vocab_size))
     embedding.register_buffer("table", table["codes"].view(torch.int8))
     embedding.register_buffer("scale", table["scale"].contiguous().view(torch.float32).flatten())
-    head = [Whole(head_piece(config, weight), checkpoint, "model.")]
+    head = [Whole(head_piece(config, weight), checkpoint, "")]
     return Composed(config, cache, embedding, layers, head, every_position=False).eval()  # type: ignore[arg-type]
 
 

@@ -133,6 +133,10 @@ def test_reference_masks_equal_transformers_own_inside_the_context(
         ("odd_sizes", make_recipe(8, group_size=64)),
         ("heads_like_27b", make_recipe(4)),
         ("starts_global", make_recipe(4)),
+        ("untied", make_recipe(4)),
+        ("untied", make_recipe(4, table_bits=4)),
+        ("untied", make_recipe(8)),
+        ("untied", make_recipe(16)),
     ],
     ids=lambda value: getattr(value, "name", value),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from gemma_edge.export.tflite.backend import LITERT as BACKEND
 from gemma_edge.export.tflite.check import TFLite, check_tflite
 from gemma_edge.export.tflite.packing import LITERT
 from gemma_edge.export.tflite.seams import signatures
-from gemma_edge.model.checkpoint import TABLE, weight_shapes
+from gemma_edge.model.checkpoint import HEAD, TABLE, weight_shapes
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint, open_weights
 from gemma_edge.quantize.options import QuantizeOptions
 from gemma_edge.quantize.recipe import QuantConfig, Recipe, make_recipe
@@ -102,10 +103,12 @@ def test_small_chunks_give_the_same(chunk: int, checkpoint: Callable[..., Path],
 
 
 INTEGERS = {
-    "int4-g32": make_recipe(4, group_size=32, method="rtn"),
-    "int4-g64": make_recipe(4, group_size=64, method="rtn"),
-    "int4-channel": make_recipe(4, group_size=0, method="rtn"),
-    "int8": make_recipe(8, method="rtn"),
+    "int4-g32": ("tiny", make_recipe(4, group_size=32, method="rtn")),
+    "int4-g64": ("tiny", make_recipe(4, group_size=64, method="rtn")),
+    "int4-channel": ("tiny", make_recipe(4, group_size=0, method="rtn")),
+    "int8": ("tiny", make_recipe(8, method="rtn")),
+    "untied-int4": ("untied", make_recipe(4, group_size=32, method="rtn", table_bits=4)),
+    "untied-int8": ("untied", make_recipe(8, method="rtn")),
 }
 
 
@@ -114,15 +117,16 @@ def integers(
     request: pytest.FixtureRequest, checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[QuantizedCheckpoint, Runtime]:
     out = tmp_path_factory.mktemp("integers")
-    quantized, bundle = make_bundle(checkpoint(), out, INTEGERS[request.param], context=16)
+    shape, recipe = INTEGERS[request.param]
+    quantized, bundle = make_bundle(checkpoint(shape), out, recipe, context=16)
     return quantized, gemma_edge.load(bundle)
 
 
 def test_model_holds_the_checkpoints_integers_bit_for_bit(integers: tuple[QuantizedCheckpoint, Runtime]) -> None:
     quantized, runtime = integers
     seen = assert_holds_integers(runtime.bundle / FILE, quantized, float_scales=False)
-    assert [use for use in seen if use[1] == TABLE] == [("EMBEDDING_LOOKUP", TABLE), ("FULLY_CONNECTED", TABLE)]
-    assert len(seen) == len(weight_shapes(quantized.config)) + 1
+    assert (seen[0], seen[-1]) == (("EMBEDDING_LOOKUP", TABLE), ("FULLY_CONNECTED", quantized.config.head))
+    assert len(seen) == len(weight_shapes(quantized.config)) + quantized.config.tie_word_embeddings
 
 
 def test_integers_run_five_contexts_and_stay_with_torch(integers: tuple[QuantizedCheckpoint, Runtime]) -> None:
@@ -157,6 +161,9 @@ def test_a_file_that_holds_something_else_is_found_out(integers: tuple[Quantized
         check_tflite(path, LITERT, config, quantized.configs, cache, [Signature("prefill_3", "prefill", 3)])
     with pytest.raises(RuntimeError, match="decode has .*q_proj.* where .*FULLY_CONNECTED"):
         check_tflite(path, LITERT, config, quantized.configs, cache, [Signature("decode", "prefill", 1)])
+    if not config.tie_word_embeddings:
+        with pytest.raises(RuntimeError, match=f"{HEAD}.* where .*{TABLE}"):
+            check_tflite(path, LITERT, replace(config, tie_word_embeddings=True), quantized.configs, cache, found)
     with pytest.raises(RuntimeError, match="decode looks at"):
         check_tflite(path, LITERT, config, quantized.configs, cache, [Signature("decode", "decode", 1, longest=8)])
 

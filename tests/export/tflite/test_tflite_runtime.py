@@ -38,7 +38,7 @@ from gemma_edge.quantize.recipe import QuantConfig, make_recipe
 NAME, FILE = BACKEND.name, BACKEND.file
 PYTHON = ROOT / "out" / "tflite-runtime" / "bin" / "python"
 there = pytest.mark.skipif(not PYTHON.exists(), reason="no environment with tflite-runtime: make tflite-runtime")
-RECIPES = {"float": make_recipe(32), "int8": make_recipe(8, method="rtn")}
+RECIPES = {"float": make_recipe(32), "int8": make_recipe(8, method="rtn"), "untied": make_recipe(8, method="rtn")}
 
 RUN = """
 import importlib.util, json, sys
@@ -78,7 +78,13 @@ def bundles(
     checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[QuantizedCheckpoint, Path]]:
     return {
-        name: make_bundle(checkpoint(), tmp_path_factory.mktemp(name), recipe, context=16, name=NAME)
+        name: make_bundle(
+            checkpoint("untied" if name == "untied" else "tiny"),
+            tmp_path_factory.mktemp(name),
+            recipe,
+            context=16,
+            name=NAME,
+        )
         for name, recipe in RECIPES.items()
     }
 
@@ -115,12 +121,15 @@ def test_integers_run_five_contexts_and_stay_with_torch(
         assert worst < 1e-3 and free > 10 and again > 10  # logits of a range of 60
 
 
+@pytest.mark.parametrize("recipe", ["int8", "untied"])
 def test_model_holds_the_checkpoints_integers_and_scales_bit_for_bit(
-    bundles: dict[str, tuple[QuantizedCheckpoint, Path]],
+    recipe: str, bundles: dict[str, tuple[QuantizedCheckpoint, Path]]
 ) -> None:
-    quantized, bundle = bundles["int8"]
+    quantized, bundle = bundles[recipe]
     seen = assert_holds_integers(bundle / FILE, quantized, float_scales=True)
-    assert len(seen) == len(weight_shapes(quantized.config)) + 1  # the table twice
+    assert seen[-1] == ("FULLY_CONNECTED", quantized.config.head)
+    # a tied table is read twice
+    assert len(seen) == len(weight_shapes(quantized.config)) + quantized.config.tie_word_embeddings
 
 
 def test_a_file_that_holds_something_else_is_found_out(bundles: dict[str, tuple[QuantizedCheckpoint, Path]]) -> None:

@@ -48,6 +48,9 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
     "int8": ("tiny", make_recipe(8)),
     "int8 groups": ("odd_sizes", make_recipe(8, group_size=32)),
     "some float": ("tiny", SOME_FLOAT),
+    "untied int4": ("untied", make_recipe(4)),
+    "untied int4 with int4 table": ("untied", make_recipe(4, table_bits=4)),
+    "untied some float": ("untied", SOME_FLOAT),
     "one group and float": ("tiny", ONE_GROUP_AND_FLOAT),
 }
 by_recipe = pytest.mark.parametrize(("shape", "recipe"), RECIPES.values(), ids=RECIPES.keys())
@@ -63,10 +66,12 @@ def stored(folder: Path) -> dict[str, Tensor]:
 
 
 def seen_by_transformers(weights: QuantizedCheckpoint) -> dict[str, Tensor]:
-    """Our dequantized linears, and the plain table."""
-    linears = {f"{name}.weight": weights.matrix(name) for name in weight_shapes(weights.config) if name != TABLE}
-    norms = {name: weights.vector(name) for name in norm_names(weights.config)}
-    return linears | norms | {f"{TABLE}.weight": stored(weights.folder)[f"{TABLE}.weight"].float()}
+    """Our dequantized linears, and the plain table and head."""
+    matrices = {f"{name}.weight": weights.matrix(name) for name in weight_shapes(weights.config)}
+    plain = {
+        f"{name}.weight": stored(weights.folder)[f"{name}.weight"].float() for name in (TABLE, weights.config.head)
+    }
+    return matrices | plain | {name: weights.vector(name) for name in norm_names(weights.config)}
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -133,20 +138,23 @@ def test_the_folder_holds_the_integers_of_the_recipe(
         assert_close(weights.vector(name), source.vector(name), rtol=0.0, atol=0.0)
 
 
+@pytest.mark.parametrize("shape", ["tiny", "untied"])
 @pytest.mark.parametrize("table_bits", [4, 8])
 def test_the_quantized_table_lies_only_where_transformers_does_not_look(
-    table_bits: int, checkpoint: Callable[..., Path], tmp_path: Path
+    table_bits: int, shape: str, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """transformers cannot load a quantized embedding, so it gets the plain one."""
-    source = Checkpoint.open(checkpoint("tiny"))
+    """transformers cannot load a quantized embedding, so it gets the plain one, and a plain head of its own."""
+    source = Checkpoint.open(checkpoint(shape))
     weights = write_quantized(source, make_recipe(4, table_bits=table_bits), tmp_path)
-    parts = {f"{TABLE}.{part}" for part in ("weight_packed", "weight_scale", "weight_shape")}
+    names = dict.fromkeys((TABLE, source.config.head))
+    parts = {f"{name}.{part}" for name in names for part in ("weight_packed", "weight_scale", "weight_shape")}
     assert set(load_file(tmp_path / TABLE_FILE)) == parts
     assert not parts & set(stored(tmp_path))
-    plain = stored(tmp_path)[f"{TABLE}.weight"]
-    assert_close(plain, source.matrix(TABLE), rtol=0.0, atol=0.0)
-    assert_close(weights.plain_rows(TABLE, 0, 320), plain, rtol=0.0, atol=0.0)
-    assert not torch.equal(weights.matrix(TABLE), plain)
+    for name in names:
+        plain = stored(tmp_path)[f"{name}.weight"]
+        assert_close(plain, source.matrix(name), rtol=0.0, atol=0.0)
+        assert_close(weights.plain_rows(name, 0, 320), plain, rtol=0.0, atol=0.0)
+        assert not torch.equal(weights.matrix(name), plain)
 
 
 def test_slices_do_not_show_in_the_files(

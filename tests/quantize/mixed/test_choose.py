@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.checkpoints import DEMO, TEXTS, hf_holding, hf_logits, hf_model
+from support.checkpoints import DEMO, TEXTS, hf_holding, hf_logits, hf_model, make_checkpoint
 from support.commands import refused, run
 from torch import Tensor
 
@@ -209,6 +209,15 @@ def test_smallest_and_largest_that_are_named_can_be_had() -> None:
     most = opened(bpw=float(high)).choice
     assert opened(bpw=float(low)).choice is not None and most is not None
     assert sum(option.config == INT8_ROW for option in most.chosen.values()) > 40
+
+
+def test_a_head_of_its_own_follows_a_recipe_as_the_table_does_and_no_budget(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "untied", num_hidden_layers=2, tie_word_embeddings=False)
+    refused(run("plan", folder, "--bpw", "5"), "has a head of its own", "--bits")
+    recipe = make_recipe(4, table_bits=4)
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe.to_json()))
+    found = mixed.read_recipe(tmp_path / "recipe.json", Checkpoint.open(folder))
+    assert found.config_for("lm_head", 64) == found.config_for("model.embed_tokens", 64) == QuantConfig(4, 32)
 
 
 def test_quantized_folders_and_folders_without_text_are_refused(tmp_path: Path) -> None:
