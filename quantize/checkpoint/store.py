@@ -188,7 +188,7 @@ class _Weights:
 class _Group:
     """Weights that are stored alike, and whether activations are quantized, too."""
 
-    weights: _Weights
+    weights: _Weights | None = None
     input_activations: dict[str, Any] | None = None
     output_activations: dict[str, Any] | None = None
 
@@ -230,7 +230,7 @@ def _refuse_other_formats(folder: Path, quantization: dict[str, Any]) -> None:
                 f"{folder}: its quantization_config has a {key}, which is not computed; pass the original folder"
             )
     for name, group in _typed(folder, quantization, _Groups).config_groups.items():
-        weights = group.weights
+        weights = group.weights or _Weights()
         if group.input_activations or group.output_activations or not weights.symmetric or weights.type != "int":
             raise InputError(f"{folder}: {name} is not weight-only symmetric integers; pass the original float folder")
 

@@ -229,7 +229,8 @@ def run(campaign: Campaign, tries: int) -> None:
         model = make_model(Path(name, "whole"))
         place = Path(name, "undamaged")
         place.mkdir()
-        assert one_try(campaign.random, model, place, damages=0)[0] == "correct", "the model itself is not exported"
+        outcome, what = one_try(campaign.random, model, place, damages=0)
+        assert outcome == "correct", f"the undamaged model: {outcome}: {what}"
         for number in range(tries):
             place = Path(name, str(number))
             place.mkdir()

@@ -221,11 +221,11 @@ def cast(part: str, dtype: torch.dtype) -> Change:
 
 REFUSED: list[Any] = [
     pytest.param(
-        lambda raw, state: raw["quantization_config"].update(quant_method="hqq"), "hqq / pack-quantized", id="hqq"
+        lambda raw, state: raw["quantization_config"].update(quant_method="hqq"), '"hqq" / "pack-quantized"', id="hqq"
     ),
     pytest.param(
         lambda raw, state: raw.update(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
-        "bitsandbytes / None; supported: compressed-tensors / pack-quantized, gptq, awq",
+        '"bitsandbytes" / null; supported: compressed-tensors / pack-quantized, gptq, awq',
         id="bitsandbytes",
     ),
     pytest.param(
