@@ -113,8 +113,7 @@ def quantize(
     source = open_source(str(model), lora)
     if out.resolve() == source.folder.resolve():
         raise InputError(f"{out} is the model itself", field="out", value=out, hint="pass another folder to `out`")
-    recipe, _ = choose_recipe(options, source, None, progress)
-    recipe = named_by_content(source, recipe)
+    recipe = named_by_content(source, choose_recipe(options, source, None, progress)[0])
     work = Quantization(options, source, recipe, choose_calibration(options, source, recipe))
     stages: list[Stage] = []
     with staged(out, force=force, kind=CHECKPOINT) as folder:
