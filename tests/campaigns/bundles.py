@@ -124,7 +124,7 @@ def graph(damage: Damage) -> None:
     elif what == "attribute":
         choose(attributes).i = choose((-1, -(1 << 40), 1 << 40, *ODD_NUMBERS))
     elif what == "input":
-        node = choose(model.graph.node)
+        node = choose([node for node in model.graph.node if node.input])
         node.input[damage.random.randrange(len(node.input))] = choose(choose(model.graph.node).output)
     else:
         value = choose(choose((model.graph.input, model.graph.output)))

@@ -189,7 +189,7 @@ def test_a_graph_of_another_model_is_refused(tmp_path: Path) -> None:
     foreign.graph.input[1].name = "seqlens_k"
     foreign.graph.node[1].input[0] = "seqlens_k"
     (bundle / "generate.onnx").write_bytes(foreign.SerializeToString())
-    with pytest.raises(InputError, match="no graph of this bundle: input_pos is only in one of them"):
+    with pytest.raises(InputError, match="is not a graph of this bundle: input_pos is only in one of them"):
         OnnxRuntime(bundle, toy_manifest(files=list_files(bundle)), threads=1)
 
 
