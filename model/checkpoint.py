@@ -227,8 +227,8 @@ class Checkpoint(Weights):
         Raises:
             InputError: names the file, key or tensor at fault.
         """
-        shards = Shards(folder)
-        config = with_stored_head(Gemma2Config.from_hf(folder), shards)
+        config, shards = Gemma2Config.from_hf(folder), Shards(folder)
+        config = with_stored_head(config, shards)
         for name, shape in weight_shapes(config).items():
             shards.expect(f"{name}.weight", shape)
         for name in norm_names(config):

@@ -112,8 +112,8 @@ class PackedCheckpoint(Weights):
         bits = quantization.get("bits", quantization.get("w_bit"))
         if type(bits) is not int or bits not in QUANTIZED_BITS or (layout.order is not None and bits != 4):
             raise InputError(f"{folder} has weights of {bits} bits; supported: 4, and 8 in a gptq folder", hint=HINT)
-        shards = Shards(folder)
-        config = with_stored_head(Gemma2Config.from_hf(folder), shards)
+        config, shards = Gemma2Config.from_hf(folder), Shards(folder)
+        config = with_stored_head(config, shards)
         for name in norm_names(config):
             shards.expect(name, (config.hidden_size,))
         parts = [f"{name}.{part}" for name in weight_shapes(config) for part in ("weight", *PARTS)]

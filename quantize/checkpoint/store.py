@@ -71,8 +71,8 @@ class QuantizedCheckpoint(Weights):
         quantization = quantization_of(folder)
         if quantization is not None:
             _refuse_other_formats(folder, quantization)
-        shards = Shards(folder)
-        config = with_stored_head(Gemma2Config.from_hf(folder), shards)
+        config, shards = Gemma2Config.from_hf(folder), Shards(folder)
+        config = with_stored_head(config, shards)
         for name in norm_names(config):
             shards.expect(name, (config.hidden_size,))
         parts = [f"{name}.{part}" for name in weight_shapes(config) for part in PARTS]
