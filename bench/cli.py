@@ -278,7 +278,7 @@ def numbers(name: str, text: str) -> list[int]:
 
 
 def _default_threads(bundles: Sequence[Path], cores: int) -> int:
-    """The threads of the first bundle's target, or all cores where there is not a bundle."""
+    """The threads of the first bundle's target, or all cores if there is no bundle."""
     from gemma_edge.bundle.manifest import Manifest
 
     return min(Manifest.load(bundles[0]).target.threads, cores) if bundles else cores

@@ -103,7 +103,7 @@ def genai(model: str, bundles: Sequence[Path]) -> list[Contender]:
 
 def _genai(folder: Path) -> Contender:
     try:
-        config = read_json(folder / "genai_config.json", "give a model of onnxruntime-genai")["model"]
+        config = read_json(folder / "genai_config.json", "pass a folder with a model for onnxruntime-genai")["model"]
         graph = folder / str(config["decoder"]["filename"])
     except (KeyError, TypeError) as error:
         raise InputError(

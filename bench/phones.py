@@ -39,7 +39,7 @@ MIB = 1 << 20
 SPARE_BYTES = 64 * MIB
 # POLL_S: how often the phone is asked whether the result is there.
 POLL_S = 1.0
-# END_OF_VALUE: stands between the properties that a phone prints.
+# END_OF_VALUE: the line that a phone prints after each property.
 END_OF_VALUE = "--end-of-value--"
 
 

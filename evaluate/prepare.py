@@ -84,7 +84,7 @@ def prepare(options: EvaluationOptions) -> Job:
 
 
 def _refuse_unused(options: EvaluationOptions, models: Sequence[Model], reference: Model | None) -> None:
-    """Refuse options of bundles where there is not a bundle."""
+    """Refuse options for bundles if no bundle is among the models."""
     bundles = [model for model in models if model.kind == "bundle"]
     if options.backend is not None and not bundles:
         raise InputError(

@@ -32,7 +32,7 @@ def _list(names: Iterable[object]) -> str:
     return ", ".join(map(str, names))
 
 
-TORCH_ADDRESSES = 3200 << 20  # measured: 3157 MiB when it is loaded, with one thread
+TORCH_ADDRESSES = 3200 << 20  # measured: loading PyTorch takes 3157 MiB of address space with one thread
 PATH = click.Path(path_type=Path)
 
 SOURCE = (
@@ -40,7 +40,7 @@ SOURCE = (
     click.option(
         "--lora",
         multiple=True,
-        help="A PEFT adapter, a folder or a Hugging Face id, merged into the weights first.",
+        help="PEFT adapter to merge into the weights first: a folder or a Hugging Face id.",
     ),
 )
 INTEGERS = (
@@ -78,7 +78,7 @@ INTEGERS = (
     click.option("--calibration-chat", is_flag=True, help="Put plain calibration text into chat form, for -it models."),
     click.option("--seed", type=int, default=0, show_default=True, help="Seed for choosing the calibration passages."),
 )
-# Of a backend's weights file, which a quantized checkpoint alone has not.
+# SIZE limits a backend's weights file, so `gemma-export quantize`, which writes none, does not have it.
 SIZE = (click.option("--size", help="Mixed precision: largest size of the weights file, such as 1.4GB or 900MB."),)
 WORK = (
     click.option(
@@ -283,9 +283,9 @@ def _need_torch() -> None:
     if importlib.util.find_spec("torch") is None:
         raise InputError("exporting needs PyTorch, which is not installed: pip install 'gemma-edge[export]'")
     room = room_in_address_space()
-    if room is not None and room < TORCH_ADDRESSES:  # it would abort in the middle of being loaded
+    if room is not None and room < TORCH_ADDRESSES:  # PyTorch would abort while it is being loaded
         raise InputError(
-            f"PyTorch alone takes {TORCH_ADDRESSES >> 20} MiB of addresses, ulimit -v leaves {room >> 20};"
+            f"PyTorch alone needs {TORCH_ADDRESSES >> 20} MiB of address space, but ulimit -v leaves {room >> 20} MiB;"
             " export under a higher limit"
         )
 
@@ -310,7 +310,7 @@ def _options(choices: dict[str, Any]) -> ExportOptions:
 
 
 def _one_adapter(lora: Sequence[str]) -> str | None:
-    """The adapter. A second one is refused: click alone would take the last and say nothing."""
+    """The adapter, if one is given. A second one is refused, because click would silently take the last."""
     if len(lora) > 1:
         raise InputError(
             field="lora", value=" ".join(lora), hint="only one adapter is merged: merge the others into the model first"

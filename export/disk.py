@@ -1,4 +1,4 @@
-"""Disk and memory that an export needs, before any work."""
+"""Checks before any work whether there is enough disk and memory for an export."""
 
 from __future__ import annotations
 
@@ -57,15 +57,15 @@ def check_disk(
 
 
 def check_memory(plans: Iterable[Plan]) -> None:
-    """Refuse an export that the system would end in the middle: for a container's limit, `ulimit -v`, or the machine's memory.
+    """Refuse an export that needs more memory than a container's limit, `ulimit -v` or the machine allows.
 
     Raises:
-        InputError: names the bytes needed and the bytes that there are.
+        InputError: names the memory that is needed and the memory that is available.
     """
     room, taken = room_bytes(), int(memory_mib().get("rss", 0) * (1 << 20))
     need = max(plan.export_ram_bytes for plan in plans)
     if room is not None and need > room + taken:
         raise InputError(
-            f"not enough memory for the export: it needs about {need / GIB:.2f} GiB, this process may take"
+            f"not enough memory for the export: it needs about {need / GIB:.2f} GiB, but this process may take"
             f" {(room + taken) / GIB:.2f} GiB; raise the limit (ulimit -v, or the container's), or use a larger machine"
         )

@@ -220,7 +220,7 @@ class _Prediction:
             device_ram_bytes=self.device_ram(cache),
             device_ram_limit_bytes=self.target.ram_bytes,
             export_ram_bytes=_export_ram(config),
-            # The checkpoint is no larger than the bundle's file, unless table and head stay in it in float beside their integers.
+            # The checkpoint is no larger than the bundle's file, unless it also keeps table and head in float.
             export_disk_bytes=2 * self.file_bytes + 4 * tables * config.vocab_size * config.hidden_size,
         )
 

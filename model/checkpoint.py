@@ -24,7 +24,8 @@ from gemma_edge.reading import present, read_json
 from gemma_edge.text.tokenizer import TOKENIZER_FILE
 
 FINAL_NORM = "model.norm.weight"
-# PREFIX: of every name but the head's. COMPUTED: ends of names that old versions of transformers saved, and nobody reads.
+# PREFIX: begins every name but the head's. COMPUTED: ends the names of tensors that old versions of transformers saved and
+# that nothing reads.
 PREFIX, HEAD_STEM, COMPUTED = "model.", "lm_head.", (".rotary_emb.inv_freq",)
 NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -112,7 +113,7 @@ class Shards:
             raise InputError(f"{self._file_of[name].path}: {name} is {dtype}; supported: {', '.join(FLOATS)}")
 
     def refuse_others(self, expected: Iterable[str]) -> None:
-        """Refuse a tensor that the model would be computed without: a bias, a classifier's head, a part of another model.
+        """Refuse a tensor that the decoder does not use: a bias, a classifier's head, a part of another model.
 
         Raises:
             InputError: names the first such tensor, and how many there are.
@@ -123,7 +124,7 @@ class Shards:
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             raise InputError(
                 f"{self._file_of[others[0]].path} holds {others[0]}{more}, which Gemma2ForCausalLM does not have; a bundle would"
-                " compute another model than was trained: save the folder from Gemma2ForCausalLM"
+                " not be the model that was trained: save the folder from Gemma2ForCausalLM"
             )
 
 
@@ -142,7 +143,7 @@ class Weights(ABC):
 
     def __init__(self, folder: Path, config: Gemma2Config) -> None:
         self.folder, self.config = folder, config
-        self.text_folder = folder  # its tokenizer and chat template; those of an adapter if it brings its own
+        self.text_folder = folder  # where tokenizer and chat template are; an adapter may bring its own
         self.configs = dict.fromkeys(weight_shapes(config))
 
     @abstractmethod
@@ -266,22 +267,24 @@ class Checkpoint(Weights):
 
 
 def with_stored_head(config: Gemma2Config, shards: Shards) -> Gemma2Config:
-    """The configuration with `tie_word_embeddings` as the tensors decide it: the head is a matrix of its own where one is stored
-    that differs from the table. transformers does the same, whatever config.json says.
+    """The configuration with `tie_word_embeddings` as the tensors decide it.
+
+    The head is a matrix of its own if the folder stores a head that differs from the table. transformers does the same, whatever
+    config.json says.
 
     Raises:
-        InputError: config.json announces a head and none is stored, or it is stored as integers or in another shape.
+        InputError: config.json announces a head that is not stored, or the head is stored as integers or in another shape.
     """
     name, table, shape = f"{HEAD}.weight", f"{TABLE}.weight", (config.vocab_size, config.hidden_size)
     if f"{HEAD}.weight_packed" in shards:
         raise InputError(
-            f"{shards.folder} holds {HEAD}.weight_packed, a head of integers; only a float head is read",
+            f"{shards.folder} holds {HEAD}.weight_packed, a quantized head; only a float head is read",
             hint="quantize the folder again with `lm_head` ignored, or pass the original float folder",
         )
     if name not in shards:
         if not config.tie_word_embeddings:
             raise InputError(
-                f"{shards.folder}: tie_word_embeddings is false, and its safetensors files hold no {name}",
+                f"{shards.folder}: tie_word_embeddings is false, but its safetensors files hold no {name}",
                 hint="set it to true in config.json if the head is the table, else save the model with its head",
             )
         return config

@@ -1,6 +1,6 @@
 """Gemma 2's configuration, with Hugging Face's keys; no torch. Source: HF configuration_gemma2.py; Gemma 2 report, table 1.
 
-Types and ranges are those of a manifest (ModelConfig), defaults those of HF's Gemma2Config.
+Types and ranges are those of a manifest (ModelConfig); the defaults are those of HF's Gemma2Config.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _alternating(layers: int) -> list[LayerType]:
 
 
 def _typed(path: Path, value: Any, kind: type[T], *keys: str) -> T:
-    """What stands at a key of a file, of the right type and in its range."""
+    """The value of a key of a file, checked for its type and its range."""
     try:
         return convert(value, kind, keys)
     except KeyProblem as problem:
@@ -151,14 +151,14 @@ def _rope_theta(path: Path, raw: Mapping[str, Any]) -> float:
         raise InputError(f'{path}: rope_type is {shown(kind)}; supported: "default"')
     for name in (GLOBAL, LOCAL):
         if name in rope:
-            raise InputError(f"{path}: {key} differs by layer ({name}), which Gemma 2 does not have; {HINT}")
+            raise InputError(f"{path}: {key} differs by layer ({name}), but Gemma 2 has one for all; {HINT}")
     at = (key, "rope_theta") if "rope_theta" in rope else ("rope_theta",)
     value = rope.get("rope_theta", raw.get("rope_theta", Gemma2Config.rope_theta))
     return _typed(path, value, Scale, *at)
 
 
 def _eos(folder: Path, raw: Mapping[str, Any]) -> tuple[Path, tuple[int, ...]]:
-    """Stop ids, and the file that they stand in: generation_config.json if it names any, as in HF's `generate`."""
+    """Stop ids, and the file that names them: generation_config.json if it names any, as in HF's `generate`."""
     path, value = folder / "generation_config.json", None
     if present(path):
         value = read_json(path).get("eos_token_id")

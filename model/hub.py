@@ -22,23 +22,23 @@ COMPANIONS = (
     "chat_template.jinja",
     STOP_IDS,
 )
-ID = r"[\w.-]+/[\w.-]+"  # of a model on Hugging Face
+ID = r"[\w.-]+/[\w.-]+"  # matches the id of a model on Hugging Face
 FILES = ["*.json", "*.safetensors", *COMPANIONS]
 HINT = "download the model yourself and pass its folder: gemma-export FOLDER"
 
 
 def copy_companions(folder: Path, out: Path, *, text_folder: Path | None = None) -> None:
-    """Copy what is there of COMPANIONS; raises as `companions` does.
+    """Copy those files of COMPANIONS that exist; raises as `companions` does.
 
     Args:
         folder: the model's.
-        out: where to.
+        out: the folder to copy into.
         text_folder: the folder of an adapter that brings its own tokenizer and chat template; the rest is the model's.
     """
-    found = companions(folder)
+    files = companions(folder)
     if text_folder is not None and text_folder != folder:
-        found = {name: path for name, path in found.items() if name == STOP_IDS} | companions(text_folder)
-    for name, path in found.items():
+        files = {name: path for name, path in files.items() if name == STOP_IDS} | companions(text_folder)
+    for name, path in files.items():
         shutil.copy(path, out / name)
 
 

@@ -100,9 +100,9 @@ class Lora:
 
 @dataclass(frozen=True)
 class _Adapter:
-    """The keys of adapter_config.json that are computed with, and PEFT's defaults."""
+    """The keys of adapter_config.json that a merge uses, with PEFT's defaults."""
 
-    r: Rank | None = None  # None: the weights say it
+    r: Rank | None = None  # None: the rank of the weights
     lora_alpha: Alpha = 8
     rank_pattern: dict[str, Rank] | None = None
     alpha_pattern: dict[str, Alpha] | None = None

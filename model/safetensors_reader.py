@@ -114,7 +114,7 @@ class SafetensorsFile:
     @contextmanager
     def _open(self) -> Iterator[FileIO]:
         """The open file, whose header is known."""
-        check_regular(self.path, "download it again")  # before it is opened: that would wait for ever on a pipe
+        check_regular(self.path, "download it again")  # before it is opened: opening a pipe would wait for ever
         try:
             with open(self.path, "rb", buffering=0) as file:
                 status = os.fstat(file.fileno())
@@ -158,7 +158,7 @@ def _read_header(file: FileIO, status: os.stat_result) -> Header:
         raise ValueError("the header is not an object")
     metadata = fields.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("its metadata are not texts")
+        raise ValueError("its metadata holds something else than texts")
     tensors = {name: _entry(name, value) for name, value in fields.items()}
     _check_offsets(tensors, room - size)
     base = 8 + size

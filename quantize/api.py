@@ -122,7 +122,7 @@ def quantize(
 
 
 def open_source(model: str, lora: str | Path | None) -> Weights:
-    """Find and open a model that a checkpoint or a bundle will be made of. Of the weights only headers are read.
+    """Find and open a model that a checkpoint or a bundle will be made of. It reads only the headers of the weights.
 
     Args:
         model: a Hugging Face folder or id.
@@ -315,7 +315,7 @@ def make_checkpoint(
     if work.options.distill:
         learnt["distilled"] = _distill(work, quantized, progress, stages)
         quantized = QuantizedCheckpoint.open(out)
-    quantized.config = source.config  # its stop ids may be more than those of the files
+    quantized.config = source.config  # it may have more stop ids than the files
     return quantized, learnt
 
 

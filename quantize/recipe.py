@@ -108,7 +108,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class _Integers:
-    """The keys of QuantConfig, with any values of their types."""
+    """The keys of QuantConfig. Only the types of their values are checked here."""
 
     bits: Count
     group_size: Count

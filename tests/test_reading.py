@@ -35,7 +35,7 @@ IN_ITS_PLACE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a device": (lambda path: path.symlink_to("/dev/zero"), "is a device, not a regular file"),
     "a link that leads nowhere": (lambda path: path.symlink_to("nowhere"), "is a link that leads nowhere"),
     "a circle of links": (lambda path: path.symlink_to(path.name), "cannot be read: Too many levels of symbolic links"),
-    "terabytes": (sparse, f"has {1 << 42} bytes, at most"),
+    "terabytes": (sparse, f"has {1 << 42} bytes; at most"),
     "another encoding": (lambda path: path.write_text("{}", encoding="utf-16"), "UTF-8 at byte 0"),
 }
 
@@ -115,7 +115,7 @@ def test_a_large_file_is_read_up_to_its_limit(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"x" * 100)
     assert read_bytes(path, "", max_bytes=100) == b"x" * 100
-    with pytest.raises(InputError, match="has 100 bytes, at most 99 are read"):
+    with pytest.raises(InputError, match="has 100 bytes; at most 99 are read"):
         read_bytes(path, "", max_bytes=99)
     os.truncate(path, MAX_JSON + 1)
     with pytest.raises(InputError, match="at most"):

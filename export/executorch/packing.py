@@ -47,7 +47,7 @@ def is_halved(weight: str) -> bool:
 
 
 def pieces_of(weight: str, shape: tuple[int, int]) -> int:
-    """How many linears a weight becomes: two if its output is rotated, several alike for a large head, else one."""
+    """How many linears a weight becomes: two if its output is rotated, several of equal size for a large head, else one."""
     if is_halved(weight):
         return 2
     rows, columns = shape

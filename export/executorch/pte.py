@@ -192,7 +192,7 @@ def _stream(
         file.seek(place + start * values.shape[1])
         progress(file.write(values.numpy().data))
 
-    # whether no linear reads the weight, or those that do read the embedding's own bytes
+    # True if no linear reads the weight, or if the linears read the embedding's bytes
     config = checkpoint.config
     inside = bool(embedding) and (not config.tie_word_embeddings or shares_table(config, checkpoint.configs[weight]))
     for start, rows in slices(checkpoint, weight):

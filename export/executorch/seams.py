@@ -256,7 +256,7 @@ class AttendHalf(Half):
 
 
 class Head(Half):
-    """Final norm, a piece of the head's matrix, and soft cap. Its names are whole ones of the checkpoint."""
+    """Final norm, a piece of the head's matrix, and soft cap. Its weights have their full names in the checkpoint."""
 
     def __init__(self, config: Gemma2Config, piece: Linear) -> None:
         super().__init__(config)

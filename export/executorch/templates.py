@@ -150,9 +150,9 @@ class Lowered(nn.Module):
 
         Args:
             template: of the same kind.
-            prefix: of the names of its weights and norms: `model.layers.3.`, or nothing for the head.
+            prefix: what the names of its weights and norms begin with: `model.layers.3.`, or empty for the head.
             vector: a norm by its name in the checkpoint.
-            piece: of the head.
+            piece: which piece of the head it is.
         """
         super().__init__()
         blob, store = bytes(template.lowered.processed_bytes), NamedDataStore()

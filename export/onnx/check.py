@@ -58,7 +58,7 @@ def check_graph(
 def expected_counts(config: Gemma2Config, configs: Mapping[str, QuantConfig | None]) -> dict[str, int]:
     """How often each operator that carries the model occurs."""
     layers = config.num_hidden_layers
-    # every matrix is multiplied but an untied table, which is only gathered
+    # every matrix is multiplied, except an untied table: only its rows are gathered
     multiplied = [configs[name] is not None for name in configs if name != TABLE or config.tie_word_embeddings]
     return {
         "GroupQueryAttention": layers,
@@ -184,7 +184,7 @@ def _check_integers(
 
 
 def _check_table_and_head(path: Path, graph: ir.Graph, config: Gemma2Config) -> None:
-    """The tokens look up rows of the table, and the logits are products with the head: both have the same shape."""
+    """Tokens must look up rows of the table, and logits must be products with the head: the shapes of both are the same."""
     (lookup,) = (
         node
         for node in graph
@@ -202,7 +202,7 @@ def _check_table_and_head(path: Path, graph: ir.Graph, config: Gemma2Config) -> 
 
 
 def _stored(value: ir.Value | None) -> str | None:
-    """The name of the initializer that a value is, or was made from by casting and transposing."""
+    """The name of the initializer behind a value, which may have been cast or transposed."""
     while value is not None and (node := value.producer()) is not None:
         value = node.inputs[0]
     return value.name if value is not None else None

@@ -25,7 +25,7 @@ from gemma_edge.quantize.recipe import QuantConfig
 
 ALIGNMENT = 4096  # a page, so that every tensor can be mapped
 BLOCK_SIZES = (256, 128, 64, 32, 16)  # block sizes that the kernels know, the best first
-# HEAD_PACKED: a head's codes in the three-dimensional shape that MatMulNBits reads; of a tied one they are the table's bytes
+# HEAD_PACKED: a head's codes in the three-dimensional shape that MatMulNBits reads; those of a tied head are the table's bytes
 HEAD_PACKED = f"{HEAD}.weight_packed"
 
 

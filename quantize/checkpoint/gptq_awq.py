@@ -33,7 +33,7 @@ from gemma_edge.model.quantized import GROUP_MULTIPLE, QUANTIZED_BITS, QuantConf
 
 logger = logging.getLogger(__name__)
 
-LATEST = {"gptq": "gptq", "awq": "gemm"}  # the version that a configuration without one means
+DEFAULT_VERSION = {"gptq": "gptq", "awq": "gemm"}  # the version of a configuration that names none
 HINT = "pass the original float folder"
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
@@ -44,10 +44,10 @@ class Layout:
 
     packed_axis: int  # of qweight: 0 packs inputs, 1 packs outputs; zero points are packed along the outputs
     order: tuple[int, ...] | None  # which of eight outputs each nibble holds, the lowest first; None: in order
-    stored_minus: int  # what was subtracted from the zero points
+    zero_offset: int  # the number that was subtracted from the zero points before they were stored
 
     def unpack(self, words: Tensor, bits: int, axis: int) -> Tensor:
-        """The integers in the words, along an axis of the two: uint8."""
+        """Unpack the words along one of their two axes: uint8."""
         shifts = torch.arange(0, 32, bits, dtype=torch.int32)
         if self.order is not None:
             shifts = shifts[torch.tensor(self.order).argsort()]
@@ -101,10 +101,12 @@ class PackedCheckpoint(Weights):
         """Check the folder's layout, tensors and shapes. Reads headers, zero points and the order of groups.
 
         Raises:
-            InputError: another layout, another number of bits, or a missing or misshapen tensor.
+            InputError: the layout or the number of bits is not supported, or a tensor is missing or has a wrong shape.
         """
         method = quantization.get("quant_method")
-        version = quantization.get("checkpoint_format" if method == "gptq" else "version", LATEST.get(str(method)))
+        version = quantization.get(
+            "checkpoint_format" if method == "gptq" else "version", DEFAULT_VERSION.get(str(method))
+        )
         layout = LAYOUTS.get((str(method), str(version).lower()))
         if layout is None:
             known = ", ".join(f"{a} / {b}" for a, b in LAYOUTS)
@@ -163,7 +165,7 @@ class PackedCheckpoint(Weights):
     def _zeros(self, weight: str) -> Tensor:
         """(groups, out)."""
         stored = self._layout.unpack(self._shards.rows(f"{weight}.qzeros"), self._bits, 1)
-        return (stored + self._layout.stored_minus) & ((1 << self._bits) - 1)
+        return (stored + self._layout.zero_offset) & ((1 << self._bits) - 1)
 
     def _group_of(self, weight: str) -> Tensor:
         columns = self._shapes[weight][1]
@@ -172,7 +174,7 @@ class PackedCheckpoint(Weights):
         return torch.arange(columns) // (columns // self._groups(weight))
 
     def _config_of(self, weight: str) -> QuantConfig | None:
-        """The integers that a matrix keeps; None: it is float, or has to become float."""
+        """How the integers of a matrix are kept; None: it is float, or is read as float."""
         rows, columns = self._shapes[weight]
         if not self._is_packed(weight):
             self._shards.expect(f"{weight}.weight", (rows, columns))
@@ -181,10 +183,10 @@ class PackedCheckpoint(Weights):
         words = (columns // per_word, rows) if self._layout.packed_axis == 0 else (columns, rows // per_word)
         expected = {"qweight": words, "qzeros": (groups, rows // per_word)}
         for part, shape in expected.items():
-            found, dtype = self._shards.header(f"{weight}.{part}")
-            if found != shape or dtype != "I32" or columns % groups:
+            actual, dtype = self._shards.header(f"{weight}.{part}")
+            if actual != shape or dtype != "I32" or columns % groups:
                 raise InputError(
-                    f"{self.folder}: {weight}.{part} has shape {list(found)}, expected {list(shape)} of I32"
+                    f"{self.folder}: {weight}.{part} has shape {list(actual)}, expected {list(shape)} of I32"
                 )
         self._shards.expect(f"{weight}.scales", (groups, rows))
         order, size = self._group_of(weight), columns // groups

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 TABLE_FILE = "gemma_edge_table.safetensors"
-# PARTS: of one matrix, as compressed-tensors names them. The last two are read to be refused where they belong to a matrix.
+# PARTS: tensors of one matrix, as compressed-tensors names them. The last two are refused by `_config_of`, by name.
 PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 
 
@@ -186,7 +186,7 @@ class _Weights:
 
 @dataclass(frozen=True)
 class _Group:
-    """Weights that are stored alike, and whether activations are quantized, too."""
+    """A group of weights that are stored alike, and how their activations are quantized."""
 
     weights: _Weights | None = None
     input_activations: dict[str, Any] | None = None
@@ -204,7 +204,7 @@ def quantization_of(folder: Path) -> dict[str, Any] | None:
     """The `quantization_config` of a folder; None: it is a float folder.
 
     Raises:
-        InputError: there is no config.json, or the key holds something else than an object.
+        InputError: there is no config.json, or the value of the key is not an object.
     """
     quantization = read_json(folder / "config.json").get("quantization_config")
     return None if quantization is None else _typed(folder, quantization, dict[str, Any])
@@ -222,7 +222,7 @@ def _refuse_other_formats(folder: Path, quantization: dict[str, Any]) -> None:
     if stored != ("compressed-tensors", "pack-quantized"):
         raise InputError(
             f"{folder} is quantized as {shown(stored[0])} / {shown(stored[1])}; supported: compressed-tensors / pack-quantized,"
-            " gptq, awq, or pass the original float folder"
+            " gptq and awq; or pass the original float folder"
         )
     for key in ("transform_config", "kv_cache_scheme"):
         if quantization.get(key):

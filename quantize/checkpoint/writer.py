@@ -196,7 +196,7 @@ class _Work:
 
 
 def _write_table(work: _Work, out: Path, name: str) -> None:
-    """Table, final norm and a head of its own; the matrices also as integers, in our own file, where the recipe says so."""
+    """Write the table, the final norm and a head of its own, and the integers of table and head into our own file."""
     matrices = dict.fromkeys((TABLE, work.source.config.head))
     quantized = [weight for weight in matrices if work.configs[weight] is not None]
     # a matrix counts once: here where it stays float, else when its integers are made

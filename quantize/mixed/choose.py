@@ -130,7 +130,7 @@ def choose(
         raise budget.refused(f"{source.folder} is quantized already; {budget} needs the original float folder")
     if not source.config.tie_word_embeddings:
         raise budget.refused(
-            f"{source.folder} has a head of its own, and {budget} weighs models with a tied one only; use `bits`, or a `recipe`"
+            f"{source.folder} has a head of its own, but {budget} needs a tied head; use `bits`, or a `recipe`"
         )
     if budget.bpw is not None and not math.isfinite(budget.bpw):
         raise budget.refused(f"{budget}; give a number of bits per weight")
@@ -245,5 +245,5 @@ def read_recipe(path: Path, source: Weights) -> Recipe:
         recipe.config_for(weight, columns)
     table = recipe.rule_for(TABLE)
     if table.config is not None and table.method not in DATA_FREE:
-        raise refused(f"`recipe` {path}: the table by {table.method}; supported: {', '.join(DATA_FREE)}")
+        raise refused(f"`recipe` {path}: the table is quantized by {table.method}; supported: {', '.join(DATA_FREE)}")
     return recipe

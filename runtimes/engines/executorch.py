@@ -32,13 +32,8 @@ from gemma_edge.runtimes.engines.pte_structure import check_program
 log = logging.getLogger(__name__)
 
 OLDEST_EXECUTORCH = (1, 5)
-ERRORS = (
-    RuntimeError,
-    KeyError,
-    ValueError,
-    TypeError,
-    IndexError,
-)  # of its Python binding, ValueError for bytes that are no text
+# ERRORS: what ExecuTorch's Python binding raises; a ValueError means bytes that are not text.
+ERRORS = (RuntimeError, KeyError, ValueError, TypeError, IndexError)
 OPERATORS = ("kernels/quantized/*quantized_ops_aot_lib.*", "extension/llm/custom_ops/*custom_ops_aot_lib.*")
 
 
@@ -109,7 +104,7 @@ class ExecuTorchRuntime(Runtime):
         self._method, self._role = None, ""
         log.info("loading %s of %s with %d threads", role, self._path, self.threads)
         intact(self.bundle, self.manifest.files, self._program)
-        with in_library(self._path, "is damaged or no program of this bundle", ERRORS), _silent():
+        with in_library(self._path, "is damaged, or is not a program of this bundle", ERRORS), _silent():
             check_program(self._path)
             program = self._library._load_program(
                 str(self._path), program_verification=self._library.Verification.InternalConsistency

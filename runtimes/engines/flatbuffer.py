@@ -1,7 +1,7 @@
-"""Checks a flatbuffer against a schema before a native library follows its offsets, which lie anywhere in a damaged file.
+"""Checks a flatbuffer against a schema before a native library follows its offsets, which may lead anywhere in a damaged file.
 
-Source: FlatBuffers' "FlatBuffer Internals" and its C++ Verifier, which libraries often leave out. Beyond that, indices are
-compared with the length of what they point into.
+Source: FlatBuffers' "FlatBuffer Internals" and its C++ Verifier, which libraries often do not call. This check also compares
+indices with the length of the vectors that they point into.
 """
 
 from __future__ import annotations
@@ -13,30 +13,30 @@ from mmap import mmap
 
 import numpy as np
 
-# A table's fields by their number. "4": a number of so many bytes. "[4]": a vector of them. "s": text. "Name": another table.
-# "[Name]": a vector of tables. "?3": a table whose kind is the number in field 3. None: not used, so it must not be there.
-# "4<Name" and "[4]<Name": indices into the vector of these tables that was met last, or into the longest one for "<Name*".
+# A schema lists the fields of each table in order. "4": a number of 4 bytes. "[4]": a vector of such numbers. "s": a text.
+# "Name": another table. "[Name]": a vector of tables. "?3": a table whose kind is the number in field 3. None: a field that must
+# be absent. "4<Name" and "[4]<Name": indices into the last vector of these tables, or with "<Name*" into the longest one.
 Schema = Mapping[str, tuple[str | None, ...]]
 _FIELD = re.compile(r"(?P<vector>\[)?(?P<kind>[\w?]+)\]?(?:<(?P<limit>[\w*]+))?")
 _FORMATS = {1: "<B", 2: "<H", 4: "<I", 8: "<Q"}
 
 
 class Damaged(ValueError):
-    """The bytes are no flatbuffer of the schema."""
+    """The bytes are not a flatbuffer of the schema."""
 
 
 class Verifier:
     """Walks once over every table that can be reached."""
 
-    lowest = 0  # index in a vector of indices; -1 where that means none
+    lowest = 0  # the smallest index in a vector of indices; -1 where that stands for no index
 
     def __init__(self, data: bytes | mmap, schema: Schema, unions: Mapping[str, Mapping[int, str]]) -> None:
-        """Keep what is to be checked.
+        """Prepare a check.
 
         Args:
             data: the file.
             schema: tables by name.
-            unions: by Table.field, the kind of a union's table -> its name in the schema. Other kinds must hold numbers only.
+            unions: Table.field -> the kind of a union's table -> its name in the schema. Other kinds are taken as numbers.
         """
         self._data, self._size, self._unions = data, len(data), unions
         self._schema = {
@@ -54,7 +54,7 @@ class Verifier:
         self._table(self._follow(0), root)
 
     def check_table(self, name: str, numbers: Mapping[int, int]) -> None:
-        """For what a schema cannot say; `numbers` are the table's numbers by field."""
+        """Hook for checks that a schema cannot express; `numbers` are the table's numbers by field."""
 
     def _table(self, at: int, name: str) -> None:
         if (at, name) in self._seen:
@@ -63,7 +63,7 @@ class Verifier:
         places, size = self._places(at)
         numbers: dict[int, int] = {}
         fields = self._schema.get(name)
-        if fields is None:  # numbers only, of sizes that nobody knows
+        if fields is None:  # it holds only numbers, whose sizes are not known
             return
         for index, place in places.items():
             field = fields[index] if index < len(fields) else None
@@ -88,7 +88,8 @@ class Verifier:
         if vector and kind.isdigit():
             start, count = self._vector(self._follow(at), int(kind))
             if limit:
-                values = np.frombuffer(self._bytes(start, 4 * count), np.int32)  # a copy: the file is closed some time
+                # over a copy, because the file is closed later
+                values = np.frombuffer(self._bytes(start, 4 * count), np.int32)
                 if count and not self.lowest <= values.min() <= values.max() < self._counts.get(limit, 0):
                     raise Damaged(f"field {index} of {name} names a {limit.strip('*')} that is not there")
         elif vector:
@@ -99,7 +100,7 @@ class Verifier:
             start, count = self._vector(self._follow(at), 1)
             if self._bytes(start, count + 1)[-1]:
                 raise Damaged(f"a text in {name} has no end")
-            self._bytes(start, count).decode()  # libraries hand texts to Python; a UnicodeDecodeError is a ValueError
+            self._bytes(start, count).decode()  # libraries hand texts to Python; UnicodeDecodeError is a ValueError
         elif kind.startswith("?"):
             self._table(self._follow(at), self._unions[f"{name}.{index}"].get(numbers.get(int(kind[1:]), 0), "numbers"))
         elif not kind.isdigit():
@@ -137,7 +138,7 @@ class Verifier:
 
     def _number(self, at: int, width: int) -> int:
         if at % width:
-            raise Damaged("a number is not where numbers may lie")
+            raise Damaged("a number is not aligned")
         (result,) = struct.unpack(_FORMATS[width], self._bytes(at, width))
         return int(result)
 

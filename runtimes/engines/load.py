@@ -47,11 +47,11 @@ def in_library(path: Path, problem: str, errors: tuple[type[Exception], ...]) ->
 
     Args:
         path: the file that the library works with.
-        problem: what its errors say of the file, such as "does not run".
+        problem: what the message says about the file, such as "does not run".
         errors: the library's exceptions.
 
     Raises:
-        InputError: instead of `errors`, and of memory that is full.
+        InputError: in place of `errors`, or because memory is full.
     """
     try:
         yield
@@ -100,7 +100,7 @@ def open_runtime(bundle: str | Path, *, backend: str | None = None, threads: int
 
 
 def _state(bundle: Path) -> tuple[str | int, ...] | None:
-    """What changes when a bundle is replaced; None where there is none."""
+    """A value that changes when the bundle is replaced; None if there is no bundle."""
     try:
         return identity(bundle / MANIFEST)
     except (OSError, ValueError, RuntimeError):

@@ -73,7 +73,7 @@ class _Program(Verifier):
         self._size, self._segments = size, segments  # bytes of the flatbuffer, and of the segments behind it
 
     def check_table(self, name: str, numbers: Mapping[int, int]) -> None:
-        """Segments lie behind the flatbuffer; delegates and constants are named by the number of theirs."""
+        """Segments must end inside the file, and delegates must name segments that exist."""
         if name == "DataSegment" and numbers.get(0, 0) + numbers.get(1, 0) > self._segments:
             raise Damaged("a segment lies behind the end of the file")
         in_segment = name == "Reference" and numbers.get(0) == IN_SEGMENT
@@ -89,7 +89,7 @@ def check_program(path: Path) -> None:
     """
     with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
         if len(data) < 40 or data[4:8] != IDENTIFIER or data[8:12] != HEADER:
-            raise Damaged("it is no ExecuTorch program")
+            raise Damaged("it is not an ExecuTorch program")
         length, size, base = struct.unpack("<IQQ", data[12:32])
         if not (length >= 24 and 40 <= size <= base <= len(data)):
             raise Damaged("its header does not fit its size")

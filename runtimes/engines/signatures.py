@@ -121,7 +121,7 @@ class SignatureRuntime(Runtime):
     @contextlib.contextmanager
     def _loading(self) -> Iterator[None]:
         """Silence the library, and turn its errors into an InputError."""
-        with in_library(self._path, "is damaged or no model of this bundle", ERRORS):
+        with in_library(self._path, "is damaged, or is not a model of this bundle", ERRORS):
             check_model(self._path)
             with silent():
                 yield

@@ -20,13 +20,13 @@ FORMAT = "gemma-edge state 1"
 IDS = "ids"
 DIGEST = "sha256"
 MAX_POSITION = 1 << 30  # tokens; the engines count in 32 bits
-# ERRORS: what safetensors raises for a file that is none, or that holds types which NumPy does not have.
+# ERRORS: what safetensors raises for a file of another format, or for types that NumPy does not have.
 ERRORS = (KeyError, TypeError, ValueError, AttributeError, OSError, MemoryError)
 
 
 @dataclass(frozen=True)
 class _Numbers:
-    """`state` of a file's header."""
+    """The value of `state` in a file's header."""
 
     identity: str
     position: int
@@ -42,7 +42,7 @@ class State:
     written: int  # highest position written with what the cache holds; more than `position` after a rewind
     ids: NDArray[np.int32]  # (N,), the last tokens fed
     rows: Mapping[str, NDArray[Any]]  # cache buffer -> (..., rows in use, head_dim)
-    name: str = "the state"  # in messages: the file that it was read from
+    name: str = "the state"  # for messages: the path of the file that it was read from
 
     def check(self, identity: str, buffers: Mapping[str, NDArray[Any]]) -> None:
         """Compare with the runtime that is to go on from it.
@@ -135,7 +135,7 @@ def _parse(header: dict[str, str], tensors: dict[str, NDArray[Any]], name: str) 
     """The state and the notes in a file's header and tensors.
 
     Raises:
-        KeyError, TypeError, ValueError, KeyProblem: they are none.
+        KeyError, TypeError, ValueError, KeyProblem: they do not hold a state.
     """
     digest = header.pop(DIGEST, None)  # the Kotlin library writes none
     if digest is not None and digest != _digest(header, tensors):
@@ -150,7 +150,7 @@ def _parse(header: dict[str, str], tensors: dict[str, NDArray[Any]], name: str) 
 
 
 def _digest(header: Mapping[str, str], tensors: Mapping[str, NDArray[Any]]) -> str:
-    """SHA-256 of all that a file holds."""
+    """SHA-256 of a file's header and tensors."""
     digest = hashlib.sha256(json.dumps(sorted(header.items())).encode())
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {tensors[name].shape}".encode())

@@ -1,6 +1,6 @@
 """What a `.tflite` file of a bundle may hold. LiteRT follows some offsets and indices unchecked, which can end the process.
 
-Source: TFLite's schema.fbs, without what no bundle uses: sparse tensors, external buffers, tables with vectors among the options.
+Source: TFLite's schema.fbs. Parts that no bundle uses are left out: sparse tensors, external buffers, options with vectors.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SCHEMA: Schema = {
     "Composite": ("s", "4", "[1]", "1", "4"),
     "nothing": (),
 }
-# Kinds of options whose tables hold vectors or tables; those that no bundle uses may hold nothing.
+# Kinds of options whose tables hold vectors or other tables. Kinds that no bundle uses must be empty.
 UNIONS = {
     "Quantization.5": {1: "nothing", 2: "Blockwise"},
     "Operator.4": {**dict.fromkeys((3, 111, 115), "nothing"), 8: "FullyConnected", 17: "Reshape", 30: "Squeeze"},
@@ -66,6 +66,6 @@ def check_model(path: Path) -> None:
 def _walk(path: Path) -> str:
     with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
         if data[4:8] != IDENTIFIER:
-            raise Damaged("it is no TFLite model")
+            raise Damaged("it is not a TFLite model")
         _Model(data, SCHEMA, UNIONS).check("Model")
     return WHOLE

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
-# No blanks between parts: they are valid, but small models fall into them and spend half of their tokens on them.
+# No blanks between parts: they would be valid, but small models spend half of their tokens on them.
 OPTIONS: Any = {
     "whitespace_flexible": False,
     "item_separator": ",",
@@ -49,7 +49,8 @@ def _loses_bound(schema: dict[str, Any], own: str, *others: str) -> bool:
     return _number(schema, own, 1) == 0 and any(abs(_number(schema, other, 1)) < 1 for other in others)
 
 
-# schemas that llguidance 1.9 accepts but does not follow, as tests with the package jsonschema show; and texts without end
+# Schemas that llguidance 1.9 accepts but does not follow, as tests with the package jsonschema show, and schemas that only very
+# long texts fulfil.
 UNSUPPORTED: tuple[tuple[Callable[[dict[str, Any]], bool], str], ...] = (
     (
         lambda each: max(_number(each, "minLength", 0), _number(each, "minItems", 0)) > MAX_CLOSING_TOKENS,
@@ -74,7 +75,7 @@ def read_schema(text: str) -> dict[str, Any]:
         text: the schema itself if it begins with a brace, else a path.
 
     Raises:
-        InputError: there is no such file, it holds no JSON object, or the schema cannot be followed to the letter.
+        InputError: there is no such file, it does not hold a JSON object, or the schema cannot be followed to the letter.
     """
     inline = text.lstrip().startswith("{")
     name = "the schema" if inline else text
@@ -84,7 +85,7 @@ def read_schema(text: str) -> dict[str, Any]:
     except InputError:
         raise
     except ValueError as error:
-        raise InputError(f"{name} is no JSON: {error}") from None
+        raise InputError(f"{name} is not JSON: {error}") from None
     check_schema(schema)
     return dict(schema)
 
@@ -98,7 +99,7 @@ def check_schema(schema: Any) -> None:
     if find_spec("llguidance") is None:
         raise InputError("answers by a JSON schema need llguidance: pip install 'gemma-edge[json]'")
     if not isinstance(schema, dict):
-        raise InputError("the JSON schema is no JSON object")
+        raise InputError("the JSON schema is not a JSON object")
     for each in _objects(schema):
         for applies, problem in UNSUPPORTED:
             if applies(each):

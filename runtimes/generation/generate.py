@@ -114,7 +114,7 @@ def generate(
 
 
 def check_fits(context: int, prompt_tokens: int, max_tokens: int, *, fed: int = 0) -> None:
-    """Raise InputError if an answer of `max_tokens` would push tokens out of the context; `fed` were there before."""
+    """Raise InputError if an answer of `max_tokens` would push tokens out of the context; `fed` tokens are in it already."""
     if fed + prompt_tokens + max_tokens <= context:
         return
     before = f"{fed} tokens of conversation, " if fed else ""

@@ -196,7 +196,7 @@ class Session:
             raise InputError(f"{path} holds no conversation; make one with Session.save") from None
         turns, limit = list(saved.said), self.runtime.vocab_size
         if not turns or any(not 0 <= token < limit for turn in turns for token in turn.ids):
-            raise InputError(f"{path} is damaged: its conversation is none of this bundle; make it again")
+            raise InputError(f"{path} is damaged: its conversation does not belong to this bundle; make it again")
         self.runtime.restore(state)
         self._turns, self.prefix = turns, saved.before
         self._sampler.forget()

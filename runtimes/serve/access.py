@@ -23,20 +23,20 @@ ANY = "*"
 class Access:
     """Who may send requests."""
 
-    key: str | None = None  # what requests must bring as `Authorization: Bearer KEY`; None lets everybody in
-    hosts: frozenset[str] = frozenset()  # names of this machine that requests may use, beside IP addresses
-    origins: tuple[str, ...] = ()  # web pages of other places that may send requests, such as http://localhost:3000
+    key: str | None = None  # requests must send it as `Authorization: Bearer KEY`; None lets everybody in
+    hosts: frozenset[str] = frozenset()  # names of this machine that requests may use, besides IP addresses
+    origins: tuple[str, ...] = ()  # of other web pages that may send requests, such as http://localhost:3000
 
     def check_place(self, request: Request) -> None:
-        """Refuse what a web page of another place makes a browser send.
+        """Refuse requests that a browser sends for a web page of another origin.
 
-        Such a page may use a name of its own that leads to this machine, or send a request without reading the response.
+        The name of such a page may resolve to this machine, or the page may send a request without reading the response.
 
         Raises:
             Refused: the name of this machine is unknown, or the page may not send requests.
         """
         host = request.headers.get("host", "")
-        # without the key, which such a page does not know, its own name for this machine would be enough
+        # such a page does not know the key, so the name matters only where there is none
         if self.key is None and not self._is_ours(_name(host)):
             raise Refused(400, f"the host name {shown(host)} is not one of this machine's; see --allow-host")
         for origin in request.headers.getlist("origin"):
@@ -48,7 +48,7 @@ class Access:
         """Refuse a request without the key.
 
         Raises:
-            Refused: the key is missing or another one.
+            Refused: the key is missing or wrong.
         """
         if self.key is None or request.scope["path"] in OPEN:
             return
@@ -64,7 +64,7 @@ class Access:
             ipaddress.ip_address(name)
         except ValueError:
             return name in self.hosts or ANY in self.hosts
-        return True  # an address is no name that somebody else could have made
+        return True  # nobody else can make an address lead here
 
 
 def names_of_this_machine() -> frozenset[str]:
@@ -88,9 +88,9 @@ class Checked:
         """Put the check in front of an app.
 
         Args:
-            app: behind the check.
-            check: raises Refused.
-            refuse: the response for that.
+            app: gets the requests that pass.
+            check: raises Refused for the others.
+            refuse: makes the response to those.
         """
         self.app, self.check, self.refuse = app, check, refuse
 

@@ -26,7 +26,7 @@ from gemma_edge.runtimes.serve.refused import Refused, error_body, error_respons
 from gemma_edge.runtimes.serve.responses import ResponseForm
 
 PAGE_FILE = "page.html"
-# The page fetches nothing from elsewhere, sends nothing elsewhere, and lies in no page of another site.
+# The page fetches nothing from elsewhere, sends nothing elsewhere, and cannot be put into a page of another site.
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -52,7 +52,7 @@ class Answers:
         """Answer one request.
 
         Raises:
-            InputError, Refused: it gets an error instead.
+            InputError, Refused: the request gets an error instead of an answer.
         """
         self.engine.counts["requests"] += 1
         try:
@@ -93,7 +93,7 @@ async def _stream(job: Job, request: ParsedRequest, form: ResponseForm, send: Se
     async def event(data: Any) -> None:
         text = f"data: {data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)}\n\n"
         await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
-        await asyncio.sleep(0)  # others get their turn, and it is noticed that the client has gone
+        await asyncio.sleep(0)  # other tasks run meanwhile, among them the one that notices when the client goes away
 
     headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
     await send({"type": "http.response.start", "status": 200, "headers": headers})

@@ -1,4 +1,4 @@
-"""Reads the JSON of a request: its size and the time that it may take are limited, its depth is by reading.py."""
+"""Reads the JSON of a request, with limits for its size and its time. reading.py limits its depth."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ async def read_body(request: Request) -> dict[str, Any]:
                 if len(body) > MAX_BODY_BYTES:
                     raise Refused(413, f"the request is longer than {MAX_BODY_BYTES} bytes")
     except TimeoutError:
-        message = f"the request did not come within {BODY_S:.0f} seconds"
+        message = f"the request did not arrive within {BODY_S:.0f} seconds"
         raise Refused(408, message, headers={"Connection": "close"}) from None
     except ClientDisconnect:
         raise Gone from None
@@ -50,7 +50,7 @@ def parse_body(body: bytes) -> dict[str, Any]:
     """The JSON object in the bytes.
 
     Raises:
-        Refused: they hold something else, or one that is nested too deep.
+        Refused: they hold something else, or are nested too deep.
     """
     try:
         parsed = parse_json(body)

@@ -21,14 +21,14 @@ from gemma_edge.runtimes.serve.engine import Engine
 log = logging.getLogger(__name__)
 
 HEAD_S = 10.0  # seconds from the first byte of a connection, or from its opening, to the end of the request's head
-STALLED_S = 30.0  # seconds that a client may leave what it was sent unread
+STALLED_S = 30.0  # seconds that a client may go without reading what it was sent
 GRACE_S = 5  # seconds that connections have to end when the server ends
 MAX_CONNECTIONS = 512
-# asyncio accepts so many connections at once, and up to four times as many before the first of them can be dropped.
+# How many connections asyncio accepts at once. Up to four times as many are open before the first of them can be dropped.
 ACCEPTED_AT_ONCE = 16
 QUEUED = 512  # connections that the kernel holds until they are accepted
 COMPLAINT_S = 60.0  # seconds between two lines about the same trouble
-SPARE_FILES = 32  # for all else that the process opens meanwhile
+SPARE_FILES = 32  # files that the process may open besides its connections
 
 
 def max_connections() -> int:
@@ -71,7 +71,7 @@ class Connection(H11Protocol):
             min(own, key=lambda other: other._idle_since).drop()
 
     def data_received(self, data: bytes) -> None:
-        """Read it; the rest of a request's head must come in time. The body is body.py's."""
+        """Read the bytes; the rest of a request's head must come in time. body.py limits the time of the body."""
         super().data_received(data)
         if not self.idle:
             self._expect_within(None)
@@ -79,7 +79,7 @@ class Connection(H11Protocol):
             self._expect_within(HEAD_S)
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP, unless the answer to an earlier request is under way."""
+        """Answer bytes that are not HTTP, unless the answer to an earlier request is under way."""
         if self.conn.our_state is IDLE:
             super().send_400_response(msg)
         else:
@@ -98,7 +98,7 @@ class Connection(H11Protocol):
         self._expect_within(STALLED_S)
 
     def pause_writing(self) -> None:
-        """The client does not read as fast as it is written to; it must go on in time."""
+        """The client reads more slowly than the server writes; it must read on in time."""
         super().pause_writing()
         self._expect_within(STALLED_S)
 
@@ -113,14 +113,14 @@ class Connection(H11Protocol):
         self._expect_within(None)
 
     def _expect_within(self, seconds: float | None) -> None:
-        """Drop the connection after so many seconds, unless this is called again before; None never drops it."""
+        """Drop the connection after that many seconds, unless this method is called again before. None: do not drop it."""
         if self._timer:
             self._timer.cancel()
         self._timer = None if seconds is None else self.loop.call_later(seconds, self.drop)
 
 
 def _nothing() -> None:
-    """What a server does about being ready, unless it is told."""
+    """Do nothing: the default of `ready`."""
 
 
 class LimitedServer(Server):
@@ -171,7 +171,7 @@ class LimitedServer(Server):
         await super().shutdown(sockets=sockets)
 
     def _on_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """Say once in a while that a connection could not be accepted; asyncio would print a traceback for each."""
+        """Log once a minute that connections cannot be accepted; asyncio would print a traceback for each of them."""
         error = context.get("exception")
         if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
             loop.default_exception_handler(context)

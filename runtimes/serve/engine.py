@@ -41,7 +41,7 @@ class Job:
     """One request on its way to an answer."""
 
     def __init__(self, body: dict[str, Any], *, chat: bool) -> None:
-        """Belongs to the event loop that runs."""
+        """Make a job of the event loop that is running."""
         self.body, self.chat = body, chat
         self.total = Total()
         self.cancelled = threading.Event()
@@ -74,7 +74,7 @@ class Job:
             self._loop.call_soon_threadsafe(function, *args)
 
     def take(self, what: ParsedRequest | Piece | Exception | None) -> None:
-        """Hand something to whoever waits for the answer. It belongs to the thread of the event loop."""
+        """Give something to the task that waits for the answer. Only the thread of the event loop may call this."""
         if self.cancelled.is_set():
             return
         if isinstance(what, ParsedRequest):
@@ -103,7 +103,7 @@ class Engine:
             runtime: must not be used by anything else from now on.
             options: for what a request leaves open.
             notify: called with one sentence when prompt lookup turns out to be of no use with this runtime.
-            time_limit_s: after how many seconds an answer ends.
+            time_limit_s: how many seconds an answer may take.
 
         Raises:
             InputError: a token-level bundle.
@@ -152,7 +152,7 @@ class Engine:
         return job
 
     def end(self, job: Job) -> None:
-        """Nobody waits for the answer any more: because it is complete, or because the client has gone."""
+        """Forget a job whose answer is complete, or whose client has gone."""
         job.cancelled.set()
         self._jobs.discard(job)
         self._waiting.discard(job)
@@ -180,7 +180,7 @@ class Engine:
             job.call(job.take, request)
             self._writer.submit(self._write, job, request, grammar)
         if any(name in job.body for name in SPELLINGS):
-            give_back()  # a schema may have taken much
+            give_back()  # compiling a schema may have taken much memory
 
     def _write(self, job: Job, request: ParsedRequest, grammar: Grammar | None) -> None:
         """Answer a request. It runs in the thread of the writer."""

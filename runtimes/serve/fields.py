@@ -1,7 +1,9 @@
 """The fields of a request that would change the answer and are not implemented: refused by name, never ignored.
 
-Each has the values that change nothing, which are accepted; null always is. Fields that are in neither list, such as `user` or
-`metadata`, are ignored, as OpenAI's API does. Sources: the API references of OpenAI, vLLM, llama.cpp's server and SGLang.
+Each field is listed with the values that change nothing; these are accepted, and so is null. Fields that are in neither list,
+such as `user` or `metadata`, are ignored, as in OpenAI's API.
+
+Sources: the API references of OpenAI, vLLM, llama.cpp's server and SGLang.
 """
 
 from __future__ import annotations

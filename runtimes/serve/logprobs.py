@@ -42,7 +42,7 @@ class Recorder:
         return tokens
 
     def add(self, token: int, logits: Logits | None) -> None:
-        """Append a token that was chosen by logits (V,), or None where nothing stood before it."""
+        """Append a token and the logits (V,) that it was chosen by; None for the first token of a text."""
         text = self._tokenizer.token_bytes(token)
         logprob, top = None, list[tuple[bytes, float]]()
         if logits is not None:
@@ -57,7 +57,7 @@ class Recorder:
         self._offset += len(self._tokenizer.decode([token]))  # special tokens are not part of the text
 
     def add_prompt(self, runtime: Runtime, ids: Sequence[int], cancelled: Callable[[], bool]) -> None:
-        """Append the tokens of a prompt, all of which the runtime is fed for it."""
+        """Append the tokens of a prompt; the runtime is fed the whole prompt for that."""
         self.add(ids[0], None)
         done = 1
         for chunk in runtime.score_chunks(ids):

@@ -1,4 +1,4 @@
-"""OpenAI's requests as tokens and options. What has no place in them is fields.py's. Source: OpenAI's API reference."""
+"""Turns OpenAI's requests into tokens and options. fields.py refuses other fields. Source: OpenAI's API reference."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class ParsedRequest:
 
 
 def _default_tokens(defaults: GenerationOptions, context: int, prompt_tokens: int) -> int:
-    """The longest answer to a request that names none; where nothing may be forgotten, what is left of the context."""
+    """The length limit of a request that names none; with `strict`, at most what is left of the context."""
     left = context - prompt_tokens
     return min(defaults.max_tokens, left) if defaults.strict and left > 0 else defaults.max_tokens
 
@@ -106,7 +106,7 @@ def _prompts(body: Mapping[str, Any]) -> list[str | list[int]]:
             "prompt is missing; give a text, a list of texts, token ids, or lists of token ids", field="prompt"
         )
     if len(prompts) > MAX_PROMPTS:
-        raise InputError(f"prompt brings {len(prompts)} texts; give at most {MAX_PROMPTS}", field="prompt")
+        raise InputError(f"prompt holds {len(prompts)} texts; give at most {MAX_PROMPTS}", field="prompt")
     return prompts
 
 
@@ -152,7 +152,7 @@ def _stop(body: Mapping[str, Any]) -> tuple[str, ...]:
         raise InputError("stop is neither a text nor a list of texts", field="stop", value=stop)
     if len(stop) > MAX_STOPS or any(len(text) > MAX_STOP_CHARS for text in stop):
         limit = f"give at most {MAX_STOPS} texts of at most {MAX_STOP_CHARS} characters"
-        raise InputError(f"stop brings {len(stop)} texts, or too long ones; {limit}", field="stop")
+        raise InputError(f"stop holds too many texts, or a text that is too long; {limit}", field="stop")
     return tuple(stop)
 
 
@@ -188,7 +188,7 @@ def messages_of(body: Mapping[str, Any], *, takes_system: bool = False) -> list[
 
     Args:
         body: the request.
-        takes_system: True leaves the system its turn; else what it says stands in front of the user's first turn.
+        takes_system: whether the template has a turn for the system; else its text is put in front of the user's first turn.
 
     Raises:
         InputError: there are no messages, or too many, or one has no role or text.
@@ -198,16 +198,16 @@ def messages_of(body: Mapping[str, Any], *, takes_system: bool = False) -> list[
         raise InputError("messages are missing; give a list of at least one", field="messages", value=messages)
     if len(messages) > MAX_MESSAGES:
         raise InputError(f"{len(messages)} messages are too many; give at most {MAX_MESSAGES}", field="messages")
-    said = [_said(message) for message in messages]
-    system = [text for _, text in takewhile(lambda each: each[0] in SYSTEM, said)]
-    said = said[len(system) :]
-    if not said:
+    spoken = [_role_and_text(message) for message in messages]
+    system = [text for _, text in takewhile(lambda each: each[0] in SYSTEM, spoken)]
+    spoken = spoken[len(system) :]
+    if not spoken:
         raise InputError("messages contain no message of a user", field="messages", value=messages)
     turns = [{"role": "system", "content": "\n\n".join(system)}] if system and takes_system else []
     if not takes_system:
-        said[0] = (said[0][0], "\n\n".join([*system, said[0][1]]))
+        spoken[0] = (spoken[0][0], "\n\n".join([*system, spoken[0][1]]))
     before = ""
-    for role, text in said:
+    for role, text in spoken:
         if role == before == "tool":  # the results of several calls are one turn
             turns[-1]["content"] += f"\n{text}"
         else:
@@ -216,10 +216,10 @@ def messages_of(body: Mapping[str, Any], *, takes_system: bool = False) -> list[
     return turns
 
 
-def _said(message: Any) -> tuple[str, str]:
-    """The role and the text of a message. The text may come in parts; calls of tools are text, too."""
+def _role_and_text(message: Any) -> tuple[str, str]:
+    """The role and the text of a message. The text may come in parts, and tool calls become text."""
     if not isinstance(message, dict) or message.get("role") not in (*SYSTEM, "user", "assistant", "tool"):
-        raise InputError("a message's role is none of system, user, assistant and tool", field="messages")
+        raise InputError("a message's role is not one of system, user, assistant and tool", field="messages")
     role, content, calls = message["role"], message.get("content"), message.get("tool_calls")
     calls = calls if role == "assistant" and isinstance(calls, list) else []
     if role == "assistant" and content is None:

@@ -22,7 +22,7 @@ class Refused(Exception):
         """Make the error.
 
         Args:
-            status: HTTP's.
+            status: the status of HTTP.
             message: one sentence for the client.
             param: the field of the request at fault, if one can be named.
             headers: of the response.

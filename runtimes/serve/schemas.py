@@ -58,12 +58,12 @@ def schema_of(body: Mapping[str, Any]) -> dict[str, Any] | None:
     """The JSON schema that the answer must fit, or None if any text will do.
 
     Raises:
-        InputError: the request names two schemas, a type that is not there, or a schema that cannot be followed.
+        InputError: the request holds two schemas, an unknown type, or a schema that cannot be followed.
     """
     schemas = {name: read(body[name]) for name, read in SPELLINGS.items() if body.get(name) is not None}
     schemas = {name: schema for name, schema in schemas.items() if schema is not None}
     if len(schemas) > 1:
-        raise InputError(f"{' and '.join(schemas)} both bring a schema; leave one of them out", field=list(schemas)[-1])
+        raise InputError(f"{' and '.join(schemas)} both hold a schema; leave one of them out", field=list(schemas)[-1])
     for name, schema in schemas.items():
         if isinstance(schema, str):
             schema = _parsed(name, schema)

@@ -19,7 +19,7 @@ from gemma_edge.runtimes.generation.generate import GenerationOptions
 
 PORTS = 1 << 16
 KEY_VARIABLE = "GEMMA_EDGE_API_KEY"
-# A family of addresses that this machine does not have: the others of the same name may do.
+# ABSENT: errors for a family of addresses that this machine does not have; another address of the same name may work.
 ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
@@ -29,10 +29,10 @@ class ServerOptions:
 
     host: str = "127.0.0.1"  # an address or a name of this machine
     port: int = 8080  # 0 takes a free one
-    api_key: str | None = None  # what requests must bring; needed where `host` can be reached from outside
-    no_auth: bool = False  # True lets everybody in who can reach `host`
-    allow_host: tuple[str, ...] = ()  # further names of this machine that requests may use; "*" allows all
-    cors: tuple[str, ...] = ()  # web pages of other places that may send requests; "*" allows all
+    api_key: str | None = None  # what requests must send; needed if `host` can be reached from outside
+    no_auth: bool = False  # True lets in everybody who can reach `host`
+    allow_host: tuple[str, ...] = ()  # more names of this machine that requests may use; "*" allows all
+    cors: tuple[str, ...] = ()  # origins of other web pages that may send requests; "*" allows all
     time_limit: float = 600.0  # seconds that one answer may take
     log: bool = False  # whether each request is printed to stderr
 
@@ -53,7 +53,7 @@ class ServerOptions:
             if origin != "*" and not _is_origin(origin):
                 problem = f"`cors` {origin!r} is not an origin"
                 raise InputError(
-                    problem, field="cors", value=origin, hint="give one such as http://localhost:3000, or *"
+                    problem, field="cors", value=origin, hint="give an origin such as http://localhost:3000, or *"
                 )
 
 
@@ -82,7 +82,7 @@ def serve(
         backend, threads: as in `gemma_edge.load`.
 
     Raises:
-        InputError: a package is missing, or the address or the bundle cannot be used, or the server would be open to everybody.
+        InputError: a package is missing, the address or the bundle cannot be used, or the server would be open to everybody.
     """
     if missing := [name for name in ("starlette", "uvicorn") if find_spec(name) is None]:
         raise InputError(f"the server needs {' and '.join(missing)}: pip install 'gemma-edge[serve]'")
@@ -117,11 +117,11 @@ def listen_on(server: ServerOptions) -> list[socket.socket]:
     """
     host, port = server.host, server.port
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        results = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise InputError(f"`host` {host!r} is unknown: {reason}", field="host", value=host) from None
-    addresses = list(dict.fromkeys((family, address) for family, _, _, _, address in found))
+    addresses = list(dict.fromkeys((family, address) for family, _, _, _, address in results))
     inside = all(ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback for _, address in addresses)
     if not inside and server.api_key is None and not server.no_auth:
         raise InputError(
@@ -161,7 +161,7 @@ def _refusal(host: str, port: int, error: OSError) -> InputError:
         return InputError(f"`port` {port} of {host} is taken", field="port", value=port, hint=hint)
     if error.errno == errno.EACCES:
         hint = "give a `port` of 1024 or above"
-        return InputError(f"`port` {port} is for the administrator", field="port", value=port, hint=hint)
+        return InputError(f"only the administrator may use `port` {port}", field="port", value=port, hint=hint)
     hint = "give an address of this machine, such as 127.0.0.1"
     return InputError(f"cannot listen on `host` {host}: {error.strerror}", field="host", value=host, hint=hint)
 

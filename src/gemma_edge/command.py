@@ -62,21 +62,21 @@ def _interrupts_kept() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-# What is wrong with the disk that is written to, by the error's number
+# DISK_ERRORS: what the message says about the disk that is written to, by the error's number
 DISK_ERRORS = {
     errno.ENOSPC: "no space left on {}; free some, or write to another disk",
     errno.EDQUOT: "no space left in your quota on {}; free some, or write to another disk",
-    errno.EFBIG: "{}: no file may become that large here; raise the limit (ulimit -f), or write to another disk",
-    errno.EROFS: "{} can only be read; write to another disk",
+    errno.EFBIG: "{}: the file is larger than the limit allows; raise the limit (ulimit -f), or write to another disk",
+    errno.EROFS: "{} is on a read-only disk; write to another disk",
 }
 
 
 def _of_the_machine(error: Exception) -> str | None:
-    """One line for an error that lies in the machine and not in our code; None for another error."""
+    """One line for an error that the machine causes and not our code; None for any other error."""
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return DISK_ERRORS[error.errno].format(error.filename or "the disk that is written to")
     if is_out_of_memory(error):
-        return "not enough memory; close other programs, raise the limit (ulimit -v, or the container's), or take less"
+        return "not enough memory; close other programs, raise the limit (ulimit -v, or the container's), or choose smaller sizes"
     return None
 
 
@@ -89,7 +89,7 @@ def clean_up_when_ended() -> None:
 
     def end(signum: int, frame: FrameType | None) -> None:
         for number in numbers:
-            signal.signal(number, signal.SIG_IGN)  # the cleaning up is not to be interrupted by the next one
+            signal.signal(number, signal.SIG_IGN)  # the next signal must not interrupt the cleaning up
         raise SystemExit(128 + signum)
 
     for number in numbers:
@@ -99,7 +99,7 @@ def clean_up_when_ended() -> None:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn an InputError, a disk or a memory that is full, and Ctrl-C inside the block into one line and an exit code.
+    """Turn an InputError, a full disk, full memory and Ctrl-C inside the block into one line and an exit code.
 
     Raises:
         click.exceptions.Exit: instead of those.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 # A parameter's name in a message, between backticks. Other text between backticks is left as it stands.
 _PARAMETER = re.compile(r"`([a-z][a-z0-9_]*)`")
-MAX_SAID = 300  # characters of a library's message in one of ours
+MAX_QUOTED = 300  # characters of a library's message that one of our messages quotes
 
 
 class InputError(ValueError):
@@ -56,12 +56,12 @@ class InputError(ValueError):
 
 
 def one_line(error: Exception) -> str:
-    """What a library's error says first, or its kind where it says nothing; shortened, and without control characters."""
+    """The first line of a library's error, shortened and without control characters; the error's kind if it has no text."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = printable(lines[0]) if lines else type(error).__name__
-    return said if len(said) <= MAX_SAID else f"{said[: MAX_SAID - 3]}..."
+    text = printable(lines[0]) if lines else type(error).__name__
+    return text if len(text) <= MAX_QUOTED else f"{text[: MAX_QUOTED - 3]}..."
 
 
 def printable(text: str) -> str:
-    """A text for a terminal. Control characters are shown as escapes, because a name could command the terminal by them."""
+    """A text for a terminal. Control characters become escapes, because a name could control the terminal with them."""
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)

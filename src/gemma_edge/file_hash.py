@@ -1,4 +1,4 @@
-"""The hash of a large file's bytes, and what else is computed from them, remembered in the user's cache: a model is read once.
+"""Remembers in the user's cache what was computed from a large file's bytes, such as its hash, so that a model is read once.
 
 It is remembered for one state of one file: path, device, inode, size and the times of its last changes. A user cannot set the
 time of the last change of an inode, so a file that was changed, replaced or restored is hashed again.

@@ -13,21 +13,21 @@ from pathlib import Path
 
 from gemma_edge.errors import InputError
 
-MAX_LABEL = 200  # bytes of a name that may stand in a longer one, which has 255 at most
+MAX_LABEL = 200  # bytes of a name that is part of a longer one; file systems allow 255
 
 
 def check_writable(option: str, path: Path) -> None:
     """Refuse a file that could not be written after hours of work.
 
     Raises:
-        InputError: something else than a file is there, or its own folder is missing or not to be written.
+        InputError: something else than a file is there, or its folder is missing or cannot be written to.
     """
     try:
         # a device or a pipe would be replaced by a file; a link is replaced, wherever it leads
         writable = stat.S_ISREG(mode := os.lstat(path).st_mode) or stat.S_ISLNK(mode)
     except FileNotFoundError:
         writable = True
-    except (OSError, ValueError):  # too long a name, or a NUL in it
+    except (OSError, ValueError):  # a name that is too long, or a NUL in it
         writable = False
     writable = writable and not path.is_dir() and os.access(path.absolute().parent, os.W_OK)
     if not writable:
@@ -35,7 +35,7 @@ def check_writable(option: str, path: Path) -> None:
 
 
 def label(name: str) -> str:
-    """A name for use in a longer one: itself, or where there would be no room its hash."""
+    """A name for use in a longer one: the name itself, or its hash if it is too long."""
     return name if len(os.fsencode(name)) <= MAX_LABEL else hashlib.sha256(os.fsencode(name)).hexdigest()
 
 
@@ -60,9 +60,9 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def others_can_change(path: Path) -> bool:
-    """Whether every user of this machine could have put the bytes of a file there. Windows does not tell: there it is believed.
+    """Whether every user of this machine can change a file. Always False on Windows, which does not tell.
 
-    In a folder like /tmp, in which everybody may make files but only change their own, it must be the user's or root's.
+    In a folder like /tmp everybody may make files but change only their own, so there the file must be the user's or root's.
     """
     if sys.platform == "win32":
         return False

@@ -30,7 +30,7 @@ def memory_mib(pid: int | str = "self") -> dict[str, float]:
     return {NAMES[key]: int(value.split()[0]) / 1024 for key, value in pairs if key in NAMES}
 
 
-# Parts of the messages of libraries that got no memory and do not raise a MemoryError: torch, onnxruntime, the loader, threads.
+# OUT_OF_MEMORY: parts of messages for full memory without a MemoryError: from torch, onnxruntime, the loader and threads.
 OUT_OF_MEMORY = (
     "can't allocate memory",
     "cannot allocate memory",
@@ -47,8 +47,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that there is not enough memory."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
-    said = str(error).lower()
-    return not isinstance(error, ValueError) and any(part in said for part in OUT_OF_MEMORY)
+    message = str(error).lower()
+    return not isinstance(error, ValueError) and any(part in message for part in OUT_OF_MEMORY)
 
 
 # UNUSED_ADDRESSES: addresses that a process takes without using their memory: libraries loaded later, stacks of threads.
@@ -59,14 +59,14 @@ FILE = "inactive_file "
 
 
 def room_bytes(cgroups: Path = CGROUPS, own: Path = Path("/proc/self/cgroup")) -> int | None:
-    """Bytes that this process may still take under the limits that end it: the machine's memory, `ulimit -v`, a container's.
+    """Bytes that this process may still take under all limits: the machine's memory, `ulimit -v` and those of its containers.
 
     Args:
         cgroups: where Linux shows the limits of groups of processes.
         own: the file that names the groups of this process.
 
     Returns:
-        None where the system tells of no limit.
+        None if the system reports no limit.
     """
     rooms = _room_in_cgroups(cgroups, own)
     if (addresses := room_in_address_space()) is not None:
@@ -99,7 +99,7 @@ def room_in_address_space() -> int | None:
 
 
 def _room_in_cgroups(cgroups: Path, own: Path) -> list[int]:
-    """The room in the group of this process and those around it, of both versions; cached file pages count as free."""
+    """The room in this process's group and in those around it, for cgroups 1 and 2; cached file pages count as free."""
     rooms = []
     for line in _text(own).splitlines():
         _, controllers, inner = line.split(":", 2)

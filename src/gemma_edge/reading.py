@@ -1,8 +1,8 @@
-"""Reads a file that somebody else wrote, whole: a regular file, no larger than its kind may be, or one line that names it.
+"""Reads files that somebody else wrote. A file that is not regular, or too large for its kind, is refused in one line.
 
-A folder, a pipe, a device, or a link that leads nowhere in the place of a file is an error and not an absent file: `present`.
-Formats that other programs read too (JSON, chat templates) may not begin with a byte order mark, as transformers, the tokenizers
-library and Kotlin refuse it. In plain text it is left out.
+A folder, a pipe, a device, or a link that leads nowhere is an error and does not count as an absent file; see `present`.
+Formats that other programs read too (JSON, chat templates) may not begin with a byte order mark, because transformers, the
+tokenizers library and Kotlin refuse it. From plain text it is removed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAX_JSON = 16 << 20
 MAX_TOKENIZER = 256 << 20
 MAX_TEMPLATE = 256 << 10
 MAX_TEXT = 1 << 30
-MAX_DEPTH = 100  # of lists and objects in each other
+MAX_DEPTH = 100  # levels of nested lists and objects
 MODEL_HINT = "pass a Hugging Face model folder"
 BOM = b"\xef\xbb\xbf"
 KINDS = {
@@ -34,17 +34,17 @@ KINDS = {
 
 
 def present(path: Path) -> bool:
-    """Whether something lies at a path, be it something that cannot be read."""
+    """Whether something lies at a path, even something that cannot be read."""
     return os.path.lexists(path)
 
 
 def check_regular(path: Path, hint: str, *, field: str | None = None) -> os.stat_result:
-    """What the system says of a regular file, links followed.
+    """The status of a regular file, links followed.
 
     Args:
         path: the file.
         hint: what the error says to do.
-        field: the parameter that names the file, if it is not one file of a folder.
+        field: the parameter that names the file; None: it is one file of a folder.
 
     Raises:
         InputError: nothing is there, or something else than a regular file.
@@ -77,7 +77,7 @@ def read_bytes(path: Path, hint: str, *, max_bytes: int, field: str | None = Non
     """
     size = check_regular(path, hint, field=field).st_size
     if size > max_bytes:
-        raise _refusal(path, f"has {size} bytes, at most {max_bytes} are read", hint, field)
+        raise _refusal(path, f"has {size} bytes; at most {max_bytes} are read", hint, field)
     try:
         with open(path, "rb", opener=_opener) as file:
             return file.read(size)

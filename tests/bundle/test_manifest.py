@@ -131,7 +131,7 @@ def test_what_is_no_manifest_is_one_clear_line(tmp_path: Path, text: bytes, mess
 
 def test_a_manifest_that_is_too_large_or_no_file_is_not_read(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundles, "MAX_MANIFEST_BYTES", 1000)
-    with pytest.raises(InputError, match=r"manifest.json has \d+ bytes, at most 1000 are read"):
+    with pytest.raises(InputError, match=r"manifest.json has \d+ bytes; at most 1000 are read"):
         Manifest.load(bundle)
     (bundle / MANIFEST).unlink()
     os.mkfifo(bundle / MANIFEST)  # to read it would never end

@@ -283,8 +283,8 @@ def test_a_reader_that_leaves_ends_the_answer_in_silence(bundle: Path) -> None:
         (InputError("two\nlines"), "error: two lines"),
         (OSError(28, "No space left on device", "/out/file"), "error: no space left on /out/file; free some"),
         (OSError(28, "No space left on device"), "error: no space left on the disk that is written to"),
-        (OSError(27, "File too large", "/out/file"), "error: /out/file: no file may become that large here"),
-        (OSError(30, "Read-only file system", "/out/file"), "error: /out/file can only be read"),
+        (OSError(27, "File too large", "/out/file"), "error: /out/file: the file is larger than the limit allows"),
+        (OSError(30, "Read-only file system", "/out/file"), "error: /out/file is on a read-only disk"),
         (MemoryError(), "error: not enough memory"),
     ],
 )
@@ -366,7 +366,7 @@ def test_schemas_that_are_refused(bundle: Path, token_bundle: Path, tmp_path: Pa
     pytest.importorskip("llguidance", reason="llguidance is not installed: pip install 'gemma-edge[json]'")
     schema = json.dumps(SCHEMA)
     assert "No such file" in error_of(run(bundle, "-p", "a", "--json-schema", str(tmp_path / "none.json")))
-    assert "is no JSON" in error_of(run(bundle, "-p", "a", "--json-schema", "{"))
+    assert "is not JSON" in error_of(run(bundle, "-p", "a", "--json-schema", "{"))
     assert "allow at least" in error_of(run(bundle, "-p", "a", "-n", "5", "--json-schema", schema))
     assert "in response_format" in error_of(run(bundle, "--serve", "--json-schema", schema))
     result = run(token_bundle, "-p", "2,7", "--json-schema", schema)

@@ -80,7 +80,7 @@ def test_an_id_that_the_table_does_not_have_is_refused(folder: Path) -> None:
 
     edit_tokenizer(folder, move)
     with pytest.raises(
-        InputError, match=r"has the id 1835005505, the model has a vocabulary of 4096; take the tokeniz"
+        InputError, match=r"has the id 1835005505, but the model has a vocabulary of 4096; take the tokeniz"
     ):
         check_text_files(folder, TOY_CONFIG)
 
@@ -124,10 +124,10 @@ def test_a_template_that_fails_is_refused(template: str, words: str, folder: Pat
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        ("{{ raise_exception('documents are needed') }}", "a conversation of 1 turns: .* documents are needed"),
+        ("{{ raise_exception('documents are needed') }}", "a conversation with 1 messages: .* documents are needed"),
         (
             "{% if messages | length > 1 %}{{ raise_exception('one turn') }}{% endif %}{{ messages[0]['content'] }}",
-            "of 3",
+            "with 3",
         ),
         ("{{ bos_token }}", "leaves out what the user says"),
     ],

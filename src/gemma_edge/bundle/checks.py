@@ -47,7 +47,7 @@ def config_problems(config: ModelConfig, at: tuple[Key, ...] = ("config",)) -> I
         expected = f"a divisor of num_attention_heads, {config.num_attention_heads}"
         yield problem("num_key_value_heads", config.num_key_value_heads, expected)
     if config.hidden_size % config.num_attention_heads:
-        expected = f"a multiple of num_attention_heads, {config.num_attention_heads}, as transformers demands"
+        expected = f"a multiple of num_attention_heads, {config.num_attention_heads}, as transformers requires"
         yield problem("hidden_size", config.hidden_size, expected)
     if config.head_dim % 2:
         yield problem("head_dim", config.head_dim, "even")

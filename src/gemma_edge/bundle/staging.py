@@ -41,7 +41,7 @@ def refuse_existing(out: Path, force: bool, kind: Kind = BUNDLE) -> None:
     """Refuse a destination that exists. With `force`, a folder of the same kind or an empty one there may be replaced.
 
     Raises:
-        InputError: something is there that must stay, or nothing can be written there.
+        InputError: what is there must stay, or nothing can be written there.
     """
     with _named(out):
         _refuse_existing(_place(out), out, force, kind)
@@ -61,7 +61,7 @@ def _refuse_existing(place: Path, out: Path, force: bool, kind: Kind) -> None:
         )
     if os.path.ismount(place):
         raise InputError(
-            f"{out} is the top of a file system, which cannot be replaced",
+            f"{out} is a mount point, which cannot be replaced",
             field="out",
             value=out,
             hint="pass a folder inside it as `out`",
@@ -100,11 +100,11 @@ def _remove_empty(folders: Iterable[Path]) -> None:
 
 
 def put(new: Path, place: Path, *, aside: Path) -> None:
-    """Put a folder in the place of another one, in one step where the system can do it: there is no moment without a folder.
+    """Put a folder in the place of another one, in one step where the system can do it, so that one is always there.
 
     Args:
         new: the folder; where two can be exchanged, the old one lies here afterwards.
-        place: where it goes, on the same file system; nothing need be there.
+        place: where it goes, on the same file system; nothing has to be there yet.
         aside: where the old one goes if two folders cannot be exchanged.
     """
     if not place.exists():
@@ -135,7 +135,7 @@ def _place(out: Path) -> Path:
     """Where `out` lies in the end: links are followed.
 
     Raises:
-        InputError: it is a link to nothing. What it should lead to may be a disk that is not there at the moment.
+        InputError: it is a link to nothing. It may lead to a disk that is not mounted at the moment.
     """
     place = Path(os.path.realpath(out))
     if out.is_symlink() and not place.exists():
@@ -150,11 +150,11 @@ def _place(out: Path) -> Path:
 
 @contextmanager
 def _named(out: Path, inside: Path | None = None) -> Iterator[None]:
-    """Turn what the system says of the destination into one line.
+    """Turn the system's errors about the destination into one line.
 
     Args:
-        out: as the user called it.
-        inside: errors of files elsewhere than in this folder are passed on; None takes all errors.
+        out: the destination, as the user gave it.
+        inside: errors about files outside this folder are passed on; None: no error is.
     """
     try:
         yield
@@ -170,7 +170,7 @@ def _named(out: Path, inside: Path | None = None) -> Iterator[None]:
 
 @contextmanager
 def _work_folder(place: Path) -> Iterator[Path]:
-    """A hidden folder beside `place`, which goes at the end. It is locked while its process lives, however that ends."""
+    """A hidden folder beside `place`, removed at the end. It is locked as long as its process lives."""
     work, lock = _made_and_locked(place)
     try:
         yield work
@@ -183,7 +183,7 @@ def _made_and_locked(place: Path) -> tuple[Path, int | None]:
     while True:
         work = place.parent / f"{_hidden(place)}{os.getpid()}-{secrets.token_hex(4)}"
         work.mkdir(parents=True)
-        with suppress(BlockingIOError, FileNotFoundError):  # somebody tidied up in between, and took it for a leftover
+        with suppress(BlockingIOError, FileNotFoundError):  # another process took it for a leftover
             lock = _lock(work)
             if work.exists():
                 return work, lock
@@ -216,7 +216,7 @@ def _lock(folder: Path) -> int | None:
     """A lock on a folder, as a descriptor: the lock is gone when that is closed, or its process ends.
 
     Returns:
-        None where folders cannot be locked: on Windows and some network file systems.
+        None if folders cannot be locked, as on Windows and some network file systems.
 
     Raises:
         BlockingIOError: another process holds it.
@@ -241,7 +241,7 @@ def _unlock(lock: int | None) -> None:
 
 
 def _alive(pid: str) -> bool:
-    """Whether a process has this number. Asked where a lock says nothing."""
+    """Whether a process has this number. Used where folders cannot be locked."""
     try:
         os.kill(int(pid), 0)
     except (ProcessLookupError, ValueError, OverflowError):

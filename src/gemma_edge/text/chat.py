@@ -127,7 +127,7 @@ class ChatTemplate:
 
         Raises:
             ConversationRefused: the template does not take such a conversation.
-            InputError: the template is broken, or takes too many steps.
+            InputError: the template fails, or takes too many steps.
         """
         try:
             with limited(list(messages)):
@@ -145,10 +145,10 @@ class ChatTemplate:
 
     @cached_property
     def takes_system(self) -> bool:
-        """Whether a message of the system has a turn of its own; Gemma 2's template refuses it."""
-        told = "what the system says"
+        """Whether the template writes a system message as a turn of its own; Gemma 2's template refuses it."""
+        text = "what the system says"
         try:
-            return told in self.render([{"role": "system", "content": told}, {"role": "user", "content": "Hello"}])
+            return text in self.render([{"role": "system", "content": text}, {"role": "user", "content": "Hello"}])
         except InputError:
             return False
 

@@ -1,6 +1,6 @@
-"""Uses a model's tokenizer and chat template before anything is made of them: what is damaged is refused, what is odd is told.
+"""Tries a model's tokenizer and chat template before an export. Damaged ones are refused; a warning names what looks wrong.
 
-Without this a bundle would be made, and text would become other tokens than in the original, or chatting would fail.
+Without this check a bundle could turn text into other tokens than the original, or fail in a chat.
 """
 
 from __future__ import annotations
@@ -61,10 +61,12 @@ def check_text_files(folder: Path, config: TextConfig) -> tuple[int, ...]:
     _check_ids(tokenizer, path, config.vocab_size)
     _check_bytes(tokenizer, path)
     if tokenizer.decode(tokenizer.encode(SAMPLE, add_special_tokens=False).ids) != SAMPLE:
-        logger.warning("%s: a text does not come back from its tokens as it was", path)
+        logger.warning("%s: decoding the tokens of a text does not give the same text", path)
     bos = tokenizer.token_to_id(template.bos)
     if bos != config.bos_token_id:
-        logger.warning("%s: %s has the id %s, the model begins with %d", path, template.bos, bos, config.bos_token_id)
+        logger.warning(
+            "%s: %s has the id %s, the model's texts begin with %d", path, template.bos, bos, config.bos_token_id
+        )
     _, answered, after = conversation.rpartition(ANSWER)
     end = next(_special(tokenizer, after), None) if answered else None
     return _stop_ids(path, tokenizer, end, config)
@@ -78,7 +80,7 @@ def _render(template: ChatTemplate) -> str:
             if QUESTION not in template.render(messages):
                 logger.warning("the chat template leaves out what the user says")
         except ConversationRefused as error:
-            logger.warning("a conversation of %d turns: %s", len(messages), error)
+            logger.warning("a conversation with %d messages: %s", len(messages), error)
             return ""
         except InputError as error:
             raise InputError(f"{error}", hint=TEMPLATE_HINT) from None
@@ -91,12 +93,12 @@ def _check_ids(tokenizer: tokenizers.Tokenizer, path: Path, vocab_size: int) -> 
     for piece, token in every.items():
         if token >= vocab_size and piece in pieces:
             raise InputError(
-                f"{path}: {shown(piece)} has the id {token}, the model has a vocabulary of {vocab_size}",
+                f"{path}: {shown(piece)} has the id {token}, but the model has a vocabulary of {vocab_size}",
                 hint=TOKENIZER_HINT,
             )
         if token >= vocab_size:
             logger.warning(
-                "%s: %s has the id %d, the model has a vocabulary of %d: a text that contains it cannot be used",
+                "%s: %s has the id %d, but the model has a vocabulary of %d: a text that contains it cannot be used",
                 path,
                 shown(piece),
                 token,
@@ -115,7 +117,7 @@ def _check_ids(tokenizer: tokenizers.Tokenizer, path: Path, vocab_size: int) -> 
 
 
 def _check_bytes(tokenizer: tokenizers.Tokenizer, path: Path) -> None:
-    """Every byte must have a piece, or texts in rare writings would lose characters."""
+    """Refuse a tokenizer in which a byte has no token: texts in rare scripts would lose characters."""
     model: Any = tokenizer.model
     if not (isinstance(model, BPE) and model.byte_fallback):
         return
@@ -125,7 +127,7 @@ def _check_bytes(tokenizer: tokenizers.Tokenizer, path: Path) -> None:
             raise InputError(f"{path} has no token for the byte {byte}, <0x{byte:02X}>", hint=TOKENIZER_HINT)
         text = tokenizer.decode([token], skip_special_tokens=False)
         if text != (chr(byte) if byte < 128 else "\ufffd"):
-            raise InputError(f"{path}: the byte {byte} comes back as {shown(text)}", hint=TOKENIZER_HINT)
+            raise InputError(f"{path}: the token of the byte {byte} decodes to {shown(text)}", hint=TOKENIZER_HINT)
 
 
 def _stop_ids(path: Path, tokenizer: tokenizers.Tokenizer, end: int | None, config: TextConfig) -> tuple[int, ...]:
@@ -135,7 +137,7 @@ def _stop_ids(path: Path, tokenizer: tokenizers.Tokenizer, end: int | None, conf
     if end in known or end is None or end >= config.vocab_size:
         return stops
     logger.warning(
-        "%s: %s ends a turn in the chat template, and is not among the stop ids %s: it is added to them",
+        "%s: %s ends a turn in the chat template, but is not among the stop ids %s; it is added to them",
         path.parent,
         shown(tokenizer.id_to_token(end)),
         list(stops),

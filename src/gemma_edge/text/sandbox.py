@@ -1,4 +1,4 @@
-"""Where a stranger's chat template runs: jinja's sandbox, with a limit of steps and of sizes for each rendering.
+"""Where a stranger's chat template runs: jinja's sandbox, with limits for the steps and sizes of each rendering.
 
 jinja's own sandbox bounds neither: `{% for %}` in `{% for %}` runs for years, and `'a' * 10 ** 10` takes all memory. Here every
 round of a loop, call, filter, operator and comparison counts, and so does the size of what it may make. Both limits grow with the
@@ -24,8 +24,8 @@ from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-MAX_STEPS = 200_000  # of a rendering, besides 10 for each character of the conversation
-MAX_SIZE = 1_000_000  # characters or items of one value, besides 100 for each character of the conversation
+MAX_STEPS = 200_000  # steps of a rendering, and 10 more for each character of the conversation
+MAX_SIZE = 1_000_000  # characters or items of one value, and 100 more for each character of the conversation
 SIZE_OF_STEP = 100  # characters or items that cost as much as a step
 MAX_BITS = 4096  # of an integer
 ROUNDS, JOINED, CHECKED = "_rounds", "_joined", "_checked"  # names of filters; a template's own cannot begin with _
@@ -147,7 +147,7 @@ def _filter(node: nodes.Node, name: str) -> nodes.Filter:
 
 
 class _Generation(Extension):
-    """`{% generation %}`, with which trainers mark what the assistant says: here it changes nothing."""
+    """`{% generation %}`, with which trainers mark the assistant's text. Here it changes nothing."""
 
     tags = {"generation"}
 
@@ -164,7 +164,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     concat = staticmethod(_concat)
 
     def __init__(self) -> None:
-        # not optimized: constants would be computed before anything counts; finalize keeps outputs from that, too
+        # Not optimized, because constants would be computed before anything counts; finalize prevents that for outputs.
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,

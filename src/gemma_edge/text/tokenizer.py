@@ -121,7 +121,7 @@ class Tokenizer:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that one token stands for; a special token is its name, an id that no token has is empty."""
+        """The bytes that one token stands for: for a special token its name, for an id without a token nothing."""
         name = self._tokenizer.id_to_token(token) or ""
         byte = BYTE_TOKEN.fullmatch(name)
         return bytes([int(byte[1], 16)]) if byte else name.replace(BLANK, " ").encode()

@@ -120,7 +120,7 @@ def test_weights_that_lie_elsewhere_are_one_line(key: str, value: str, talking: 
         entry.value = value if entry.key == key else entry.value
     (copy / "generate.onnx").write_bytes(graph.SerializeToString())
     reseal(copy)
-    assert "generate.onnx is damaged or no graph of this bundle: " in refusal(copy, backend="onnx")
+    assert "generate.onnx is damaged, or is not a graph of this bundle: " in refusal(copy, backend="onnx")
 
 
 CHECKS: dict[str, Callable[[Path], None]] = {"model.tflite": check_model, "model.pte": check_program}

@@ -170,7 +170,7 @@ def test_a_file_that_is_no_graph_is_one_clear_error(tmp_path: Path, content: byt
     bundle = write_toy_bundle(tmp_path / "bundle")
     (bundle / "generate.onnx").write_bytes(content)
     reseal(bundle)
-    with pytest.raises(InputError, match="generate.onnx is damaged or no graph of this bundle"):
+    with pytest.raises(InputError, match="generate.onnx is damaged, or is not a graph of this bundle"):
         OnnxRuntime(bundle, Manifest.load(bundle), threads=1)
 
 

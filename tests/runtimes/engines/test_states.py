@@ -117,8 +117,8 @@ def test_a_state_that_every_user_can_change_is_refused(let: Callable[[Path], Non
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ([], "is none of this bundle"),
-        ([{"messages": [], "ids": [10**6], "texts": []}], "is none of this bundle"),
+        ([], "does not belong to this bundle"),
+        ([{"messages": [], "ids": [10**6], "texts": []}], "does not belong to this bundle"),
         ([{"messages": [5], "ids": [], "texts": []}], "holds no conversation"),
         ([{"messages": [], "ids": ["5"], "texts": []}], "holds no conversation"),
     ],

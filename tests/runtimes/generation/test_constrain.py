@@ -203,7 +203,7 @@ def test_damaged_logits_are_still_noticed(vocabulary: Vocabulary) -> None:
 
 
 REFUSED = {
-    "no JSON": ("{", "the schema is no JSON"),
+    "no JSON": ("{", "the schema is not JSON"),
     "no file": ("schema.json", "cannot read the schema schema.json: No such file"),
     "type": ('{"type": "strin"}', "cannot be followed: Invalid type: strin"),
     "keyword": ('{"not": {}}', 'cannot be followed: Unimplemented keys: ["not"]'),
@@ -228,7 +228,7 @@ def test_a_schema_that_would_not_be_followed_is_refused(schema: str, said: str) 
 def test_a_file_that_is_no_object_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "schema.json"
     path.write_text("[]")
-    with pytest.raises(InputError, match="is no JSON object"):
+    with pytest.raises(InputError, match="is not a JSON object"):
         read_schema(str(path))
     path.write_text(json.dumps(PERSON))
     assert read_schema(str(path)) == PERSON == read_schema(" " + json.dumps(PERSON))

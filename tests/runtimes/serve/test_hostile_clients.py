@@ -119,7 +119,7 @@ def test_half_sent_requests_are_dropped(bundle: Path, monkeypatch: pytest.Monkey
         half_body = connect(port, HEAD + b"Content-Length: 10\r\n\r\n{")
         assert ended(silent) == ended(half_head) == ended(after_one) == b""
         answer = ended(half_body)
-        assert b" 408 " in answer and b"did not come within" in answer
+        assert b" 408 " in answer and b"did not arrive within" in answer
 
 
 def test_a_client_that_does_not_read_is_dropped(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

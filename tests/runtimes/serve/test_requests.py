@@ -117,7 +117,7 @@ def test_a_schema_comes_in_every_servers_spelling(body: dict[str, Any], model: M
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ({"json_schema": SCHEMA, "guided_json": SCHEMA}, "json_schema and guided_json both bring a schema"),
+        ({"json_schema": SCHEMA, "guided_json": SCHEMA}, "json_schema and guided_json both hold a schema"),
         ({"structured_outputs": {"regex": "a+"}}, "regex 'a\\+' is not supported"),
         ({"structured_outputs": {"choice": ["a"]}}, "choice .* is not supported"),
         ({"guided_json": "{"}, "guided_json is not JSON"),
@@ -196,7 +196,7 @@ def test_what_the_system_says_has_its_turn_where_the_template_has_one() -> None:
     [
         ([{"role": "user", "content": "a"}] * 2049, "2049 messages are too many"),
         ([{"role": "user", "content": None}], "neither text nor a list"),
-        ([{"role": ["user"], "content": "a"}], "role is none of"),
+        ([{"role": ["user"], "content": "a"}], "role is not one of"),
         ([{"role": "assistant", "content": None, "tool_calls": [3]}], "a tool call has no function"),
     ],
     ids=lambda part: part if isinstance(part, str) else None,

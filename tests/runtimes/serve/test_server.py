@@ -156,7 +156,7 @@ def test_the_bundle_is_the_one_model(client: Any, port: int) -> None:
         ({"temperature": -1}, "temperature -1 is neither"),
         ({"extra_body": {"temperature": "hot"}}, "temperature 'hot' is not a number"),
         ({"messages": []}, "messages are missing"),
-        ({"messages": [{"role": "robot", "content": "a"}]}, "role is none of system"),
+        ({"messages": [{"role": "robot", "content": "a"}]}, "role is not one of system"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "neither text nor a list of text"),
     ],
 )
