@@ -15,7 +15,7 @@ help:
 	@echo 'make android       a signed APK of the app, without Android SDK and Gradle; needs the same'
 	@echo 'make phone   fetch Android'"'"'s adbd from Debian into out/phone: with it the tests of gemma-bench --device run'
 	@echo 'make tflite-runtime  an environment for tflite-runtime in out/tflite-runtime: with it its tests run; needs Python 3.11'
-	@echo 'make campaign      hostile inputs, bundles, clients and moments, by the thousand: an hour; ARGS="--seed 7" is passed on'
+	@echo 'make campaign      try thousands of damaged inputs, bundles and requests, for about an hour; ARGS="--seed 7" is passed on'
 	@echo 'make sbom    the list of installed packages with versions and licences, as CycloneDX, in out/sbom.cdx.json'
 	@echo 'make clean   remove everything that these made, except .venv'
 
@@ -67,7 +67,7 @@ test: setup
 	$(BIN)/mypy
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-# Each prints how many tries it made and what became of them, and fails at the first campaign with a bad outcome.
+# Each campaign prints how many tries it made and their outcomes. The first campaign with a bad outcome ends the target.
 CAMPAIGNS ?= inputs bundles states kill disk server
 campaign: setup
 	for name in $(CAMPAIGNS); do PYTHONPATH=tests $(BIN)/python -m campaigns.$$name $(ARGS) || exit 1; done
