@@ -186,7 +186,7 @@ class Worker:
         self._process: subprocess.Popen[str] | None = None
 
     def open(self, bundle: Path, backend: str) -> tuple[str, Any]:
-        """The outcome, and what was said or computed."""
+        """The outcome, and the message or the result."""
         process = self._process or self._start()
         assert process.stdin is not None and process.stdout is not None
         before = self._errors.stat().st_size
@@ -201,10 +201,10 @@ class Worker:
         if not line:
             code = process.wait()
             self.close()
-            return "signal", f"exit code {code}: {self._said(before)[-300:]}"
+            return "signal", f"exit code {code}: {self._printed(before)[-300:]}"
         reply = json.loads(line)
-        if said := self._said(before):
-            return "traceback", f"on stderr beside {reply['what']}: {said[:500]}"
+        if printed := self._printed(before):
+            return "traceback", f"on stderr beside {reply['what']}: {printed[:500]}"
         return reply["outcome"], reply["what"]
 
     def close(self) -> None:
@@ -226,7 +226,7 @@ class Worker:
             )
         return self._process
 
-    def _said(self, before: int) -> str:
+    def _printed(self, before: int) -> str:
         return self._errors.read_bytes()[before:].decode(errors="replace").strip()
 
 

@@ -47,17 +47,17 @@ def one_try(folder: Path, out: Path, limit: int | None) -> tuple[str, str]:
     errors = folder / "stderr"
     before = exports.whole(out)
     code = exports.wait(exports.start(errors, lambda: export_under(limit, out)))
-    said = errors.read_text(errors="replace")
+    printed = errors.read_text(errors="replace")
     if code is None:
-        return "hang", said[-300:]
-    outcome = outcome_of(code, said)
+        return "hang", printed[-300:]
+    outcome = outcome_of(code, printed)
     try:
         after, rest = exports.whole(out), exports.left(out, cleaned=False)
     except InputError as error:
         return "left_over", f"half a bundle: {error}"
     if rest or (outcome == "refused" and after != before):
         return "left_over", f"{rest} {before!r} became {after!r}"
-    return outcome, said[-600:]
+    return outcome, printed[-600:]
 
 
 def run(campaign: Campaign, tries: int) -> None:

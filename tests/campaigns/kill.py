@@ -30,11 +30,11 @@ def one_try(folder: Path, previous: Path | None, ended_by: signal.Signals, after
     time.sleep(after_s)
     os.kill(pid, ended_by)
     code = exports.wait(pid)
-    said = errors.read_text(errors="replace")
+    printed = errors.read_text(errors="replace")
     if code is None:
-        return "hang", said[-300:]
-    if code not in (0, -ended_by) and (code != 128 + ended_by or "Traceback" in said):
-        return "traceback", f"exit code {code}: {said[-600:]}"
+        return "hang", printed[-300:]
+    if code not in (0, -ended_by) and (code != 128 + ended_by or "Traceback" in printed):
+        return "traceback", f"exit code {code}: {printed[-600:]}"
     quick = [] if ended_by == signal.SIGKILL or code == -ended_by else exports.left(out, cleaned=False)
     try:
         after = exports.whole(out)

@@ -210,7 +210,7 @@ def settled_mib(server: Process) -> float:
 def problems(server: Process, max_mib: float) -> Iterator[Outcome]:
     """What is wrong with the server at the end; it may have so much memory."""
     if server.process.poll() is not None:
-        yield "signal", f"the server has ended: {server.process.returncode}, {server.said()[-1000:]}"
+        yield "signal", f"the server has ended: {server.process.returncode}, {server.printed()[-1000:]}"
         return
     after_mib = settled_mib(server)
     click.echo(f"server: resident memory {after_mib:.1f} MiB at the end, {max_mib:.1f} MiB are allowed")
@@ -225,9 +225,9 @@ def problems(server: Process, max_mib: float) -> Iterator[Outcome]:
         server.process.wait(HANG_S)
     except subprocess.TimeoutExpired:
         yield "hang", "the server does not end"
-    said = server.said()
-    if "Traceback" in said or "Exception" in said:
-        yield "traceback", said[-3000:]
+    printed = server.printed()
+    if "Traceback" in printed or "Exception" in printed:
+        yield "traceback", printed[-3000:]
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def say(session: Session) -> str:
 
 
 def one_try(session: Session, path: Path, *, is_session: bool) -> tuple[str, str]:
-    """Restore a file and go on from it: the outcome, and what was said."""
+    """Restore a file and go on from it: the outcome, and the message or the answer."""
     try:
         with time_limit(SECONDS):
             if is_session:

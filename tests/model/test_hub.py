@@ -236,9 +236,9 @@ def test_a_link_out_of_the_model_folder_is_not_copied(name: str, relative: bool,
     """special_tokens_map.json -> a private key: the key was in the bundle, and the bundle is given to others."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / name).symlink_to(Path("..") / secret.name if relative else secret)
-    said = refused_copy(tmp_path / "model", tmp_path / "out")
-    assert f"{tmp_path / 'model' / name} is a link to {secret}, outside of the model's folder" in said
-    assert "put a copy in the link's place" in said
+    message = refused_copy(tmp_path / "model", tmp_path / "out")
+    assert f"{tmp_path / 'model' / name} is a link to {secret}, outside of the model's folder" in message
+    assert "put a copy in the link's place" in message
 
 
 def test_a_link_through_a_linked_folder_is_not_copied(secret: Path, tmp_path: Path) -> None:
@@ -288,5 +288,5 @@ def test_what_is_no_regular_file_is_refused_and_not_waited_for(kind: str, tmp_pa
     else:
         with socket.socket(socket.AF_UNIX) as one:
             one.bind(str(path))
-    said = refused_copy(tmp_path / "model", tmp_path / "out")
-    assert f"{path} " in said and "is not a regular file; put the model's file in its place" in said
+    message = refused_copy(tmp_path / "model", tmp_path / "out")
+    assert f"{path} " in message and "is not a regular file; put the model's file in its place" in message

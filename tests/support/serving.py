@@ -52,12 +52,12 @@ class Process:
         command = ["bash", "-c", line, "bash", *COMMAND, str(bundle), "--port", "0", "--threads", "1", *args]
         with log.open("wb") as stderr:
             self.process = subprocess.Popen(command, stdout=stderr, stderr=stderr)
-        until(lambda: self.process.poll() is not None or "running on" in self.said())
-        url = re.search(r"running on http://127\.0\.0\.1:(\d+)", self.said())
-        assert url, self.said()
+        until(lambda: self.process.poll() is not None or "running on" in self.printed())
+        url = re.search(r"running on http://127\.0\.0\.1:(\d+)", self.printed())
+        assert url, self.printed()
         self.port = int(url[1])
 
-    def said(self) -> str:
+    def printed(self) -> str:
         """What it has printed so far."""
         return self.log.read_text(encoding="utf-8", errors="replace")
 

@@ -115,7 +115,7 @@ def test_a_state_that_every_user_can_change_is_refused(let: Callable[[Path], Non
 
 
 @pytest.mark.parametrize(
-    ("said", "message"),
+    ("turns", "message"),
     [
         ([], "does not belong to this bundle"),
         ([{"messages": [], "ids": [10**6], "texts": []}], "does not belong to this bundle"),
@@ -124,13 +124,13 @@ def test_a_state_that_every_user_can_change_is_refused(let: Callable[[Path], Non
     ],
 )
 def test_notes_that_are_no_conversation_leave_the_session_as_it_is(
-    said: list[Any], message: str, tmp_path: Path
+    turns: list[Any], message: str, tmp_path: Path
 ) -> None:
     """A message of another type was a traceback in the next turn."""
     session = Session.open(write_toy_bundle(tmp_path / "bundle"), threads=1)
     "".join(session.send("Hello."))
     before = session.messages
-    write_state(tmp_path / "state", session.runtime.snapshot(), {"said": said, "before": ""})
+    write_state(tmp_path / "state", session.runtime.snapshot(), {"said": turns, "before": ""})
     with pytest.raises(InputError, match=message):
         session.restore(tmp_path / "state")
     assert session.messages == before

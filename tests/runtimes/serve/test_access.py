@@ -122,7 +122,7 @@ def test_with_the_key_everything_is_answered(locked: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"host": "0.0.0.0"}, "can be reached from the network.*api_key KEY"),
         ({"host": "::"}, "can be reached from the network"),
@@ -141,8 +141,8 @@ def test_with_the_key_everything_is_answered(locked: int) -> None:
     ],
     ids=lambda part: part if isinstance(part, str) else "-".join(part),
 )
-def test_a_server_that_cannot_run_is_refused_in_words(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_a_server_that_cannot_run_is_refused_in_words(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
         listen_on(ServerOptions(**{"port": 0, **options}))
 
 

@@ -124,12 +124,12 @@ def test_every_error_is_json_that_names_the_field(port: int) -> None:
 
 def test_an_assistant_that_said_nothing_and_a_tool_are_read(client: Any) -> None:
     call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
-    said = [
+    turns = [
         *HELLO,
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "1", "content": "31"},
     ]
-    answer = client.chat.completions.create(model="any", messages=said, max_completion_tokens=3)
+    answer = client.chat.completions.create(model="any", messages=turns, max_completion_tokens=3)
     assert answer.usage.completion_tokens == 3
 
 

@@ -39,7 +39,7 @@ def server(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
     process = Process(bundle, tmp_path_factory.mktemp("log") / "log")
     yield process
     process.stop()
-    assert "Traceback" not in process.said(), process.said()
+    assert "Traceback" not in process.printed(), process.printed()
 
 
 def connect(port: int, data: bytes = b"") -> socket.socket:
@@ -94,7 +94,7 @@ def test_a_signal_ends_the_server_while_answers_run(signum: signal.Signals, bund
     server.process.send_signal(signum)
     assert server.process.wait(60) == (-signal.SIGTERM if signum == signal.SIGTERM else 130)
     assert b" 503 " in ended(whole) and b"shutting down" in ended(streamed)
-    assert ended(half) == b"" and "Traceback" not in server.said()
+    assert ended(half) == b"" and "Traceback" not in server.printed()
 
 
 def test_a_port_that_is_taken_is_one_line(server: Process, bundle: Path) -> None:
@@ -139,8 +139,8 @@ def test_idle_connections_make_room(bundle: Path, tmp_path: Path) -> None:
         for _ in range(3):
             assert send(server.port, "/health", timeout=30)[0] == 200
         assert open_files(server.process.pid) < 256
-        said = server.said()
-        assert len(said) < 2000 and "Traceback" not in said, said[-2000:]
+        printed = server.printed()
+        assert len(printed) < 2000 and "Traceback" not in printed, printed[-2000:]
         for connection in idle:
             connection.close()
     finally:
@@ -192,8 +192,8 @@ def test_each_request_is_a_line_where_that_is_wanted(bundle: Path, tmp_path: Pat
     server = Process(bundle, tmp_path / "log", "--log")
     try:
         assert send(server.port, "/health?a=%0Aforged")[0] == 200
-        until(lambda: "/health" in server.said())
-        (line,) = (line for line in server.said().splitlines() if "/health" in line)
+        until(lambda: "/health" in server.printed())
+        (line,) = (line for line in server.printed().splitlines() if "/health" in line)
         assert line.endswith("200") and "forged" in line
     finally:
         server.stop()

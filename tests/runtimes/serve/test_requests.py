@@ -46,7 +46,7 @@ def test_a_prompt_comes_in_four_forms(model: Model) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [
         ({"prompt": []}, "prompt is missing"),
         ({"prompt": [[]]}, "prompt is missing"),
@@ -69,9 +69,9 @@ def test_a_prompt_comes_in_four_forms(model: Model) -> None:
     ],
     ids=lambda part: part if isinstance(part, str) else list(part)[0],
 )
-def test_what_is_wrong_or_too_large_is_refused_by_name(body: dict[str, Any], said: str, model: Model) -> None:
+def test_what_is_wrong_or_too_large_is_refused_by_name(body: dict[str, Any], message: str, model: Model) -> None:
     """100,000 stop texts took 28 s, and 10^18 tokens every other client's turn."""
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         parse(model, **body)
 
 
@@ -115,7 +115,7 @@ def test_a_schema_comes_in_every_servers_spelling(body: dict[str, Any], model: M
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [
         ({"json_schema": SCHEMA, "guided_json": SCHEMA}, "json_schema and guided_json both hold a schema"),
         ({"structured_outputs": {"regex": "a+"}}, "regex 'a\\+' is not supported"),
@@ -132,9 +132,9 @@ def test_a_schema_comes_in_every_servers_spelling(body: dict[str, Any], model: M
     ],
     ids=lambda part: part if isinstance(part, str) else list(part)[0],
 )
-def test_a_schema_that_cannot_be_followed_is_refused(body: dict[str, Any], said: str, model: Model) -> None:
+def test_a_schema_that_cannot_be_followed_is_refused(body: dict[str, Any], message: str, model: Model) -> None:
     pytest.importorskip("llguidance", reason="llguidance is not installed: pip install 'gemma-edge[json]'")
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         parse(model, **body)
 
 
@@ -176,7 +176,7 @@ def test_a_conversation_with_tools_is_read_as_text() -> None:
 
 
 def test_a_template_with_a_turn_for_the_system_gets_one(model: Model) -> None:
-    """What the system said went into the user's turn all the same: 43 tokens, where transformers has 49."""
+    """The system message went into the user's turn all the same: 43 tokens, where transformers has 49."""
     source = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
     own = Model(model.tokenizer, ChatTemplate(source, {}), VOCAB, context=64)
     (ids,) = parse(own, chat=True, messages=[{"role": "system", "content": "Be brief."}, *HELLO["messages"]]).prompts
@@ -184,15 +184,15 @@ def test_a_template_with_a_turn_for_the_system_gets_one(model: Model) -> None:
 
 
 def test_what_the_system_says_has_its_turn_where_the_template_has_one() -> None:
-    said = [{"role": role, "content": role} for role in ("system", "developer", "user")]
+    turns = [{"role": role, "content": role} for role in ("system", "developer", "user")]
     own = [{"role": "system", "content": "system\n\ndeveloper"}, {"role": "user", "content": "user"}]
-    assert messages_of({"messages": said}, takes_system=True) == own
-    assert messages_of({"messages": said}) == [{"role": "user", "content": "system\n\ndeveloper\n\nuser"}]
-    assert messages_of({"messages": said[2:]}, takes_system=True) == own[1:]
+    assert messages_of({"messages": turns}, takes_system=True) == own
+    assert messages_of({"messages": turns}) == [{"role": "user", "content": "system\n\ndeveloper\n\nuser"}]
+    assert messages_of({"messages": turns[2:]}, takes_system=True) == own[1:]
 
 
 @pytest.mark.parametrize(
-    ("messages", "said"),
+    ("messages", "message"),
     [
         ([{"role": "user", "content": "a"}] * 2049, "2049 messages are too many"),
         ([{"role": "user", "content": None}], "neither text nor a list"),
@@ -201,13 +201,13 @@ def test_what_the_system_says_has_its_turn_where_the_template_has_one() -> None:
     ],
     ids=lambda part: part if isinstance(part, str) else None,
 )
-def test_messages_that_are_wrong_are_refused(messages: list[Any], said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_messages_that_are_wrong_are_refused(messages: list[Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
         messages_of({"messages": messages})
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [
         (b'{"a":' * (MAX_DEPTH + 2) + b"1" + b"}" * (MAX_DEPTH + 2), "nested more than 100 deep"),
         (b"[" * 100_000, "nested more than 100 deep"),
@@ -219,9 +219,9 @@ def test_messages_that_are_wrong_are_refused(messages: list[Any], said: str) -> 
     ],
     ids=lambda part: part if isinstance(part, str) else None,
 )
-def test_a_body_that_is_not_json_is_refused(body: bytes, said: str) -> None:
+def test_a_body_that_is_not_json_is_refused(body: bytes, message: str) -> None:
     """Deep nesting was status 500 and a traceback."""
-    with pytest.raises(Refused, match=said) as refused:
+    with pytest.raises(Refused, match=message) as refused:
         parse_body(body)
     assert refused.value.status == 400
 
@@ -238,6 +238,6 @@ def test_token_bytes_join_to_the_text(model: Model) -> None:
 
 def test_a_template_with_a_turn_for_the_system_gets_it() -> None:
     """It was folded into the user's turn all the same: other tokens than transformers makes of the conversation."""
-    said = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hello."}]
-    assert messages_of({"messages": said}, takes_system=True) == [{"role": "system", "content": "Be brief."}, said[1]]
-    assert messages_of({"messages": said}) == [{"role": "user", "content": "Be brief.\n\nHello."}]
+    turns = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hello."}]
+    assert messages_of({"messages": turns}, takes_system=True) == [{"role": "system", "content": "Be brief."}, turns[1]]
+    assert messages_of({"messages": turns}) == [{"role": "user", "content": "Be brief.\n\nHello."}]

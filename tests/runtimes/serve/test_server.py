@@ -61,12 +61,12 @@ def test_a_chat_is_the_sessions(client: Any, bundle: Path) -> None:
     session = Session.open(bundle, threads=1)
     expected = ["".join(session.send(text, GenerationOptions(max_tokens=9))) for text in ("Hello.", "Who are you?")]
     messages: list[Any] = []
-    for text, said in zip(("Hello.", "Who are you?"), expected, strict=True):
+    for text, reply in zip(("Hello.", "Who are you?"), expected, strict=True):
         messages.append({"role": "user", "content": text})
         answer = client.chat.completions.create(model="any", messages=messages, max_tokens=9)
-        assert answer.choices[0].message.content == said
+        assert answer.choices[0].message.content == reply
         assert answer.choices[0].finish_reason == "length" and answer.usage.completion_tokens == 9
-        messages.append({"role": "assistant", "content": said})
+        messages.append({"role": "assistant", "content": reply})
     assert answer.usage.prompt_tokens_details.cached_tokens > 10, "the first turn was fed again"
 
 
@@ -127,7 +127,7 @@ def test_an_answer_by_a_schema_is_what_the_client_asked_for(stream: bool, client
 
 
 @pytest.mark.parametrize(
-    ("form", "said"),
+    ("form", "message"),
     [
         ({"type": "yaml"}, "response_format.type 'yaml' is not supported"),
         ({"type": "json_schema"}, "response_format.json_schema.schema is missing"),
@@ -135,9 +135,9 @@ def test_an_answer_by_a_schema_is_what_the_client_asked_for(stream: bool, client
         ({"type": "json_schema", "json_schema": {"name": "a", "schema": PERSON}}, "an answer of 2 tokens is too short"),
     ],
 )
-def test_a_form_that_cannot_be_followed_is_refused_at_once(form: Any, said: str, client: Any) -> None:
+def test_a_form_that_cannot_be_followed_is_refused_at_once(form: Any, message: str, client: Any) -> None:
     pytest.importorskip("llguidance", reason="llguidance is not installed: pip install 'gemma-edge[json]'")
-    with pytest.raises(openai.BadRequestError, match=said):
+    with pytest.raises(openai.BadRequestError, match=message):
         client.chat.completions.create(model="any", messages=HELLO, max_tokens=2, response_format=form, stream=True)
 
 
@@ -147,7 +147,7 @@ def test_the_bundle_is_the_one_model(client: Any, port: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"n": 2}, "n 2 is not supported"),
         ({"tools": [{"type": "function"}]}, "tools .* is not supported"),
@@ -160,9 +160,9 @@ def test_the_bundle_is_the_one_model(client: Any, port: int) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "neither text nor a list of text"),
     ],
 )
-def test_what_is_not_there_is_refused_in_words(options: dict[str, Any], said: str, client: Any) -> None:
+def test_what_is_not_there_is_refused_in_words(options: dict[str, Any], message: str, client: Any) -> None:
     asked = {"model": "any", "messages": HELLO, **options}
-    with pytest.raises(openai.BadRequestError, match=said):
+    with pytest.raises(openai.BadRequestError, match=message):
         client.chat.completions.create(**asked)
 
 
@@ -233,12 +233,12 @@ def test_an_answer_that_takes_too_long_ends(client: Any, engine: Engine, monkeyp
 
 
 def test_what_the_system_says_stands_before_the_first_turn() -> None:
-    said = [
+    turns = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo."}]},
         {"role": "assistant", "content": "Hi."},
     ]
-    assert messages_of({"messages": said}) == [
+    assert messages_of({"messages": turns}) == [
         {"role": "user", "content": "Be brief.\n\nHello."},
         {"role": "assistant", "content": "Hi."},
     ]
