@@ -68,7 +68,7 @@ public class GemmaSession(
             ?: throw UnsupportedException("this session has no chat template; call complete, or pass a template to the session")
         val history = messages + Message("user", text)
         val prompt = template.render(history)
-        generate(newTokens(prompt), params, maxTokens, prompt, it) { answer -> remember(asked + Message("assistant", answer)) }
+        generate(newTokens(prompt), params, maxTokens, prompt, it) { answer -> remember(history + Message("assistant", answer)) }
     }
 
     /**
