@@ -13,7 +13,7 @@ from typing import Any
 from gemma_edge.bundle.backends import bits_of
 from gemma_edge.bundle.codec import convert
 from gemma_edge.bundle.entries import BackendEntry, GateResult, PlanEntry
-from gemma_edge.bundle.manifest import MANIFEST, Manifest, typed_settings
+from gemma_edge.bundle.manifest import Manifest, typed_settings
 from gemma_edge.export.backend import LoweringTask, exporter
 from gemma_edge.export.contents import Integers, copy_tokenizer, make_manifest
 from gemma_edge.export.gate import verify as gate
@@ -79,17 +79,14 @@ class Assembly:
             has_tokenizer = copy_tokenizer(self.opened.source, self.bundle)
             entries = {name: self._entries[name] for name in self.opened.plans}
             manifest = make_manifest(self.opened, self.integers, entries, self.bundle, has_tokenizer=has_tokenizer)
-            self._write(manifest)
+            manifest.save(self.bundle)
         chosen = gate.choose_gate(self.opened.source, self.opened.context, self.verify)
         if chosen is not None:
             with stage(self.stages, "verify"):
                 self._judge(chosen)
             manifest = replace(manifest, verification={name: self._verification[name] for name in entries})
-            self._write(manifest)
+            manifest.save(self.bundle)
         return manifest
-
-    def _write(self, manifest: Manifest) -> None:
-        (self.bundle / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
     def _lower(self, name: str) -> None:
         plan, quantized, backend = self.opened.plans[name], self.integers.quantized, exporter(name)

@@ -11,14 +11,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from gemma_edge.bundle.backends import KV_DTYPES, registered
-from gemma_edge.bundle.geometry import CacheGeometry, LayerCache
+from gemma_edge.bundle.geometry import CacheGeometry, LayerCache, slots_needed
 from gemma_edge.errors import InputError
 from gemma_edge.export.backend import Backend, StoredWeights, exporter
 from gemma_edge.export.gate.limits import LEVELS
 from gemma_edge.export.targets import DEFAULT_CHUNK, GIB, Target
 from gemma_edge.model.checkpoint import SLICE_BYTES, TABLE, Weights, linear_shapes
 from gemma_edge.model.config import Gemma2Config
-from gemma_edge.model.kv_cache import slots_needed, windows
+from gemma_edge.model.kv_cache import windows
 from gemma_edge.quantize.checkpoint.store import final_configs
 from gemma_edge.quantize.recipe import Recipe
 

@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from gemma_edge.bundle.geometry import slots_needed
 from gemma_edge.errors import InputError
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.model.soft_cap import soft_capped_attention
@@ -40,11 +41,6 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
 def rotate_halves(a: Tensor, b: Tensor, rope: Rope) -> Tensor:
     """Rotary embedding of the two halves, each (B, heads, T, D/2): (B, heads, T, D)."""
     return torch.cat([a * rope.cos - b * rope.sin, b * rope.cos + a * rope.sin], dim=-1)
-
-
-def slots_needed(window: int, chunk: int) -> int:
-    """Slots that a ring needs for a window written in chunks of at most `chunk` tokens."""
-    return window + chunk - 1
 
 
 def windows(config: Gemma2Config, context: int) -> list[int]:

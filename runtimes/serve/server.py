@@ -14,6 +14,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from gemma_edge.errors import InputError
+from gemma_edge.memory import limit_arenas
 from gemma_edge.runtimes.engines.load import open_runtime
 from gemma_edge.runtimes.generation.generate import GenerationOptions
 
@@ -86,6 +87,7 @@ def serve(
     """
     if missing := [name for name in ("starlette", "uvicorn") if find_spec(name) is None]:
         raise InputError(f"the server needs {' and '.join(missing)}: pip install 'gemma-edge[serve]'")
+    limit_arenas(2)
     listeners = listen_on(server)
 
     from gemma_edge.runtimes.generation.console import note

@@ -150,6 +150,20 @@ def give_back() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
+M_ARENA_MAX = -8  # of glibc's mallopt
+
+
+def limit_arenas(count: int) -> None:
+    """Let all threads of this process share so many of glibc's heaps; elsewhere this does nothing.
+
+    Else a thread that has to wait for a heap makes one more, up to eight for each core, and each of them stays as large as it
+    once was. A server that ran for long held 3 MiB more of 110 for that reason.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # the C library is another one
+            ctypes.CDLL(None).mallopt(M_ARENA_MAX, count)
+
+
 # MADV_DONTNEED: Linux's advice to drop pages of a mapped file, which are read again when they are needed.
 MADV_DONTNEED = 4
 

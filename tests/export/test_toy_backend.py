@@ -53,7 +53,7 @@ def test_a_registered_backend_is_exported_gated_in_its_own_process_and_run(
     expected = hf_logits(hf_model(checkpoint()), torch.tensor(ids))
     assert np.abs(runtime.score(ids) - expected.numpy()).max() < 1e-4 * float(np.ptp(expected.numpy()))
     with pytest.raises(InputError, match="which toys cannot count"):
-        pipeline.open_model(replace(options, quantization=QuantizeOptions(bits=8, group_size=32)))
+        pipeline.open_model(replace(options, out=None, quantization=QuantizeOptions(bits=8, group_size=32)))
 
 
 def test_another_packages_entry_point_is_a_backend_of_every_command(

@@ -307,6 +307,14 @@ def test_a_head_of_another_size_than_the_table_is_refused(folder: Path) -> None:
         Checkpoint.open(folder)
 
 
+def test_the_configuration_is_looked_at_before_the_weights(tmp_path: Path) -> None:
+    """Another model is told what it is, also where its weights are of a kind that is not read."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(InputError, match="model_type"):
+        Checkpoint.open(tmp_path)
+
+
 def set_tied(folder: Path, tied: bool) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": tied}))

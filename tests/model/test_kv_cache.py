@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from gemma_edge.bundle.entries import GLOBAL, LOCAL
+from gemma_edge.bundle.geometry import slots_needed
 from gemma_edge.errors import InputError
 from gemma_edge.model.config import GEMMA2_2B
-from gemma_edge.model.kv_cache import RingCache, Rope, slots_needed, visible
+from gemma_edge.model.kv_cache import RingCache, Rope, visible
 
 CONFIG = replace(
     GEMMA2_2B,

@@ -9,6 +9,11 @@ from gemma_edge.bundle.ranges import Chunk, Dtype, HeadDim, Heads, Tokens
 ITEM_BYTES = {"float32": 4, "float16": 2, "int8": 1}  # numpy's name of an element type -> its size
 
 
+def slots_needed(window: int, chunk: int) -> int:
+    """Slots that a ring needs for a window written in chunks of at most `chunk` tokens; model/kv_cache.py derives it."""
+    return window + chunk - 1
+
+
 @dataclass(frozen=True)
 class LayerCache:
     """The KV cache of one layer, in tokens."""

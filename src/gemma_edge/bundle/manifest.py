@@ -58,6 +58,10 @@ class Manifest:
         """The manifest's text."""
         return msgspec.json.format(msgspec.json.encode(asdict(self)), indent=1).decode() + "\n"
 
+    def save(self, bundle: Path) -> None:
+        """Write the manifest into a bundle that is being made."""
+        (bundle / MANIFEST).write_text(self.to_json(), encoding="utf-8")
+
     @classmethod
     def load(cls, bundle: Path) -> Manifest:
         """Read and check a bundle's manifest. Files must be there with their sizes; their hashes are `check_hashes`'s.
