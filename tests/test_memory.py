@@ -131,7 +131,7 @@ def test_without_a_limit_the_room_is_the_machines(tmp_path: Path) -> None:
 def test_an_export_that_the_system_would_end_is_refused_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a container with less memory than the plan says it was killed in the middle, without a word."""
+    """In a container with less memory than the plan says, the export was killed in the middle without a message."""
     monkeypatch.setattr(disk, "room_bytes", lambda: 100 << 20)
     monkeypatch.setattr(disk, "memory_mib", lambda: {"rss": 20.0})
     refused(run(DEMO, "-o", tmp_path / "out"), "not enough memory for the export", "this process may take 0.12 GiB")
@@ -141,7 +141,7 @@ def test_an_export_that_the_system_would_end_is_refused_before_the_work(
 @pytest.mark.skipif(sys.platform != "linux", reason="ulimit -v is enforced on Linux only")
 @pytest.mark.parametrize("mib", [300, 1500])
 def test_a_command_under_a_tight_ulimit_is_one_line(mib: int, tmp_path: Path) -> None:
-    """It was a traceback out of an import, or an abort of torch's while it was loaded."""
+    """The command ended in a traceback from an import, or torch aborted while it was loaded."""
     command = [*COMMAND, str(DEMO), "-o", str(tmp_path / "out")]
     limited = ["sh", "-c", f'ulimit -v {mib << 10} && exec "$@"', "sh", *command]
     done = subprocess.run(limited, capture_output=True, text=True)
@@ -160,7 +160,7 @@ def test_a_command_under_a_tight_ulimit_is_one_line(mib: int, tmp_path: Path) ->
         RuntimeError("can't start new thread"),
     ],
 )  # fmt: skip
-def test_memory_that_is_full_is_told_from_a_bug(error: Exception) -> None:
+def test_full_memory_is_distinguished_from_a_bug(error: Exception) -> None:
     assert is_out_of_memory(error)
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
     assert not is_out_of_memory(ValueError("cannot allocate memory to a partition"))

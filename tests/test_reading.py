@@ -1,4 +1,4 @@
-"""The one reader of files that others wrote: whatever lies in a file's place is read, or refused in one line that names it."""
+"""The reader of files that others wrote: whatever lies in a file's place is read, or is refused in one line that names it."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_file_that_is_absent_is_named_by_its_folder_or_by_its_parameter(tmp_pa
 
 @pytest.mark.parametrize("opened", ["[", '{"a":'])
 def test_json_is_read_down_to_a_depth(opened: str) -> None:
-    """json.loads raised RecursionError, and what it still let through did so later."""
+    """json.loads raised RecursionError, and documents that it accepted raised it later."""
     closed = "]" if opened == "[" else "}"
     assert parse_json((opened * MAX_DEPTH + "1" + closed * MAX_DEPTH).encode())
     for depth in (MAX_DEPTH + 1, 900, 100_000):
@@ -91,7 +91,7 @@ def test_what_is_no_json_object_is_refused_in_one_line(text: str, tmp_path: Path
 
 
 def test_half_a_surrogate_pair_is_refused_and_a_whole_one_is_read(tmp_path: Path) -> None:
-    """It could not be printed, and msgspec raised UnicodeEncodeError for it."""
+    """Half a surrogate pair could not be printed, and msgspec raised UnicodeEncodeError for it."""
     path = tmp_path / "config.json"
     path.write_text('{"a": "\\ud83d\\ude42"}')
     assert read_json(path) == {"a": "🙂"}

@@ -21,7 +21,7 @@ FOLDERS = ("parts $(reboot)", "a;reboot", "`reboot`", "it's")
 
 
 class Recorder:
-    """A phone that keeps the commands it gets, and answers with what it is told."""
+    """A phone that keeps the commands it gets, and gives an answer that is set beforehand."""
 
     def __init__(self, answers: Callable[[str], str] = lambda command: "") -> None:
         self.serial = "$(reboot)"
@@ -46,7 +46,7 @@ def quiet(what: str, total: int, in_bytes: bool) -> Iterator[Callable[[int], Non
 
 
 def test_folders_of_a_bundle_are_words_of_the_phones_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """mkdir got them without quotes: a bundle could run commands on the phone."""
+    """mkdir got the names without quotes, so a bundle could run commands on the phone."""
     bundle = write_toy_bundle(tmp_path / "bundle")
     manifest = Manifest.load(bundle)
     for folder in FOLDERS:
@@ -64,7 +64,7 @@ def test_folders_of_a_bundle_are_words_of_the_phones_shell(tmp_path: Path, monke
 
 
 def test_a_property_of_several_lines_stays_one_value() -> None:
-    """The next property took its second line, and the one after that moved too."""
+    """The second line of a property became the value of the next property, and all later ones moved too."""
     values = {
         "ro.product.model": "Pho\nne\x1b[2J <script>",
         "ro.build.version.sdk": "35",

@@ -62,7 +62,7 @@ def below_a_file(folder: Path) -> Path:
 def test_an_out_that_cannot_be_is_one_line_and_leaves_nothing(
     make: Callable[[Path], Path], message: str, tmp_path: Path
 ) -> None:
-    """A dangling link was a NotADirectoryError, a long name an OSError, in the end of the work."""
+    """A dangling link raised NotADirectoryError at the end of the work, a long name OSError."""
     out = make(tmp_path)
     before = names(tmp_path)
     for force in (False, True):
@@ -83,7 +83,7 @@ def test_a_link_to_a_folder_stays_one(tmp_path: Path) -> None:
 
 
 def test_a_file_system_of_its_own_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`-v FOLDER:/out` makes OUT a mount point, which cannot be renamed: that was found out after the work."""
+    """`-v FOLDER:/out` makes OUT a mount point, which cannot be renamed: the export noticed that only after the work."""
     out = tmp_path / "out"
     out.mkdir()
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == out)
@@ -131,7 +131,7 @@ def kill_while_it_works(out: Path) -> None:
 
 
 def test_an_export_in_work_is_left_alone_whatever_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In two containers with one folder between them each export is process 1: each took the other's work for a leftover."""
+    """In two containers that share a folder each export is process 1, and each took the other's work for a leftover."""
     out = tmp_path / "out"
     process = start_work(out)
     try:
@@ -158,7 +158,7 @@ def test_of_two_exports_to_one_place_the_first_stays_unless_it_may_be_replaced(t
 
 
 def test_there_is_a_whole_bundle_at_every_moment_of_many_replacements(tmp_path: Path) -> None:
-    """Two renames left a moment without one, for a reader and for a kill."""
+    """Between two renames there was no bundle: a reader found none, and a kill at that moment lost it."""
     out = tmp_path / "out"
     publish(out)
     done, missing = threading.Event(), []
@@ -246,7 +246,7 @@ with staged(Path(sys.argv[1]), force=True) as work:
     ],
 )
 def test_an_ended_export_cleans_up(ended_by: int, how: str, code: int, tmp_path: Path) -> None:
-    """A closed terminal (SIGHUP) left everything behind. Under nohup it must go on."""
+    """When the terminal was closed (SIGHUP), the export left everything behind. Under nohup it must go on."""
     command = [sys.executable, "-c", ENDING, str(tmp_path / "out"), how]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None

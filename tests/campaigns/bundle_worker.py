@@ -15,7 +15,7 @@ from gemma_edge.runtimes.engines.load import open_runtime
 from gemma_edge.text.chat import ChatTemplate
 from gemma_edge.text.tokenizer import Tokenizer
 
-MEMORY_BYTES = 12 << 30  # of addresses: a damaged size is not to take the machine's memory
+MEMORY_BYTES = 12 << 30  # limit of address space, so that a damaged size does not take the machine's memory
 
 
 def answer_of(bundle: str, backend: str) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def work() -> None:
     """In a child: a line with a bundle comes in, a line with its outcome goes out."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints is no reply
+    os.dup2(2, 1)  # what a library prints must not look like a reply
     for line in sys.stdin:
         replies.write(json.dumps(answer_of(**json.loads(line))) + "\n")
         replies.flush()

@@ -1,7 +1,7 @@
 """Damaged and hostile bundles, opened and run in child processes: refused in one line, or run; never a signal, never more lines.
 
 Half of the bundles are *resealed*: the manifest is made to fit the damaged files, as somebody would who means harm. What such a
-bundle computes cannot be told from a model; all others must compute what the whole bundle does, or be refused.
+bundle computes cannot be distinguished from a model; all others must compute what the whole bundle does, or be refused.
 
     PYTHONPATH=tests .venv/bin/python -m campaigns.bundles --tries 1000 --seed 7
 """
@@ -78,7 +78,7 @@ def flip(damage: Damage) -> None:
 
 
 def number(damage: Damage) -> None:
-    """A word of four or eight bytes becomes an odd number: a length, an offset, an index."""
+    """A word of four or eight bytes, such as a length, an offset or an index, becomes an extreme number."""
     path = damage.file()
     data = bytearray(path.read_bytes())
     for _ in range(damage.random.choice((1, 1, 3))):

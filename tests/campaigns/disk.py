@@ -61,7 +61,7 @@ def one_try(folder: Path, out: Path, limit: int | None) -> tuple[str, str]:
 
 
 def run(campaign: Campaign, tries: int) -> None:
-    """Sizes from nothing to what a whole export takes, in the order of chance."""
+    """Sizes from nothing to what a whole export takes, in random order."""
     with exports.place() as folder:
         previous, here = folder / "previous", folder / "here"
         assert exports.wait(exports.start(folder / "stderr", lambda: exports.make(previous, bits=4))) == 0

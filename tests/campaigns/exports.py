@@ -22,7 +22,7 @@ WORDS = ("--quality", "fast", "--verify", "none", "--context", "256", "--force")
 
 
 def make(out: Path, *, bits: int = 8) -> None:
-    """`gemma-export` of the demo model, in this process; ends it as the command does."""
+    """`gemma-export` of the demo model, in this process; it ends as the command does."""
     main([str(DEMO), "-o", str(out), "--bits", str(bits), *WORDS])
 
 

@@ -31,7 +31,7 @@ SHAPE: dict[str, Any] = {
     "num_key_value_heads": 1, "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16,
     "max_position_embeddings": 64, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0,
 }  # fmt: skip
-# What may stand at a key in place of what stands there.
+# Values that replace the value of a key.
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 7, 2.5, 1e21, 1e-320, float("inf"), float("nan"), 10**18, 10**400, "", "x", "<eos>", "1",
     "\0", "\ud800", "../../etc/passwd", "a" * 5000, [], [[]], [1], ["x"], [None], {}, {"a": 1}, {"content": 5}, "{% for %}",
@@ -65,7 +65,7 @@ def make_model(folder: Path) -> Path:
 
 
 def _places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The ways to every value inside a JSON document; of a long list or object only the first ones."""
+    """The paths to all values of a JSON document; of a long list or object only those to the first ones."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [at, *(place for key, below in list(inner)[:60] for place in _places(below, (*at, key)))]
 
@@ -179,7 +179,7 @@ ANY_FILE: tuple[Damage, ...] = (
 
 
 def damage_one(rng: random.Random, folder: Path) -> str:
-    """Damage one file; what was done, in words."""
+    """Damage one file. Returns in words what was done."""
     path = rng.choice(sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()))
     own = {".json": change_json, ".safetensors": change_header}.get(path.suffix)
     try:

@@ -1,4 +1,4 @@
-"""Thousands of requests to a real server: ordinary, fuzzed, many at once, vanishing, slow, from pages of other places.
+"""Thousands of requests to a real server: ordinary, fuzzed, many at once, slow or broken off, or from pages of other origins.
 
     PYTHONPATH=tests .venv/bin/python -m campaigns.server --tries 3000 --seed 7
 
@@ -158,14 +158,14 @@ def tries_of(campaign: Campaign, tries: int) -> dict[str, list[Try]]:
 
 
 def send_all(campaign: Campaign, port: int, tries: list[Try], clients: int) -> None:
-    """Send them from so many threads, and count what becomes of them."""
+    """Send the tries from several threads, and count their outcomes."""
     with ThreadPoolExecutor(clients) as pool:
         for future in [pool.submit(attempt, port) for attempt in tries]:
             campaign.tried(*future.result())
 
 
 def run(campaign: Campaign, tries: int) -> None:
-    """Try so many requests against one server."""
+    """Send that many requests to one server."""
     with tempfile.TemporaryDirectory() as folder:
         bundle = write_toy_bundle(Path(folder) / "bundle")
         server = Process(bundle, Path(folder) / "log", "--time-limit", str(TIME_LIMIT_S))
@@ -208,7 +208,7 @@ def settled_mib(server: Process) -> float:
 
 
 def problems(server: Process, max_mib: float) -> Iterator[Outcome]:
-    """What is wrong with the server at the end; it may have so much memory."""
+    """What is wrong with the server at the end, for instance more memory than it may have."""
     if server.process.poll() is not None:
         yield "signal", f"the server has ended: {server.process.returncode}, {server.printed()[-1000:]}"
         return

@@ -91,7 +91,7 @@ def broken_json(rng: random.Random) -> tuple[str, bytes]:
 
 
 def raw_http(rng: random.Random) -> bytes:
-    """Bytes that are no HTTP, or HTTP that no client sends."""
+    """Bytes that are not HTTP, or HTTP that no client sends."""
     head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nConnection: close\r\n"
     body = '{"prompt": "It", "max_tokens": 2}'
     parts: tuple[Callable[[], str | bytes], ...] = (
@@ -116,7 +116,7 @@ def raw_http(rng: random.Random) -> bytes:
 
 
 def foreign_headers(rng: random.Random) -> dict[str, str]:
-    """Headers by which a page of another place sends a request."""
+    """Headers of a request that a page of another origin sends."""
     return rng.choice(
         (
             {"Origin": "https://evil.example"},

@@ -72,7 +72,7 @@ def text_changed(campaign: Campaign, text: str) -> str:
 
 
 def tensor_changed(campaign: Campaign, rows: NDArray[Any]) -> NDArray[Any]:
-    """Another shape, another type, or odd numbers."""
+    """Another shape, another type, or extreme numbers."""
     odd = campaign.random.choice((-1, 100, 0) if rows.dtype.kind == "i" else (np.nan, np.inf, -1e38, 0))
     changed = (rows[..., :1], rows.astype(np.float64), rows[None], np.full_like(rows, odd), rows[:0])
     return np.ascontiguousarray(campaign.random.choice(changed))

@@ -286,7 +286,7 @@ def test_a_head_that_differs_from_the_table_is_a_matrix_of_its_own(announced: bo
 
 
 def test_an_announced_head_that_equals_the_table_is_tied(tmp_path: Path) -> None:
-    """Trainers save it so. Nothing is stored or computed twice."""
+    """Trainers save a tied head like this. Nothing is stored or computed twice."""
     folder = make_checkpoint(tmp_path)
     edit(folder, lambda s: s.update({HEAD: s["model.embed_tokens.weight"].clone()}))
     set_tied(folder, tied=False)
@@ -294,7 +294,7 @@ def test_an_announced_head_that_equals_the_table_is_tied(tmp_path: Path) -> None
 
 
 def test_an_announced_head_that_is_not_stored_is_refused(folder: Path) -> None:
-    """transformers would compute with a random one."""
+    """transformers would compute with a random head."""
     set_tied(folder, tied=False)
     with pytest.raises(InputError, match=r"tie_word_embeddings is false, and .* no lm_head\.weight") as error:
         Checkpoint.open(folder)
@@ -308,7 +308,7 @@ def test_a_head_of_another_size_than_the_table_is_refused(folder: Path) -> None:
 
 
 def test_the_configuration_is_looked_at_before_the_weights(tmp_path: Path) -> None:
-    """Another model is told what it is, also where its weights are of a kind that is not read."""
+    """The error names the other model, even if its weights are of a kind that is not read."""
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(InputError, match="model_type"):
@@ -340,7 +340,7 @@ def test_shards_may_lie_in_a_folder_below(sharded: Path, checkpoint: Callable[..
 
 @pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.bias", "score.weight", "model.vision.weight"])
 def test_a_tensor_that_the_model_would_lack_is_named(name: str, folder: Path) -> None:
-    """transformers ignores it with a warning, and computes another model than the one that was trained."""
+    """transformers ignores such a tensor with a warning, and computes another model than the one that was trained."""
     edit(folder, lambda state: state.update({name: torch.zeros(64)}))
     with pytest.raises(InputError) as caught:
         Checkpoint.open(folder)

@@ -232,13 +232,13 @@ def test_numbers_that_do_not_fit_together_are_refused(change: dict[str, Any], wo
 
 @pytest.mark.parametrize("key", [key for key in VERSION_4 if key in Gemma2Config.__dataclass_fields__])
 def test_a_key_that_is_left_out_has_the_default_of_transformers(key: str, tmp_path: Path) -> None:
-    """head_dim and six other sizes were demanded."""
+    """head_dim and six other sizes were required, although transformers has defaults for them."""
     raw = {"vocab_size": 320, "hidden_size": 64, **without(VERSION_4, key)} if "size" not in key else VERSION_4
     folder = save(tmp_path, without(raw, key))
     assert Gemma2Config.from_hf(folder) == as_transformers_reads(folder)
 
 
-# Values that passed and broke the export later, or changed the model without a word.
+# Values that were accepted and broke the export later, or silently changed the model.
 WRONG_VALUES: dict[str, list[Any]] = {
     "vocab_size": [320.0, True, "320", None, 0, -1, 1 << 70],
     "hidden_size": ["big", None, 0, 1 << 40],
@@ -273,7 +273,7 @@ def test_stop_ids_of_generation_config_are_checked_like_those_of_the_config(valu
     assert "generation_config.json: eos_token_id" in refusal(save(tmp_path, VERSION_4, {"eos_token_id": value}))
 
 
-# EXTRA: keys that say nothing of the model's numbers. ACCEPTED: transformers 4 takes them too, with the same result.
+# EXTRA: keys that do not change the model's numbers. ACCEPTED: transformers 4 takes them too, with the same result.
 EXTRA = ("architectures", "torch_dtype", "transformers_version", "model_type", "hidden_act", "cache_implementation")
 ACCEPTED = [
     ("attention_bias", None),
@@ -303,7 +303,7 @@ def test_what_transformers_refuses_is_refused(key: str, tmp_path: Path) -> None:
 def test_what_lies_in_a_files_place_is_not_taken_for_an_absent_file(
     put: Callable[[Path], None], name: str, tmp_path: Path
 ) -> None:
-    """A generation_config.json that was a dangling link changed the stop ids without a word."""
+    """A generation_config.json that was a dangling link silently changed the stop ids."""
     save(tmp_path, VERSION_4, {"eos_token_id": 9})
     (tmp_path / name).unlink()
     put(tmp_path / name)

@@ -308,7 +308,7 @@ WRONG_VALUES: dict[str, list[Any]] = {
 def test_a_value_that_no_adapter_can_have_is_named(
     key: str, value: object, checkpoint: Callable[..., Path], adapter: Path
 ) -> None:
-    """A pattern that was a text, or no regular expression, was a traceback."""
+    """A pattern that was a text or not a regular expression ended in a traceback."""
     configure(adapter, **{key: value})
     found = refusal(checkpoint("tiny"), adapter)
     assert f"{adapter / 'adapter_config.json'}: " in found and (key in found or "not a regular expression" in found)

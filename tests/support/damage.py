@@ -9,7 +9,7 @@ from gemma_edge.bundle.manifest import MANIFEST, list_files
 
 
 def reseal(bundle: Path) -> None:
-    """Make the manifest fit the files. A manifest that is none stays as it is."""
+    """Make the manifest fit the files. A manifest that cannot be parsed stays as it is."""
     path = bundle / MANIFEST
     try:
         data = json.loads(path.read_text())

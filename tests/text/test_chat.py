@@ -152,7 +152,7 @@ ENDLESS = {
 
 @pytest.mark.parametrize("source", ENDLESS.values(), ids=ENDLESS)
 def test_a_template_has_a_limit_of_steps_and_of_sizes(source: str) -> None:
-    """jinja's sandbox has neither: these took hours, or all memory."""
+    """jinja's sandbox limits neither, so these templates took hours or all memory."""
     with pytest.raises(InputError, match="cannot write the conversation") as caught, time_limit(20):
         ChatTemplate(source, {}).render([TURN])
     assert "\n" not in str(caught.value)

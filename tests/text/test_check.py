@@ -1,4 +1,4 @@
-"""A model's tokenizer and chat template are used before an export: what is damaged is refused, what is odd is told."""
+"""A model's tokenizer and chat template are tried before an export. Damaged ones are refused; warnings name what looks wrong."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ def test_an_id_that_the_table_does_not_have_is_refused(folder: Path) -> None:
         check_text_files(folder, TOY_CONFIG)
 
 
-def test_a_piece_that_is_missing_is_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The bundle's texts became other tokens than the original's, without a word."""
+def test_a_missing_piece_gives_a_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The bundle's texts silently became other tokens than the original's."""
 
     def drop(data: dict[str, Any]) -> None:
         remove(data["model"], 1)
@@ -132,7 +132,7 @@ def test_a_template_that_fails_is_refused(template: str, words: str, folder: Pat
         ("{{ bos_token }}", "leaves out what the user says"),
     ],
 )
-def test_a_template_that_refuses_is_told(
+def test_a_template_that_refuses_gives_a_warning(
     template: str, words: str, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (folder / "chat_template.jinja").write_text(template)

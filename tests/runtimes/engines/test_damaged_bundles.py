@@ -1,4 +1,4 @@
-"""Bundles that are damaged, hostile, or replaced while they are used: one line each, and never a native library's own end."""
+"""Bundles that are damaged, hostile, or replaced while they are used: one line each, and the process lives on."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_large_file_is_hashed_once_for_each_state_of_it(bundle: Path, monkeypa
 
 
 def test_an_error_in_the_middle_of_a_call_is_one_line(bundle: Path) -> None:
-    """ONNX Runtime's own exception was a traceback."""
+    """ONNX Runtime's own exception ended in a traceback."""
     graph = onnx.load(bundle / "generate.onnx")
     for node in graph.graph.node:
         for attribute in node.attribute:
@@ -128,7 +128,7 @@ CHECKS: dict[str, Callable[[Path], None]] = {"model.tflite": check_model, "model
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_every_offset_that_leads_out_of_a_file_is_seen(name: str, talking: Export, tmp_path: Path) -> None:
-    """LiteRT and ExecuTorch followed them: a signal ended the process. The campaign `bundles` runs such files."""
+    """LiteRT and ExecuTorch followed such offsets, and a signal ended the process. The campaign `bundles` runs such files."""
     source = talking.bundle / name
     if not source.exists():
         pytest.skip(f"its backend is not installed: {name}")
@@ -178,7 +178,7 @@ def hub_cache(bundle: Path, folder: Path) -> Path:
 
 
 def test_a_bundle_in_the_hubs_cache_opens(bundle: Path, tmp_path: Path) -> None:
-    """It "lies outside the bundle; do not use this bundle"."""
+    """The message was "lies outside the bundle; do not use this bundle"."""
     snapshot = hub_cache(bundle, tmp_path / "hub")
     runtime = gemma_edge.load(snapshot, threads=1)
     assert TextGenerator.open(runtime).tokenizer is not None
@@ -201,7 +201,7 @@ def test_every_backend_runs_from_the_hubs_cache(backend: str, talking: Export, t
 def test_a_bundle_that_is_replaced_while_it_is_opened_is_one_line(
     fails: bool, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its manifest was the old one and its graph the new one."""
+    """The runtime had the old manifest and the new graph."""
     newer = write_toy_bundle(tmp_path / "newer")
     real = load.intact_but_engines
 

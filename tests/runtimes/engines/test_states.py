@@ -1,4 +1,4 @@
-"""Files of states that are damaged, hostile, or where others can write: refused by name before anything is taken from them."""
+"""Saved states that are damaged, hostile, or can be changed by others are refused by name before anything of them is used."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def rewrite(path: Path, **changes: str) -> None:
 
 @pytest.mark.parametrize("part", [0.2, 0.5, 0.8, 0.999])
 def test_one_bit_anywhere_is_seen(part: float, path: Path) -> None:
-    """A bit of the cache's rows was another answer, without a word."""
+    """A flipped bit in the cache's rows silently changed the answer."""
     data = bytearray(path.read_bytes())
     data[int(len(data) * part)] ^= 1
     path.write_bytes(data)
@@ -72,7 +72,7 @@ def test_one_bit_anywhere_is_seen(part: float, path: Path) -> None:
     ],
 )
 def test_a_header_of_other_types_is_damaged(changes: dict[str, str], path: Path) -> None:
-    """Some were a traceback, a RecursionError among them; others were taken for what they are not."""
+    """Some ended in a traceback, among them a RecursionError; others were accepted."""
     rewrite(path, **changes)
     assert "is damaged" in refusal(path)
 
@@ -126,7 +126,7 @@ def test_a_state_that_every_user_can_change_is_refused(let: Callable[[Path], Non
 def test_notes_that_are_no_conversation_leave_the_session_as_it_is(
     turns: list[Any], message: str, tmp_path: Path
 ) -> None:
-    """A message of another type was a traceback in the next turn."""
+    """A message of another type ended in a traceback in the next turn."""
     session = Session.open(write_toy_bundle(tmp_path / "bundle"), threads=1)
     "".join(session.send("Hello."))
     before = session.messages
@@ -140,7 +140,7 @@ def test_notes_that_are_no_conversation_leave_the_session_as_it_is(
 def test_a_prefix_that_could_not_be_written_is_refused_before_the_work(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It was refused after the text had been computed; a pipe or a device was replaced by a file."""
+    """The path was refused only after the text had been computed, and a pipe or a device was replaced by a file."""
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
     bundle = write_toy_bundle(tmp_path / "bundle")

@@ -1,4 +1,4 @@
-"""Who may send requests: pages of other places may not, names must be this machine's, and a key is needed beyond it."""
+"""Who may send requests: no pages of other origins, only under this machine's names, and from the network with a key."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_page_that_is_allowed_may_read_the_answer(locked: int) -> None:
      ("localhost.", 200), ("evil.example", 400), ("127.0.0.1.evil.example", 400), ("gemma.evil", 400), ("[::1", 400)],
 )  # fmt: skip
 def test_a_name_must_be_this_machines(host: str, status: int, plain: int) -> None:
-    """With --host 0.0.0.0 any name was taken, also that of a page which had it lead to this machine."""
+    """With --host 0.0.0.0 any name was accepted, also that of a page whose name resolves to this machine."""
     assert send(plain, "/health", Host=host)[0] == status
 
 
@@ -147,7 +147,7 @@ def test_a_server_that_cannot_run_is_refused_in_words(options: dict[str, Any], m
 
 
 def test_a_port_that_is_taken_is_named() -> None:
-    """It was exit code 3 with uvicorn's own lines."""
+    """The command ended with exit code 3 and uvicorn's own lines."""
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()

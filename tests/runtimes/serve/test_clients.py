@@ -134,7 +134,7 @@ def test_an_assistant_that_said_nothing_and_a_tool_are_read(client: Any) -> None
 
 
 def test_what_the_context_does_not_hold_is_counted(port: int) -> None:
-    """A prompt longer than the context was cut without a word. The toy's context is 10."""
+    """A prompt longer than the context was silently cut. The toy's context is 10."""
     usage = ask(port, COMPLETIONS, prompt=[7] * 25, max_tokens=2)["usage"]
     assert usage["prompt_tokens"] == 25 and usage["prompt_tokens_details"]["truncated_tokens"] == 15
     assert (
@@ -153,7 +153,7 @@ def test_a_strict_server_refuses_what_it_would_forget(bundle: Path) -> None:
 
 
 def test_json_has_no_blanks_between_its_parts(port: int) -> None:
-    """20 blanks and a new line were allowed between two parts, and half of the tokens went into them."""
+    """20 blanks and a new line were allowed between two parts, and half of the tokens were spent on them."""
     pytest.importorskip("llguidance", reason="llguidance is not installed: pip install 'gemma-edge[json]'")
     types = {"a": {"type": "integer"}, "b": {"type": "boolean"}}
     items = {"type": "object", "properties": types, "required": ["a", "b"], "additionalProperties": False}

@@ -1,4 +1,4 @@
-"""A server as a process of its own, and clients that vanish, stall and flood; signals; one line for what cannot be served."""
+"""A server in its own process with clients that vanish, stall and flood, with signals, and with options that cannot be served."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def ended(connection: socket.socket) -> bytes:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_away_ends_its_answer_and_leaves_the_queue(stream: bool, server: Process) -> None:
-    """Without streaming, the answer went on to its last token, and the queue was full of those who had left."""
+    """Without streaming, the answer went on to its last token, and the queue was full of clients that had left."""
     cancelled = metric(server.port, "cancelled_total")
     running = connect(server.port, request(**ENDLESS, stream=stream))
     until(lambda: metric(server.port, "waiting") == 0 and metric(server.port, "requests_total") > 0)
@@ -86,7 +86,7 @@ def test_a_client_that_goes_away_ends_its_answer_and_leaves_the_queue(stream: bo
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=lambda each: each.name)
 def test_a_signal_ends_the_server_while_answers_run(signum: signal.Signals, bundle: Path, tmp_path: Path) -> None:
-    """It was still there 20 s later."""
+    """The server was still there 20 s later."""
     server = Process(bundle, tmp_path / "log")
     whole, streamed = (connect(server.port, request(**ENDLESS, stream=stream)) for stream in (False, True))
     half = connect(server.port, HEAD + b"Content-Length: 10\r\n\r\n{")
@@ -98,7 +98,7 @@ def test_a_signal_ends_the_server_while_answers_run(signum: signal.Signals, bund
 
 
 def test_a_port_that_is_taken_is_one_line(server: Process, bundle: Path) -> None:
-    """It was exit code 3 and three lines of uvicorn's."""
+    """The command ended with exit code 3 and three lines of uvicorn's."""
     done = subprocess.run([*COMMAND, bundle, "--port", str(server.port)], capture_output=True, text=True, timeout=60)
     (line,) = done.stderr.splitlines()
     assert done.returncode == 2 and line.startswith(f"error: --port {server.port} of 127.0.0.1 is taken")
@@ -123,7 +123,7 @@ def test_half_sent_requests_are_dropped(bundle: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_client_that_does_not_read_is_dropped(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its answer would go on, and its connection stay, as long as it likes."""
+    """The answer went on, and the connection stayed, as long as the client wanted."""
     monkeypatch.setattr(connections, "STALLED_S", 0.3)
     engine = Engine(gemma_edge.load(bundle, threads=1), GenerationOptions())
     with in_a_thread(engine) as port:
@@ -132,7 +132,7 @@ def test_a_client_that_does_not_read_is_dropped(bundle: Path, monkeypatch: pytes
 
 
 def test_idle_connections_make_room(bundle: Path, tmp_path: Path) -> None:
-    """400 of them, with 256 open files allowed, made /health time out and wrote 25 MB of log in 3 s."""
+    """With 256 open files allowed, 400 connections made /health time out and wrote 25 MB of log in 3 s."""
     server = Process(bundle, tmp_path / "log", limits="ulimit -n 256")
     try:
         idle = [connect(server.port) for _ in range(400)]
@@ -161,7 +161,7 @@ def test_too_many_open_files_are_one_line(bundle: Path, caplog: pytest.LogCaptur
 
 
 def test_the_server_answers_while_it_reads_a_large_request(server: Process) -> None:
-    """100,000 messages or a text of 1 MB kept it from everything else."""
+    """100,000 messages or a text of 1 MB kept the server from everything else."""
     large = {"messages": [{"role": "user", "content": "a"}] * 30_000}
     status, text = send(server.port, "/v1/chat/completions", large)
     assert status == 400 and "too many" in text

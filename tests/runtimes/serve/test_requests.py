@@ -77,7 +77,7 @@ def test_what_is_wrong_or_too_large_is_refused_by_name(body: dict[str, Any], mes
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_a_field_that_is_not_there_is_refused_unless_it_changes_nothing(name: str, model: Model) -> None:
-    """OTHERS were ignored, though the docs promise that nothing is."""
+    """The fields in OTHERS were ignored, although the docs promise that no field is."""
     for value in (None, *UNSUPPORTED[name]):
         body = {"prompt": "a", name: value}
         assert ParsedRequest.parse(body, chat=False, defaults=GenerationOptions(), model=model).prompts
@@ -109,7 +109,7 @@ def test_a_field_that_changes_nothing_is_ignored(model: Model) -> None:
     ids=str,
 )
 def test_a_schema_comes_in_every_servers_spelling(body: dict[str, Any], model: Model) -> None:
-    """All but the first were ignored with status 200."""
+    """All spellings but the first were ignored with status 200."""
     pytest.importorskip("llguidance", reason="llguidance is not installed: pip install 'gemma-edge[json]'")
     assert parse(model, **body).options.json_schema == SCHEMA
 
@@ -146,7 +146,7 @@ def test_log_probabilities_are_requested_in_two_ways(model: Model) -> None:
 
 
 def test_a_text_that_is_too_long_is_refused_where_nothing_may_be_forgotten(model: Model) -> None:
-    """`--serve --strict` was refused, so a prompt of 2012 tokens for a context of 256 was cut without a word."""
+    """`--serve --strict` was refused, so a prompt of 2012 tokens was silently cut to a context of 256."""
     strict, ids = GenerationOptions(strict=True), [7] * 60
     with pytest.raises(InputError, match="a prompt of 60 tokens and 5 new ones exceed the bundle's context of 64"):
         parse(model, defaults=strict, prompt=ids, max_tokens=5)
@@ -220,7 +220,7 @@ def test_messages_that_are_wrong_are_refused(messages: list[Any], message: str) 
     ids=lambda part: part if isinstance(part, str) else None,
 )
 def test_a_body_that_is_not_json_is_refused(body: bytes, message: str) -> None:
-    """Deep nesting was status 500 and a traceback."""
+    """Deep nesting ended in status 500 and a traceback."""
     with pytest.raises(Refused, match=message) as refused:
         parse_body(body)
     assert refused.value.status == 400
@@ -237,7 +237,7 @@ def test_token_bytes_join_to_the_text(model: Model) -> None:
 
 
 def test_a_template_with_a_turn_for_the_system_gets_it() -> None:
-    """It was folded into the user's turn all the same: other tokens than transformers makes of the conversation."""
+    """The message was put into the user's turn, which gave other tokens than transformers makes of the conversation."""
     turns = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hello."}]
     assert messages_of({"messages": turns}, takes_system=True) == [{"role": "system", "content": "Be brief."}, turns[1]]
     assert messages_of({"messages": turns}) == [{"role": "user", "content": "Be brief.\n\nHello."}]
