@@ -81,7 +81,9 @@ def read_schema(text: str) -> dict[str, Any]:
     name = "the schema" if inline else text
     hint = "give a file, or the JSON itself"
     try:
-        schema = parse_json(text.encode() if inline else read_bytes(Path(text), hint, max_bytes=MAX_JSON))
+        schema = parse_json(
+            text.encode() if inline else read_bytes(Path(text), hint, max_bytes=MAX_JSON, field="json_schema")
+        )
     except InputError:
         raise
     except ValueError as error:

@@ -365,7 +365,7 @@ def test_an_answer_by_a_schema(options: list[str], bundle: Path, tmp_path: Path)
 def test_schemas_that_are_refused(bundle: Path, token_bundle: Path, tmp_path: Path) -> None:
     pytest.importorskip("llguidance", reason="llguidance is not installed: pip install 'gemma-edge[json]'")
     schema = json.dumps(SCHEMA)
-    assert "No such file" in error_of(run(bundle, "-p", "a", "--json-schema", str(tmp_path / "none.json")))
+    assert "does not exist" in error_of(run(bundle, "-p", "a", "--json-schema", str(tmp_path / "none.json")))
     assert "is not JSON" in error_of(run(bundle, "-p", "a", "--json-schema", "{"))
     assert "allow at least" in error_of(run(bundle, "-p", "a", "-n", "5", "--json-schema", schema))
     assert "in response_format" in error_of(run(bundle, "--serve", "--json-schema", schema))

@@ -162,5 +162,5 @@ def test_a_number_that_no_filter_takes_is_named(value: dict[str, Any], message: 
 def test_logits_that_are_no_numbers_are_an_error(params: SamplingParams, bad: float) -> None:
     logits = random_logits(100, seed=4)
     logits[50] = bad
-    with pytest.raises(InputError, match="no finite numbers"):
+    with pytest.raises(InputError, match="not finite numbers"):
         Sampler(params).sample(logits)

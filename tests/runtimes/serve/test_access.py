@@ -134,7 +134,7 @@ def test_with_the_key_everything_is_answered(locked: int) -> None:
         ({"api_key": "a\nb"}, "printable ASCII"),
         ({"api_key": " a"}, "begins or ends with a blank"),
         ({"api_key": "a", "no_auth": True}, "leave one of them out"),
-        ({"cors": ("localhost:3000",)}, "is not an origin; give one such as http://localhost:3000"),
+        ({"cors": ("localhost:3000",)}, "is not an origin; give an origin such as http://localhost:3000"),
         ({"cors": ("http://a/b",)}, "is not an origin"),
         ({"time_limit": 0.0}, "time_limit 0.0 is not a number of seconds above 0"),
         ({"time_limit": float("nan")}, "time_limit nan"),
