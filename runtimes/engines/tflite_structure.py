@@ -33,12 +33,19 @@ SCHEMA: Schema = {
     "Squeeze": ("[4]",),
     "FullyConnected": ("1", "1", "1", "1", "1"),
     "Composite": ("s", "4", "[1]", "1", "4"),
+    "VarHandle": ("s", "s"),
     "nothing": (),
 }
 # Kinds of options whose tables hold vectors or other tables. Kinds that no bundle uses must be empty.
 UNIONS = {
     "Quantization.5": {1: "nothing", 2: "Blockwise"},
-    "Operator.4": {**dict.fromkeys((3, 111, 115), "nothing"), 8: "FullyConnected", 17: "Reshape", 30: "Squeeze"},
+    "Operator.4": {
+        **dict.fromkeys((3, 115), "nothing"),
+        111: "VarHandle",
+        8: "FullyConnected",
+        17: "Reshape",
+        30: "Squeeze",
+    },
     "Operator.12": {**dict.fromkeys((2, 3, 4, 5, 6, 7, 9, 10, 12, 13, 16, 17, 23), "nothing"), 21: "Composite"},
 }
 

@@ -58,7 +58,7 @@ def test_one_that_fails_is_named_beside_those_that_do_not(toy: Path, tmp_path: P
     graph.write_bytes(bytes(graph.stat().st_size))
     done = run(broken, toy, *FEW)
     assert done.exit_code == 1
-    assert "broken (onnx, 1 threads, prompt 3) failed:" in done.stdout and "generate.onnx is damaged" in done.stdout
+    assert "broken (onnx, 1 threads, prompt 3) failed:" in done.stdout and "generate.onnx was changed" in done.stdout
     assert "toy" in done.stdout and "prefill, tok/s" in done.stdout and "Traceback" not in done.output
 
 
@@ -105,7 +105,7 @@ def test_what_a_page_should_not_do_is_noticed(tmp_path: Path) -> None:
         (["{toy}", "--html", "{tmp}"], ["--html", "no file can be written there"]),
         (["{tmp}"], ["is not a bundle"]),
         (["--peer", "genai"], ["--peer genai needs a model", "genai:FOLDER"]),
-        (["--from", "{tmp}/none.json"], ["cannot read", "none.json"]),
+        (["--from", "{tmp}/none.json"], ["has no none.json", "gemma-bench has saved"]),
         (["--from", "{toy}/tokenizer.json"], ["tokenizer.json holds no results"]),
     ],
 )

@@ -90,7 +90,7 @@ def test_a_tokenizer_of_another_model_is_refused_before_the_work(tmp_path: Path,
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["\u2581the"] = 4096 + vocabulary["\u2581the"]
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
-    refused(run(model, "-o", tmp_path / "out", *QUICK), "gives token id", "vocabulary of 4096", "belongs to the model")
+    refused(run(model, "-o", tmp_path / "out", *QUICK), "has the id 4362", "vocabulary of 4096", "belongs to the model")
     assert not kept.exists()
 
 

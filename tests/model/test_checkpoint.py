@@ -296,7 +296,7 @@ def test_an_announced_head_that_equals_the_table_is_tied(tmp_path: Path) -> None
 def test_an_announced_head_that_is_not_stored_is_refused(folder: Path) -> None:
     """transformers would compute with a random head."""
     set_tied(folder, tied=False)
-    with pytest.raises(InputError, match=r"tie_word_embeddings is false, and .* no lm_head\.weight") as error:
+    with pytest.raises(InputError, match=r"tie_word_embeddings is false, but .* no lm_head\.weight") as error:
         Checkpoint.open(folder)
     assert "set it to true" in message(error)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -88,9 +89,12 @@ def test_what_fails_leaves_nothing_and_what_was_killed_is_removed_by_the_next(
     left = tmp_path / f".out.partial-{DEAD}" / "checkpoint"
     left.mkdir(parents=True)
     (left / "config.json").write_text("{}")
-    beside = tmp_path / f".out.partial-{os.getppid()}"  # of a process that is still there
+    beside = tmp_path / f".out.partial-{os.getppid()}"  # of a process that is still there, and holds its lock
     beside.mkdir()
+    lock = os.open(beside, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
     api.quantize(model, tmp_path / "out", FAST)
+    os.close(lock)
     assert {path.name for path in tmp_path.iterdir()} == {"out", beside.name}
 
 

@@ -225,7 +225,7 @@ REFUSED: list[Any] = [
     ),
     pytest.param(
         lambda raw, state: raw.update(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
-        '"bitsandbytes" / null; supported: compressed-tensors / pack-quantized, gptq, awq',
+        '"bitsandbytes" / null; supported: compressed-tensors / pack-quantized, gptq and awq',
         id="bitsandbytes",
     ),
     pytest.param(
