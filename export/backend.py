@@ -15,7 +15,7 @@ from typing import Any
 from gemma_edge.bundle.backends import ALL, registered
 from gemma_edge.bundle.geometry import CacheGeometry
 from gemma_edge.errors import InputError
-from gemma_edge.model.checkpoint import HEAD, TABLE, Weights, weight_shapes
+from gemma_edge.model.checkpoint import TABLES, Weights, weight_shapes
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
 from gemma_edge.quantize.recipe import QuantConfig
@@ -131,7 +131,7 @@ class Kernels:
                 )
             return
         if config.bits not in self.bits:
-            field = "table_bits" if weight in (TABLE, HEAD) else "bits"
+            field = "table_bits" if weight in TABLES else "bits"
             raise InputError(
                 f"{weight} has {config.bits} bits: {self.owner} multiplies 8 only; use `{field}` 8",
                 field=field,

@@ -15,6 +15,7 @@ from gemma_edge.bundle.codec import shown
 from gemma_edge.errors import InputError
 from gemma_edge.model.config import HEAD as HEAD
 from gemma_edge.model.config import TABLE as TABLE
+from gemma_edge.model.config import TABLES as TABLES
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.model.gemma2 import DecoderLayer, Gemma2
 from gemma_edge.model.lora import Lora
@@ -112,13 +113,18 @@ class Shards:
         if dtype not in FLOATS:
             raise InputError(f"{self._file_of[name].path}: {name} is {dtype}; supported: {', '.join(FLOATS)}")
 
-    def refuse_others(self, expected: Iterable[str]) -> None:
+    def refuse_others(self, config: Gemma2Config, parts: Iterable[str] = ("weight",)) -> None:
         """Refuse a tensor that the decoder does not use: a bias, a classifier's head, a part of another model.
+
+        Args:
+            config: the model's.
+            parts: what a matrix may be stored as, by the ends of the tensors' names.
 
         Raises:
             InputError: names the first such tensor, and how many there are.
         """
-        others = sorted(set(self._file_of).difference(expected))
+        matrices = {f"{name}.{part}" for name in weight_shapes(config) for part in parts}
+        others = sorted(set(self._file_of) - matrices - {f"{HEAD}.weight", *norm_names(config)})
         others = [name for name in others if not name.endswith(COMPUTED)]
         if others:
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
@@ -141,8 +147,8 @@ class Weights(ABC):
         None  # by layer: scales of an int8 cache's K and V, (K, D) each
     )
 
-    def __init__(self, folder: Path, config: Gemma2Config) -> None:
-        self.folder, self.config = folder, config
+    def __init__(self, folder: Path, config: Gemma2Config, shards: Shards) -> None:
+        self.folder, self.config, self._shards = folder, config, shards
         self.text_folder = folder  # where tokenizer and chat template are; an adapter may bring its own
         self.configs = dict.fromkeys(weight_shapes(config))
 
@@ -158,9 +164,13 @@ class Weights(ABC):
     def rows(self, weight: str, start: int, stop: int) -> Tensor:
         """Rows of a matrix as float32, in memory of their own."""
 
-    @abstractmethod
     def vector(self, name: str) -> Tensor:
-        """A norm's weight as float32."""
+        """A norm's weight as float32.
+
+        Raises:
+            InputError: a value is NaN or infinite.
+        """
+        return finite(self._shards.rows(name).float(), name, self.folder)
 
     def plain_rows(self, weight: str, start: int, stop: int) -> Tensor:
         """Rows of a matrix as float32, from its float copy where it is also stored as integers, as the tied table is."""
@@ -216,8 +226,8 @@ class Checkpoint(Weights):
     def __init__(
         self, folder: Path, config: Gemma2Config, shards: Shards, lora: Lora | None, lora_folder: Path | None
     ) -> None:
-        super().__init__(folder, config)
-        self._shards, self._lora, self._lora_folder = shards, lora, lora_folder
+        super().__init__(folder, config, shards)
+        self._lora, self._lora_folder = lora, lora_folder
         if lora_folder is not None and present(lora_folder / TOKENIZER_FILE):
             self.text_folder = lora_folder
 
@@ -228,15 +238,10 @@ class Checkpoint(Weights):
         Raises:
             InputError: names the file, key or tensor at fault.
         """
-        config, shards = Gemma2Config.from_hf(folder), Shards(folder)
-        config = with_stored_head(config, shards)
+        config, shards = open_tensors(folder)
         for name, shape in weight_shapes(config).items():
             shards.expect(f"{name}.weight", shape)
-        for name in norm_names(config):
-            shards.expect(name, (config.hidden_size,))
-        shards.refuse_others(
-            [f"{HEAD}.weight", *norm_names(config), *(f"{name}.weight" for name in weight_shapes(config))]
-        )
+        shards.refuse_others(config)
         adapter = Lora.open(lora, weight_shapes(config)) if lora else None
         return cls(folder, config, shards, adapter, lora)
 
@@ -261,9 +266,18 @@ class Checkpoint(Weights):
             self._lora.add_to(values, weight, start)
         return finite(values, f"{weight}.weight", self.folder)
 
-    def vector(self, name: str) -> Tensor:
-        """A norm's weight as float32."""
-        return finite(self._shards.rows(name).float(), name, self.folder)
+
+def open_tensors(folder: Path) -> tuple[Gemma2Config, Shards]:
+    """The configuration of a folder and its tensors, with every norm among them.
+
+    Raises:
+        InputError: names the file, key or tensor at fault.
+    """
+    config, shards = Gemma2Config.from_hf(folder), Shards(folder)
+    config = with_stored_head(config, shards)
+    for name in norm_names(config):
+        shards.expect(name, (config.hidden_size,))
+    return config, shards
 
 
 def with_stored_head(config: Gemma2Config, shards: Shards) -> Gemma2Config:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gemma_edge.bundle.checks import config_problems
-from gemma_edge.bundle.codec import KeyProblem, convert, shown
+from gemma_edge.bundle.codec import shown, typed_value
 from gemma_edge.bundle.entries import GLOBAL, LOCAL, LayerType, ModelConfig
 from gemma_edge.bundle.ranges import HeadDim, Heads, Layers, Scale, TokenId, Tokens, Width
 from gemma_edge.errors import InputError
@@ -27,7 +27,10 @@ ONLY_VALUE: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("gelu_pytorch_tanh", "gelu", None),  # HF ignores it for Gemma 2 and uses hidden_activation
     "use_bidirectional_attention": (False, None),
 }
-TABLE, HEAD = "model.embed_tokens", "lm_head"  # the matrices with a row per token, by their names without `.weight`
+TABLE, HEAD = TABLES = (
+    "model.embed_tokens",
+    "lm_head",
+)  # the matrices with a row per token, by their names without `.weight`
 # UNREAD: keys that change nothing here. HF refuses a folder in which they have another type.
 UNREAD: dict[str, Any] = {
     "attention_dropout": float | None,
@@ -61,7 +64,6 @@ class Gemma2Config(ModelConfig):
     rope_theta: Scale = 10000.0
     bos_token_id: TokenId = 2
     eos_token_id: tuple[TokenId, ...] = (1,)
-    tie_word_embeddings: bool = True  # False: the head is a matrix of its own; see `checkpoint.with_stored_head`
 
     def is_local(self, layer: int) -> bool:
         """Whether a layer sees only the sliding window."""
@@ -121,10 +123,7 @@ def _alternating(layers: int) -> list[LayerType]:
 
 def _typed(path: Path, value: Any, kind: type[T], *keys: str) -> T:
     """The value of a key of a file, checked for its type and its range."""
-    try:
-        return convert(value, kind, keys)
-    except KeyProblem as problem:
-        raise problem.error(path, HINT) from None
+    return typed_value(value, kind, path, HINT, keys)
 
 
 def _refuse_unsupported(path: Path, raw: Mapping[str, Any]) -> None:

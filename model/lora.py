@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from msgspec import Meta
 from torch import Tensor
 
-from gemma_edge.bundle.codec import KeyProblem, convert, shown
+from gemma_edge.bundle.codec import shown, typed_value
 from gemma_edge.errors import InputError, one_line
 from gemma_edge.model.safetensors_reader import SafetensorsFile
 from gemma_edge.reading import present, read_json
@@ -117,12 +117,10 @@ def _config(folder: Path) -> _Adapter:
             raise InputError(
                 f"{path}: {key} is {shown(config[key])}; only plain LoRA is merged: merge it with PEFT first"
             )
+    adapter = typed_value(config, _Adapter, path, "save the adapter with PEFT again")
     try:
-        adapter = convert(config, _Adapter)
         for pattern in [*(adapter.rank_pattern or ()), *(adapter.alpha_pattern or ())]:
             re.compile(_whole(pattern))
-    except KeyProblem as problem:
-        raise problem.error(path, "save the adapter with PEFT again") from None
     except re.error as error:
         raise InputError(f"{path}: {shown(pattern)} is not a regular expression ({one_line(error)})") from None
     return adapter

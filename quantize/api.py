@@ -17,7 +17,7 @@ from torch import Tensor
 from gemma_edge.bundle.staging import Kind, refuse_existing, staged
 from gemma_edge.errors import InputError
 from gemma_edge.model import hub
-from gemma_edge.model.checkpoint import HEAD, TABLE, Weights, weight_shapes
+from gemma_edge.model.checkpoint import TABLES, Weights, weight_shapes
 from gemma_edge.model.quantized import QuantConfig
 from gemma_edge.progress import Progress, Stage, no_progress, stage
 from gemma_edge.quantize.calibration import cache, layerwise
@@ -186,7 +186,7 @@ def _refuse_idle(options: QuantizeOptions, source: Weights, recipe: Recipe) -> N
     name, searched = source.folder.name, options.quality not in (None, "fast")
     if source.is_quantized:
         _refuse_float_only(options, source, recipe)
-    linears = [config for weight, config in final_configs(source, recipe).items() if weight not in (TABLE, HEAD)]
+    linears = [config for weight, config in final_configs(source, recipe).items() if weight not in TABLES]
     if options.distill and not any(linears):
         raise InputError(
             f"`distill` trains scales of quantized linears, and {name} becomes {recipe.name}: leave it out",
@@ -225,7 +225,7 @@ def way_to_kv_scales(options: QuantizeOptions, source: Weights, recipe: Recipe) 
     """How to get the scales of an int8 KV cache where there will be none, as the end of an InputError's sentence."""
     if source.is_quantized:
         return f"{source.folder.name} is quantized already and holds none; pass the float original, or `kv_bits` 32"
-    linears = weight_shapes(source.config).keys() - {TABLE, HEAD}
+    linears = weight_shapes(source.config).keys() - set(TABLES)
     if not any(recipe.rule_for(weight).config for weight in linears):
         return f"none are found where the weights become {recipe.name}; use `kv_bits` 32"
     return f"use {'a recipe with' if options.recipe is not None else '`method`'} gptq, or `kv_bits` 32"

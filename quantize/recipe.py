@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gemma_edge.bundle.codec import KeyProblem, convert
+from gemma_edge.bundle.codec import typed_value
 from gemma_edge.bundle.ranges import Count, Name
 from gemma_edge.errors import InputError, one_line
 from gemma_edge.model.config import HEAD, TABLE
@@ -94,13 +94,11 @@ class Recipe:
         Raises:
             InputError: it is not a recipe.
         """
+        read = typed_value(data, _File, f"{origin} is not a recipe", RECIPE_HINT)
         try:
-            read = convert(data, _File)
             rules = tuple(QuantRule(rule.pattern, _config_of(rule), rule.method) for rule in read.rules)
             for rule in rules:
                 re.compile(rule.pattern)
-        except KeyProblem as problem:
-            raise problem.error(f"{origin} is not a recipe", RECIPE_HINT) from None
         except (InputError, re.error) as error:
             raise InputError(f"{origin} is not a recipe ({one_line(error)}); {RECIPE_HINT}") from None
         return cls(read.name, rules, read.float_bits)

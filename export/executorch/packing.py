@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gemma_edge.model.checkpoint import HEAD, TABLE, row_slices, weight_shapes
+from gemma_edge.model.checkpoint import TABLE, TABLES, row_slices, weight_shapes
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.quantize.checkpoint.packing import pack_bytes
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
@@ -51,7 +51,7 @@ def pieces_of(weight: str, shape: tuple[int, int]) -> int:
     if is_halved(weight):
         return 2
     rows, columns = shape
-    if weight not in (TABLE, HEAD) or rows * columns <= LARGEST_PIECE:
+    if weight not in TABLES or rows * columns <= LARGEST_PIECE:
         return 1
     # in steps of 16 rows, so that pieces of one part lie side by side, each aligned for XNNPACK
     counts = (count for count in range(2, rows // 16 + 1) if rows % (16 * count) == 0)

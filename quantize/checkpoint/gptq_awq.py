@@ -18,16 +18,7 @@ import torch
 from torch import Tensor
 
 from gemma_edge.errors import InputError
-from gemma_edge.model.checkpoint import (
-    FLOATS,
-    HEAD,
-    Shards,
-    Weights,
-    finite,
-    norm_names,
-    weight_shapes,
-    with_stored_head,
-)
+from gemma_edge.model.checkpoint import FLOATS, Shards, Weights, finite, open_tensors, weight_shapes
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.model.quantized import GROUP_MULTIPLE, QUANTIZED_BITS, QuantConfig, QuantizedTensor
 
@@ -82,8 +73,8 @@ class PackedCheckpoint(Weights):
     """A GPTQ or AWQ folder. The table and the norms are float."""
 
     def __init__(self, folder: Path, config: Gemma2Config, shards: Shards, layout: Layout, bits: int) -> None:
-        super().__init__(folder, config)
-        self._shards, self._layout, self._bits, self._shapes = shards, layout, bits, weight_shapes(config)
+        super().__init__(folder, config, shards)
+        self._layout, self._bits, self._shapes = layout, bits, weight_shapes(config)
         self._read = lru_cache(maxsize=1)(self._unpacked)  # callers go through a matrix slice by slice
         self.configs = {name: self._config_of(name) for name in self._shapes}
         self.is_quantized = any(self.configs.values())
@@ -114,12 +105,8 @@ class PackedCheckpoint(Weights):
         bits = quantization.get("bits", quantization.get("w_bit"))
         if type(bits) is not int or bits not in QUANTIZED_BITS or (layout.order is not None and bits != 4):
             raise InputError(f"{folder} has weights of {bits} bits; supported: 4, and 8 in a gptq folder", hint=HINT)
-        config, shards = Gemma2Config.from_hf(folder), Shards(folder)
-        config = with_stored_head(config, shards)
-        for name in norm_names(config):
-            shards.expect(name, (config.hidden_size,))
-        parts = [f"{name}.{part}" for name in weight_shapes(config) for part in ("weight", *PARTS)]
-        shards.refuse_others([f"{HEAD}.weight", *norm_names(config), *parts])
+        config, shards = open_tensors(folder)
+        shards.refuse_others(config, ("weight", *PARTS))
         return cls(folder, config, shards, layout, bits)
 
     def files(self) -> list[Path]:
@@ -137,10 +124,6 @@ class PackedCheckpoint(Weights):
             part = Packed(packed.codes[start:stop], packed.zeros[start:stop], packed.scale[start:stop], packed.group_of)
             return finite(part.dequantize(), f"{weight}.scales", self.folder)
         return finite(self._shards.rows(f"{weight}.weight", start, stop).float(), f"{weight}.weight", self.folder)
-
-    def vector(self, name: str) -> Tensor:
-        """A norm's weight as float32."""
-        return finite(self._shards.rows(name).float(), name, self.folder)
 
     def quantized(self, weight: str, start: int, stop: int) -> QuantizedTensor:
         """Rows of a matrix that keeps its integers."""

@@ -16,19 +16,18 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from gemma_edge.bundle.codec import KeyProblem, convert, shown
+from gemma_edge.bundle.codec import shown, typed_value
 from gemma_edge.errors import InputError
 from gemma_edge.model.checkpoint import (
     FLOATS,
-    HEAD,
     TABLE,
+    TABLES,
     Checkpoint,
     Shards,
     Weights,
     finite,
-    norm_names,
+    open_tensors,
     weight_shapes,
-    with_stored_head,
 )
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.model.quantized import GROUP_MULTIPLE, QuantConfig, QuantizedTensor
@@ -53,8 +52,7 @@ class QuantizedCheckpoint(Weights):
     is_quantized = True
 
     def __init__(self, folder: Path, config: Gemma2Config, shards: Shards) -> None:
-        super().__init__(folder, config)
-        self._shards = shards
+        super().__init__(folder, config, shards)
         table = folder / TABLE_FILE
         self._table = Shards(folder, [table]) if present(table) else shards
         self._shapes = weight_shapes(config)
@@ -71,12 +69,8 @@ class QuantizedCheckpoint(Weights):
         quantization = quantization_of(folder)
         if quantization is not None:
             _refuse_other_formats(folder, quantization)
-        config, shards = Gemma2Config.from_hf(folder), Shards(folder)
-        config = with_stored_head(config, shards)
-        for name in norm_names(config):
-            shards.expect(name, (config.hidden_size,))
-        parts = [f"{name}.{part}" for name in weight_shapes(config) for part in PARTS]
-        shards.refuse_others([f"{HEAD}.weight", *norm_names(config), *parts])
+        config, shards = open_tensors(folder)
+        shards.refuse_others(config, PARTS)
         return cls(folder, config, shards)
 
     def files(self) -> list[Path]:
@@ -84,7 +78,7 @@ class QuantizedCheckpoint(Weights):
         return sorted({*self._shards.files(), *self._table.files()})
 
     def _holder(self, weight: str) -> Shards:
-        return self._table if weight in (TABLE, HEAD) else self._shards
+        return self._table if weight in TABLES else self._shards
 
     def _config_of(self, weight: str) -> QuantConfig | None:
         holder, (rows, columns) = self._holder(weight), self._shapes[weight]
@@ -171,10 +165,6 @@ class QuantizedCheckpoint(Weights):
         """Rows of a matrix that is stored in float; this includes table and head, also when their integers lie beside them."""
         return finite(self._shards.rows(f"{weight}.weight", start, stop).float(), f"{weight}.weight", self.folder)
 
-    def vector(self, name: str) -> Tensor:
-        """A norm's weight as float32."""
-        return finite(self._shards.rows(name).float(), name, self.folder)
-
 
 @dataclass(frozen=True)
 class _Weights:
@@ -211,10 +201,9 @@ def quantization_of(folder: Path) -> dict[str, Any] | None:
 
 
 def _typed(folder: Path, quantization: Any, kind: type[T]) -> T:
-    try:
-        return convert(quantization, kind, ("quantization_config",))
-    except KeyProblem as problem:
-        raise problem.error(folder / "config.json", "pass the original float folder") from None
+    return typed_value(
+        quantization, kind, folder / "config.json", "pass the original float folder", ("quantization_config",)
+    )
 
 
 def _refuse_other_formats(folder: Path, quantization: dict[str, Any]) -> None:
@@ -272,5 +261,5 @@ def named_by_content(source: Weights, recipe: Recipe) -> Recipe:
     if not source.is_quantized:
         return recipe
     configs = final_configs(source, recipe)
-    linears = [config for weight, config in configs.items() if weight not in (TABLE, HEAD)]
+    linears = [config for weight, config in configs.items() if weight not in TABLES]
     return replace(recipe, name=recipe_name(linears, configs[TABLE], recipe.float_bits))

@@ -18,6 +18,7 @@ from gemma_edge.model.checkpoint import (
     HEAD,
     NORMS,
     TABLE,
+    TABLES,
     Weights,
     linear_shapes,
     row_slices,
@@ -85,9 +86,9 @@ def quantization_config(configs: Mapping[str, QuantConfig | None]) -> dict[str, 
     """compressed-tensors' description of the linears, one group per distinct configuration."""
     groups: dict[QuantConfig, list[str]] = {}
     for name, config in configs.items():
-        if config is not None and name not in (TABLE, HEAD):
+        if config is not None and name not in TABLES:
             groups.setdefault(config, []).append(name)
-    plain = [name for name, config in configs.items() if config is None and name not in (TABLE, HEAD)]
+    plain = [name for name, config in configs.items() if config is None and name not in TABLES]
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
@@ -214,7 +215,7 @@ def _write_config(work: _Work, out: Path) -> None:
     tied = work.source.config.tie_word_embeddings
     if raw.get("tie_word_embeddings", True) != tied:  # other programs go by the key, not by the tensors
         raw["tie_word_embeddings"] = tied
-    if any(config for name, config in work.configs.items() if name not in (TABLE, HEAD)):
+    if any(config for name, config in work.configs.items() if name not in TABLES):
         raw["quantization_config"] = quantization_config(work.configs)
     write_whole(out / "config.json", json.dumps(raw, indent=1) + "\n")
 

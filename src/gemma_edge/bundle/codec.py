@@ -100,6 +100,18 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
+def typed_value(value: Any, kind: type[T], file: object, hint: str, keys: Sequence[Key] = ()) -> T:
+    """`convert` for a value of the user's: of a file, under some keys.
+
+    Raises:
+        InputError: names the file, the key and the value, and ends with the hint.
+    """
+    try:
+        return convert(value, kind, keys)
+    except KeyProblem as problem:
+        raise problem.error(file, hint) from None
+
+
 def _odd_values(value: Any, keys: tuple[Key, ...]) -> Iterator[KeyProblem]:
     """Values that Python's reader lets through and JSON does not know."""
     if isinstance(value, dict):

@@ -79,7 +79,7 @@ class ModelConfig:
     rope_theta: Scale
     bos_token_id: TokenId
     eos_token_id: tuple[TokenId, ...]
-    tie_word_embeddings: bool = True  # False: the head is a matrix of its own
+    tie_word_embeddings: bool = True  # False: the head is a matrix of its own; see `checkpoint.with_stored_head`
 
 
 @dataclass(frozen=True)
