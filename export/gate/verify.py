@@ -48,16 +48,12 @@ def choose_gate(source: Weights, context: int, level: str) -> Gate | None:
     """The gate of a model's bundle; None for the level "none".
 
     Raises:
-        InputError: the tokenizer cannot be used; it is opened at every level.
+        InputError: the tokenizer gives an id that the model's table does not have.
     """
-    path = source.text_folder / TOKENIZER_FILE
-    tokenizer = path if present(path) else None
     if level == "none":
-        if tokenizer is not None:
-            open_tokenizer(tokenizer, TOKENIZER_HINT)
         return None
-    config = source.config
-    return make_gate(tokenizer, config.vocab_size, config.bos_token_id, context, level)
+    path, config = source.text_folder / TOKENIZER_FILE, source.config
+    return make_gate(path if present(path) else None, config.vocab_size, config.bos_token_id, context, level)
 
 
 def make_gate(tokenizer: Path | None, vocab_size: int, bos: int, context: int, level: str) -> Gate:

@@ -191,9 +191,8 @@ def _check_table_and_head(path: Path, graph: ir.Graph, config: Gemma2Config) -> 
         if any(v is not None and v.name == "input_ids" for v in node.inputs) and node.op_type.startswith("Gather")
     )
     *_, product = (node for node in graph if node.op_type in ("MatMul", "MatMulNBits"))
-    tied = {f"{TABLE}.weight", f"{TABLE}.weight_packed"}
     for what, value, expected in (
-        ("table", lookup.inputs[0], tied),
+        ("table", lookup.inputs[0], {f"{TABLE}.weight", f"{TABLE}.weight_packed"}),
         ("head", product.inputs[1], {f"{config.head}.weight", HEAD_PACKED}),
     ):
         name = _stored(value)

@@ -16,16 +16,8 @@ IDENTIFIER, HEADER = b"ET12", b"eh00"
 IN_SEGMENT = 1  # DataLocation.SEGMENT
 SCHEMA: Schema = {
     "Program": (
-        *(
-            "4",
-            "[ExecutionPlan]",
-            "[Buffer]",
-            "[Buffer]",
-            "[DataSegment]",
-            "Subsegments",
-            "[Subsegments]",
-            "[NamedData]",
-        ),
+        *("4", "[ExecutionPlan]", "[Buffer]", "[Buffer]", "[DataSegment]", "Subsegments", "[Subsegments]"),
+        "[NamedData]",
     ),
     "ExecutionPlan": (
         *("s", "Container", "[EValue]", "[4]<EValue", "[4]<EValue", "[Chain]", "[Operator]", "[BackendDelegate]"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from operator import itemgetter
 from typing import Any
 
 from gemma_edge.errors import InputError, one_line
@@ -20,9 +21,9 @@ OTHER_STRUCTURES: dict[str, tuple[Any, ...]] = dict.fromkeys(
 )
 
 
-def _of_format(form: Any) -> Any:
+def _of_format(body: Mapping[str, Any]) -> Any:
     """OpenAI's `response_format`; `json_object` may bring a schema, as llama.cpp's server and others have it."""
-    form = get({"response_format": form}, "response_format", dict, {})
+    form = get(body, "response_format", dict, {})
     kind = form.get("type")
     if kind not in FORMATS:
         raise InputError(
@@ -38,18 +39,18 @@ def _of_format(form: Any) -> Any:
     return schema
 
 
-def _of_structure(form: Any) -> Any:
+def _of_structure(body: Mapping[str, Any]) -> Any:
     """vLLM's `structured_outputs`."""
-    form = get({"structured_outputs": form}, "structured_outputs", dict, {})
+    form = get(body, "structured_outputs", dict, {})
     refuse_unsupported(form, OTHER_STRUCTURES)
     return form.get("json")
 
 
-# field -> the schema in its value; None if any text will do
-SPELLINGS: dict[str, Callable[[Any], Any]] = {
+# field -> the schema that a request holds in it; None if any text will do
+SPELLINGS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "response_format": _of_format,
-    "json_schema": lambda schema: schema,  # llama.cpp's server
-    "guided_json": lambda schema: schema,  # vLLM, before structured_outputs
+    "json_schema": itemgetter("json_schema"),  # llama.cpp's server
+    "guided_json": itemgetter("guided_json"),  # vLLM, before structured_outputs
     "structured_outputs": _of_structure,
 }
 
@@ -60,7 +61,7 @@ def schema_of(body: Mapping[str, Any]) -> dict[str, Any] | None:
     Raises:
         InputError: the request holds two schemas, an unknown type, or a schema that cannot be followed.
     """
-    schemas = {name: read(body[name]) for name, read in SPELLINGS.items() if body.get(name) is not None}
+    schemas = {name: read(body) for name, read in SPELLINGS.items() if body.get(name) is not None}
     schemas = {name: schema for name, schema in schemas.items() if schema is not None}
     if len(schemas) > 1:
         raise InputError(f"{' and '.join(schemas)} both hold a schema; leave one of them out", field=list(schemas)[-1])

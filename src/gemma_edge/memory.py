@@ -22,12 +22,7 @@ def memory_mib(pid: int | str = "self") -> dict[str, float]:
     Returns:
         {} when the process has ended, or where the system has no /proc.
     """
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace").splitlines()
-    except (FileNotFoundError, ProcessLookupError):
-        return {}
-    pairs = (line.split(":", 1) for line in lines)
-    return {NAMES[key]: int(value.split()[0]) / 1024 for key, value in pairs if key in NAMES}
+    return {NAMES[key]: size / (1 << 20) for key, size in _lines(f"/proc/{pid}/status").items() if key in NAMES}
 
 
 # OUT_OF_MEMORY: parts of messages for full memory without a MemoryError: from torch, onnxruntime, the loader and threads.
@@ -79,11 +74,7 @@ def room_bytes(cgroups: Path = CGROUPS, own: Path = Path("/proc/self/cgroup")) -
 
 def _lines(path: str) -> dict[str, int]:
     """The lines `key: 12 kB` of a file, in bytes."""
-    try:
-        lines = Path(path).read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return {}
-    words = [line.replace(":", " ").split() for line in lines]
+    words = [line.replace(":", " ").split() for line in _text(Path(path)).splitlines()]
     return {word[0]: int(word[1]) * 1024 for word in words if len(word) == 3 and word[1].isdigit() and word[2] == "kB"}
 
 

@@ -91,12 +91,7 @@ def read_text(path: Path, hint: str, *, max_bytes: int = MAX_TEXT, field: str | 
     Raises:
         InputError: as `read_bytes`; also for bytes that are not UTF-8.
     """
-    data = read_bytes(path, hint, max_bytes=max_bytes, field=field).removeprefix(BOM)
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise _refusal(path, f"is not UTF-8 at byte {error.start}", hint, field) from None
-    return text.replace("\r\n", "\n").replace("\r", "\n")  # as Python's text files do
+    return _decoded(path, read_bytes(path, hint, max_bytes=max_bytes, field=field).removeprefix(BOM), hint, field)
 
 
 def read_template(path: Path, hint: str) -> str:
@@ -105,9 +100,18 @@ def read_template(path: Path, hint: str) -> str:
     Raises:
         InputError: as `read_text`; also for a byte order mark.
     """
-    if read_bytes(path, hint, max_bytes=MAX_TEMPLATE).startswith(BOM):
+    data = read_bytes(path, hint, max_bytes=MAX_TEMPLATE)
+    if data.startswith(BOM):
         raise _refusal(path, "begins with a byte order mark; save it as UTF-8 without one", hint)
-    return read_text(path, hint, max_bytes=MAX_TEMPLATE)
+    return _decoded(path, data, hint)
+
+
+def _decoded(path: Path, data: bytes, hint: str, field: str | None = None) -> str:
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _refusal(path, f"is not UTF-8 at byte {error.start}", hint, field) from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")  # as Python's text files do
 
 
 def read_json(path: Path, hint: str = MODEL_HINT, *, field: str | None = None) -> dict[str, Any]:
