@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.serving import CHAT, COMPLETIONS, ask, in_a_thread, send
-from support.toys import write_toy_bundle
 
 pytest.importorskip("starlette", reason="starlette is not installed: pip install 'gemma-edge[serve]'")
 pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install 'gemma-edge[serve]'")
@@ -25,27 +23,6 @@ from gemma_edge.runtimes.serve.engine import Engine
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello."}]
 TEXT = "It was"
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_toy_bundle(tmp_path_factory.mktemp("clients") / "bundle")
-
-
-@pytest.fixture(scope="module")
-def engine(bundle: Path) -> Engine:
-    return Engine(gemma_edge.load(bundle, threads=1), GenerationOptions())
-
-
-@pytest.fixture(scope="module")
-def port(engine: Engine) -> Iterator[int]:
-    with in_a_thread(engine) as port:
-        yield port
-
-
-@pytest.fixture(scope="module")
-def client(port: int) -> Any:
-    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 from support.serving import COMMAND, COMPLETIONS, ENDLESS, Process, ask, in_a_thread, metric, open_files, send, until
-from support.toys import write_toy_bundle
 
 pytest.importorskip("starlette", reason="starlette is not installed: pip install 'gemma-edge[serve]'")
 pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install 'gemma-edge[serve]'")
@@ -27,11 +26,6 @@ from gemma_edge.runtimes.serve.api import application
 from gemma_edge.runtimes.serve.engine import MAX_WAITING, Engine
 
 HEAD = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n".encode()
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_toy_bundle(tmp_path_factory.mktemp("hostile") / "bundle")
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,7 @@ from urllib.parse import urlencode
 
 import pytest
 from support.browser import needs_browser, wait_on
-from support.serving import in_a_thread, send, until
-from support.toys import write_toy_bundle
+from support.serving import send, until
 
 pytest.importorskip("starlette", reason="starlette is not installed: pip install 'gemma-edge[serve]'")
 pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install 'gemma-edge[serve]'")
@@ -21,7 +19,6 @@ pytest.importorskip("openai", reason="the package openai is not installed")
 
 import openai
 
-import gemma_edge
 from gemma_edge.runtimes.generation.constrain import Grammar
 from gemma_edge.runtimes.generation.generate import GenerationOptions
 from gemma_edge.runtimes.generation.session import Session
@@ -34,27 +31,6 @@ from gemma_edge.runtimes.serve.openai import ParsedRequest, messages_of
 from gemma_edge.runtimes.serve.responses import Piece
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello."}]
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_toy_bundle(tmp_path_factory.mktemp("server") / "bundle")
-
-
-@pytest.fixture(scope="module")
-def engine(bundle: Path) -> Engine:
-    return Engine(gemma_edge.load(bundle, threads=1), GenerationOptions())
-
-
-@pytest.fixture(scope="module")
-def port(engine: Engine) -> Iterator[int]:
-    with in_a_thread(engine) as port:
-        yield port
-
-
-@pytest.fixture(scope="module")
-def client(port: int) -> Any:
-    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
 
 
 def test_a_chat_is_the_sessions(client: Any, bundle: Path) -> None:
