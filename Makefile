@@ -68,7 +68,7 @@ test: setup
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Each campaign prints how many tries it made and their outcomes. The first campaign with a bad outcome ends the target.
-CAMPAIGNS ?= inputs bundles states kill disk server
+CAMPAIGNS ?= inputs bundles states kill disk memory server
 campaign: setup
 	for name in $(CAMPAIGNS); do PYTHONPATH=tests $(BIN)/python -m campaigns.$$name $(ARGS) || exit 1; done
 

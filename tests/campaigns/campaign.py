@@ -27,6 +27,7 @@ OUTCOMES = {
     "left_over": "left over",
 }
 GOOD = ("refused", "correct")
+PROGRESS = 250  # tries after which the counts are printed
 
 
 class Hang(BaseException):
@@ -55,6 +56,8 @@ class Campaign:
         self.counts[outcome] += 1
         if outcome not in GOOD:
             click.echo(f"{self.name}: try {self.counts.total()}: {OUTCOMES[outcome]}: {what}")
+        if self.counts.total() % PROGRESS == 0:
+            click.echo(f"{self.name}: {self.summary()} ...")
 
     def summary(self) -> str:
         """For instance: 3 tried, 2 refused in one line, 1 correct, 0 traceback, 0 signal, 0 hang, 0 left over."""

@@ -13,12 +13,12 @@ import resource
 import shutil
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import gemma_edge.export.api
 from campaigns import exports
-from campaigns.campaign import Campaign, main, outcome_of
-from gemma_edge.errors import InputError
+from campaigns.campaign import Campaign, main
 
 
 @contextlib.contextmanager
@@ -34,30 +34,11 @@ def small_disk(at: Path, size: int, files: int) -> Iterator[bool]:
             subprocess.run(["umount", str(at)], check=True)
 
 
-def export_under(limit: int | None, out: Path) -> None:
-    """An export that finds out only while it writes that there is no room."""
+def limit_files(most: int | None) -> None:
+    """Let an export find out only while it writes that there is no room; `most`: for a file, in bytes."""
     gemma_edge.export.api.check_disk = lambda *args: None  # type: ignore[attr-defined]
-    if limit is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    exports.make(out)
-
-
-def one_try(folder: Path, out: Path, limit: int | None) -> tuple[str, str]:
-    """Export, and look at what is there: the outcome, and what is wrong."""
-    errors = folder / "stderr"
-    before = exports.whole(out)
-    code = exports.wait(exports.start(errors, lambda: export_under(limit, out)))
-    printed = errors.read_text(errors="replace")
-    if code is None:
-        return "hang", printed[-300:]
-    outcome = outcome_of(code, printed)
-    try:
-        after, rest = exports.whole(out), exports.left(out, cleaned=False)
-    except InputError as error:
-        return "left_over", f"half a bundle: {error}"
-    if rest or (outcome == "refused" and after != before):
-        return "left_over", f"{rest} {before!r} became {after!r}"
-    return outcome, printed[-600:]
+    if most is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
 
 def run(campaign: Campaign, tries: int) -> None:
@@ -79,7 +60,7 @@ def run(campaign: Campaign, tries: int) -> None:
                 if index % 4:
                     shutil.copytree(previous, out)
                 limit = None if on_disk and mounted else int(2 * largest * point)
-                outcome, what = one_try(folder, out, limit)
+                outcome, what = exports.one_limited(folder, out, partial(limit_files, limit))
             place = f"file system of {size}" if limit is None else f"files up to {limit}"
             campaign.tried(outcome, f"{place} bytes: {what}")
 

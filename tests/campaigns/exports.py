@@ -1,4 +1,4 @@
-"""What the campaigns `kill` and `disk` share: exports in processes that begin with everything imported, and what they leave."""
+"""What the campaigns `kill`, `disk` and `memory` share: exports in processes with everything imported, and what they leave."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from tempfile import TemporaryDirectory
 
 from support.checkpoints import DEMO
 
+from campaigns.campaign import outcome_of
 from gemma_edge.bundle import staging
 from gemma_edge.bundle.manifest import Manifest, check_hashes
+from gemma_edge.errors import InputError
 from gemma_edge.export.cli import main
 
 SECONDS = 120.0
@@ -83,6 +85,35 @@ def left(out: Path, *, cleaned: bool) -> list[str]:
     if cleaned:
         staging._clean_leftovers(Path(os.path.realpath(out)))
     return sorted(path.name for path in out.parent.iterdir() if path.name != out.name)
+
+
+def one_limited(folder: Path, out: Path, limit: Callable[[], None]) -> tuple[str, str]:
+    """Export under a limit, and look at what is there: the outcome, and what is wrong.
+
+    Args:
+        folder: for the export's stderr.
+        out: the bundle, which may exist.
+        limit: sets the limit, in the process of the export.
+    """
+
+    def limited() -> None:
+        limit()
+        make(out)
+
+    errors = folder / "stderr"
+    before = whole(out)
+    code = wait(start(errors, limited))
+    printed = errors.read_text(errors="replace")
+    if code is None:
+        return "hang", printed[-300:]
+    outcome = outcome_of(code, printed)
+    try:
+        after, rest = whole(out), left(out, cleaned=False)
+    except InputError as error:
+        return "left_over", f"half a bundle: {error}"
+    if rest or (outcome == "refused" and after != before):
+        return "left_over", f"{rest} {before!r} became {after!r}"
+    return outcome, printed[-600:]
 
 
 @contextlib.contextmanager

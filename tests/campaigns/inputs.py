@@ -184,7 +184,7 @@ def damage_one(rng: random.Random, folder: Path) -> str:
     own = {".json": change_json, ".safetensors": change_header}.get(path.suffix)
     try:
         done = (own if own and rng.random() < 0.6 else rng.choice(ANY_FILE))(rng, path)
-    except (ValueError, struct.error):  # damaged before
+    except (ValueError, struct.error, RecursionError, MemoryError):  # damaged before
         done = truncate(rng, path) if path.stat().st_size else "nothing"
     return f"{path.relative_to(folder)}: {done}"
 

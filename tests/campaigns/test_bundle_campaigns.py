@@ -31,7 +31,7 @@ def test_damaged_states() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="exports are forked, so that each begins with everything imported")
-@pytest.mark.parametrize(("name", "tries"), [("kill", 6), ("disk", 4)])
+@pytest.mark.parametrize(("name", "tries"), [("kill", 6), ("disk", 4), ("memory", 4)])
 def test_ended_exports_and_full_disks(name: str, tries: int) -> None:
     """In a process of its own: this one has threads, which a fork would not take along."""
     command = [sys.executable, "-m", f"campaigns.{name}", "--tries", str(tries)]

@@ -21,6 +21,7 @@ if sys.platform != "win32":
 
 OTHER_FOLDER = "pass another folder as `out`"
 OLD = "old"  # name of the replaced folder inside the hidden one, where the system cannot exchange two folders
+CLEANING_UP = 1 << 20  # bytes that removing a folder may need, when memory is full
 # Flags of Linux's renameat2 and macOS's renamex_np; AT_FDCWD: paths are relative to the current folder.
 RENAME_EXCHANGE, RENAME_SWAP, AT_FDCWD = 2, 2, -100
 
@@ -172,9 +173,11 @@ def _named(out: Path, inside: Path | None = None) -> Iterator[None]:
 def _work_folder(place: Path) -> Iterator[Path]:
     """A hidden folder beside `place`, removed at the end. It is locked as long as its process lives."""
     work, lock = _made_and_locked(place)
+    reserve = bytearray(CLEANING_UP)  # never touched: it takes addresses, but no memory
     try:
         yield work
     finally:
+        del reserve
         shutil.rmtree(work, ignore_errors=True)
         _unlock(lock)
 
