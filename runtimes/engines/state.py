@@ -16,7 +16,7 @@ from gemma_edge.bundle.codec import KeyProblem, convert, parse
 from gemma_edge.errors import InputError, one_line
 from gemma_edge.files import others_can_change, replacing
 
-FORMAT = "gemma-edge state 1"
+FORMAT = "gemma-edge state 2"
 IDS = "ids"
 DIGEST = "sha256"
 MAX_POSITION = 1 << 30  # tokens; the engines count in 32 bits
@@ -137,8 +137,7 @@ def _parse(header: dict[str, str], tensors: dict[str, NDArray[Any]], name: str) 
     Raises:
         KeyError, TypeError, ValueError, KeyProblem: they do not hold a state.
     """
-    digest = header.pop(DIGEST, None)  # the Kotlin library writes none
-    if digest is not None and digest != _digest(header, tensors):
+    if header.pop(DIGEST) != _digest(header, tensors):
         raise ValueError("its bytes were changed")
     numbers = convert(parse(header["state"].encode()), _Numbers)
     notes = convert(parse(header["notes"].encode()), dict[str, Any])
@@ -150,9 +149,13 @@ def _parse(header: dict[str, str], tensors: dict[str, NDArray[Any]], name: str) 
 
 
 def _digest(header: Mapping[str, str], tensors: Mapping[str, NDArray[Any]]) -> str:
-    """SHA-256 of a file's header and tensors."""
-    digest = hashlib.sha256(json.dumps(sorted(header.items())).encode())
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {tensors[name].shape}".encode())
-        digest.update(np.ascontiguousarray(tensors[name]).data)
-    return digest.hexdigest()
+    """SHA-256 of the sorted lines `key sha256` of a file's header and `name type shape sha256` of its tensors.
+
+    The Kotlin library computes the same.
+    """
+    lines = [f"{key} {hashlib.sha256(text.encode()).hexdigest()}" for key, text in header.items()]
+    for name, rows in tensors.items():
+        dtype = f"{rows.dtype.kind}{8 * rows.dtype.itemsize}".upper()  # the name in safetensors: F32, I8
+        shape = ",".join(map(str, rows.shape))
+        lines.append(f"{name} {dtype} {shape} {hashlib.sha256(np.ascontiguousarray(rows).data).hexdigest()}")
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()

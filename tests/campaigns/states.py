@@ -87,7 +87,7 @@ def resealed(campaign: Campaign, source: Path, path: Path) -> None:
     tensors = load_file(source)
     part = campaign.random.choice(["state", "notes", "notes", "format", *tensors])
     if part == "format":
-        header[part] = campaign.random.choice(("gemma-edge state 0", "gemma-edge state 2", ""))
+        header[part] = campaign.random.choice(("gemma-edge state 0", "gemma-edge state 1", ""))
     elif part in header:
         header[part] = text_changed(campaign, header[part])
     else:

@@ -78,7 +78,7 @@ def test_a_header_of_other_types_is_damaged(changes: dict[str, str], path: Path)
 
 
 def test_a_state_of_another_version_is_named(path: Path) -> None:
-    rewrite(path, format="gemma-edge state 2")
+    rewrite(path, format="gemma-edge state 1")
     assert "of another version" in refusal(path)
 
 

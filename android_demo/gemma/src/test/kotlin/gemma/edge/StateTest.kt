@@ -1,5 +1,8 @@
 package gemma.edge
 
+import gemma.edge.state.StateFile
+import gemma.edge.state.StateHeader
+import gemma.edge.state.StateTensor
 import java.io.File
 import java.io.IOException
 import kotlinx.coroutines.flow.toList
@@ -125,8 +128,11 @@ class StateTest {
                 "a header of" to ByteArray(8) { 0x7f },
                 "not a saved state" to "\u0002\u0000\u0000\u0000\u0000\u0000\u0000\u0000{}".toByteArray(),
                 "lies outside" to state.readBytes().dropLast(1).toByteArray(),
-                "position 3" to changed(state, "\\\"position\\\": 4", "\\\"position\\\": 3"),
-                "cache.0.kee is not" to changed(state, "cache.0.key", "cache.0.kee"),
+                "its bytes were changed" to state.readBytes().also { it[it.size - 1]++ },
+                "bytes were changed" to changed(state, "\\\"position\\\": 4", "\\\"position\\\": 3"),
+                "were changed" to changed(state, "sha256", "sha257"),
+                "position 3" to written(state, position = 3),
+                "cache.0.kee is not" to written(state) { it.copy(name = it.name.replace("cache.0.key", "cache.0.kee")) },
                 "is of I9" to changed(state, "\"F32\"", "\"I9\" "),
             )
             for ((message, bytes) in wrong) {
@@ -145,6 +151,17 @@ class StateTest {
         assertThrows(IOException::class.java) { runtime.save(folder.parentFile) }
         assertThrows(IOException::class.java) { runtime.save(File(temporary.root, "nowhere/state")) }
         assertEquals(listOf("folder"), temporary.root.list()!!.toList())
+    }
+
+    /** The bytes of the state written again with another position or other names of tensors, and with the hash that belongs to them. */
+    private fun written(file: File, position: Int = 4, rename: (StateTensor) -> StateTensor = { it }): ByteArray {
+        val changed = File(temporary.root, "changed")
+        StateFile.open(file).use { state ->
+            val originals = state.tensors.associateBy(rename)
+            val header = StateHeader(state.header.identity, position, state.header.written, state.header.notes)
+            StateFile.write(changed, header, originals.keys.toList()) { listOf(state.read(originals.getValue(it))) }
+        }
+        return changed.readBytes()
     }
 
     /** The bytes of the file, with a text in its header replaced by another one of the same length. */

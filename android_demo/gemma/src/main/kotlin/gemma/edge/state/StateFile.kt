@@ -14,6 +14,7 @@ import java.nio.ByteOrder
 import java.nio.channels.FileChannel
 import java.nio.file.Files
 import java.nio.file.StandardCopyOption
+import java.security.MessageDigest
 
 /** The description of a state. `State` in runtimes/engines/state.py has the same fields. */
 internal class StateHeader(val identity: String, val position: Int, val written: Int, val notes: String)
@@ -49,8 +50,9 @@ internal class StateFile private constructor(
     override fun close(): Unit = channel.close()
 
     companion object {
-        private const val FORMAT = "gemma-edge state 1"
+        private const val FORMAT = "gemma-edge state 2"
         private const val METADATA = "__metadata__"
+        private const val DIGEST = "sha256"
 
         // MAX_HEADER_BYTES: the limit of the safetensors library.
         private const val MAX_HEADER_BYTES = 100_000_000L
@@ -61,13 +63,14 @@ internal class StateFile private constructor(
         /**
          * Write a state. The file is written whole or not at all.
          *
-         * @param data returns the bytes of a tensor, in pieces.
+         * @param data returns the bytes of a tensor, in pieces. It is called twice for each, because the hash stands before the bytes.
          * @throws IOException the file cannot be written.
          */
         fun write(path: File, header: StateHeader, tensors: List<StateTensor>, data: (StateTensor) -> List<ByteBuffer>) {
             val numbers = mapOf("identity" to header.identity, "position" to header.position, "written" to header.written)
+            val metadata = mapOf("format" to FORMAT, "state" to toJson(numbers), "notes" to header.notes)
             val entries = LinkedHashMap<String, Any>()
-            entries[METADATA] = mapOf("format" to FORMAT, "state" to toJson(numbers), "notes" to header.notes)
+            entries[METADATA] = metadata + (DIGEST to digestOf(metadata, tensors) { tensor -> sha256 { data(tensor).forEach(::update) } })
             var offset = 0L
             for (tensor in tensors) {
                 val end = offset + tensor.bytes
@@ -128,7 +131,18 @@ internal class StateFile private constructor(
                 offsets[name] = start
                 tensor
             }
-            return StateFile(path, channel, Long.SIZE_BYTES + length, offsets, header, tensors)
+            val file = StateFile(path, channel, Long.SIZE_BYTES + length, offsets, header, tensors)
+            val texts = root[METADATA].entries.associate { (key, text) -> key to text.string }
+            val digest = digestOf(texts - DIGEST, tensors) { tensor -> sha256 { update(file.read(tensor)) } }
+            if (digest != texts[DIGEST]) throw JsonException("its bytes were changed")
+            return file
+        }
+
+        /** The hash of a state: `_digest` in runtimes/engines/state.py. */
+        private fun digestOf(metadata: Map<String, String>, tensors: List<StateTensor>, hash: (StateTensor) -> String): String {
+            val texts = metadata.map { (key, text) -> "$key ${sha256 { update(text.toByteArray()) }}" }
+            val lines = texts + tensors.map { "${it.name} ${it.dtype} ${it.shape.joinToString(",")} ${hash(it)}" }
+            return sha256 { update(lines.sorted().joinToString("\n").toByteArray()) }
         }
 
         private fun headerOf(path: File, root: Node): StateHeader {
@@ -140,6 +154,9 @@ internal class StateFile private constructor(
             val written = state["written"].int(0..Int.MAX_VALUE)
             return StateHeader(state["identity"].string, state["position"].int(0..written), written, metadata["notes"].string)
         }
+
+        private fun sha256(fill: MessageDigest.() -> Unit): String =
+            MessageDigest.getInstance("SHA-256").apply(fill).digest().joinToString("") { "%02x".format(it) }
 
         private fun long(value: Long) = ByteBuffer.allocate(Long.SIZE_BYTES).order(ByteOrder.LITTLE_ENDIAN).putLong(0, value)
 
