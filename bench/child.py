@@ -25,6 +25,7 @@ from gemma_edge.command import one_line_errors
 from gemma_edge.errors import InputError
 from gemma_edge.logits import Logits
 from gemma_edge.memory import memory_mib, peak_rss_mib
+from gemma_edge.reading import read_json
 from gemma_edge.runtimes.engines.load import open_runtime
 
 
@@ -85,7 +86,7 @@ class Genai:
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.og: Any = importlib.import_module(job["module"])
-        config = json.loads((Path(job["path"]) / "genai_config.json").read_text(encoding="utf-8"))["model"]
+        config = read_json(Path(job["path"]) / "genai_config.json", "name a folder for onnxruntime-genai")["model"]
         self.vocab_size = int(config["vocab_size"])
         # its cache with a sliding window needs room for a whole window, however short the prompt is
         window = int(config["decoder"].get("sliding_window", {}).get("window_size", 0))

@@ -211,16 +211,18 @@ def _errors(
     windows = calibration.windows(source.text_folder, config.bos_token_id, config.max_position_embeddings, text)
     folder = cache.calibration_folder(sensitivity.key_of(source, windows, methods))
     path = folder / MEASUREMENT
-    if not path.is_file():
+    errors = sensitivity.load(path)
+    if errors is None:
         total = sensitivity.steps(config.num_hidden_layers)
         inputs = folder / "inputs"
         with only_here(folder), progress("measure sensitivity, layers there and back", total, False) as advance:
             inputs.mkdir(exist_ok=True)
             try:
-                sensitivity.save(sensitivity.measure(source, windows, methods, inputs, advance), path)
+                errors = sensitivity.measure(source, windows, methods, inputs, advance)
+                sensitivity.save(errors, path)
             finally:
                 shutil.rmtree(inputs, ignore_errors=True)
-    return sensitivity.load(path)
+    return errors
 
 
 def read_recipe(path: Path, source: Weights) -> Recipe:

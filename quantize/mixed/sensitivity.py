@@ -31,6 +31,7 @@ from gemma_edge.quantize.calibration.layerwise import advance, hash_of, runner, 
 from gemma_edge.quantize.checkpoint.safetensors_writer import plain_spec, write_safetensors
 from gemma_edge.quantize.integers import quantize
 from gemma_edge.quantize.recipe import DATA_FREE, INT8_ROW, QuantConfig
+from gemma_edge.reading import read_json
 
 VERSION = 3  # version of what is measured
 CANDIDATES = (QuantConfig(4, 0), QuantConfig(4, 128), QuantConfig(4, 64), QuantConfig(4, 32), QuantConfig(8, 0))
@@ -233,9 +234,13 @@ def save(errors: Errors, path: Path) -> None:
     write_whole(path, json.dumps(rows, indent=1))
 
 
-def load(path: Path) -> Errors:
-    """Read what `save` wrote."""
-    return {
-        weight: {QuantConfig(row["bits"], row["group_size"]): row["error"] for row in rows}
-        for weight, rows in json.loads(path.read_text()).items()
-    }
+def load(path: Path) -> Errors | None:
+    """What `save` wrote; None if it is not there, or damaged."""
+    try:
+        rows = read_json(path)
+        return {
+            weight: {QuantConfig(row["bits"], row["group_size"]): row["error"] for row in rows[weight]}
+            for weight in rows
+        }
+    except (InputError, KeyError, TypeError):
+        return None

@@ -87,6 +87,9 @@ def test_measured_again_it_is_the_same(checkpoint: Callable[..., Path], tmp_path
     assert measure(source, ids, gptq, tmp_path) == first
     sensitivity.save(first, tmp_path / "kept.json")
     assert sensitivity.load(tmp_path / "kept.json") == first
+    for damaged in ("[" * 1000, "{", '{"a": [1]}', '{"a": 1}', "[]"):
+        (tmp_path / "kept.json").write_text(damaged)
+        assert sensitivity.load(tmp_path / "kept.json") is None, damaged
     keys = [
         sensitivity.key_of(source, some, method) for some in (ids, ids[:2]) for method in (gptq, lambda config: "rtn")
     ]
