@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from campaigns.campaign import seed_of_today
+from campaigns.server_requests import FIELDS
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from support.checkpoints import DEMO
 from support.toys import toy_manifest, write_toy_bundle
 
-from campaigns.campaign import seed_of_today
-from campaigns.server_requests import FIELDS
 from gemma_edge.bundle.manifest import MANIFEST, Manifest
 from gemma_edge.errors import InputError
 from gemma_edge.model.config import Gemma2Config
