@@ -137,7 +137,7 @@ def _parse(header: dict[str, str], tensors: dict[str, NDArray[Any]], name: str) 
     Raises:
         KeyError, TypeError, ValueError, KeyProblem: they do not hold a state.
     """
-    if header.pop(DIGEST) != _digest(header, tensors):
+    if header.pop(DIGEST, None) != _digest(header, tensors):
         raise ValueError("its bytes were changed")
     numbers = convert(parse(header["state"].encode()), _Numbers)
     notes = convert(parse(header["notes"].encode()), dict[str, Any])
