@@ -11,25 +11,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gemma_edge.bundle.codec import shown
 from gemma_edge.errors import InputError
 from gemma_edge.model.config import HEAD as HEAD
 from gemma_edge.model.config import TABLE as TABLE
 from gemma_edge.model.config import TABLES as TABLES
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.model.gemma2 import DecoderLayer, Gemma2
-from gemma_edge.model.lora import Lora
+from gemma_edge.model.lora import NO_LORA, Lora
 from gemma_edge.model.quantized import QuantConfig, QuantizedTensor
-from gemma_edge.model.safetensors_reader import SafetensorsFile
-from gemma_edge.reading import present, read_json
+from gemma_edge.model.shards import FLOATS as FLOATS
+from gemma_edge.model.shards import Shards as Shards
+from gemma_edge.reading import present
 from gemma_edge.text.tokenizer import TOKENIZER_FILE
 
 FINAL_NORM = "model.norm.weight"
-# PREFIX: begins every name but the head's. COMPUTED: ends the names of tensors that old versions of transformers saved and
-# that nothing reads.
-PREFIX, HEAD_STEM, COMPUTED = "model.", "lm_head.", (".rotary_emb.inv_freq",)
 NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
-FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 SLICE_BYTES = 4 << 20  # float32 bytes of a weight that are computed at once, so that they stay in the CPU caches
 
 
@@ -63,75 +59,15 @@ def norm_names(config: Gemma2Config) -> list[str]:
     return [f"model.layers.{i}.{norm}.weight" for i in layers for norm in NORMS] + [FINAL_NORM]
 
 
-class Shards:
-    """Tensors of a folder's safetensors files by their names in Gemma2ForCausalLM.
+def tensor_names(config: Gemma2Config, parts: Iterable[str] = ("weight",)) -> set[str]:
+    """Every tensor that a folder of the model may hold, a copy of the table as the head included.
 
-    A folder that was saved from Gemma2Model alone has names without `model.`; transformers completes them too.
+    Args:
+        config: the model's.
+        parts: what a matrix may be stored as, by the ends of the tensors' names.
     """
-
-    def __init__(self, folder: Path, files: list[Path] | None = None) -> None:
-        self.folder = folder
-        opened = [SafetensorsFile(path) for path in files or _shard_paths(folder)]
-        stored = {name: file for file in opened for name in file.tensors}
-        base = PREFIX if not any(name.startswith(PREFIX) for name in stored) else ""
-        self._stored_as = {name if name.startswith(HEAD_STEM) else base + name: name for name in stored}
-        self._file_of = {name: stored[stored_name] for name, stored_name in self._stored_as.items()}
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._file_of
-
-    def files(self) -> list[Path]:
-        """The files that the tensors are in."""
-        return sorted({file.path for file in self._file_of.values()})
-
-    def header(self, name: str) -> tuple[tuple[int, ...], str]:
-        """Shape and safetensors dtype of a tensor, without reading it.
-
-        Raises:
-            InputError: the folder has no such tensor.
-        """
-        if name not in self._file_of:
-            raise InputError(f"{self.folder}: tensor {name} is missing from its safetensors files")
-        entry = self._file_of[name].tensors[self._stored_as[name]]
-        return entry.shape, entry.dtype
-
-    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows `start:stop` of a tensor in its stored dtype, in memory of its own."""
-        return self._file_of[name].rows(self._stored_as[name], start, stop)
-
-    def expect(self, name: str, shape: tuple[int, ...]) -> None:
-        """Check that a float tensor is there with this shape.
-
-        Raises:
-            InputError: missing, another shape, or no float.
-        """
-        stored, dtype = self.header(name)
-        if stored != shape:
-            raise InputError(
-                f"{self._file_of[name].path}: {name} has shape {list(stored)}, config.json asks for {list(shape)}"
-            )
-        if dtype not in FLOATS:
-            raise InputError(f"{self._file_of[name].path}: {name} is {dtype}; supported: {', '.join(FLOATS)}")
-
-    def refuse_others(self, config: Gemma2Config, parts: Iterable[str] = ("weight",)) -> None:
-        """Refuse a tensor that the decoder does not use: a bias, a classifier's head, a part of another model.
-
-        Args:
-            config: the model's.
-            parts: what a matrix may be stored as, by the ends of the tensors' names.
-
-        Raises:
-            InputError: names the first such tensor, and how many there are.
-        """
-        matrices = {f"{name}.{part}" for name in weight_shapes(config) for part in parts}
-        others = sorted(set(self._file_of) - matrices - {f"{HEAD}.weight", *norm_names(config)})
-        others = [name for name in others if not name.endswith(COMPUTED)]
-        if others:
-            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-            raise InputError(
-                f"{self._file_of[others[0]].path} holds {others[0]}{more}, which Gemma2ForCausalLM does not have; a bundle would"
-                " not be the model that was trained: save the folder from Gemma2ForCausalLM"
-            )
+    matrices = {f"{name}.{part}" for name in weight_shapes(config) for part in parts}
+    return {*matrices, f"{HEAD}.weight", *norm_names(config)}
 
 
 class Weights(ABC):
@@ -221,15 +157,13 @@ def row_slices(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
 
 
 class Checkpoint(Weights):
-    """The float weights of a Gemma 2 folder, with a LoRA merged on the way when one is given."""
+    """The float weights of a Gemma 2 folder, with an adapter merged on the way when one is given."""
 
-    def __init__(
-        self, folder: Path, config: Gemma2Config, shards: Shards, lora: Lora | None, lora_folder: Path | None
-    ) -> None:
+    def __init__(self, folder: Path, config: Gemma2Config, shards: Shards, lora: Lora) -> None:
         super().__init__(folder, config, shards)
-        self._lora, self._lora_folder = lora, lora_folder
-        if lora_folder is not None and present(lora_folder / TOKENIZER_FILE):
-            self.text_folder = lora_folder
+        self._lora = lora
+        if lora.folder is not None and present(lora.folder / TOKENIZER_FILE):
+            self.text_folder = lora.folder
 
     @classmethod
     def open(cls, folder: Path, *, lora: Path | None = None) -> Checkpoint:
@@ -238,20 +172,20 @@ class Checkpoint(Weights):
         Raises:
             InputError: names the file, key or tensor at fault.
         """
-        config, shards = open_tensors(folder)
+        config, shards, adapter = open_tensors(folder, lora)
         for name, shape in weight_shapes(config).items():
             shards.expect(f"{name}.weight", shape)
-        shards.refuse_others(config)
-        adapter = Lora.open(lora, weight_shapes(config)) if lora else None
-        return cls(folder, config, shards, adapter, lora)
+        shards.refuse_others(tensor_names(config))
+        return cls(folder, config, shards, adapter)
 
     def files(self) -> list[Path]:
-        """Every file that the weights are read from, those of the LoRA included."""
-        return [*self._shards.files(), *(sorted(self._lora_folder.iterdir()) if self._lora_folder else [])]
+        """Every file that the weights are read from, and all others of the adapter."""
+        adapter = self._lora.folder.iterdir() if self._lora.folder else ()
+        return sorted({*self._shards.files(), *adapter})
 
     def dtype(self, weight: str) -> torch.dtype:
         """The narrowest type that holds a matrix exactly: as stored, float32 once a LoRA is merged into it."""
-        if self._lora and weight in self._lora.pairs:
+        if weight in self._lora.pairs:
             return torch.float32
         return FLOATS[self._shards.header(f"{weight}.weight")[1]]
 
@@ -261,30 +195,32 @@ class Checkpoint(Weights):
         Raises:
             InputError: a value is NaN or infinite.
         """
-        values = self._shards.rows(f"{weight}.weight", start, stop).float()
-        if self._lora:
-            self._lora.add_to(values, weight, start)
-        return finite(values, f"{weight}.weight", self.folder)
+        return finite(self._lora.rows(self._shards, weight, start, stop), f"{weight}.weight", self.folder)
 
 
-def open_tensors(folder: Path) -> tuple[Gemma2Config, Shards]:
-    """The configuration of a folder and its tensors, with every norm among them.
+def open_tensors(folder: Path, lora: Path | None = None) -> tuple[Gemma2Config, Shards, Lora]:
+    """The configuration of a folder, its tensors with those that an adapter replaces, and the adapter.
 
     Raises:
         InputError: names the file, key or tensor at fault.
     """
-    config, shards = Gemma2Config.from_hf(folder), Shards(folder)
-    config = with_stored_head(config, shards)
+    config, shards, adapter = Gemma2Config.from_hf(folder), Shards(folder), NO_LORA
+    if lora is not None:
+        shapes: dict[str, tuple[int, ...]] = {**weight_shapes(config), HEAD: weight_shapes(config)[TABLE]}
+        shapes |= {name.removesuffix(".weight"): (config.hidden_size,) for name in norm_names(config)}
+        adapter = Lora.open(lora, shapes)
+        shards, config = adapter.over(shards), config.resized(adapter.vocab_size or config.vocab_size, lora)
+    config = with_stored_head(config, shards, adapter)
     for name in norm_names(config):
         shards.expect(name, (config.hidden_size,))
-    return config, shards
+    return config, shards, adapter
 
 
-def with_stored_head(config: Gemma2Config, shards: Shards) -> Gemma2Config:
+def with_stored_head(config: Gemma2Config, shards: Shards, lora: Lora = NO_LORA) -> Gemma2Config:
     """The configuration with `tie_word_embeddings` as the tensors decide it.
 
     The head is a matrix of its own if the folder stores a head that differs from the table. transformers does the same, whatever
-    config.json says.
+    config.json says. Both are compared as the adapter makes them.
 
     Raises:
         InputError: config.json announces a head that is not stored, or the head is stored as integers or in another shape.
@@ -305,7 +241,7 @@ def with_stored_head(config: Gemma2Config, shards: Shards) -> Gemma2Config:
     for stored in (name, table):
         shards.expect(stored, shape)
     slices = row_slices(shape)
-    tied = all(torch.equal(shards.rows(name, *part).float(), shards.rows(table, *part).float()) for part in slices)
+    tied = all(torch.equal(lora.rows(shards, HEAD, *part), lora.rows(shards, TABLE, *part)) for part in slices)
     return replace(config, tie_word_embeddings=tied)
 
 
@@ -315,31 +251,3 @@ def finite(values: Tensor, name: str, folder: Path) -> Tensor:
     if not math.isfinite(values.sum().item()) and not values.isfinite().all():
         raise InputError(f"{folder}: tensor {name} holds NaN or infinite values; the checkpoint is damaged")
     return values
-
-
-def _shard_paths(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
-    if present(single):  # transformers' order: it wins over an index
-        return [single]
-    if present(index):
-        return _indexed(folder, index)
-    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-    if pickles:
-        raise InputError(
-            f"{folder} holds {pickles[0]}, a pickle file; only safetensors are read: save it as safetensors"
-        )
-    raise InputError(f"{folder} has no model.safetensors; pass a Hugging Face model folder with safetensors weights")
-
-
-def _indexed(folder: Path, index: Path) -> list[Path]:
-    """The files that an index names; each must lie in the folder, or in one below."""
-    names = read_json(index, "download it again").get("weight_map")
-    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-        raise InputError(f"{index} is damaged: its weight_map does not map tensors to files; download it again")
-    paths = {name: folder / name for name in sorted(set(names.values()))}
-    for name, path in paths.items():
-        if Path(name).is_absolute() or ".." in Path(name).parts or not present(path):
-            plain = name if name.isprintable() and len(name) < 256 else shown(name)
-            raise InputError(f"{folder}: shard {plain} named by {index.name} is missing; download it again")
-    return list(paths.values())

@@ -6,7 +6,7 @@ Types and ranges are those of a manifest (ModelConfig); the defaults are those o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -114,6 +114,21 @@ class Gemma2Config(ModelConfig):
         config = _typed(path, values, cls)
         for problem in config_problems(config, ()):
             raise problem.error(stops if problem.keys[0] == "eos_token_id" else path, HINT)
+        return config
+
+    def resized(self, vocab_size: int, origin: Path) -> Gemma2Config:
+        """The same model with another number of tokens.
+
+        Args:
+            vocab_size: the number.
+            origin: what decides it, for the message.
+
+        Raises:
+            InputError: the model's BOS id or one of its stop ids is not below it.
+        """
+        config = replace(self, vocab_size=vocab_size)
+        for problem in config_problems(config, ()):
+            raise problem.error(origin, HINT)
         return config
 
 

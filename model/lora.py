@@ -1,13 +1,15 @@
-"""A LoRA adapter in PEFT's folder format, merged tensor by tensor. Source: PEFT, `tuners/lora/layer.py` (`get_delta_weight`).
+"""A LoRA adapter in PEFT's folder format, merged tensor by tensor. Source: PEFT, `tuners/lora/layer.py` (`get_delta_weight`),
+and `utils/save_and_load.py` for the names of its tensors.
 
-Only plain LoRA on the linears: DoRA, trained biases, whole saved modules and adapters of the table are refused by name.
+An adapter holds updates of linears and tables, and tensors that were trained and saved whole (`modules_to_save`, or a table with
+another number of rows). Everything else, DoRA and trained biases among it, is refused by name.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +18,9 @@ from torch import Tensor
 
 from gemma_edge.bundle.codec import shown, typed_value
 from gemma_edge.errors import InputError, one_line
-from gemma_edge.model.safetensors_reader import SafetensorsFile
+from gemma_edge.model.config import HEAD, TABLE, TABLES
+from gemma_edge.model.safetensors_reader import SafetensorsFile, StoredTensor
+from gemma_edge.model.shards import Shards
 from gemma_edge.reading import present, read_json
 
 # ONLY_VALUE: keys of adapter_config.json that change the merged weight, and the values that this file computes.
@@ -24,7 +28,6 @@ ONLY_VALUE: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "use_dora": (False, None),
     "bias": ("none", None),
-    "modules_to_save": (None, []),
     "fan_in_fan_out": (False, None),
     "lora_bias": (False, None),
     "trainable_token_indices": (None,),
@@ -39,7 +42,31 @@ ONLY_VALUE: dict[str, tuple[Any, ...]] = {
     "kasa_config": (None,),
     "monteclora_config": (None,),
 }
-KEY = re.compile(r"(?:base_model\.model\.)?(?P<weight>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+# What PEFT cannot merge either: kinds of LoRA by their key, and kinds of adapters that are not in the weights at all.
+NEVER_MERGED = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "layer_replication",
+    "lora_bias",
+    "ADAPTION_PROMPT",
+    "CARTRIDGE",
+    "CPT",
+    "MULTITASK_PROMPT_TUNING",
+    "POLY",
+    "PREFIX_TUNING",
+    "PROMPT_TUNING",
+    "P_TUNING",
+    "XLORA",
+)
+MERGE_FIRST = (
+    "merge it with PEFT (merge_and_unload, then save_pretrained) and pass the merged model's folder without `lora`"
+)
+TRAIN_AGAIN = "PEFT cannot merge it into the weights either, and a bundle holds only weights: train a plain LoRA"
+
+PREFIX = "base_model.model."  # begins the names of an adapter's tensors
+HALF = re.compile(r"(?P<weight>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?:\.default)?(?:\.weight)?")
+WHOLE = re.compile(r"(?P<weight>.+?)(?:\.(?P<kind>base_layer|modules_to_save(?:\.default)?))?\.weight")
+UNUSED = re.compile(r".+\.original_module\..+")  # the model's own tensor, which one in `modules_to_save` replaces
 
 Rank = Annotated[int, Meta(ge=1, le=1 << 20)]
 Alpha = Annotated[float, Meta(ge=-1e6, le=1e6)]
@@ -54,48 +81,129 @@ class Pair:
     scaling: float
 
 
+@dataclass(frozen=True)
 class Lora:
-    """Updates by weight name, without `.weight`."""
+    """What an adapter changes, by the names of weights and norms without `.weight`."""
 
-    def __init__(self, pairs: Mapping[str, Pair]) -> None:
-        self.pairs = pairs
+    folder: Path | None = None
+    pairs: Mapping[str, Pair] = field(default_factory=dict)
+    # bases: tensors under an update; PEFT saves those of table and head. whole: tensors that stand in place of the model's.
+    bases: Mapping[str, StoredTensor] = field(default_factory=dict)
+    whole: Mapping[str, StoredTensor] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, folder: Path, shapes: Mapping[str, tuple[int, int]]) -> Lora:
-        """Read an adapter for weights of the given (out, in) shapes.
+    def open(cls, folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Lora:
+        """Read an adapter's updates, and the headers of its whole tensors.
+
+        Args:
+            folder: the adapter's.
+            shapes: of all that the model has, norms and the head included. The adapter may give the tables other rows.
 
         Raises:
-            InputError: no adapter, a kind that is not plain LoRA, a weight that the model lacks, or a wrong shape.
+            InputError: no adapter, a kind that is not supported, a weight that the model lacks, or a wrong shape.
         """
-        config = _config(folder)
-        tensors = _tensors(folder)
-        sides: dict[str, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            match = KEY.fullmatch(key)
+        config, file = _config(folder), _file(folder)
+        halves: dict[str, dict[str, Tensor]] = {}
+        bases: dict[str, StoredTensor] = {}
+        whole: dict[str, StoredTensor] = {}
+        # the shortest name first: where a tensor is there under two, PEFT loads the one without `modules_to_save`
+        for key in sorted(file.tensors, key=len):
+            name, tensor = key.removeprefix(PREFIX), StoredTensor(file, key)
+            if UNUSED.fullmatch(name):
+                continue
+            match = HALF.fullmatch(name) or WHOLE.fullmatch(name)
             if match is None or match["weight"] not in shapes:
-                raise InputError(f"{folder}: {key} is not a LoRA of a weight of this model")
-            sides.setdefault(match["weight"], {})[match["side"]] = value.float()
-        pairs = {}
-        for weight, side in sides.items():
-            out_features, in_features = shapes[weight]
-            if set(side) != {"A", "B"}:
-                raise InputError(f"{folder}: {weight} has only lora_{next(iter(side))}; the other half is missing")
-            rank = side["A"].shape[0]
-            if side["A"].shape != (rank, in_features) or side["B"].shape != (out_features, rank):
-                shape = f"{list(side['B'].shape)} x {list(side['A'].shape)}"
-                raise InputError(
-                    f"{folder}: {weight} has a LoRA of {shape}, the weight is {[out_features, in_features]}"
-                )
-            pairs[weight] = Pair(side["A"], side["B"], _scaling(config, weight, rank))
-        if not pairs:
+                raise InputError(f"{folder}: {key} is not a LoRA of a weight of this model", hint=MERGE_FIRST)
+            weight = match["weight"]
+            if match.re is HALF:
+                side, half = _half(match, tensor)
+                halves.setdefault(weight, {})[side] = half
+            else:
+                (bases if match["kind"] == "base_layer" else whole).setdefault(weight, tensor)
+        lora = cls(folder, {}, bases, whole)
+        _check_saved(folder, config, shapes, whole)
+        rows = lora.vocab_size
+        if rows is not None:
+            shapes = {**shapes, **{name: (rows, *shapes[name][1:]) for name in TABLES}}
+        pairs = {weight: _pair(folder, config, weight, sides, shapes[weight]) for weight, sides in halves.items()}
+        if not (pairs or whole):
             raise InputError(f"{folder} holds no LoRA weight")
-        return cls(pairs)
+        return replace(lora, pairs=pairs)
 
-    def add_to(self, values: Tensor, weight: str, start: int) -> None:
-        """Add the update to rows `start ...` of a float32 weight, in place."""
-        pair = self.pairs.get(weight)
+    @property
+    def vocab_size(self) -> int | None:
+        """The rows of the adapter's table; None: it has none."""
+        table = self.whole.get(TABLE) or self.bases.get(TABLE)
+        return table.entry.shape[0] if table is not None and table.entry.shape else None
+
+    def over(self, shards: Shards) -> Shards:
+        """The model's tensors with the adapter's in their places.
+
+        A head that was tied to the table is a tensor of its own there when the adapter changes one of the two: the other one is
+        what it was, as in PEFT.
+
+        Raises:
+            InputError: table and head have different numbers of rows.
+        """
+        head, table = f"{HEAD}.weight", f"{TABLE}.weight"
+        shards = shards.replaced({f"{name}.weight": tensor for name, tensor in self.bases.items()})
+        if head not in shards and table in shards and any(name in self.pairs or name in self.whole for name in TABLES):
+            shards = shards.replaced({head: shards[table]})
+        shards = shards.replaced({f"{name}.weight": tensor for name, tensor in self.whole.items()})
+        rows = {name: shards.header(f"{name}.weight")[0][:1] for name in TABLES if f"{name}.weight" in shards}
+        if len(set(rows.values())) > 1:
+            each = " and ".join(f"{name} {list(shape)}" for name, shape in rows.items())
+            raise InputError(
+                f"{self.folder}: with this adapter the model's tables have different numbers of rows, {each}",
+                hint="save the adapter again with save_embedding_layers=True, which stores both",
+            )
+        return shards
+
+    def rows(self, shards: Shards, weight: str, start: int, stop: int) -> Tensor:
+        """Rows of a float matrix as float32, its update added as PEFT adds it."""
+        values, pair = shards.rows(f"{weight}.weight", start, stop).float(), self.pairs.get(weight)
         if pair is not None:
-            values.addmm_(pair.b[start : start + len(values)], pair.a, alpha=pair.scaling)
+            values += (pair.b[start:stop] @ pair.a).mul_(pair.scaling)
+        return values
+
+
+NO_LORA = Lora()
+
+
+def _half(match: re.Match[str], tensor: StoredTensor) -> tuple[str, Tensor]:
+    """One half of an update, and which one: A is (r, in), B is (out, r). PEFT stores those of a table transposed."""
+    shape, side = tensor.entry.shape, match["side"]
+    if len(shape) != 2:
+        raise InputError(f"{tensor.file.path}: {tensor.name} has shape {list(shape)}; half a LoRA has two axes")
+    values = tensor.rows().float()
+    return ("BA"["AB".index(side)], values.T) if match["embedding"] else (side, values)
+
+
+def _pair(folder: Path, config: _Adapter, weight: str, sides: Mapping[str, Tensor], shape: tuple[int, ...]) -> Pair:
+    if set(sides) != {"A", "B"}:
+        raise InputError(f"{folder}: {weight} has only lora_{next(iter(sides))}; the other half is missing")
+    a, b = sides["A"], sides["B"]
+    if (b.shape[0], a.shape[1]) != shape or a.shape[0] != b.shape[1]:
+        raise InputError(
+            f"{folder}: {weight} has a LoRA of {list(b.shape)} x {list(a.shape)}, the weight is {list(shape)}"
+        )
+    return Pair(a, b, _scaling(config, weight, a.shape[0]))
+
+
+def _check_saved(
+    folder: Path, config: _Adapter, shapes: Mapping[str, tuple[int, ...]], whole: Mapping[str, StoredTensor]
+) -> None:
+    """Refuse an adapter in which a trained module of the model is missing."""
+    for weight in shapes:
+        parts = weight.split(".")
+        modules = [".".join(parts[: end + 1]) for end in range(len(parts))]
+        named = [name for name in config.modules_to_save or () if any(each.endswith(name) for each in modules)]
+        if named and weight not in whole:
+            raise InputError(
+                f"{folder}: modules_to_save names {shown(named[0])}, but adapter_model.safetensors holds no"
+                f" {weight}.weight",
+                hint="save the adapter with PEFT again",
+            )
 
 
 @dataclass(frozen=True)
@@ -107,6 +215,7 @@ class _Adapter:
     rank_pattern: dict[str, Rank] | None = None
     alpha_pattern: dict[str, Alpha] | None = None
     use_rslora: bool | None = None
+    modules_to_save: list[str] | None = None
 
 
 def _config(folder: Path) -> _Adapter:
@@ -114,8 +223,10 @@ def _config(folder: Path) -> _Adapter:
     config = read_json(path, "`lora` takes a PEFT adapter folder")
     for key, allowed in ONLY_VALUE.items():
         if key in config and config[key] not in allowed:
+            unmergeable = key in NEVER_MERGED or config[key] in NEVER_MERGED
             raise InputError(
-                f"{path}: {key} is {shown(config[key])}; only plain LoRA is merged: merge it with PEFT first"
+                f"{path}: {key} is {shown(config[key])}; only plain LoRA is merged",
+                hint=TRAIN_AGAIN if unmergeable else MERGE_FIRST,
             )
     adapter = typed_value(config, _Adapter, path, "save the adapter with PEFT again")
     try:
@@ -126,11 +237,11 @@ def _config(folder: Path) -> _Adapter:
     return adapter
 
 
-def _tensors(folder: Path) -> dict[str, Tensor]:
+def _file(folder: Path) -> SafetensorsFile:
     path = folder / "adapter_model.safetensors"
     if not present(path):
         raise InputError(f"{folder} has no adapter_model.safetensors; pickle adapters are not read")
-    return SafetensorsFile(path).whole()
+    return SafetensorsFile(path)
 
 
 def _scaling(config: _Adapter, weight: str, rank: int) -> float:

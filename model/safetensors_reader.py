@@ -139,6 +139,23 @@ class SafetensorsFile:
             done += count
 
 
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor by its place: a file, and its name there."""
+
+    file: SafetensorsFile
+    name: str
+
+    @property
+    def entry(self) -> Entry:
+        """Its type and shape."""
+        return self.file.tensors[self.name]
+
+    def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """As `SafetensorsFile.rows`."""
+        return self.file.rows(self.name, start, stop)
+
+
 def _read_header(file: FileIO, status: os.stat_result) -> Header:
     """Raise ValueError unless all that is said fits together, and the file."""
     if not stat.S_ISREG(status.st_mode):

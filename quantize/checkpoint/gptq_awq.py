@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gemma_edge.errors import InputError
-from gemma_edge.model.checkpoint import FLOATS, Shards, Weights, finite, open_tensors, weight_shapes
+from gemma_edge.model.checkpoint import FLOATS, Shards, Weights, finite, open_tensors, tensor_names, weight_shapes
 from gemma_edge.model.config import Gemma2Config
 from gemma_edge.model.quantized import GROUP_MULTIPLE, QUANTIZED_BITS, QuantConfig, QuantizedTensor
 
@@ -105,8 +105,8 @@ class PackedCheckpoint(Weights):
         bits = quantization.get("bits", quantization.get("w_bit"))
         if type(bits) is not int or bits not in QUANTIZED_BITS or (layout.order is not None and bits != 4):
             raise InputError(f"{folder} has weights of {bits} bits; supported: 4, and 8 in a gptq folder", hint=HINT)
-        config, shards = open_tensors(folder)
-        shards.refuse_others(config, ("weight", *PARTS))
+        config, shards, _ = open_tensors(folder)
+        shards.refuse_others(tensor_names(config, ("weight", *PARTS)))
         return cls(folder, config, shards, layout, bits)
 
     def files(self) -> list[Path]:

@@ -27,6 +27,7 @@ from gemma_edge.model.checkpoint import (
     Weights,
     finite,
     open_tensors,
+    tensor_names,
     weight_shapes,
 )
 from gemma_edge.model.config import Gemma2Config
@@ -69,8 +70,8 @@ class QuantizedCheckpoint(Weights):
         quantization = quantization_of(folder)
         if quantization is not None:
             _refuse_other_formats(folder, quantization)
-        config, shards = open_tensors(folder)
-        shards.refuse_others(config, PARTS)
+        config, shards, _ = open_tensors(folder)
+        shards.refuse_others(tensor_names(config, PARTS))
         return cls(folder, config, shards)
 
     def files(self) -> list[Path]:

@@ -212,9 +212,11 @@ def _write_table(work: _Work, out: Path, name: str) -> None:
 def _write_config(work: _Work, out: Path) -> None:
     raw = read_json(work.source.folder / "config.json")
     raw.pop("quantization_config", None)
-    tied = work.source.config.tie_word_embeddings
-    if raw.get("tie_word_embeddings", True) != tied:  # other programs go by the key, not by the tensors
-        raw["tie_word_embeddings"] = tied
+    config = work.source.config
+    # other programs go by these keys, not by the tensors; an adapter can change both
+    for key in ("tie_word_embeddings", "vocab_size"):
+        if raw.get(key, getattr(Gemma2Config, key)) != getattr(config, key):
+            raw[key] = getattr(config, key)
     if any(config for name, config in work.configs.items() if name not in TABLES):
         raw["quantization_config"] = quantization_config(work.configs)
     write_whole(out / "config.json", json.dumps(raw, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""A LoRA merged tensor by tensor against PEFT's own merge; what is not plain LoRA is refused by name."""
+"""An adapter merged tensor by tensor against PEFT's own merge; what is not plain LoRA is refused by name."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from support.checkpoints import DEMO, hf_model
+from support.checkpoints import DEMO, hf_logits, hf_model, hf_quantized, make_checkpoint, relative_error
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import Gemma2ForCausalLM
 
 from gemma_edge.bundle.codec import shown
 from gemma_edge.errors import InputError
+from gemma_edge.model import layerwise
 from gemma_edge.model.checkpoint import Checkpoint, norm_names, weight_shapes
+from gemma_edge.quantize.checkpoint.writer import write_quantized
+from gemma_edge.quantize.recipe import make_recipe
 
 # PEFT warns that pattern keys without a match are ignored (as they must be here, too), and of tied tables
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
@@ -51,16 +54,28 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def train(folder: Path, out: Path, **options: Any) -> dict[str, Tensor]:
-    """Save an adapter with random halves as PEFT saves it, and return the weights that PEFT merges."""
+def trained_model(folder: Path, out: Path, resize: int | None = None, **options: Any) -> PeftModel:
+    """Save an adapter with random values as PEFT saves it."""
     torch.manual_seed(1)
-    model = get_peft_model(hf_model(folder), LoraConfig(task_type="CAUSAL_LM", **options))
+    base = hf_model(folder)
+    if resize:
+        base.resize_token_embeddings(resize)
+    model = get_peft_model(base, LoraConfig(**{"task_type": "CAUSAL_LM", "r": 2, **options}))
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:  # B is zero before training
-                parameter.normal_(0.0, 0.3)
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # the halves B are zero before training
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
     model.save_pretrained(str(out))
-    merged: dict[str, Tensor] = model.merge_and_unload().state_dict()
+    return model
+
+
+def found_logits(weights: Checkpoint, ids: Tensor) -> Tensor:
+    return layerwise.logits(weights, layerwise.hidden_states(weights, ids, len(ids)))
+
+
+def train(folder: Path, out: Path, **options: Any) -> dict[str, Tensor]:
+    """As `trained_model`; returns the weights that PEFT merges."""
+    merged: dict[str, Tensor] = trained_model(folder, out, **options).merge_and_unload().state_dict()
     return merged
 
 
@@ -105,9 +120,7 @@ def test_merged_weights_are_those_of_peft(
     touched = 0
     for name in weight_shapes(weights.config):
         found, expected = weights.matrix(name), merged[f"{name}.weight"]
-        # weight and update are of size 1 to 30, and PEFT multiplies by the scaling after the product, we inside it: some
-        # roundings of 6e-8 each
-        assert_close(found, expected, rtol=1e-6, atol=1e-6)
+        assert_close(found, expected, rtol=0.0, atol=0.0)
         if weights.dtype(name) == torch.float32 and (found - plain.matrix(name)).abs().max() > 0.1:
             touched += 1
     per_layer = len(options["target_modules"])
@@ -174,61 +187,177 @@ NOT_PLAIN: dict[str, dict[str, Any]] = {
     "peft_type": {"peft_type": "LOHA"},
     "use_dora": {"use_dora": True},
     "bias": {"bias": "all"},
-    "modules_to_save": {"modules_to_save": ["lm_head"]},
     "fan_in_fan_out": {"fan_in_fan_out": True},
     "lora_bias": {"lora_bias": True},
     "trainable_token_indices": {"trainable_token_indices": [1, 2]},
     "target_parameters": {"target_parameters": ["mlp.experts"]},
-}
-NOT_PLAIN_AND_NOT_REFUSED: dict[str, dict[str, Any]] = {
     "init_lora_weights": {"init_lora_weights": "pissa"},
     "alora_invocation_tokens": {"alora_invocation_tokens": [5, 6]},
     "use_qalora": {"use_qalora": True},
+    "layer_replication": {"layer_replication": [[0, 3], [2, 4]]},
 }
+NEVER_MERGED = ("lora_bias", "alora_invocation_tokens", "layer_replication")  # by PEFT either
 
 
-@pytest.mark.parametrize(
-    ("key", "changes"),
-    [
-        *NOT_PLAIN.items(),
-        *(pytest.param(*case) for case in NOT_PLAIN_AND_NOT_REFUSED.items()),
-    ],
-)
+@pytest.mark.parametrize(("key", "changes"), NOT_PLAIN.items(), ids=NOT_PLAIN.keys())
 def test_other_kinds_of_adapters_are_refused_by_key(
     key: str, changes: dict[str, Any], checkpoint: Callable[..., Path], adapter: Path
 ) -> None:
     configure(adapter, **changes)
     found = refusal(checkpoint("tiny"), adapter)
     assert f"{key} is {shown(changes[key])}" in found and str(adapter / "adapter_config.json") in found
+    assert ("merge_and_unload" in found) == (key not in NEVER_MERGED)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"use_dora": True, "target_modules": ["q_proj"]},
-        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
-        {"target_modules": ["embed_tokens"]},
-        {"target_modules": ["q_proj"], "bias": "lora_only"},
-    ],
-    ids=["dora", "saved head", "table", "bias"],
-)
-def test_other_kinds_are_refused_as_peft_saves_them(
+MERGED_BY_PEFT: dict[str, dict[str, Any]] = {
+    "dora": {"use_dora": True},
+    "bias": {"bias": "lora_only"},
+    "tokens": {"trainable_token_indices": [3, 9]},
+    "pissa": {"init_lora_weights": "pissa"},
+    "dora of a saved head": {"use_dora": True, "modules_to_save": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("options", MERGED_BY_PEFT.values(), ids=MERGED_BY_PEFT.keys())
+def test_what_is_refused_is_accepted_once_peft_has_merged_it(
     options: dict[str, Any], checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    train(checkpoint("tiny"), tmp_path, r=2, **options)
-    assert str(tmp_path) in refusal(checkpoint("tiny"), tmp_path)
-
-
-def test_an_adapter_that_changes_its_base_is_not_merged_into_the_original(
-    checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
+    """The advice in the message led to a second refusal where the merged model had a head of its own."""
     folder = checkpoint("tiny")
-    merged = train(folder, tmp_path, r=2, target_modules=["q_proj"], init_lora_weights="pissa")
-    try:
-        weights = Checkpoint.open(folder, lora=tmp_path)
-    except InputError:
-        return
-    assert_close(weights.matrix(Q_PROJ), merged[f"{Q_PROJ}.weight"], rtol=1e-5, atol=1e-5)
+    model = trained_model(folder, tmp_path / "adapter", target_modules=["q_proj"], **options)
+    assert "merge_and_unload, then save_pretrained" in refusal(folder, tmp_path / "adapter")
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    assert_holds(Checkpoint.open(tmp_path / "merged"), merged.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["PROMPT_TUNING", "PREFIX_TUNING", "XLORA"])
+def test_what_no_weight_can_hold_is_not_sent_to_peft(kind: str, checkpoint: Callable[..., Path], adapter: Path) -> None:
+    configure(adapter, peft_type=kind)
+    found = refusal(checkpoint("tiny"), adapter)
+    assert "merge_and_unload" not in found and "train a plain LoRA" in found
+
+
+def assert_holds(weights: Checkpoint, merged: dict[str, Tensor]) -> None:
+    """Every matrix and norm, bit for bit, and the same head."""
+    tied = torch.equal(merged["lm_head.weight"], merged["model.embed_tokens.weight"])
+    assert weights.config.tie_word_embeddings == tied
+    assert weights.config.vocab_size == len(merged["model.embed_tokens.weight"])
+    for name in weight_shapes(weights.config):
+        assert_close(weights.matrix(name), merged[f"{name}.weight"], rtol=0.0, atol=0.0)
+    for name in norm_names(weights.config):
+        assert_close(weights.vector(name), merged[name], rtol=0.0, atol=0.0)
+
+
+SAVED_WHOLE: dict[str, dict[str, Any]] = {
+    "head": {"modules_to_save": ["lm_head"]},
+    "table": {"modules_to_save": ["embed_tokens"]},
+    "both": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "both, kept tied": {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
+    "norms and linears": {"modules_to_save": ["norm", "up_proj"]},
+    "more rows": {"resize": 330},
+    "fewer rows": {"resize": 290},
+    "more rows, trained": {"resize": 330, "modules_to_save": ["embed_tokens", "lm_head"]},
+}
+
+
+@pytest.mark.parametrize("base", ["tiny", "untied"])
+@pytest.mark.parametrize("options", SAVED_WHOLE.values(), ids=SAVED_WHOLE.keys())
+def test_modules_that_are_saved_whole_take_the_place_of_the_models(
+    options: dict[str, Any], base: str, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """They were refused, and so was the merged model that the message asked for, if its head was then its own."""
+    folder = checkpoint(base)
+    merged = train(folder, tmp_path, target_modules=["q_proj"], **options)
+    weights = Checkpoint.open(folder, lora=tmp_path)
+    assert_holds(weights, merged)
+    assert weights.config.num_parameters == sum(
+        len(merged[f"{name}.weight"].flatten()) for name in weight_shapes(weights.config)
+    ) + sum(len(merged[name]) for name in norm_names(weights.config))
+
+
+def test_saved_modules_without_a_lora_are_an_adapter(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    merged = train(checkpoint("tiny"), tmp_path, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    edit(tmp_path, lambda s: [s.pop(key) for key in list(s) if "lora_" in key])
+    weights = Checkpoint.open(checkpoint("tiny"), lora=tmp_path)
+    assert_close(weights.matrix("lm_head"), merged["lm_head.weight"], rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize("rows", [330, 290])
+def test_a_quantized_checkpoint_of_an_adapter_is_loaded_by_transformers(
+    rows: int, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Its config.json needs the adapter's number of tokens and its head."""
+    base, adapter = checkpoint("tiny"), tmp_path / "adapter"
+    merged = train(base, adapter, resize=rows, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    source = Checkpoint.open(base, lora=adapter)
+    quantized = write_quantized(source, make_recipe(4), tmp_path / "out")
+    assert quantized.config == source.config
+    state = hf_quantized(tmp_path / "out").state_dict()
+    for name in ("lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"):
+        assert_close(state[name], merged[name], rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize("part", ["modules_to_save.weight", "modules_to_save.default.weight"])
+def test_names_of_saved_modules_in_other_versions_of_peft_are_read(
+    part: str, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    merged = train(checkpoint("tiny"), tmp_path, target_modules=["q_proj"], modules_to_save=["lm_head"])
+
+    def rename(state: dict[str, Tensor]) -> None:
+        state[f"base_model.model.lm_head.{part}"] = state.pop("base_model.model.lm_head.weight")
+        state["base_model.model.lm_head.original_module.weight"] = torch.zeros(320, 64)
+
+    edit(tmp_path, rename)
+    assert_holds(Checkpoint.open(checkpoint("tiny"), lora=tmp_path), merged)
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]], ids=str)
+@pytest.mark.parametrize("base", ["tiny", "untied"])
+def test_updates_of_table_and_head_are_those_of_the_trained_model(
+    targets: list[str], base: str, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Where the two are tied, PEFT's merge adds an update of one to both, and warns of it; the trained model has it in one."""
+    model = trained_model(checkpoint(base), tmp_path, target_modules=["q_proj", *targets])
+    weights = Checkpoint.open(checkpoint(base), lora=tmp_path)
+    ids = torch.arange(3, 27)
+    assert relative_error(found_logits(weights, ids), hf_logits(model.get_base_model(), ids)) <= 1e-5
+    if base == "untied":
+        merged = model.merge_and_unload().state_dict()
+        for name in ("lm_head", "model.embed_tokens"):
+            # the product may add in another order where PEFT multiplies the transposed halves
+            assert_close(weights.matrix(name), merged[f"{name}.weight"], rtol=1e-6, atol=1e-6)
+
+
+def test_an_update_of_a_table_with_other_rows_needs_no_head(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """PEFT saves the table under the update, but not the head, which is that table where they are tied."""
+    model = trained_model(checkpoint("tiny"), tmp_path, 330, target_modules=["q_proj", "embed_tokens"])
+    weights = Checkpoint.open(checkpoint("tiny"), lora=tmp_path)
+    ids = torch.arange(303, 327)
+    assert relative_error(found_logits(weights, ids), hf_logits(model.get_base_model(), ids)) <= 1e-5
+
+
+def test_a_module_that_was_trained_but_not_saved_is_named(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    train(checkpoint("tiny"), tmp_path, target_modules=["q_proj"], modules_to_save=["lm_head", "classifier"])
+    edit(tmp_path, lambda s: s.pop("base_model.model.lm_head.weight"))
+    found = refusal(checkpoint("tiny"), tmp_path)
+    assert 'modules_to_save names "lm_head", but adapter_model.safetensors holds no lm_head.weight' in found
+
+
+def test_a_table_with_other_rows_than_the_head_is_refused(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    train(checkpoint("tiny"), tmp_path, resize=330, target_modules=["q_proj"])
+    edit(tmp_path, lambda s: s.pop("base_model.model.lm_head.weight"))
+    found = refusal(checkpoint("tiny"), tmp_path)
+    assert (
+        "lm_head [320] and model.embed_tokens [330]" in found or "model.embed_tokens [330] and lm_head [320]" in found
+    )
+    assert "save_embedding_layers=True" in found
+
+
+def test_stop_ids_beyond_a_smaller_table_are_named(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    base = make_checkpoint(tmp_path / "base", eos_token_id=[1, 310])
+    train(base, tmp_path / "adapter", resize=300, target_modules=["q_proj"])
+    assert "eos_token_id[1] is 310; it must be below vocab_size, 300" in refusal(base, tmp_path / "adapter")
 
 
 A_KEY, B_KEY = (f"base_model.model.{Q_PROJ}.lora_{side}.weight" for side in "AB")
@@ -239,7 +368,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     ),
     "head": (
         lambda s: s.update({"base_model.model.lm_head.lora_A.weight": torch.ones(3, 64)}),
-        r"lm_head\.lora_A\.weight is not a LoRA of a weight of this model",
+        r"lm_head has only lora_A; the other half is missing",
     ),
     "magnitude": (
         lambda s: s.update({A_KEY.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(128)}),
@@ -260,6 +389,32 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
         lambda s: s.update({A_KEY: torch.ones(2, 64), B_KEY: torch.ones(128, 2)}),
         f"LoRA of {Q_PROJ} has rank 2, adapter_config.json says 3",
     ),
+    "saved linear of another shape": (
+        lambda s: s.update({f"base_model.model.{UP_PROJ}.weight": torch.ones(64, 128)}),
+        UP_PROJ + r"\.weight has shape \[64, 128\], config\.json asks for \[128, 64\]",
+    ),
+    "saved integers": (
+        lambda s: s.update({f"base_model.model.{UP_PROJ}.weight": torch.ones(128, 64).to(torch.int8)}),
+        UP_PROJ + r"\.weight is I8; supported",
+    ),
+    "saved table without axes": (
+        lambda s: s.update({"base_model.model.model.embed_tokens.weight": torch.tensor(1.0)}),
+        r"embed_tokens\.weight has shape \[\]|different numbers of rows",
+    ),
+    "bias": (
+        lambda s: s.update({f"base_model.model.{UP_PROJ}.bias": torch.ones(128)}),
+        r"up_proj\.bias is not a LoRA of a weight of this model; merge it with PEFT",
+    ),
+    "a norm's LoRA": (
+        lambda s: s.update(
+            {
+                "base_model.model.model.norm.lora_A.weight": torch.ones(3, 64),
+                "base_model.model.model.norm.lora_B.weight": torch.ones(64, 3),
+            }
+        ),
+        r"model\.norm has a LoRA of \[64, 3\] x \[3, 64\], the weight is \[64\]",
+    ),
+    "A is a number": (lambda s: s.update({A_KEY: torch.tensor(1.0)}), r"half a LoRA has two axes"),
     "nothing": (lambda s: s.clear(), "holds no LoRA weight"),
     "A is flat": (lambda s: s.update({A_KEY: torch.ones(192)}), Q_PROJ),
 }

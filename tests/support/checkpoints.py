@@ -138,7 +138,7 @@ def hf_holding(folder: Path, weights: Mapping[str, torch.Tensor]) -> Gemma2ForCa
     return model
 
 
-def hf_logits(model: Gemma2ForCausalLM, ids: torch.Tensor) -> torch.Tensor:
+def hf_logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """(T,) int64 -> logits (T, V) of the whole sequence at once, without a cache."""
     with torch.no_grad():
         logits: torch.Tensor = model(ids[None], use_cache=False).logits[0]
