@@ -198,8 +198,15 @@ class Checkpoint(Weights):
         return finite(self._lora.rows(self._shards, weight, start, stop), f"{weight}.weight", self.folder)
 
 
-def open_tensors(folder: Path, lora: Path | None = None) -> tuple[Gemma2Config, Shards, Lora]:
+def open_tensors(
+    folder: Path, lora: Path | None = None, *, codes: str | None = None
+) -> tuple[Gemma2Config, Shards, Lora]:
     """The configuration of a folder, its tensors with those that an adapter replaces, and the adapter.
+
+    Args:
+        folder: the model's.
+        lora: an adapter's.
+        codes: ends the name of a matrix's integers, where the folder may hold some.
 
     Raises:
         InputError: names the file, key or tensor at fault.
@@ -210,39 +217,35 @@ def open_tensors(folder: Path, lora: Path | None = None) -> tuple[Gemma2Config, 
         shapes |= {name.removesuffix(".weight"): (config.hidden_size,) for name in norm_names(config)}
         adapter = Lora.open(lora, shapes)
         shards, config = adapter.over(shards), config.resized(adapter.vocab_size or config.vocab_size, lora)
-    config = with_stored_head(config, shards, adapter)
+    config = replace(config, tie_word_embeddings=_is_tied(config, shards, adapter, codes))
     for name in norm_names(config):
         shards.expect(name, (config.hidden_size,))
     return config, shards, adapter
 
 
-def with_stored_head(config: Gemma2Config, shards: Shards, lora: Lora = NO_LORA) -> Gemma2Config:
-    """The configuration with `tie_word_embeddings` as the tensors decide it.
+def _is_tied(config: Gemma2Config, shards: Shards, lora: Lora, codes: str | None) -> bool:
+    """Whether the head is the table, as the tensors decide it.
 
     The head is a matrix of its own if the folder stores a head that differs from the table. transformers does the same, whatever
-    config.json says. Both are compared as the adapter makes them.
+    config.json says. Both are compared as the adapter makes them; a head or a table of integers differs from the other one.
 
     Raises:
-        InputError: config.json announces a head that is not stored, or the head is stored as integers or in another shape.
+        InputError: config.json announces a head that is not stored, or the head is stored in another shape.
     """
     name, table, shape = f"{HEAD}.weight", f"{TABLE}.weight", (config.vocab_size, config.hidden_size)
-    if f"{HEAD}.weight_packed" in shards:
-        raise InputError(
-            f"{shards.folder} holds {HEAD}.weight_packed, a quantized head; only a float head is read",
-            hint="quantize the folder again with `lm_head` ignored, or pass the original float folder",
-        )
+    if f"{HEAD}.{codes}" in shards or (name in shards and f"{TABLE}.{codes}" in shards):
+        return False
     if name not in shards:
         if not config.tie_word_embeddings:
             raise InputError(
                 f"{shards.folder}: tie_word_embeddings is false, but its safetensors files hold no {name}",
                 hint="set it to true in config.json if the head is the table, else save the model with its head",
             )
-        return config
+        return True
     for stored in (name, table):
         shards.expect(stored, shape)
     slices = row_slices(shape)
-    tied = all(torch.equal(lora.rows(shards, HEAD, *part), lora.rows(shards, TABLE, *part)) for part in slices)
-    return replace(config, tie_word_embeddings=tied)
+    return all(torch.equal(lora.rows(shards, HEAD, *part), lora.rows(shards, TABLE, *part)) for part in slices)
 
 
 def finite(values: Tensor, name: str, folder: Path) -> Tensor:

@@ -42,8 +42,11 @@ class Layout:
         shifts = torch.arange(0, 32, bits, dtype=torch.int32)
         if self.order is not None:
             shifts = shifts[torch.tensor(self.order).argsort()]
-        values = (words.unsqueeze(axis + 1) >> shifts.view(-1, *[1] * (1 - axis))) & ((1 << bits) - 1)
-        return values.flatten(axis, axis + 1).to(torch.uint8)
+        shape = list(words.shape)
+        values = torch.empty([*shape[: axis + 1], len(shifts), *shape[axis + 1 :]], dtype=torch.uint8)
+        for index, shift in enumerate(shifts.tolist()):  # one by one: a head has a gigabyte of words
+            values.select(axis + 1, index).copy_((words >> shift) & ((1 << bits) - 1))
+        return values.flatten(axis, axis + 1)
 
 
 LAYOUTS = {
@@ -70,7 +73,7 @@ class Packed:
 
 
 class PackedCheckpoint(Weights):
-    """A GPTQ or AWQ folder. The table and the norms are float."""
+    """A GPTQ or AWQ folder. The norms are float, and so is the table; a head of its own may be either."""
 
     def __init__(self, folder: Path, config: Gemma2Config, shards: Shards, layout: Layout, bits: int) -> None:
         super().__init__(folder, config, shards)
@@ -105,7 +108,7 @@ class PackedCheckpoint(Weights):
         bits = quantization.get("bits", quantization.get("w_bit"))
         if type(bits) is not int or bits not in QUANTIZED_BITS or (layout.order is not None and bits != 4):
             raise InputError(f"{folder} has weights of {bits} bits; supported: 4, and 8 in a gptq folder", hint=HINT)
-        config, shards, _ = open_tensors(folder)
+        config, shards, _ = open_tensors(folder, codes="qweight")
         shards.refuse_others(tensor_names(config, ("weight", *PARTS)))
         return cls(folder, config, shards, layout, bits)
 
@@ -169,7 +172,8 @@ class PackedCheckpoint(Weights):
             actual, dtype = self._shards.header(f"{weight}.{part}")
             if actual != shape or dtype != "I32" or columns % groups:
                 raise InputError(
-                    f"{self.folder}: {weight}.{part} has shape {list(actual)}, expected {list(shape)} of I32"
+                    f"{self.folder}: {weight}.{part} has shape {list(actual)}, expected {list(shape)} of I32",
+                    hint=HINT,
                 )
         self._shards.expect(f"{weight}.scales", (groups, rows))
         order, size = self._group_of(weight), columns // groups

@@ -70,7 +70,7 @@ class QuantizedCheckpoint(Weights):
         quantization = quantization_of(folder)
         if quantization is not None:
             _refuse_other_formats(folder, quantization)
-        config, shards, _ = open_tensors(folder)
+        config, shards, _ = open_tensors(folder, codes="weight_packed")
         shards.refuse_others(tensor_names(config, PARTS))
         return cls(folder, config, shards)
 
@@ -79,7 +79,7 @@ class QuantizedCheckpoint(Weights):
         return sorted({*self._shards.files(), *self._table.files()})
 
     def _holder(self, weight: str) -> Shards:
-        return self._table if weight in TABLES else self._shards
+        return self._table if f"{weight}.weight_packed" in self._table else self._shards
 
     def _config_of(self, weight: str) -> QuantConfig | None:
         holder, (rows, columns) = self._holder(weight), self._shapes[weight]
@@ -153,8 +153,9 @@ class QuantizedCheckpoint(Weights):
             )
 
     def dtype(self, weight: str) -> torch.dtype:
-        """The type in which a float matrix is stored."""
-        return FLOATS[self._shards.header(f"{weight}.weight")[1]]
+        """The type in which a matrix is stored in float; float32, which holds every product with a scale, if it is not."""
+        name = f"{weight}.weight"
+        return FLOATS[self._shards.header(name)[1]] if name in self._shards else torch.float32
 
     def rows(self, weight: str, start: int, stop: int) -> Tensor:
         """Rows as float32: code * scale, or the float weight itself."""
@@ -163,7 +164,9 @@ class QuantizedCheckpoint(Weights):
         return self.plain_rows(weight, start, stop)
 
     def plain_rows(self, weight: str, start: int, stop: int) -> Tensor:
-        """Rows of a matrix that is stored in float; this includes table and head, also when their integers lie beside them."""
+        """Rows as float32: as stored in float, also where integers lie beside that, as for table and head of this project."""
+        if f"{weight}.weight" not in self._shards:
+            return self.quantized(weight, start, stop).dequantize()
         return finite(self._shards.rows(f"{weight}.weight", start, stop).float(), f"{weight}.weight", self.folder)
 
 

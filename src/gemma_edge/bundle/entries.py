@@ -79,7 +79,9 @@ class ModelConfig:
     rope_theta: Scale
     bos_token_id: TokenId
     eos_token_id: tuple[TokenId, ...]
-    tie_word_embeddings: bool = True  # False: the head is a matrix of its own; see `checkpoint.with_stored_head`
+    tie_word_embeddings: bool = (
+        True  # False: the head is a matrix of its own; the tensors decide it, see model/checkpoint.py
+    )
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def folder_of(
     minus = 1 if quantization.get("checkpoint_format") == "gptq" else 0
     state, meaning, draw = {}, {}, torch.Generator().manual_seed(0)
     for name, value in load_file(original / "model.safetensors").items():
-        if "_proj" not in name:
+        if "_proj" not in name and name != "lm_head.weight":
             state[name] = meaning[name] = value.to(torch.float16)
             continue
         (rows, columns), weight = value.shape, name.removesuffix(".weight")
@@ -104,47 +104,53 @@ ROUNDED: dict[str, tuple[dict[str, Any], bool]] = {
 }
 
 
+@pytest.mark.parametrize("shape", ["tiny", "untied"])
 @pytest.mark.parametrize("quantization", KEPT.values(), ids=KEPT.keys())
 def test_integers_without_zero_points_stay_as_they_are(
-    quantization: dict[str, Any], checkpoint: Callable[..., Path], tmp_path: Path
+    quantization: dict[str, Any], shape: str, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     """The quantized checkpoint that an export makes of the folder holds the same numbers, and so does transformers' model."""
     bits = quantization["bits"]
-    meaning = folder_of(checkpoint("tiny"), tmp_path / "given", quantization, zero=middle(bits))
+    meaning = folder_of(checkpoint(shape), tmp_path / "given", quantization, zero=middle(bits))
     given = open_weights(tmp_path / "given")
     kept = given.configs[WEIGHT]
+    assert given.config.tie_word_embeddings == (shape == "tiny")
     assert given.is_quantized and kept is not None and kept.bits == bits
     made = write_quantized(given, make_recipe(32), tmp_path / "made")
     assert isinstance(made, QuantizedCheckpoint) and made.scale_dtype(WEIGHT) == torch.float16
+    if shape == "untied":
+        assert given.configs["lm_head"] == made.configs["lm_head"] == kept
     for name in weight_shapes(given.config):
         assert_close(given.matrix(name), meaning[f"{name}.weight"].float(), rtol=0.0, atol=0.0)
         assert_close(made.matrix(name), meaning[f"{name}.weight"].float(), rtol=0.0, atol=0.0)
-    expected = hf_logits(hf_holding(checkpoint("tiny"), meaning), IDS)
+    expected = hf_logits(hf_holding(checkpoint(shape), meaning), IDS)
     (tmp_path / "float").mkdir()
     save_file(
         {name: value.float().contiguous() for name, value in given.load().state_dict().items()},
         tmp_path / "float" / "model.safetensors",
         metadata={"format": "pt"},
     )
-    (tmp_path / "float" / "config.json").write_text((checkpoint("tiny") / "config.json").read_text())
+    (tmp_path / "float" / "config.json").write_text((checkpoint(shape) / "config.json").read_text())
     assert_close(hf_logits(hf_model(tmp_path / "float"), IDS), expected, rtol=0.0, atol=0.0)
 
 
+@pytest.mark.parametrize("shape", ["tiny", "untied"])
 @pytest.mark.parametrize(("quantization", "act_order"), ROUNDED.values(), ids=ROUNDED.keys())
 def test_other_integers_are_float_weights(
     quantization: dict[str, Any],
     act_order: bool,
+    shape: str,
     checkpoint: Callable[..., Path],
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     zero = middle(4) if act_order else anything(4)
-    meaning = folder_of(checkpoint("tiny"), tmp_path / "given", quantization, zero=zero, act_order=act_order)
+    meaning = folder_of(checkpoint(shape), tmp_path / "given", quantization, zero=zero, act_order=act_order)
     given = open_weights(tmp_path / "given")
     assert not given.is_quantized and given.configs[WEIGHT] is None and given.dtype(WEIGHT) == torch.float32
     for name in weight_shapes(given.config):
         assert_close(given.matrix(name), meaning[f"{name}.weight"].float(), rtol=0.0, atol=0.0)
-    assert "the integers of 28 matrices" in caplog.text and "rounded again" in caplog.text
+    assert f"the integers of {28 if shape == 'tiny' else 29} matrices" in caplog.text and "rounded again" in caplog.text
 
 
 def misshapen(state: dict[str, Tensor]) -> None:

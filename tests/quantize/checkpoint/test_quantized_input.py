@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from gemma_edge.errors import InputError
-from gemma_edge.model.checkpoint import TABLE, Checkpoint, weight_shapes
+from gemma_edge.model.checkpoint import HEAD, TABLE, Checkpoint, weight_shapes
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint, named_by_content, open_weights
 from gemma_edge.quantize.checkpoint.writer import write_quantized
 from gemma_edge.quantize.integers import quantize
@@ -98,13 +98,15 @@ SCHEME_OF_LLM_COMPRESSOR: dict[str, Any] = {
 }
 
 
-def llm_compressor_folder(original: Path, out: Path, config: QuantConfig, scale_dtype: torch.dtype) -> Path:
-    """A folder as llm-compressor writes it: one file, a bfloat16 table, `lm_head` ignored, codes down to -8 and -128."""
+def llm_compressor_folder(
+    original: Path, out: Path, config: QuantConfig, scale_dtype: torch.dtype, ignore: tuple[str, ...] = (HEAD,)
+) -> Path:
+    """A folder as llm-compressor writes it: one file, a bfloat16 table, codes down to -8 and -128."""
     raw = json.loads((original / "config.json").read_text())
     state: dict[str, Tensor] = {}
     draw = torch.Generator().manual_seed(0)
     for name, value in load_file(original / "model.safetensors").items():
-        if "_proj" not in name:
+        if "_proj" not in name and (name != f"{HEAD}.weight" or HEAD in ignore):
             state[name] = value.to(torch.bfloat16)
             continue
         high, (rows, columns) = 1 << (config.bits - 1), value.shape
@@ -125,7 +127,7 @@ def llm_compressor_folder(original: Path, out: Path, config: QuantConfig, scale_
         },
         "format": "pack-quantized",
         "global_compression_ratio": None,
-        "ignore": ["lm_head"],
+        "ignore": list(ignore),
         "kv_cache_scheme": None,
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
@@ -190,6 +192,43 @@ def test_integers_of_llm_compressor_are_dequantized_as_transformers_does(
     state = {name: value for name, value in weights.load().state_dict().items() if name != "model.inv_freq"}
     ours = hf_logits(hf_holding(checkpoint("tiny"), state), IDS)
     assert_close(hf_logits(hf_quantized(folder), IDS), ours, rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize(("config", "scale_dtype"), GIVEN)
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_head_of_integers_stays_bit_for_bit(
+    announced: bool, config: QuantConfig, scale_dtype: torch.dtype, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """It was refused. Whatever config.json says, it is a matrix of its own."""
+    folder = llm_compressor_folder(checkpoint("untied"), tmp_path / "given", config, scale_dtype, ignore=())
+    expected = hf_logits(hf_quantized(folder), IDS)
+    edit_json(folder / "config.json", tie_word_embeddings=announced)
+    given = open_weights(folder)
+    assert isinstance(given, QuantizedCheckpoint)
+    assert not given.config.tie_word_embeddings and given.configs[HEAD] == config and given.configs[TABLE] is None
+    state = {name: value for name, value in given.load().state_dict().items() if name != "model.inv_freq"}
+    assert_close(hf_logits(hf_holding(checkpoint("untied"), state), IDS), expected, rtol=0.0, atol=0.0)
+    written = write_quantized(given, make_recipe(4), tmp_path / "out")
+    assert_same_integers(written, given)
+    assert written.configs[TABLE] == QuantConfig(8, 0)
+    assert_close(hf_logits(hf_quantized(tmp_path / "out"), IDS), expected, rtol=0.0, atol=0.0)
+
+
+def test_a_table_of_integers_stays_bit_for_bit(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder = llm_compressor_folder(checkpoint("tiny"), tmp_path / "given", QuantConfig(4, 32), torch.bfloat16)
+    state = load_file(folder / "model.safetensors")
+    name = state.pop(f"{TABLE}.weight")
+    rows, columns = name.shape
+    codes = torch.randint(-8, 8, (rows, columns), generator=torch.Generator().manual_seed(1)).to(torch.int8)
+    state[f"{TABLE}.weight_packed"] = pack_to_int32(codes, 4)
+    state[f"{TABLE}.weight_scale"] = torch.rand(rows, 2).bfloat16() + 0.01
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    given = open_weights(folder)
+    assert isinstance(given, QuantizedCheckpoint)
+    assert given.config.tie_word_embeddings and given.configs[TABLE] == QuantConfig(4, 32)
+    written = write_quantized(given, make_recipe(8), tmp_path / "out")
+    assert_same_integers(written, given)
+    assert_close(written.plain_rows(TABLE, 0, rows), given.matrix(TABLE), rtol=0.0, atol=0.0)
 
 
 def test_channel_scales_without_a_second_axis_are_read(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
@@ -269,6 +308,11 @@ REFUSED: list[Any] = [
     ),
     pytest.param(replaced("weight_scale", torch.ones(32, 2)), "scales [32, 2]", id="rows of scales"),
     pytest.param(replaced("weight_scale", torch.ones(64, 3)), "scales [64, 3]", id="groups that do not divide"),
+    pytest.param(
+        lambda raw, state: state.update({f"{HEAD}.weight_packed": torch.zeros(320, 8, dtype=torch.int32)}),
+        f"{HEAD}.weight_scale is missing",
+        id="a head without scales",
+    ),
     pytest.param(lambda raw, state: state.pop("model.norm.weight"), "model.norm.weight is missing", id="no final norm"),
     pytest.param(cast("weight_packed", torch.int64), K_PROJ, id="wide codes"),
     pytest.param(cast("weight_scale", torch.int32), K_PROJ, id="integer scales"),
