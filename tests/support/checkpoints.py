@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32  # type: ignore[import-untyped]
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma2ForCausalLM
 from transformers import Gemma2Config as HFConfig
 
@@ -21,7 +25,8 @@ from gemma_edge.bundle.manifest import (
     typed_settings,
     with_identities,
 )
-from gemma_edge.model.config import Gemma2Config
+from gemma_edge.model.config import HEAD, Gemma2Config
+from gemma_edge.model.quantized import QuantConfig
 from gemma_edge.quantize.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +69,57 @@ def make_checkpoint(folder: Path, seed: int = 0, **overrides: Any) -> Path:
                 parameter.normal_(0.0, 0.3)
     model.save_pretrained(folder)
     return folder
+
+
+SCHEME_OF_LLM_COMPRESSOR: dict[str, Any] = {
+    "actorder": None,
+    "block_structure": None,
+    "dynamic": False,
+    "observer": "minmax",
+    "observer_kwargs": {},
+    "symmetric": True,
+    "type": "int",
+}
+
+
+def llm_compressor_folder(
+    original: Path, out: Path, config: QuantConfig, scale_dtype: torch.dtype, ignore: tuple[str, ...] = (HEAD,)
+) -> Path:
+    """A folder as llm-compressor writes it: one file, a bfloat16 table, codes down to -8 and -128."""
+    raw = json.loads((original / "config.json").read_text())
+    state: dict[str, Tensor] = {}
+    draw = torch.Generator().manual_seed(0)
+    for name, value in load_file(original / "model.safetensors").items():
+        if "_proj" not in name and (name != f"{HEAD}.weight" or HEAD in ignore):
+            state[name] = value.to(torch.bfloat16)
+            continue
+        high, (rows, columns) = 1 << (config.bits - 1), value.shape
+        groups = columns // config.group_size if config.group_size else 1
+        codes = torch.randint(-high, high, value.shape, generator=draw).to(torch.int8)
+        state[f"{name}_packed"] = pack_to_int32(codes, config.bits)
+        state[f"{name}_scale"] = (torch.rand(rows, groups, generator=draw) / high + 0.01).to(scale_dtype)
+        state[f"{name}_shape"] = torch.tensor([rows, columns])
+    strategy = {"strategy": "group", "group_size": config.group_size} if config.group_size else {"strategy": "channel"}
+    raw["quantization_config"] = {
+        "config_groups": {
+            "group_0": {
+                "input_activations": None,
+                "output_activations": None,
+                "targets": ["Linear"],
+                "weights": {"num_bits": config.bits, "group_size": None, **strategy, **SCHEME_OF_LLM_COMPRESSOR},
+            }
+        },
+        "format": "pack-quantized",
+        "global_compression_ratio": None,
+        "ignore": list(ignore),
+        "kv_cache_scheme": None,
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+    }
+    out.mkdir()
+    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "config.json").write_text(json.dumps(raw))
+    return out
 
 
 def write_manifest(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32  # type: ignore[import-untyped]
 from safetensors.torch import load_file, save_file
-from support.checkpoints import hf_holding, hf_logits, hf_quantized
+from support.checkpoints import hf_holding, hf_logits, hf_quantized, llm_compressor_folder
 from support.toys import edit_json
 from torch import Tensor
 from torch.testing import assert_close
@@ -85,57 +85,6 @@ def test_integers_that_are_there_already_stay_bit_for_bit(
         assert second.configs[name] == (config or QuantConfig(8, 0))
     plain = (weights.plain_rows(TABLE, 0, 320) for weights in (second, first))
     assert_close(*plain, rtol=0.0, atol=0.0)
-
-
-SCHEME_OF_LLM_COMPRESSOR: dict[str, Any] = {
-    "actorder": None,
-    "block_structure": None,
-    "dynamic": False,
-    "observer": "minmax",
-    "observer_kwargs": {},
-    "symmetric": True,
-    "type": "int",
-}
-
-
-def llm_compressor_folder(
-    original: Path, out: Path, config: QuantConfig, scale_dtype: torch.dtype, ignore: tuple[str, ...] = (HEAD,)
-) -> Path:
-    """A folder as llm-compressor writes it: one file, a bfloat16 table, codes down to -8 and -128."""
-    raw = json.loads((original / "config.json").read_text())
-    state: dict[str, Tensor] = {}
-    draw = torch.Generator().manual_seed(0)
-    for name, value in load_file(original / "model.safetensors").items():
-        if "_proj" not in name and (name != f"{HEAD}.weight" or HEAD in ignore):
-            state[name] = value.to(torch.bfloat16)
-            continue
-        high, (rows, columns) = 1 << (config.bits - 1), value.shape
-        groups = columns // config.group_size if config.group_size else 1
-        codes = torch.randint(-high, high, value.shape, generator=draw).to(torch.int8)
-        state[f"{name}_packed"] = pack_to_int32(codes, config.bits)
-        state[f"{name}_scale"] = (torch.rand(rows, groups, generator=draw) / high + 0.01).to(scale_dtype)
-        state[f"{name}_shape"] = torch.tensor([rows, columns])
-    strategy = {"strategy": "group", "group_size": config.group_size} if config.group_size else {"strategy": "channel"}
-    raw["quantization_config"] = {
-        "config_groups": {
-            "group_0": {
-                "input_activations": None,
-                "output_activations": None,
-                "targets": ["Linear"],
-                "weights": {"num_bits": config.bits, "group_size": None, **strategy, **SCHEME_OF_LLM_COMPRESSOR},
-            }
-        },
-        "format": "pack-quantized",
-        "global_compression_ratio": None,
-        "ignore": list(ignore),
-        "kv_cache_scheme": None,
-        "quant_method": "compressed-tensors",
-        "quantization_status": "compressed",
-    }
-    out.mkdir()
-    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
-    (out / "config.json").write_text(json.dumps(raw))
-    return out
 
 
 GIVEN = [
