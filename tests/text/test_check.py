@@ -141,18 +141,52 @@ def test_a_template_that_refuses_gives_a_warning(
     assert re.search(words, "\n".join(caplog.messages))
 
 
-def test_the_end_of_the_templates_turn_becomes_a_stop_id(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A fine-tune with ChatML beside an older generation_config.json ran on into the user's turn."""
-
+def add_tokens(folder: Path, *contents: str, special: bool = True) -> list[int]:
+    """Add tokens in the places of others; their ids."""
     ids: list[int] = []
 
     def add(data: dict[str, Any]) -> None:
-        ids.extend(remove(data["model"], 2))
-        for content, token in zip(("<|im_start|>", "<|im_end|>"), ids, strict=True):
-            data["added_tokens"].append({**data["added_tokens"][0], "id": token, "content": content})
+        ids.extend(remove(data["model"], len(contents)))
+        for content, token in zip(contents, ids, strict=True):
+            added = {**data["added_tokens"][0], "id": token, "content": content, "special": special}
+            data["added_tokens"].append(added)
             data["model"]["vocab"][content] = token
 
     edit_tokenizer(folder, add)
+    return ids
+
+
+def test_the_end_of_the_templates_turn_becomes_a_stop_id(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A fine-tune with ChatML beside an older generation_config.json ran on into the user's turn."""
+    ids = add_tokens(folder, "<|im_start|>", "<|im_end|>")
     (folder / "chat_template.jinja").write_text(CHATML)
     assert check_text_files(folder, TOY_CONFIG) == (*STOPS, ids[1])
     assert any('"<|im_end|>" ends a turn in the chat template' in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize("value", ["<|done|>", {"content": "<|done|>", "special": True}])
+def test_the_tokenizers_eos_token_becomes_a_stop_id(
+    value: object, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Trainers set it to the token that they train the model to end with, and leave generation_config.json as it was."""
+    (end,) = add_tokens(folder, "<|done|>", special=False)
+    edit_json(folder / "tokenizer_config.json", eos_token=value)
+    assert check_text_files(folder, TOY_CONFIG) == (*STOPS, end)
+    (message,) = caplog.messages
+    assert f'"<|done|>" is the tokenizer\'s eos_token, but is not among the stop ids {list(STOPS)}' in message
+
+
+def test_a_token_that_ends_both_turn_and_text_is_added_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _, end = add_tokens(folder, "<|im_start|>", "<|im_end|>")
+    (folder / "chat_template.jinja").write_text(CHATML)
+    edit_json(folder / "tokenizer_config.json", eos_token="<|im_end|>")
+    assert check_text_files(folder, TOY_CONFIG) == (*STOPS, end)
+    assert len(caplog.messages) == 1
+
+
+@pytest.mark.parametrize("value", ["<end_of_turn>", "no token of the tokenizer", None])
+def test_an_eos_token_that_ends_texts_already_or_nowhere_changes_nothing(
+    value: str | None, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    edit_json(folder / "tokenizer_config.json", eos_token=value)
+    assert check_text_files(folder, TOY_CONFIG) == STOPS and caplog.messages == []

@@ -72,6 +72,7 @@ class ChatTemplate:
         """
         self._special_tokens = dict(special_tokens)
         self.bos = self._special_tokens.get("bos_token", "")
+        self.eos = self._special_tokens.get("eos_token", "")
         if len(source) > MAX_TEMPLATE:
             raise InputError(f"the chat template has {len(source)} characters; at most {MAX_TEMPLATE} are read")
         try:

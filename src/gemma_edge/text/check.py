@@ -6,7 +6,7 @@ Without this check a bundle could turn text into other tokens than the original,
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,7 +43,7 @@ def check_text_files(folder: Path, config: TextConfig) -> tuple[int, ...]:
         config: the model's.
 
     Returns:
-        The model's stop ids, and the token that ends a turn in the chat template where it is not one of them.
+        The model's stop ids, with the token that ends a turn in the chat template and the tokenizer's own eos_token.
 
     Raises:
         InputError: a file cannot be read, a token has an id that the model's table does not have, a byte has no token, or the
@@ -68,8 +68,11 @@ def check_text_files(folder: Path, config: TextConfig) -> tuple[int, ...]:
             "%s: %s has the id %s, the model's texts begin with %d", path, template.bos, bos, config.bos_token_id
         )
     _, answered, after = conversation.rpartition(ANSWER)
-    end = next(_special(tokenizer, after), None) if answered else None
-    return _stop_ids(path, tokenizer, end, config)
+    ends = {
+        "ends a turn in the chat template": next(_special(tokenizer, after), None) if answered else None,
+        "is the tokenizer's eos_token": tokenizer.token_to_id(template.eos),
+    }
+    return _stop_ids(path, tokenizer, ends, config)
 
 
 def _render(template: ChatTemplate) -> str:
@@ -130,19 +133,31 @@ def _check_bytes(tokenizer: tokenizers.Tokenizer, path: Path) -> None:
             raise InputError(f"{path}: the token of the byte {byte} decodes to {shown(text)}", hint=TOKENIZER_HINT)
 
 
-def _stop_ids(path: Path, tokenizer: tokenizers.Tokenizer, end: int | None, config: TextConfig) -> tuple[int, ...]:
-    """The stop ids with the end of a turn: fine-tunes change template and tokenizer, and forget generation_config.json."""
+def _stop_ids(
+    path: Path, tokenizer: tokenizers.Tokenizer, ends: Mapping[str, int | None], config: TextConfig
+) -> tuple[int, ...]:
+    """The stop ids with the tokens that end an answer: fine-tunes change template and tokenizer, and forget the stop ids.
+
+    Args:
+        path: the tokenizer.
+        tokenizer: what it holds.
+        ends: what a token is, for the message -> its id; None: there is no token of that kind.
+        config: the model's.
+    """
     stops = tuple(config.eos_token_id)
-    known = (*stops, tokenizer.token_to_id(END_OF_TURN))  # class Tokenizer stops at END_OF_TURN by its name
-    if end in known or end is None or end >= config.vocab_size:
-        return stops
-    logger.warning(
-        "%s: %s ends a turn in the chat template, but is not among the stop ids %s; it is added to them",
-        path.parent,
-        shown(tokenizer.id_to_token(end)),
-        list(stops),
-    )
-    return (*stops, end)
+    by_name = tokenizer.token_to_id(END_OF_TURN)  # class Tokenizer stops there, whatever the stop ids are
+    for what, end in ends.items():
+        if end is None or end in (*stops, by_name) or end >= config.vocab_size:
+            continue
+        logger.warning(
+            "%s: %s %s, but is not among the stop ids %s; it is added to them",
+            path.parent,
+            shown(tokenizer.id_to_token(end)),
+            what,
+            list(stops),
+        )
+        stops = (*stops, end)
+    return stops
 
 
 def _special(tokenizer: tokenizers.Tokenizer, text: str) -> Iterator[int]:
