@@ -17,7 +17,8 @@ from msgspec import Meta
 from torch import Tensor
 
 from gemma_edge.bundle.codec import shown, typed_value
-from gemma_edge.errors import InputError, one_line
+from gemma_edge.errors import InputError
+from gemma_edge.model import patterns
 from gemma_edge.model.config import HEAD, TABLE, TABLES
 from gemma_edge.model.safetensors_reader import SafetensorsFile, StoredTensor
 from gemma_edge.model.shards import Shards
@@ -229,11 +230,11 @@ def _config(folder: Path) -> _Adapter:
                 hint=TRAIN_AGAIN if unmergeable else MERGE_FIRST,
             )
     adapter = typed_value(config, _Adapter, path, "save the adapter with PEFT again")
-    try:
-        for pattern in [*(adapter.rank_pattern or ()), *(adapter.alpha_pattern or ())]:
-            re.compile(_whole(pattern))
-    except re.error as error:
-        raise InputError(f"{path}: {shown(pattern)} is not a regular expression ({one_line(error)})") from None
+    for key, names in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
+        try:
+            patterns.check(_whole(name) for name in names or ())
+        except patterns.PatternError as error:
+            raise InputError(f"{path}: {key} has a regular expression that is not read ({error})") from None
     return adapter
 
 
@@ -257,9 +258,9 @@ def _whole(pattern: str) -> str:
     return rf"(.*\.)?({pattern})$"
 
 
-def _pattern(patterns: Mapping[str, float] | None, weight: str, default: float) -> float:
+def _pattern(values: Mapping[str, float] | None, weight: str, default: float) -> float:
     """The value of the first key that matches the end of the module's name as a regular expression, as in PEFT."""
-    for key, value in (patterns or {}).items():
-        if re.match(_whole(key), weight):
+    for key, value in (values or {}).items():
+        if patterns.matches(_whole(key), weight):
             return value
     return default

@@ -14,6 +14,7 @@ from typing import Any
 from gemma_edge.bundle.codec import typed_value
 from gemma_edge.bundle.ranges import Count, Name
 from gemma_edge.errors import InputError, one_line
+from gemma_edge.model import patterns
 from gemma_edge.model.config import HEAD, TABLE
 from gemma_edge.model.quantized import QuantConfig as QuantConfig
 
@@ -59,7 +60,7 @@ class Recipe:
     def _matching(self, weight: str) -> Iterator[QuantRule]:
         """The rules that match, in order. A head of its own becomes what the table becomes."""
         name = TABLE if weight == HEAD else weight
-        return (rule for rule in self.rules if re.fullmatch(rule.pattern, name))
+        return (rule for rule in self.rules if patterns.matches(rule.pattern, name))
 
     def config_for(self, weight: str, in_features: int) -> QuantConfig | None:
         """The fitted configuration of one weight; None = float."""
@@ -97,9 +98,8 @@ class Recipe:
         read = typed_value(data, _File, f"{origin} is not a recipe", RECIPE_HINT)
         try:
             rules = tuple(QuantRule(rule.pattern, _config_of(rule), rule.method) for rule in read.rules)
-            for rule in rules:
-                re.compile(rule.pattern)
-        except (InputError, re.error) as error:
+            patterns.check(rule.pattern for rule in rules)
+        except (InputError, patterns.PatternError) as error:
             raise InputError(f"{origin} is not a recipe ({one_line(error)}); {RECIPE_HINT}") from None
         return cls(read.name, rules, read.float_bits)
 

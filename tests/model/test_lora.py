@@ -466,4 +466,13 @@ def test_a_value_that_no_adapter_can_have_is_named(
     """A pattern that was a text or not a regular expression ended in a traceback."""
     configure(adapter, **{key: value})
     found = refusal(checkpoint("tiny"), adapter)
-    assert f"{adapter / 'adapter_config.json'}: " in found and (key in found or "not a regular expression" in found)
+    assert f"{adapter / 'adapter_config.json'}: " in found and (key in found or "regular expression" in found)
+
+
+def test_a_pattern_of_an_adapter_cannot_run_for_ever(checkpoint: Callable[..., Path], adapter: Path) -> None:
+    """Python's `re` goes back through all ways to cut a name into pieces, and this test would not end."""
+    expected = Checkpoint.open(checkpoint("tiny"), lora=adapter).matrix(Q_PROJ)
+    configure(adapter, alpha_pattern={r"([a-z0-9._]+)+!": 3}, rank_pattern={r"(\w|\w\w|[._])+!": 3})
+    assert torch.equal(Checkpoint.open(checkpoint("tiny"), lora=adapter).matrix(Q_PROJ), expected)
+    configure(adapter, alpha_pattern={"(?=a)": 3})
+    assert "alpha_pattern has a regular expression that is not read" in refusal(checkpoint("tiny"), adapter)

@@ -173,3 +173,19 @@ def test_a_recipe_says_all_of_itself_as_json() -> None:
         ],
         "float_bits": 32,
     }
+
+
+def test_a_pattern_of_a_recipe_cannot_run_for_ever() -> None:
+    """Python's `re` goes back through all ways to cut a name into pieces, and this test would not end."""
+    rules = [
+        {"pattern": pattern, "config": config, "method": "rtn"}
+        for pattern, config in ((r"([a-z0-9._]+)+!", None), (r"(\w+\.?)+", {"bits": 8, "group_size": 0}))
+    ]
+    recipe = Recipe.from_json({"name": "a stranger's", "rules": rules, "float_bits": 32}, "a file")
+    assert set(recipe.configs(weight_shapes(GEMMA2_2B)).values()) == {INT8}
+
+
+def test_rules_that_take_too_long_together_are_refused() -> None:
+    rules = [{"pattern": "a" * 999, "config": None, "method": "rtn"}] * 30
+    with pytest.raises(InputError, match=r"a file is not a recipe \(its patterns have more than 20000 steps\)"):
+        Recipe.from_json({"name": "long", "rules": rules, "float_bits": 32}, "a file")
