@@ -8,7 +8,7 @@ another number of rows). Everything else, DoRA and trained biases among it, is r
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -103,31 +103,14 @@ class Lora:
         Raises:
             InputError: no adapter, a kind that is not supported, a weight that the model lacks, or a wrong shape.
         """
-        config, file = _config(folder), _file(folder)
-        halves: dict[str, dict[str, Tensor]] = {}
-        bases: dict[str, StoredTensor] = {}
-        whole: dict[str, StoredTensor] = {}
-        # the shortest name first: where a tensor is there under two, PEFT loads the one without `modules_to_save`
-        for key in sorted(file.tensors, key=len):
-            name, tensor = key.removeprefix(PREFIX), StoredTensor(file, key)
-            if UNUSED.fullmatch(name):
-                continue
-            match = HALF.fullmatch(name) or WHOLE.fullmatch(name)
-            if match is None or match["weight"] not in shapes:
-                raise InputError(f"{folder}: {key} is not a LoRA of a weight of this model", hint=MERGE_FIRST)
-            weight = match["weight"]
-            if match.re is HALF:
-                side, half = _half(match, tensor)
-                halves.setdefault(weight, {})[side] = half
-            else:
-                (bases if match["kind"] == "base_layer" else whole).setdefault(weight, tensor)
-        lora = cls(folder, {}, bases, whole)
-        _check_saved(folder, config, shapes, whole)
+        config, found = _config(folder), _read(folder, shapes)
+        _check_saved(folder, config, shapes, found.whole)
+        lora = cls(folder, {}, found.bases, found.whole)
         rows = lora.vocab_size
         if rows is not None:
             shapes = {**shapes, **{name: (rows, *shapes[name][1:]) for name in TABLES}}
-        pairs = {weight: _pair(folder, config, weight, sides, shapes[weight]) for weight, sides in halves.items()}
-        if not (pairs or whole):
+        pairs = {weight: _pair(folder, config, weight, sides, shapes[weight]) for weight, sides in found.halves.items()}
+        if not (pairs or lora.whole):
             raise InputError(f"{folder} holds no LoRA weight")
         return replace(lora, pairs=pairs)
 
@@ -169,6 +152,39 @@ class Lora:
 
 
 NO_LORA = Lora()
+
+
+@dataclass
+class _Found:
+    """The tensors of an adapter by what they are; the keys are those of `Lora`."""
+
+    halves: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    bases: dict[str, StoredTensor] = field(default_factory=dict)
+    whole: dict[str, StoredTensor] = field(default_factory=dict)
+
+
+def _read(folder: Path, names: Collection[str]) -> _Found:
+    """Sort the tensors of an adapter for a model with these weights and norms."""
+    file, found = _file(folder), _Found()
+    # the shortest name first: where a tensor is there under two, PEFT loads the one without `modules_to_save`
+    for key in sorted(file.tensors, key=len):
+        name, tensor = key.removeprefix(PREFIX), StoredTensor(file, key)
+        if UNUSED.fullmatch(name):
+            continue
+        match = HALF.fullmatch(name) or WHOLE.fullmatch(name)
+        if match is None or match["weight"] not in names:
+            known = any(name.startswith(f"{weight}.") for weight in names)
+            raise InputError(
+                f"{folder}: {key} is not a LoRA of a weight of this model",
+                hint=MERGE_FIRST if known else "pass the model that the adapter was trained on",
+            )
+        weight = match["weight"]
+        if match.re is HALF:
+            side, half = _half(match, tensor)
+            found.halves.setdefault(weight, {})[side] = half
+        else:
+            (found.bases if match["kind"] == "base_layer" else found.whole).setdefault(weight, tensor)
+    return found
 
 
 def _half(match: re.Match[str], tensor: StoredTensor) -> tuple[str, Tensor]:

@@ -364,7 +364,7 @@ A_KEY, B_KEY = (f"base_model.model.{Q_PROJ}.lora_{side}.weight" for side in "AB"
 DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     "unknown weight": (
         lambda s: s.update({A_KEY.replace("layers.1", "layers.9"): torch.ones(3, 64)}),
-        r"layers\.9\.self_attn\.q_proj\.lora_A\.weight is not a LoRA of a weight of this model",
+        r"layers\.9\.self_attn\.q_proj\.lora_A\.weight is not a LoRA of a weight of this model; pass the model that",
     ),
     "head": (
         lambda s: s.update({"base_model.model.lm_head.lora_A.weight": torch.ones(3, 64)}),
