@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32  # type: ignore[import-untyped]
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma2ForCausalLM
@@ -86,6 +85,10 @@ def llm_compressor_folder(
     original: Path, out: Path, config: QuantConfig, scale_dtype: torch.dtype, ignore: tuple[str, ...] = (HEAD,)
 ) -> Path:
     """A folder as llm-compressor writes it: one file, a bfloat16 table, codes down to -8 and -128."""
+    from compressed_tensors.compressors.pack_quantized.helpers import (  # type: ignore[import-untyped]
+        pack_to_int32,  # here, because most tests need no such folder and its import takes seconds
+    )
+
     raw = json.loads((original / "config.json").read_text())
     state: dict[str, Tensor] = {}
     draw = torch.Generator().manual_seed(0)
