@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gemma_edge.command import Command, given
+from gemma_edge.command import Command, given, note
 from gemma_edge.errors import InputError
 from gemma_edge.files import check_writable, need, write_whole
 
@@ -205,6 +205,7 @@ class Output:
         """Write the files, and print tables, JSON or CSV."""
         from gemma_edge.bench import report
         from gemma_edge.bench.result import to_json
+        from gemma_edge.report import console
 
         if self.save is not None:
             write_whole(self.save, to_json(results))
@@ -217,12 +218,13 @@ class Output:
         click.echo(to_json(results) if self.as_json else report.to_csv(results), nl=False)
         for result in results:
             if result.failure:
-                click.echo(f"{result.model['name']} ({result.model['backend']}) failed: {result.failure}", err=True)
+                console.say(console.ERR, f"{result.model['name']} ({result.model['backend']}) failed: {result.failure}")
 
 
 def _compare(before: Path, after: Path, *, as_json: bool) -> None:
     from gemma_edge.bench import compare, report
     from gemma_edge.bench import result as bench_result
+    from gemma_edge.report import console
 
     both = [bench_result.load([path]) for path in (before, after)]
     changes = compare.compare(*both)
@@ -232,7 +234,7 @@ def _compare(before: Path, after: Path, *, as_json: bool) -> None:
     report.print_changes(changes)
     for path, results in zip((before, after), both, strict=True):
         if (busy := report.others_cores(results)) > report.BUSY_CORES:
-            report.say(f"{path}: other processes kept {busy:.1f} cores busy, which may be what changed")
+            console.say(console.OUT, f"{path}: other processes kept {busy:.1f} cores busy, which may be what changed")
 
 
 def _run(choices: Choices) -> list[Result]:
@@ -284,11 +286,6 @@ def _default_threads(bundles: Sequence[Path], cores: int) -> int:
     return min(Manifest.load(bundles[0]).target.threads, cores) if bundles else cores
 
 
-def _note(text: str) -> None:
-    """Print a line for people beside the results."""
-    click.echo(f"note: {text}", err=True)
-
-
 @contextmanager
 def _local(choices: Choices) -> Iterator[Sequence[Contender]]:
     """Bundles and peers on this machine."""
@@ -296,7 +293,7 @@ def _local(choices: Choices) -> Iterator[Sequence[Contender]]:
 
     contenders, notes = bench.bundle_contenders(choices.bundles, choices.backend)
     for text in notes:
-        _note(text)
+        note(text)
     yield [*contenders, *peers.contenders(choices.peers, choices.bundles)]
 
 
@@ -317,7 +314,7 @@ def _phones(choices: Choices) -> Iterator[Sequence[Contender]]:
         raise InputError(f"--timeout {choices.timeout:g} is not above 0")
     if serial and choices.all_devices:
         raise InputError(f"--device {choices.device} names one phone, --all-devices all of them; give one of the two")
-    chosen = adb.choose(adb.find_adb(), serial or None, every=choices.all_devices, note=_note)
+    chosen = adb.choose(adb.find_adb(), serial or None, every=choices.all_devices, note=note)
     bundles, answer_s = choices.bundles, choices.timeout
     with phones.on_phones(chosen, bundles, progress_bar, answer_s=answer_s, keep=choices.keep) as contenders:
         yield contenders

@@ -11,7 +11,7 @@ from statistics import median
 from gemma_edge.bench.compare import ALPHA, MIN_CHANGE, MIN_SAMPLES, Change
 from gemma_edge.bench.result import Result
 from gemma_edge.bench.stats import METRICS, Key, groups, roofline_tokens_per_s, summary, throttling
-from gemma_edge.report.console import OUT, print_table
+from gemma_edge.report.console import OUT, print_table, say
 
 # TABLES: heading -> the metrics in its columns.
 TABLES = {
@@ -102,7 +102,7 @@ def print_tables(results: Sequence[Result]) -> None:
         if rows:
             print_table(f"{heading}: {common}" if common else heading, columns, rows, names=TEXT_COLUMNS)
     for line in notes(results):
-        say(line)
+        say(OUT, line)
 
 
 def print_changes(changes: Sequence[Change]) -> None:
@@ -114,10 +114,11 @@ def print_changes(changes: Sequence[Change]) -> None:
     beyond_noise = [change for change in changes if change.verdict in ("better", "worse")]
     for change in beyond_noise:
         _, metric, before, after, difference, _, verdict = change_cells(change)
-        say(f"{verdict}: {metric} {before} -> {after} ({difference}), {change.group}")
+        say(OUT, f"{verdict}: {metric} {before} -> {after} ({difference}), {change.group}")
     unknown = sum(change.verdict == "unknown" for change in changes)
     say(
-        f"{len(beyond_noise)} of {len(changes)} changed beyond noise, {unknown} have too few samples to tell. {STATISTICS}"
+        OUT,
+        f"{len(beyond_noise)} of {len(changes)} changed beyond noise, {unknown} have too few samples to tell. {STATISTICS}",
     )
 
 
@@ -128,11 +129,6 @@ def change_cells(change: Change) -> tuple[str, ...]:
     p = "-" if change.p is None else f"{change.p:.2g}"
     verdict = "too few samples" if change.verdict == "unknown" else change.verdict
     return (change.group, metric.title, *middles, f"{change.change:+.1%}", p, verdict)
-
-
-def say(line: str) -> None:
-    """Print a line on stdout, not folded and not coloured."""
-    OUT.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def to_csv(results: Sequence[Result]) -> str:

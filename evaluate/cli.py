@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gemma_edge.command import Command, given
+from gemma_edge.command import Command, given, note
 from gemma_edge.errors import InputError
 from gemma_edge.files import check_writable, need, write_whole
 
@@ -99,8 +99,8 @@ def refuse_unused(context: click.Context) -> None:
 def _show(evaluation: Evaluation, as_json: bool, html: Path | None) -> None:
     from gemma_edge.evaluate import report
 
-    for note in evaluation.notes:
-        click.echo(f"note: {note}", err=True)
+    for text in evaluation.notes:
+        note(text)
     if html is not None:
         from gemma_edge.evaluate.html import page
 

@@ -213,6 +213,7 @@ def plan(as_json: bool, save_recipe: Path | None, plot: Path | None, **choices: 
     from gemma_edge.export import report
     from gemma_edge.quantize.checkpoint.store import final_configs
     from gemma_edge.quantize.mixed import table as layers
+    from gemma_edge.report import console
 
     if plot is not None:
         need("--plot", "matplotlib")
@@ -232,15 +233,14 @@ def plan(as_json: bool, save_recipe: Path | None, plot: Path | None, **choices: 
         plans = {backend: plan.to_json() for backend, plan in opened.plans.items()}
         click.echo(json.dumps({"plans": plans, **choice}, indent=1))
         return
-    report.OUT.print(report.plan_table(list(opened.plans.values()), opened.source.config.num_parameters))
+    console.OUT.print(report.plan_table(list(opened.plans.values()), opened.source.config.num_parameters))
     if opened.choice or options.quantization.recipe:
-        report.OUT.print(layers.bits_table(configs))
+        console.OUT.print(layers.bits_table(configs))
     if opened.choice:
-        report.OUT.print(
+        console.say(
+            console.OUT,
             f"{opened.choice.bits_per_weight:.3f} bits per weight; predicted KL to the original, all weights together:"
             f" {opened.choice.predicted_kl:.5f} nats per token",
-            highlight=False,
-            soft_wrap=True,
         )
 
 

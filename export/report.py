@@ -7,11 +7,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
-from rich.text import Text
 
 from gemma_edge.bundle.entries import Difference
 from gemma_edge.bundle.manifest import Manifest
-from gemma_edge.report.console import ERR, OUT, progress_bar, size
+from gemma_edge.report.console import ERR, OUT, plain, progress_bar, say, size
 
 __all__ = ["ERR", "OUT", "progress_bar", "size"]
 
@@ -36,7 +35,7 @@ PLAN_ROWS: dict[str, Callable[[Plan], str]] = {
 def plan_table(plans: Sequence[Plan], parameters: int) -> Table:
     """What `gemma-export plan` shows: a column for each backend."""
     title = f"{plans[0].recipe} for {plans[0].target}, {parameters / 1e9:.2f} billion parameters"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=plain(title), title_justify="left")
     table.add_column("what")
     for plan in plans:
         table.add_column(plan.backend, justify="right")
@@ -47,7 +46,7 @@ def plan_table(plans: Sequence[Plan], parameters: int) -> Table:
 
 def stages_table(title: str, stages: Sequence[Stage]) -> Table:
     """How long each stage took, and the peak of memory."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=plain(title), title_justify="left")
     for column in ("stage", "seconds", "peak RAM so far"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for stage in stages:
@@ -62,19 +61,19 @@ def files_table(manifest: Manifest) -> Table:
     table.add_column("bytes", justify="right")
     table.add_column("sha256")
     for name, entry in manifest.files.items():
-        table.add_row(Text(name), str(entry.bytes), entry.sha256[:16])
+        table.add_row(plain(name), str(entry.bytes), entry.sha256[:16])
     return table
 
 
 def parts_table(manifest: Manifest) -> Table:
     """Bits per kind of weight."""
-    table = Table(title=Text(f"weights: {manifest.recipe.name}"), title_justify="left")
+    table = Table(title=plain(f"weights: {manifest.recipe.name}"), title_justify="left")
     for column in ("part", "tensors", "bits", "group", "parameters", "size"):
         table.add_column(column, justify="left" if column == "part" else "right")
     for row in manifest.recipe.parts:
         group = "float" if row.bits >= 16 else str(row.group_size or "channel")
         parameters = f"{row.weights / 1e6:.1f} M"
-        table.add_row(Text(row.part), str(row.count), str(row.bits), group, parameters, size(row.bytes))
+        table.add_row(plain(row.part), str(row.count), str(row.bits), group, parameters, size(row.bytes))
     return table
 
 
@@ -115,23 +114,15 @@ def print_export(done: Export) -> None:
     ERR.print(stages_table(str(done.bundle), done.stages))
     ERR.print(parts_table(done.manifest))
     for line in gate_lines(done.manifest):
-        ERR.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(ERR, line)
     total = sum(entry.bytes for entry in done.manifest.files.values())
-    ERR.print(
-        f"{size(total)} in {done.bundle}; try: gemma-run {done.bundle} --prompt 'Hello'",
-        highlight=False,
-        soft_wrap=True,
-    )
+    say(ERR, f"{size(total)} in {done.bundle}; try: gemma-run {done.bundle} --prompt 'Hello'")
 
 
 def print_quantized(made: QuantizedModel) -> None:
     """The end of `gemma-export quantize`."""
     ERR.print(stages_table(str(made.path), made.stages))
-    ERR.print(
-        f"{made.recipe.name} in {made.path}; make a bundle of it: gemma-export {made.path}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    say(ERR, f"{made.recipe.name} in {made.path}; make a bundle of it: gemma-export {made.path}")
 
 
 def quantized_to_json(made: QuantizedModel) -> dict[str, Any]:
@@ -148,23 +139,19 @@ def quantized_to_json(made: QuantizedModel) -> dict[str, Any]:
 def print_inspect(manifest: Manifest) -> None:
     """What `gemma-export inspect` shows."""
     model = manifest.model
-    OUT.print(
+    say(
+        OUT,
         f"{model.name}: {model.parameters / 1e9:.3f} billion parameters, made {manifest.created} for"
         f" {manifest.target.name}, backends: {', '.join(manifest.backends)}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
     )
     for name, entry in manifest.backends.items():
         cache = entry.cache
-        OUT.print(
+        say(
+            OUT,
             f"{name}: context {cache.context} tokens, chunks of {cache.prefill_chunk},"
             f" KV cache {size(cache.bytes)} ({cache.dtype})",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
         )
     OUT.print(files_table(manifest))
     OUT.print(parts_table(manifest))
     for line in gate_lines(manifest):
-        OUT.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(OUT, line)

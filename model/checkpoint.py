@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -22,7 +23,10 @@ from gemma_edge.model.quantized import QuantConfig, QuantizedTensor
 from gemma_edge.model.shards import FLOATS as FLOATS
 from gemma_edge.model.shards import Shards as Shards
 from gemma_edge.reading import present
+from gemma_edge.text.chat import TEMPLATE_FILE
 from gemma_edge.text.tokenizer import TOKENIZER_FILE
+
+logger = logging.getLogger(__name__)
 
 FINAL_NORM = "model.norm.weight"
 NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
@@ -162,8 +166,16 @@ class Checkpoint(Weights):
     def __init__(self, folder: Path, config: Gemma2Config, shards: Shards, lora: Lora) -> None:
         super().__init__(folder, config, shards)
         self._lora = lora
-        if lora.folder is not None and present(lora.folder / TOKENIZER_FILE):
+        if lora.folder is None:
+            return
+        if present(lora.folder / TOKENIZER_FILE):
             self.text_folder = lora.folder
+        elif present(lora.folder / TEMPLATE_FILE):
+            logger.warning(
+                "%s is not used: the adapter has no %s beside it; copy the model's there",
+                lora.folder / TEMPLATE_FILE,
+                TOKENIZER_FILE,
+            )
 
     @classmethod
     def open(cls, folder: Path, *, lora: Path | None = None) -> Checkpoint:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
@@ -10,7 +11,8 @@ from dataclasses import asdict, dataclass
 
 import click
 
-from gemma_edge.command import spelled
+from gemma_edge.command import note
+from gemma_edge.errors import without_controls
 from gemma_edge.memory import peak_rss_mib
 from gemma_edge.runtimes.engines.base import Runtime, Stats
 from gemma_edge.runtimes.generation.generate import GenerationOptions, GenerationState
@@ -54,11 +56,6 @@ class AnswerStats:
         if self.guessing_off:
             parts.append("no guesses: they would change last bits here, --speculate=close makes them")
         return "; ".join(parts)
-
-
-def note(text: str) -> None:
-    """Print a note to stderr."""
-    click.echo(f"note: {spelled(text)}", err=True)
 
 
 def note_overflow(context: int) -> None:
@@ -106,11 +103,13 @@ def show(
         output: what to print beside the answer.
     """
     before, start, ttft_s, text = copy(runtime.stats), time.perf_counter(), 0.0, ""
+    on_terminal = sys.stdout.isatty()  # which an answer must not control
     for piece in pieces:
         ttft_s = ttft_s or time.perf_counter() - start
         text += piece
         if not output.as_json:
-            click.echo(piece, nl=False)
+            # color: else click would take escapes out of what goes to a file
+            click.echo(without_controls(piece) if on_terminal else piece, nl=False, color=True)
     ttft_s = ttft_s or time.perf_counter() - start
     stats = _answer_stats(before, runtime.stats, ttft_s, len(ids()), guesses_refused())
     if output.as_json:

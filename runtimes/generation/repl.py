@@ -10,9 +10,10 @@ from types import FrameType
 
 import click
 
+from gemma_edge.command import note
 from gemma_edge.errors import InputError
 from gemma_edge.runtimes.engines.base import Runtime
-from gemma_edge.runtimes.generation.console import Output, note, note_overflow, show
+from gemma_edge.runtimes.generation.console import Output, note_overflow, show
 from gemma_edge.runtimes.generation.generate import GenerationOptions
 from gemma_edge.runtimes.generation.session import Session
 from gemma_edge.text.chat import ChatTemplate

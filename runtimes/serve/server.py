@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from gemma_edge.command import note
 from gemma_edge.errors import InputError
 from gemma_edge.memory import limit_arenas
 from gemma_edge.runtimes.engines.load import open_runtime
@@ -90,7 +91,6 @@ def serve(
     limit_arenas(2)
     listeners = listen_on(server)
 
-    from gemma_edge.runtimes.generation.console import note
     from gemma_edge.runtimes.serve.access import Access, names_of_this_machine
     from gemma_edge.runtimes.serve.api import application
     from gemma_edge.runtimes.serve.connections import LimitedServer

@@ -130,8 +130,13 @@ def given(context: click.Context) -> list[str]:
 
 
 def spelled(text: str) -> str:
-    """A text with parameters between backticks, as the command that runs spells them."""
-    return InputError(text).spelled(_option)
+    """A text for a terminal, with parameters between backticks as the command that runs spells them."""
+    return printable(InputError(text).spelled(_option))
+
+
+def note(text: str) -> None:
+    """Print a note to stderr, with parameters between backticks as the command that runs spells them."""
+    click.echo(f"note: {spelled(text)}", err=True)
 
 
 def _option(name: str) -> str:

@@ -65,3 +65,12 @@ def one_line(error: Exception) -> str:
 def printable(text: str) -> str:
     """A text for a terminal. Control characters become escapes, because a name could control the terminal with them."""
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
+# CONTROLS: every control character but newline and tab -> its escape
+CONTROLS = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+def without_controls(text: str) -> str:
+    """A text of many lines for a terminal. Control characters but newline and tab become escapes."""
+    return text.translate(CONTROLS)

@@ -177,8 +177,14 @@ def test_keys_without_pefts_prefix_and_with_the_adapters_name_are_read(
     assert_close(found, expected, rtol=0.0, atol=0.0)
 
 
-def test_text_is_read_by_the_adapters_own_tokenizer(checkpoint: Callable[..., Path], adapter: Path) -> None:
+def test_text_is_read_by_the_adapters_own_tokenizer(
+    checkpoint: Callable[..., Path], adapter: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     assert Checkpoint.open(checkpoint("tiny"), lora=adapter).text_folder == checkpoint("tiny")
+    (adapter / "chat_template.jinja").write_text("{{ messages }}")
+    with caplog.at_level("WARNING"):
+        Checkpoint.open(checkpoint("tiny"), lora=adapter)
+    assert "chat_template.jinja is not used: the adapter has no tokenizer.json" in caplog.text
     shutil.copy(DEMO / "tokenizer.json", adapter)
     assert Checkpoint.open(checkpoint("tiny"), lora=adapter).text_folder == adapter
 

@@ -39,17 +39,23 @@ def print_table(heading: str, columns: Sequence[str], body: Sequence[Sequence[st
     Args:
         names: columns of text, to the left. A narrow terminal folds them, never numbers.
     """
-    table = Table(title=_text(heading), title_justify="left")
+    table = Table(title=plain(heading), title_justify="left")
     for column in columns:
         text = column in names
-        table.add_column(_text(column), justify="left" if text else "right", no_wrap=not text, overflow="fold")
+        table.add_column(plain(column), justify="left" if text else "right", no_wrap=not text, overflow="fold")
     for row in body:
-        table.add_row(*map(_text, row))
+        table.add_row(*map(plain, row))
     OUT.print(table)
 
 
-def _text(text: str) -> Text:
+def plain(text: str) -> Text:
+    """A text for a table: names in it neither are markup nor control the terminal."""
     return Text(printable(text))
+
+
+def say(console: Console, line: str) -> None:
+    """Print a line, not folded and not coloured; names in it neither are markup nor control the terminal."""
+    console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager
