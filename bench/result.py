@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from gemma_edge.errors import InputError
+from gemma_edge.errors import InputError, one_line
 from gemma_edge.reading import MAX_JSON, parse_json, read_text
 
 SCHEMA_VERSION = 1
@@ -100,7 +100,9 @@ def read(text: str, source: str) -> list[Result]:
     except InputError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{source} holds no results of gemma-bench ({error!r}); write them with `save`") from None
+        raise InputError(
+            f"{source} holds no results of gemma-bench ({one_line(error)}); write them with `save`"
+        ) from None
     if not results:
         raise InputError(f"{source} holds no result; measure again")
     return results

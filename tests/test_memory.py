@@ -12,6 +12,7 @@ import pytest
 from support.checkpoints import DEMO
 from support.commands import COMMAND, refused, run
 
+from gemma_edge import memory
 from gemma_edge.export import disk
 from gemma_edge.memory import is_out_of_memory, room_bytes
 
@@ -164,3 +165,14 @@ def test_full_memory_is_distinguished_from_a_bug(error: Exception) -> None:
     assert is_out_of_memory(error)
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
     assert not is_out_of_memory(ValueError("cannot allocate memory to a partition"))
+
+
+def test_what_python_says_where_it_could_not_make_a_memory_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under `ulimit -v` an export ended in `SystemError: error return without exception set`, sometimes inside torch's own error."""
+    wrapped = RuntimeError("could not export")
+    wrapped.__cause__ = SystemError("<method f> returned NULL without setting an exception")
+    for error in (SystemError("error return without exception set"), wrapped):
+        monkeypatch.setattr(memory, "room_in_address_space", lambda: 5)
+        assert is_out_of_memory(error)
+        monkeypatch.setattr(memory, "room_in_address_space", lambda: None)
+        assert not is_out_of_memory(error), "without a limit it is a bug"

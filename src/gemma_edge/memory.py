@@ -38,12 +38,20 @@ OUT_OF_MEMORY = (
 )
 
 
+# NO_REASON: what Python says of C code that failed without a reason; under `ulimit -v` it could not make the MemoryError.
+NO_REASON = ("returned null without setting an exception", "error return without exception set")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there is not enough memory."""
+    """Whether an error, or one that it came from, says that there is not enough memory."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     message = str(error).lower()
-    return not isinstance(error, ValueError) and any(part in message for part in OUT_OF_MEMORY)
+    if isinstance(error, SystemError) and message.endswith(NO_REASON) and room_in_address_space() is not None:
+        return True
+    if not isinstance(error, ValueError) and any(part in message for part in OUT_OF_MEMORY):
+        return True
+    return error.__cause__ is not None and is_out_of_memory(error.__cause__)
 
 
 # UNUSED_ADDRESSES: addresses that a process takes without using their memory: libraries loaded later, stacks of threads.

@@ -53,10 +53,18 @@ def make_model(folder: Path) -> Path:
     (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<bos>"}))
     lora = folder / "lora"
     lora.mkdir()
-    adapter = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none", "target_modules": ["q_proj"]}
+    adapter: dict[str, Any] = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 4,
+        "bias": "none",
+        "target_modules": ["q_proj"],
+    }
+    adapter["modules_to_save"] = ["model.norm"]
     (lora / "adapter_config.json").write_text(json.dumps({**adapter, "alpha_pattern": {"q_proj": 8}}))
     prefix = "base_model.model.model.layers.0.self_attn.q_proj"
     sides = {f"{prefix}.lora_A.weight": torch.ones(2, 64), f"{prefix}.lora_B.weight": torch.ones(64, 2)}
+    sides["base_model.model.model.norm.weight"] = torch.ones(64)
     save_file(sides, lora / "adapter_model.safetensors")
     integers = {"bits": 8, "group_size": 0, "symmetric": True}
     rules = [{"pattern": ".*", "config": integers, "method": "rtn"}]

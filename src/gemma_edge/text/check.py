@@ -51,7 +51,7 @@ def check_text_files(folder: Path, config: TextConfig) -> tuple[int, ...]:
     """
     for name in JSON_FILES:
         if present(folder / name):
-            read_json(folder / name, TOKENIZER_HINT)
+            read_json(folder / name, "take the one that belongs to the model")
     template = ChatTemplate.of_folder(folder)
     conversation = _render(template)
     path = folder / TOKENIZER_FILE

@@ -234,10 +234,3 @@ def test_token_bytes_join_to_the_text(model: Model) -> None:
     text = "It was a caf\u00e9 \u4e2d\U0001f600."
     ids = model.tokenizer.encode(text, bos=False)
     assert b"".join(map(model.tokenizer.token_bytes, ids)).decode() == text
-
-
-def test_a_template_with_a_turn_for_the_system_gets_it() -> None:
-    """The message was put into the user's turn, which gave other tokens than transformers makes of the conversation."""
-    turns = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hello."}]
-    assert messages_of({"messages": turns}, takes_system=True) == [{"role": "system", "content": "Be brief."}, turns[1]]
-    assert messages_of({"messages": turns}) == [{"role": "user", "content": "Be brief.\n\nHello."}]
