@@ -168,7 +168,7 @@ def test_full_memory_is_distinguished_from_a_bug(error: Exception) -> None:
 
 
 def test_what_python_says_where_it_could_not_make_a_memory_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under `ulimit -v` an export ended in `SystemError: error return without exception set`, sometimes inside torch's own error."""
+    """Under `ulimit -v` an export ended in such a SystemError, sometimes inside torch's own error."""
     wrapped = RuntimeError("could not export")
     wrapped.__cause__ = SystemError("<method f> returned NULL without setting an exception")
     for error in (SystemError("error return without exception set"), wrapped):
