@@ -16,7 +16,7 @@ from gemma_edge.bundle.backends import ALL, registered
 from gemma_edge.bundle.geometry import CacheGeometry
 from gemma_edge.errors import InputError
 from gemma_edge.model.checkpoint import TABLES, Weights, weight_shapes
-from gemma_edge.model.config import Gemma2Config
+from gemma_edge.model.config import GemmaConfig
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
 from gemma_edge.quantize.recipe import QuantConfig
 
@@ -33,7 +33,7 @@ class StoredWeights:
     kv_dtype: str = "float32"  # of the KV cache: an int8 one has scales among the weights
 
     @property
-    def config(self) -> Gemma2Config:
+    def config(self) -> GemmaConfig:
         """The model's configuration."""
         return self.source.config
 
@@ -54,7 +54,7 @@ class Backend(ABC):
 
     name: str  # as in its BackendInfo
 
-    def refuse_unsupported(self, config: Gemma2Config, configs: Configs, float_bits: int) -> None:
+    def refuse_unsupported(self, config: GemmaConfig, configs: Configs, float_bits: int) -> None:
         """Refuse a model with a weight that the backend would compute wrongly, or not at all.
 
         Raises:
@@ -74,7 +74,7 @@ class Backend(ABC):
         """Bytes of the weights in the engine's memory. As many as in the file, unless this is overridden."""
         return self.weights_bytes(weights)
 
-    def own_ram(self, config: Gemma2Config, cache: CacheGeometry) -> int:
+    def own_ram(self, config: GemmaConfig, cache: CacheGeometry) -> int:
         """Bytes that the engine takes beside weights, KV cache, activations and logits."""
         return 0
 

@@ -17,7 +17,7 @@ from gemma_edge.export.backend import Backend, StoredWeights, exporter
 from gemma_edge.export.gate.limits import LEVELS
 from gemma_edge.export.targets import DEFAULT_CHUNK, GIB, Target
 from gemma_edge.model.checkpoint import SLICE_BYTES, TABLE, Weights, linear_shapes
-from gemma_edge.model.config import Gemma2Config
+from gemma_edge.model.config import GemmaConfig
 from gemma_edge.model.kv_cache import windows
 from gemma_edge.quantize.checkpoint.store import final_configs
 from gemma_edge.quantize.recipe import Recipe
@@ -62,7 +62,7 @@ class Plan:
 
 
 def geometry(
-    config: Gemma2Config, context: int, prefill_chunk: int, dtype: str = "float32", *, backend: str = "onnx"
+    config: GemmaConfig, context: int, prefill_chunk: int, dtype: str = "float32", *, backend: str = "onnx"
 ) -> CacheGeometry:
     """The cache of a context, as a backend allocates it: local layers keep their window, global layers the context.
 
@@ -239,13 +239,13 @@ class _Prediction:
         return f"{head}: fewer `bits`, a smaller model, or `ram_gib` GIB if the device allows more"
 
 
-def _export_ram(config: Gemma2Config) -> int:
+def _export_ram(config: GemmaConfig) -> int:
     """Weights are streamed in slices, so that only the traced graph grows with the layers, and the scales with the table."""
     table = min(config.vocab_size * config.hidden_size * 4, SLICE_BYTES)
     return EXPORT_BASE + TRACE_PER_LAYER * config.num_hidden_layers + SLICE_COPIES * table + 64 * config.vocab_size
 
 
-def _calibration_ram(config: Gemma2Config, tokens: int) -> int:
+def _calibration_ram(config: GemmaConfig, tokens: int) -> int:
     """One layer in float32, the two streams of activations, and the largest second moment with its factor and copies."""
     if not tokens:
         return 0
@@ -255,7 +255,7 @@ def _calibration_ram(config: Gemma2Config, tokens: int) -> int:
     return CALIBRATION_BASE + 4 * (layer + 2 * tokens * config.hidden_size + MOMENT_COPIES * widest**2)
 
 
-def _gate_disk(config: Gemma2Config, context: int, verify: str) -> int:
+def _gate_disk(config: GemmaConfig, context: int, verify: str) -> int:
     """Logits that the gate saves, float32: 2 GB per 2,000 positions of 256,000."""
     level = LEVELS[verify]
     return 4 * config.vocab_size * level.saved_logits(context) if level else 0

@@ -16,8 +16,8 @@ from gemma_edge.errors import InputError
 from gemma_edge.model.config import HEAD as HEAD
 from gemma_edge.model.config import TABLE as TABLE
 from gemma_edge.model.config import TABLES as TABLES
-from gemma_edge.model.config import Gemma2Config
-from gemma_edge.model.gemma2 import DecoderLayer, Gemma2
+from gemma_edge.model.config import GemmaConfig
+from gemma_edge.model.gemma import DecoderLayer, Gemma
 from gemma_edge.model.lora import NO_LORA, Lora
 from gemma_edge.model.quantized import QuantConfig, QuantizedTensor
 from gemma_edge.model.shards import FLOATS as FLOATS
@@ -33,7 +33,7 @@ NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layerno
 SLICE_BYTES = 4 << 20  # float32 bytes of a weight that are computed at once, so that they stay in the CPU caches
 
 
-def linear_shapes(config: Gemma2Config, layer: int) -> dict[str, tuple[int, int]]:
+def linear_shapes(config: GemmaConfig, layer: int) -> dict[str, tuple[int, int]]:
     """(out, in) of one layer's linears, by their name in the checkpoint without `.weight`."""
     hidden, ffn = config.hidden_size, config.intermediate_size
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -49,7 +49,7 @@ def linear_shapes(config: Gemma2Config, layer: int) -> dict[str, tuple[int, int]
     return {f"model.layers.{layer}.{name}": shape for name, shape in shapes.items()}
 
 
-def weight_shapes(config: Gemma2Config) -> dict[str, tuple[int, int]]:
+def weight_shapes(config: GemmaConfig) -> dict[str, tuple[int, int]]:
     """Every matrix, the table first, then a head of its own: name without `.weight` -> (out, in)."""
     shapes = dict.fromkeys((TABLE, config.head), (config.vocab_size, config.hidden_size))
     for layer in range(config.num_hidden_layers):
@@ -57,13 +57,13 @@ def weight_shapes(config: Gemma2Config) -> dict[str, tuple[int, int]]:
     return shapes
 
 
-def norm_names(config: Gemma2Config) -> list[str]:
+def norm_names(config: GemmaConfig) -> list[str]:
     """Every norm's tensor, each (hidden_size,)."""
     layers = range(config.num_hidden_layers)
     return [f"model.layers.{i}.{norm}.weight" for i in layers for norm in NORMS] + [FINAL_NORM]
 
 
-def tensor_names(config: Gemma2Config, parts: Iterable[str] = ("weight",)) -> set[str]:
+def tensor_names(config: GemmaConfig, parts: Iterable[str] = ("weight",)) -> set[str]:
     """Every tensor that a folder of the model may hold, a copy of the table as the head included.
 
     Args:
@@ -87,7 +87,7 @@ class Weights(ABC):
         None  # by layer: scales of an int8 cache's K and V, (K, D) each
     )
 
-    def __init__(self, folder: Path, config: Gemma2Config, shards: Shards) -> None:
+    def __init__(self, folder: Path, config: GemmaConfig, shards: Shards) -> None:
         self.folder, self.config, self._shards = folder, config, shards
         self.text_folder = folder  # where tokenizer and chat template are; an adapter may bring its own
         self.configs = dict.fromkeys(weight_shapes(config))
@@ -142,10 +142,10 @@ class Weights(ABC):
         block.load_state_dict(state, strict=True, assign=True)
         return block
 
-    def load(self) -> Gemma2:
+    def load(self) -> Gemma:
         """The whole model in float32: 4 bytes per parameter, for small models and tests."""
         with torch.device("meta"):
-            model = Gemma2(self.config)
+            model = Gemma(self.config)
         state = {f"{name}.weight": self.matrix(name) for name in weight_shapes(self.config)}
         state |= {name: self.vector(name) for name in norm_names(self.config)}
         model.load_state_dict(state, strict=True, assign=True)
@@ -163,7 +163,7 @@ def row_slices(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
 class Checkpoint(Weights):
     """The float weights of a Gemma 2 folder, with an adapter merged on the way when one is given."""
 
-    def __init__(self, folder: Path, config: Gemma2Config, shards: Shards, lora: Lora) -> None:
+    def __init__(self, folder: Path, config: GemmaConfig, shards: Shards, lora: Lora) -> None:
         super().__init__(folder, config, shards)
         self._lora = lora
         if lora.folder is None:
@@ -212,7 +212,7 @@ class Checkpoint(Weights):
 
 def open_tensors(
     folder: Path, lora: Path | None = None, *, codes: str | None = None
-) -> tuple[Gemma2Config, Shards, Lora]:
+) -> tuple[GemmaConfig, Shards, Lora]:
     """The configuration of a folder, its tensors with those that an adapter replaces, and the adapter.
 
     Args:
@@ -223,7 +223,7 @@ def open_tensors(
     Raises:
         InputError: names the file, key or tensor at fault.
     """
-    config, shards, adapter = Gemma2Config.from_hf(folder), Shards(folder), NO_LORA
+    config, shards, adapter = GemmaConfig.from_hf(folder), Shards(folder), NO_LORA
     if lora is not None:
         shapes: dict[str, tuple[int, ...]] = {**weight_shapes(config), HEAD: weight_shapes(config)[TABLE]}
         shapes |= {name.removesuffix(".weight"): (config.hidden_size,) for name in norm_names(config)}
@@ -235,7 +235,7 @@ def open_tensors(
     return config, shards, adapter
 
 
-def _is_tied(config: Gemma2Config, shards: Shards, lora: Lora, codes: str | None) -> bool:
+def _is_tied(config: GemmaConfig, shards: Shards, lora: Lora, codes: str | None) -> bool:
     """Whether the head is the table, as the tensors decide it.
 
     The head is a matrix of its own if the folder stores a head that differs from the table. transformers does the same, whatever

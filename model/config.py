@@ -42,7 +42,7 @@ HINT = "correct it, or download the folder again"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gemma2Config(ModelConfig):
+class GemmaConfig(ModelConfig):
     """What the checkpoint decides, and HF's default for every key that a config.json may leave out.
 
     `from_hf` checks types, ranges, and that the numbers fit together.
@@ -88,13 +88,13 @@ class Gemma2Config(ModelConfig):
         return {**asdict(self), "layer_types": list(self.layer_types), "eos_token_id": list(self.eos_token_id)}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Gemma2Config:
+    def from_json(cls, data: Mapping[str, Any]) -> GemmaConfig:
         """Inverse of `to_json`."""
         tuples = {key: tuple(data[key]) for key in ("layer_types", "eos_token_id")}
         return cls(**{**data, **tuples})
 
     @classmethod
-    def from_hf(cls, folder: Path) -> Gemma2Config:
+    def from_hf(cls, folder: Path) -> GemmaConfig:
         """Read `config.json` (transformers 4 or 5 spelling) and the stop ids of `generation_config.json`.
 
         Raises:
@@ -116,7 +116,7 @@ class Gemma2Config(ModelConfig):
             raise problem.error(stops if problem.keys[0] == "eos_token_id" else path, HINT)
         return config
 
-    def resized(self, vocab_size: int, origin: Path) -> Gemma2Config:
+    def resized(self, vocab_size: int, origin: Path) -> GemmaConfig:
         """The same model with another number of tokens.
 
         Args:
@@ -167,7 +167,7 @@ def _rope_theta(path: Path, raw: Mapping[str, Any]) -> float:
         if name in rope:
             raise InputError(f"{path}: {key} differs by layer ({name}), but Gemma 2 has one for all; {HINT}")
     at = (key, "rope_theta") if "rope_theta" in rope else ("rope_theta",)
-    value = rope.get("rope_theta", raw.get("rope_theta", Gemma2Config.rope_theta))
+    value = rope.get("rope_theta", raw.get("rope_theta", GemmaConfig.rope_theta))
     return _typed(path, value, Scale, *at)
 
 
@@ -179,15 +179,15 @@ def _eos(folder: Path, raw: Mapping[str, Any]) -> tuple[Path, tuple[int, ...]]:
     if value is None:
         path, value = folder / "config.json", raw.get("eos_token_id")
     if value is None:
-        return path, Gemma2Config.eos_token_id
+        return path, GemmaConfig.eos_token_id
     if isinstance(value, list):
         return path, _typed(path, value, tuple[TokenId, ...], "eos_token_id")
     return path, (_typed(path, value, TokenId, "eos_token_id"),)
 
 
-def _preset(hidden: int, layers: int, ffn: int, heads: tuple[int, int, int], scalar: int) -> Gemma2Config:
+def _preset(hidden: int, layers: int, ffn: int, heads: tuple[int, int, int], scalar: int) -> GemmaConfig:
     """A published size; `heads`: number of query heads, number of key and value heads, size of a head."""
-    return Gemma2Config(
+    return GemmaConfig(
         vocab_size=256000,
         hidden_size=hidden,
         intermediate_size=ffn,

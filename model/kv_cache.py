@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from gemma_edge.bundle.geometry import slots_needed
 from gemma_edge.errors import InputError
-from gemma_edge.model.config import Gemma2Config
+from gemma_edge.model.config import GemmaConfig
 from gemma_edge.model.soft_cap import soft_capped_attention
 
 
@@ -43,7 +43,7 @@ def rotate_halves(a: Tensor, b: Tensor, rope: Rope) -> Tensor:
     return torch.cat([a * rope.cos - b * rope.sin, b * rope.cos + a * rope.sin], dim=-1)
 
 
-def windows(config: Gemma2Config, context: int) -> list[int]:
+def windows(config: GemmaConfig, context: int) -> list[int]:
     """Keys that a query of each layer sees: the context in a global layer, at most the sliding window in a local one."""
     local = min(config.sliding_window, context)
     return [local if config.is_local(layer) else context for layer in range(config.num_hidden_layers)]
@@ -71,7 +71,7 @@ class KVCache(Protocol):
 class RingCache(nn.Module):
     """The reference cache in plain torch: one ring per layer, keys stored rotated, so nothing is rotated twice."""
 
-    def __init__(self, config: Gemma2Config, *, context: int, chunk: int, layers: Sequence[int] | None = None) -> None:
+    def __init__(self, config: GemmaConfig, *, context: int, chunk: int, layers: Sequence[int] | None = None) -> None:
         """Allocate the rings.
 
         Args:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gemma_edge.files import replacing
 from gemma_edge.model.checkpoint import FINAL_NORM, TABLE, Weights
-from gemma_edge.model.gemma2 import inverse_frequencies, rotary_angles
+from gemma_edge.model.gemma import inverse_frequencies, rotary_angles
 from gemma_edge.model.kv_cache import RingCache
 from gemma_edge.model.soft_cap import soft_cap
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gemma_edge.model.config import Gemma2Config
+from gemma_edge.model.config import GemmaConfig
 
 
 def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
@@ -16,7 +16,7 @@ def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
-def soft_capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, config: Gemma2Config) -> Tensor:
+def soft_capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, config: GemmaConfig) -> Tensor:
     """softmax(cap * tanh(q k^T / sqrt(query_pre_attn_scalar) / cap)) v over the visible slots.
 
     Args:

@@ -16,7 +16,7 @@ from support.toys import toy_manifest, write_toy_bundle
 
 from gemma_edge.bundle.manifest import MANIFEST, Manifest
 from gemma_edge.errors import InputError
-from gemma_edge.model.config import Gemma2Config
+from gemma_edge.model.config import GemmaConfig
 from gemma_edge.model.lora import Lora
 from gemma_edge.quantize.recipe import Recipe
 from gemma_edge.reading import parse_json
@@ -90,7 +90,7 @@ CONFIG = json.loads((DEMO / "config.json").read_text())
 def test_any_value_of_a_model_s_config(tmp_path_factory: pytest.TempPathFactory, key: str, value: Any) -> None:
     folder = tmp_path_factory.mktemp("model")
     (folder / "config.json").write_text(json.dumps({**CONFIG, key: value}))
-    taken_or_refused(lambda: Gemma2Config.from_hf(folder))
+    taken_or_refused(lambda: GemmaConfig.from_hf(folder))
 
 
 @fuzzed

@@ -13,7 +13,7 @@ from gemma_edge.export.executorch.delegates import Kernel, kernel_of, linears
 from gemma_edge.export.executorch.packing import SCALE, Constant, constants, pieces_of
 from gemma_edge.export.executorch.pte import GATHERS, Pte, calls
 from gemma_edge.model.checkpoint import weight_shapes
-from gemma_edge.model.config import Gemma2Config
+from gemma_edge.model.config import GemmaConfig
 from gemma_edge.quantize.recipe import QuantConfig
 
 WRITE = "llama::update_cache_with_indices"
@@ -49,7 +49,7 @@ SMALL = {
 
 def check_pte(
     path: Path,
-    config: Gemma2Config,
+    config: GemmaConfig,
     configs: Mapping[str, QuantConfig | None],
     geometry: CacheGeometry,
     methods: Sequence[str],
@@ -85,7 +85,7 @@ def _check_operators(path: Path, plan: ExecutionPlan) -> None:
         raise RuntimeError(f"{path.name}: the table is gathered {sum(name in GATHERS for name in names)} times")
 
 
-def _check_delegates(path: Path, plan: ExecutionPlan, config: Gemma2Config) -> None:
+def _check_delegates(path: Path, plan: ExecutionPlan, config: GemmaConfig) -> None:
     expected = 2 * config.num_hidden_layers + pieces_of(config.head, (config.vocab_size, config.hidden_size))
     backends = {delegate.id for delegate in plan.delegates}
     called = sum(isinstance(step.instr_args, DelegateCall) for chain in plan.chains for step in chain.instructions)
@@ -97,7 +97,7 @@ def _check_delegates(path: Path, plan: ExecutionPlan, config: Gemma2Config) -> N
 
 
 def _check_kernels(
-    path: Path, pte: Pte, plan: ExecutionPlan, config: Gemma2Config, configs: Mapping[str, QuantConfig | None]
+    path: Path, pte: Pte, plan: ExecutionPlan, config: GemmaConfig, configs: Mapping[str, QuantConfig | None]
 ) -> None:
     """Every weight is multiplied once, with its own scales, by the kernel of its kind. All other linears are float: they are
     the means of squares, whose constants lie in the delegate.
@@ -148,7 +148,7 @@ def _check_caches(path: Path, plan: ExecutionPlan, geometry: CacheGeometry) -> N
             raise RuntimeError(f"{path.name}: two caches of {plan.name} share memory")
 
 
-def _check_constants(path: Path, pte: Pte, config: Gemma2Config, configs: Mapping[str, QuantConfig | None]) -> None:
+def _check_constants(path: Path, pte: Pte, config: GemmaConfig, configs: Mapping[str, QuantConfig | None]) -> None:
     """Every weight's constants are there in the size of its integers, and nothing else is as large as a weight."""
     sizes = {entry.key: pte.program.segments[entry.segment_index].size for entry in pte.program.named_data or []}
     for constant, expected in constants(config, configs):

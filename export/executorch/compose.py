@@ -19,8 +19,8 @@ from gemma_edge.bundle.geometry import CacheGeometry, LayerCache
 from gemma_edge.export.executorch.packing import CODES, SCALE, row_bytes
 from gemma_edge.export.executorch.seams import HIDDEN
 from gemma_edge.export.executorch.templates import Lowered
-from gemma_edge.model.config import Gemma2Config
-from gemma_edge.model.gemma2 import inverse_frequencies, rotary_angles
+from gemma_edge.model.config import GemmaConfig
+from gemma_edge.model.gemma import inverse_frequencies, rotary_angles
 from gemma_edge.model.kv_cache import visible
 from gemma_edge.quantize.recipe import QuantConfig
 
@@ -71,7 +71,7 @@ class Composed(nn.Module):
 
     def __init__(
         self,
-        config: Gemma2Config,
+        config: GemmaConfig,
         geometry: CacheGeometry,
         embedding: Embedding,
         layers: Sequence[tuple[Lowered, Lowered]],

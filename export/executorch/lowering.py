@@ -24,7 +24,7 @@ from gemma_edge.export.executorch.seams import AttendHalf, Limits, ProjectHalf, 
 from gemma_edge.export.executorch.templates import COMPILE, Lowered, Template, lower_half
 from gemma_edge.logits import scored_at_once
 from gemma_edge.model.checkpoint import TABLE
-from gemma_edge.model.config import Gemma2Config
+from gemma_edge.model.config import GemmaConfig
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
 
 
@@ -80,7 +80,7 @@ def finish(edge: EdgeProgramManager) -> ExecutorchProgramManager:
     )
 
 
-def runner_contract(config: Gemma2Config, geometry: CacheGeometry) -> dict[str, Any]:
+def runner_contract(config: GemmaConfig, geometry: CacheGeometry) -> dict[str, Any]:
     """What the official LLM runners read from a program. Source: executorch, extension/llm/runner/llm_runner_helper.cpp."""
     return {
         "get_bos_id": config.bos_token_id,

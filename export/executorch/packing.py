@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gemma_edge.model.checkpoint import TABLE, TABLES, row_slices, weight_shapes
-from gemma_edge.model.config import Gemma2Config
+from gemma_edge.model.config import GemmaConfig
 from gemma_edge.quantize.checkpoint.packing import pack_bytes
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
 from gemma_edge.quantize.integers import QuantizedTensor
@@ -89,7 +89,7 @@ def packed_embedding(weight: Weight) -> dict[str, Tensor]:
     return packed(weight)
 
 
-def shares_table(config: Gemma2Config, quant: QuantConfig | None) -> bool:
+def shares_table(config: GemmaConfig, quant: QuantConfig | None) -> bool:
     """Whether embedding and head read the same bytes; `quant` is the table's."""
     return config.tie_word_embeddings and (quant is None or quant.bits == 8)
 
@@ -127,7 +127,7 @@ def halves(weight: Weight, head_dim: int) -> tuple[Weight, Weight]:
     return first, second
 
 
-def constants(config: Gemma2Config, configs: Mapping[str, QuantConfig | None]) -> Iterator[tuple[Constant, int]]:
+def constants(config: GemmaConfig, configs: Mapping[str, QuantConfig | None]) -> Iterator[tuple[Constant, int]]:
     """Every constant of the delegates with its bytes; the pieces of one part of a weight follow each other."""
     for weight, (rows, columns) in weight_shapes(config).items():
         if weight == TABLE and not config.tie_word_embeddings:
@@ -138,13 +138,13 @@ def constants(config: Gemma2Config, configs: Mapping[str, QuantConfig | None]) -
                 yield Constant(weight, part, piece), rows // count * size
 
 
-def embedding_bytes(config: Gemma2Config, quant: QuantConfig | None) -> dict[str, int]:
+def embedding_bytes(config: GemmaConfig, quant: QuantConfig | None) -> dict[str, int]:
     """Bytes of the table as the embedding reads it, by part."""
     rows, columns = config.vocab_size, config.hidden_size
     return {part: rows * size for part, size in row_bytes(quant, columns, embedding=True).items()}
 
 
-def weights_bytes(config: Gemma2Config, configs: Mapping[str, QuantConfig | None]) -> int:
+def weights_bytes(config: GemmaConfig, configs: Mapping[str, QuantConfig | None]) -> int:
     """Bytes that the weights take of the file. A table counts once if embedding and head read the same bytes of it."""
     total = sum(size for _, size in constants(config, configs))
     quant = configs[TABLE]

@@ -23,8 +23,8 @@ from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor 
 
 from gemma_edge.export.executorch.packing import Weight, is_halved, pieces_of
 from gemma_edge.model.checkpoint import linear_shapes
-from gemma_edge.model.config import Gemma2Config
-from gemma_edge.model.gemma2 import DecoderLayer, Layers, RMSNorm
+from gemma_edge.model.config import GemmaConfig
+from gemma_edge.model.gemma import DecoderLayer, Layers, RMSNorm
 from gemma_edge.model.kv_cache import Rope, rotate_halves
 from gemma_edge.model.soft_cap import soft_cap
 from gemma_edge.quantize.integers import QuantizedTensor
@@ -120,7 +120,7 @@ class Limits:
 class Half(nn.Module):
     """One delegate's worth of the decoder. Names of weights and norms are relative to the block, or to `model.` for the head."""
 
-    def __init__(self, config: Gemma2Config) -> None:
+    def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
         self.config = config
         self.group = config.num_attention_heads // config.num_key_value_heads
@@ -137,7 +137,7 @@ class Half(nn.Module):
 class _Cut:
     """`KVCache` that keeps what would be written and attended to."""
 
-    def __init__(self, config: Gemma2Config) -> None:
+    def __init__(self, config: GemmaConfig) -> None:
         self.config = config
         self.out: tuple[Tensor, Tensor, Tensor]
 
@@ -163,7 +163,7 @@ class _Cut:
 class ProjectHalf(Half):
     """A block up to what the cache is written with."""
 
-    def __init__(self, config: Gemma2Config, block: DecoderLayer) -> None:
+    def __init__(self, config: GemmaConfig, block: DecoderLayer) -> None:
         super().__init__(config)
         self.block = block
 
@@ -199,7 +199,7 @@ class ProjectHalf(Half):
 class _Resume:
     """`KVCache` that begins where the cache has been written."""
 
-    def __init__(self, config: Gemma2Config, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> None:
+    def __init__(self, config: GemmaConfig, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> None:
         self.config, self.q, self.keys, self.values, self.mask = config, q, keys, values, mask
 
     def attend(self, layer: int, q: Any, k: Any, v: Any, rope: Rope, input_pos: Tensor) -> Tensor:
@@ -215,7 +215,7 @@ class _Resume:
 class AttendHalf(Half):
     """A block from the written cache on."""
 
-    def __init__(self, config: Gemma2Config, block: DecoderLayer) -> None:
+    def __init__(self, config: GemmaConfig, block: DecoderLayer) -> None:
         super().__init__(config)
         self.block = block
 
@@ -258,7 +258,7 @@ class AttendHalf(Half):
 class Head(Half):
     """Final norm, a piece of the head's matrix, and soft cap. Its weights have their full names in the checkpoint."""
 
-    def __init__(self, config: Gemma2Config, piece: Linear) -> None:
+    def __init__(self, config: GemmaConfig, piece: Linear) -> None:
         super().__init__(config)
         self.rows = piece.weight.shape[0]
         self.model = nn.ModuleDict({"norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
@@ -277,13 +277,13 @@ class Head(Half):
         return (torch.zeros(1, inputs[0].shape[1], self.rows),)
 
 
-def linears_of(half: type[Half], config: Gemma2Config, layer: int) -> list[str]:
+def linears_of(half: type[Half], config: GemmaConfig, layer: int) -> list[str]:
     """The weights that one half of a layer computes with."""
     names = linear_shapes(config, layer)
     return [name for name in names if (name.rpartition(".")[2] in PROJECTED) == (half is ProjectHalf)]
 
 
-def block_half(half: type[ProjectHalf] | type[AttendHalf], config: Gemma2Config, layer: int, weight: Rows) -> Half:
+def block_half(half: type[ProjectHalf] | type[AttendHalf], config: GemmaConfig, layer: int, weight: Rows) -> Half:
     """One half of a layer over given weights; the linears of the other half are not there."""
 
     def linear(name: str, in_features: int, out_features: int) -> nn.Module:
@@ -298,7 +298,7 @@ def block_half(half: type[ProjectHalf] | type[AttendHalf], config: Gemma2Config,
     return _ready(half(config, block))
 
 
-def head_piece(config: Gemma2Config, weight: Rows) -> Half:
+def head_piece(config: GemmaConfig, weight: Rows) -> Half:
     """The head over one piece of its matrix."""
     shape = config.vocab_size, config.hidden_size
     rows = shape[0] // pieces_of(config.head, shape)

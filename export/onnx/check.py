@@ -13,7 +13,7 @@ from gemma_edge.bundle.geometry import CacheGeometry
 from gemma_edge.export.onnx.seams import INT8_CACHE, SCALE_INPUTS
 from gemma_edge.export.onnx.weights import HEAD_PACKED, Blob
 from gemma_edge.model.checkpoint import TABLE, weight_shapes
-from gemma_edge.model.config import Gemma2Config
+from gemma_edge.model.config import GemmaConfig
 from gemma_edge.quantize.checkpoint.kv_scales import KINDS, scale_name
 from gemma_edge.quantize.recipe import QuantConfig
 
@@ -26,7 +26,7 @@ QUANTIZED_INPUTS = {"MatMulNBits": (1, 2), "GatherBlockQuantized": (0, 2)}
 
 def check_graph(
     path: Path,
-    config: Gemma2Config,
+    config: GemmaConfig,
     configs: Mapping[str, QuantConfig | None],
     geometry: CacheGeometry,
     blobs: list[Blob],
@@ -55,7 +55,7 @@ def check_graph(
             raise RuntimeError(f"{path.name}: a Gelu is not the tanh approximation")
 
 
-def expected_counts(config: Gemma2Config, configs: Mapping[str, QuantConfig | None]) -> dict[str, int]:
+def expected_counts(config: GemmaConfig, configs: Mapping[str, QuantConfig | None]) -> dict[str, int]:
     """How often each operator that carries the model occurs."""
     layers = config.num_hidden_layers
     # every matrix is multiplied, except an untied table: only its rows are gathered
@@ -72,16 +72,14 @@ def expected_counts(config: Gemma2Config, configs: Mapping[str, QuantConfig | No
     }
 
 
-def _check_counts(path: Path, graph: ir.Graph, config: Gemma2Config, configs: Mapping[str, QuantConfig | None]) -> None:
+def _check_counts(path: Path, graph: ir.Graph, config: GemmaConfig, configs: Mapping[str, QuantConfig | None]) -> None:
     counts = Counter(node.op_type for node in graph)
     for op, count in expected_counts(config, configs).items():
         if counts[op] != count:
             raise RuntimeError(f"{path.name}: {counts[op]} {op} nodes, expected {count}")
 
 
-def _check_attention(
-    path: Path, graph: ir.Graph, config: Gemma2Config, geometry: CacheGeometry, windowed: bool
-) -> None:
+def _check_attention(path: Path, graph: ir.Graph, config: GemmaConfig, geometry: CacheGeometry, windowed: bool) -> None:
     for layer, node in enumerate(node for node in graph if node.op_type == "GroupQueryAttention"):
         window = geometry.layers[layer].window
         if not windowed and not config.is_local(layer):
@@ -149,7 +147,7 @@ def _check_weights(path: Path, graph: ir.Graph, blobs: list[Blob]) -> None:
 
 
 def _check_integers(
-    path: Path, graph: ir.Graph, config: Gemma2Config, configs: Mapping[str, QuantConfig | None]
+    path: Path, graph: ir.Graph, config: GemmaConfig, configs: Mapping[str, QuantConfig | None]
 ) -> None:
     """Bits, shape and group of every quantized operator are its weight's, and so are the scales that it reads.
 
@@ -183,7 +181,7 @@ def _check_integers(
             )
 
 
-def _check_table_and_head(path: Path, graph: ir.Graph, config: Gemma2Config) -> None:
+def _check_table_and_head(path: Path, graph: ir.Graph, config: GemmaConfig) -> None:
     """Tokens must look up rows of the table, and logits must be products with the head: the shapes of both are the same."""
     (lookup,) = (
         node

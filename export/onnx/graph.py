@@ -20,8 +20,8 @@ from gemma_edge.export.hollow import hollow
 from gemma_edge.export.onnx.seams import GroupQueryAttention
 from gemma_edge.export.onnx.weights import HEAD_PACKED, Blob
 from gemma_edge.model.checkpoint import TABLE
-from gemma_edge.model.config import Gemma2Config
-from gemma_edge.model.gemma2 import Gemma2, Layers
+from gemma_edge.model.config import GemmaConfig
+from gemma_edge.model.gemma import Gemma, Layers
 from gemma_edge.quantize.checkpoint.kv_scales import KINDS, scale_name
 
 OPSET = 23
@@ -38,26 +38,26 @@ CACHE_DTYPES = {"float32": torch.float32, "int8": torch.int8}  # by `CacheGeomet
 class Step(nn.Module):
     """One chunk through the decoder: the graph's inputs and outputs."""
 
-    def __init__(self, config: Gemma2Config, geometry: CacheGeometry, layers: Layers) -> None:
+    def __init__(self, config: GemmaConfig, geometry: CacheGeometry, layers: Layers) -> None:
         super().__init__()
         self.geometry = geometry
-        gemma2 = Gemma2(config, layers)
+        decoder = Gemma(config, layers)
         if geometry.dtype == "int8":
-            for layer in gemma2.model.layers:
+            for layer in decoder.model.layers:
                 for kind in KINDS:  # so that they have the checkpoint's names
                     scale = torch.empty(1, geometry.kv_heads, 1, geometry.head_dim)
                     layer.get_submodule("self_attn").register_buffer(kind, scale)
-        self.add_module(MODULE, gemma2)
+        self.add_module(MODULE, decoder)
 
     def forward(self, input_ids: Tensor, input_pos: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
         """Logits (1, 1, V) of the last of the tokens (1, T), and the caches after them."""
-        gemma2 = self.get_submodule(MODULE)
-        assert isinstance(gemma2, Gemma2)
-        count = gemma2.config.num_hidden_layers if self.geometry.dtype == "int8" else 0
-        scales = [gemma2.get_buffer(scale_name(layer, kind)) for layer in range(count) for kind in KINDS]
-        cache = GroupQueryAttention(gemma2.config, self.geometry, past, scales)
-        x = gemma2.model(input_ids, input_pos, cache)  # (1, T, hidden)
-        return gemma2.head(x[:, -1:]), *cache.present  # the 256k-row head never runs over a prompt
+        decoder = self.get_submodule(MODULE)
+        assert isinstance(decoder, Gemma)
+        count = decoder.config.num_hidden_layers if self.geometry.dtype == "int8" else 0
+        scales = [decoder.get_buffer(scale_name(layer, kind)) for layer in range(count) for kind in KINDS]
+        cache = GroupQueryAttention(decoder.config, self.geometry, past, scales)
+        x = decoder.model(input_ids, input_pos, cache)  # (1, T, hidden)
+        return decoder.head(x[:, -1:]), *cache.present  # the 256k-row head never runs over a prompt
 
 
 def cache_names(layers: int, prefix: str) -> list[str]:
@@ -65,7 +65,7 @@ def cache_names(layers: int, prefix: str) -> list[str]:
     return [f"{prefix}.{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
 
 
-def trace(config: Gemma2Config, geometry: CacheGeometry, layers: Layers) -> ir.Model:
+def trace(config: GemmaConfig, geometry: CacheGeometry, layers: Layers) -> ir.Model:
     """The generation graph, its weights nameless holes: see `attach_weights`."""
     with torch.device("meta"):
         step = Step(config, geometry, layers).eval()
@@ -207,7 +207,7 @@ def _forget_shapes(graph: ir.Graph) -> None:
                 value.shape = None
 
 
-def genai_graph(model: ir.Model, config: Gemma2Config) -> ir.Model:
+def genai_graph(model: ir.Model, config: GemmaConfig) -> ir.Model:
     """The generation graph under onnxruntime-genai's contract: `attention_mask` in place of `input_pos`, caches of any length.
 
     genai sizes the caches by the length that its user chooses, and refuses a windowed cache longer than that. So a local layer's

@@ -12,8 +12,8 @@ from gemma_edge.bundle.geometry import CacheGeometry
 from gemma_edge.export.onnx import graph
 from gemma_edge.export.onnx.check import check_graph
 from gemma_edge.export.onnx.weights import Blob, write_weights
-from gemma_edge.model.config import Gemma2Config
-from gemma_edge.model.gemma2 import Layers
+from gemma_edge.model.config import GemmaConfig
+from gemma_edge.model.gemma import Layers
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
 
 WEIGHTS = "model.onnx.data"
@@ -59,7 +59,7 @@ def check_files(checkpoint: QuantizedCheckpoint, cache: CacheGeometry, out: Path
         check_graph(path, checkpoint.config, checkpoint.configs, cache, blobs, windowed=role != "genai")
 
 
-def genai_config(config: Gemma2Config, geometry: CacheGeometry) -> dict[str, Any]:
+def genai_config(config: GemmaConfig, geometry: CacheGeometry) -> dict[str, Any]:
     """onnxruntime-genai's `genai_config.json` for genai.onnx. Source: its builders/base.py, `make_genai_config`."""
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},

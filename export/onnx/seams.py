@@ -14,8 +14,8 @@ from torch.onnx import ops
 
 from gemma_edge.bundle.geometry import CacheGeometry
 from gemma_edge.export.onnx.weights import block_size
-from gemma_edge.model.config import Gemma2Config
-from gemma_edge.model.gemma2 import Layers, TiedTable
+from gemma_edge.model.config import GemmaConfig
+from gemma_edge.model.gemma import Layers, TiedTable
 from gemma_edge.model.kv_cache import Rope
 from gemma_edge.quantize.recipe import QuantConfig
 
@@ -145,7 +145,7 @@ class GroupQueryAttention:
     operator's own rotary table has an end.
     """
 
-    config: Gemma2Config
+    config: GemmaConfig
     geometry: CacheGeometry
     past: list[Tensor]  # 2 * layers x (1, K, slots, D): key 0, value 0, key 1, ...
     scales: list[Tensor]  # 2 * layers x (1, K, 1, D), in the same order, for int8 caches; else empty

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gemma_edge.errors import InputError
 from gemma_edge.model.checkpoint import HEAD, TABLE, Weights, norm_names, row_slices, weight_shapes
-from gemma_edge.model.config import Gemma2Config
+from gemma_edge.model.config import GemmaConfig
 from gemma_edge.quantize.checkpoint.kv_scales import KINDS, scale_name
 from gemma_edge.quantize.checkpoint.packing import pack_bytes
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
@@ -61,7 +61,7 @@ class Blob:
 
 
 def layout(
-    config: Gemma2Config,
+    config: GemmaConfig,
     configs: Mapping[str, QuantConfig | None],
     dtypes: Mapping[str, torch.dtype],
     *,
@@ -106,7 +106,7 @@ def file_bytes(blobs: list[Blob]) -> int:
     return blobs[-1].offset + blobs[-1].nbytes
 
 
-def matrix_bytes(config: Gemma2Config, configs: Mapping[str, QuantConfig]) -> dict[str, int]:
+def matrix_bytes(config: GemmaConfig, configs: Mapping[str, QuantConfig]) -> dict[str, int]:
     """Bytes of the file that each matrix takes, including the gaps behind its tensors. They do not depend on other matrices."""
     taken = dict.fromkeys(configs, 0)
     for blob in layout(config, configs, {}):

@@ -19,7 +19,7 @@ from gemma_edge.export.tflite import packing
 from gemma_edge.export.tflite.packing import Packing
 from gemma_edge.export.tflite.seams import PREFILL, signatures
 from gemma_edge.model.checkpoint import weight_shapes
-from gemma_edge.model.config import Gemma2Config
+from gemma_edge.model.config import GemmaConfig
 from gemma_edge.quantize.recipe import QuantConfig
 
 GRAPH_PER_ROW = 20  # bytes per signature and row of a weight: scales and zero points, stored more than once
@@ -44,7 +44,7 @@ class TFLiteBackend(Backend):
         """What the weights take of the file. They are mapped, or packed into as many bytes of memory."""
         return self.packing.weights_bytes(weights.config, weights.configs)
 
-    def own_ram(self, config: Gemma2Config, cache: CacheGeometry) -> int:
+    def own_ram(self, config: GemmaConfig, cache: CacheGeometry) -> int:
         """What each signature holds for itself: its graph, and what goes from layer to layer around the caches."""
         passed = config.hidden_size + (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
         every = signatures(cache)

@@ -19,7 +19,7 @@ from gemma_edge.export.tflite.graph import CODES
 from gemma_edge.export.tflite.packing import Packing
 from gemma_edge.export.tflite.seams import PREFILL, looked_at, states
 from gemma_edge.model.checkpoint import TABLE, linear_shapes, weight_shapes
-from gemma_edge.model.config import Gemma2Config
+from gemma_edge.model.config import GemmaConfig
 from gemma_edge.quantize.recipe import QuantConfig
 
 READERS = ("FULLY_CONNECTED", "EMBEDDING_LOOKUP")  # operators whose second input is a weight
@@ -106,7 +106,7 @@ class TFLite:
 def check_tflite(
     path: Path,
     packing: Packing,
-    config: Gemma2Config,
+    config: GemmaConfig,
     configs: Mapping[str, QuantConfig | None],
     geometry: CacheGeometry,
     signatures: Iterable[Signature],
@@ -169,7 +169,7 @@ def _check_slots(path: Path, file: TFLite, geometry: CacheGeometry, signature: S
         raise RuntimeError(f"{path.name}: {signature.name} looks at {slots} slots, expected {expected}")
 
 
-def _check_order(path: Path, uses: Iterable[Use], config: Gemma2Config, signature: Signature) -> None:
+def _check_order(path: Path, uses: Iterable[Use], config: GemmaConfig, signature: Signature) -> None:
     """Each weight is read where the decoder reads it, once."""
     name, role = signature.name, signature.role
     last = config.num_hidden_layers - 1
@@ -193,7 +193,7 @@ def _check_weight(
     packing: Packing,
     file: TFLite,
     use: Use,
-    config: Gemma2Config,
+    config: GemmaConfig,
     configs: Mapping[str, QuantConfig | None],
 ) -> None:
     """Type, shape, bytes and scales of a weight."""

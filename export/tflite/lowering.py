@@ -19,10 +19,10 @@ from gemma_edge.export.tflite.graph import Model, Subgraph
 from gemma_edge.export.tflite.operators import Lowering, Variable, Weight
 from gemma_edge.export.tflite.packing import Packing
 from gemma_edge.export.tflite.seams import Step, signatures, states
-from gemma_edge.model.gemma2 import Gemma2, inverse_frequencies
+from gemma_edge.model.gemma import Gemma, inverse_frequencies
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
 
-MODULE = "gemma2."  # prefix of the decoder's names inside a traced signature
+MODULE = "decoder."  # prefix of the decoder's names inside a traced signature
 
 
 def build_model(
@@ -37,24 +37,24 @@ def build_model(
     """
     model = Model(packing.stored_weights(checkpoint))
     with torch.device("meta"):
-        gemma2 = Gemma2(checkpoint.config).eval()
-    gemma2.load_state_dict({name: hollow(value) for name, value in gemma2.state_dict().items()}, assign=True)
+        decoder = Gemma(checkpoint.config).eval()
+    decoder.load_state_dict({name: hollow(value) for name, value in decoder.state_dict().items()}, assign=True)
     for signature in signatures(geometry):
-        program = trace(gemma2, geometry, signature)
+        program = trace(decoder, geometry, signature)
         add_signature(model, signature.name, program, checkpoint, states(geometry) if variables else {})
     if variables:
         add_reset(model, states(geometry))
     return model
 
 
-def trace(gemma2: Gemma2, geometry: CacheGeometry, signature: Signature) -> ExportedProgram:
+def trace(decoder: Gemma, geometry: CacheGeometry, signature: Signature) -> ExportedProgram:
     """One signature's graph, without weights."""
     past = {name: hollow(torch.empty(shape, dtype=dtype)) for name, (shape, dtype) in states(geometry).items()}
     tokens = signature.tokens
     inputs = torch.zeros(1, tokens, dtype=torch.int32), torch.zeros(tokens, dtype=torch.int32), past
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return export(Step(gemma2, geometry, signature.role, longest=signature.longest), inputs, strict=False)
+        return export(Step(decoder, geometry, signature.role, longest=signature.longest), inputs, strict=False)
 
 
 def add_signature(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gemma_edge.model.checkpoint import row_slices, weight_shapes
-from gemma_edge.model.config import Gemma2Config
+from gemma_edge.model.config import GemmaConfig
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
 from gemma_edge.quantize.recipe import QuantConfig
 
@@ -51,7 +51,7 @@ class Packing:
             return {**sizes, "scale": 2 * columns // config.group_size}
         return {**sizes, "scale": 4} if self.channels_apart else sizes
 
-    def parts(self, config: Gemma2Config, configs: Configs) -> dict[str, int]:
+    def parts(self, config: GemmaConfig, configs: Configs) -> dict[str, int]:
         """Every buffer behind the graph with its bytes, in the file's order."""
         return {
             f"{weight}.{part}": rows * size
@@ -59,7 +59,7 @@ class Packing:
             for part, size in self.row_bytes(configs[weight], columns).items()
         }
 
-    def weights_bytes(self, config: Gemma2Config, configs: Configs) -> int:
+    def weights_bytes(self, config: GemmaConfig, configs: Configs) -> int:
         """Bytes that the weights take of the file, including scales of channels that lie in its graph."""
         channels = sum(
             12 * rows  # float32, and an int64 of zeros

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from gemma_edge.bundle.geometry import CacheGeometry, LayerCache
 from gemma_edge.bundle.signature import Signature
-from gemma_edge.model.config import Gemma2Config
-from gemma_edge.model.gemma2 import Gemma2
+from gemma_edge.model.config import GemmaConfig
+from gemma_edge.model.gemma import Gemma
 from gemma_edge.model.kv_cache import Rope, rotate
 from gemma_edge.model.soft_cap import soft_cap
 
@@ -105,7 +105,7 @@ class SlotCache:
 
     def __init__(
         self,
-        config: Gemma2Config,
+        config: GemmaConfig,
         geometry: CacheGeometry,
         past: Mapping[str, Tensor],
         input_pos: Tensor,
@@ -184,14 +184,14 @@ def signatures(geometry: CacheGeometry) -> list[Signature]:
 class Step(nn.Module):
     """One signature: a chunk through the decoder."""
 
-    def __init__(self, gemma2: Gemma2, geometry: CacheGeometry, role: str, *, longest: int | None) -> None:
+    def __init__(self, decoder: Gemma, geometry: CacheGeometry, role: str, *, longest: int | None) -> None:
         super().__init__()
-        self.gemma2, self.geometry, self.role, self.longest = gemma2, geometry, role, longest
+        self.decoder, self.geometry, self.role, self.longest = decoder, geometry, role, longest
 
     def forward(self, tokens: Tensor, input_pos: Tensor, past: dict[str, Tensor]) -> dict[str, Tensor]:
         """The states after the tokens (1, T) int32, and logits (1, T, V) unless this only prefills."""
-        gemma2 = self.gemma2
-        cache = SlotCache(gemma2.config, self.geometry, past, input_pos, longest=self.longest)
-        x = gemma2.model(tokens, input_pos[:1], cache)
-        logits = {} if self.role == PREFILL else {"logits": gemma2.head(x)}
+        decoder = self.decoder
+        cache = SlotCache(decoder.config, self.geometry, past, input_pos, longest=self.longest)
+        x = decoder.model(tokens, input_pos[:1], cache)
+        logits = {} if self.role == PREFILL else {"logits": decoder.head(x)}
         return {**logits, **cache.after}

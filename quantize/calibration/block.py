@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gemma_edge.errors import InputError
-from gemma_edge.model.config import Gemma2Config
+from gemma_edge.model.config import GemmaConfig
 from gemma_edge.quantize.calibration.awq import Fold, apply_fold, expand, find_scale
 from gemma_edge.quantize.calibration.gptq import Inputs, hscale, quantize_outputs
 from gemma_edge.quantize.integers import QuantizedTensor, quantize, round_to
@@ -57,8 +57,8 @@ def decoder_topology(
     )
 
 
-def gemma2_topology(config: Gemma2Config) -> Topology:
-    """Gemma 2's block: names are those of model/gemma2.py."""
+def gemma_topology(config: GemmaConfig) -> Topology:
+    """Gemma 2's block: names are those of model/gemma.py."""
     return decoder_topology(
         "input_layernorm",
         "pre_feedforward_layernorm",

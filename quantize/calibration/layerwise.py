@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from gemma_edge.errors import InputError
 from gemma_edge.model.checkpoint import NORMS, TABLE, Weights, linear_shapes
-from gemma_edge.model.config import Gemma2Config
-from gemma_edge.model.gemma2 import DecoderLayer, inverse_frequencies, rotary_angles
+from gemma_edge.model.config import GemmaConfig
+from gemma_edge.model.gemma import DecoderLayer, inverse_frequencies, rotary_angles
 from gemma_edge.model.kv_cache import RingCache
 from gemma_edge.model.safetensors_reader import SafetensorsFile
 from gemma_edge.quantize.calibration.awq import EXPONENTS, SAMPLED_ROWS
-from gemma_edge.quantize.calibration.block import Choice, gemma2_topology, quantize_block, second_moments
+from gemma_edge.quantize.calibration.block import Choice, gemma_topology, quantize_block, second_moments
 from gemma_edge.quantize.calibration.refit import refit_post_norms
 from gemma_edge.quantize.checkpoint.kv_scales import KVRanges, KVScales
 from gemma_edge.quantize.checkpoint.safetensors_writer import plain_spec, write_safetensors
@@ -176,7 +176,7 @@ def _quantize_layer(
     block, run = source.load_layer(layer), runner(source, layer, tokens)
     advance(block, streams.original, run)
     original = copy.deepcopy(block) if calibration.refit else None
-    topology = gemma2_topology(source.config)
+    topology = gemma_topology(source.config)
     try:
         moments = second_moments(block, streams.quantized, run, topology)
         choices = _choices(source, recipe, layer)
@@ -264,7 +264,7 @@ def _write_layer(
     write_safetensors(layer_file(folder, layer), specs)
 
 
-def missing_bytes(folder: Path, config: Gemma2Config, recipe: Recipe, calibration: Calibration) -> int:
+def missing_bytes(folder: Path, config: GemmaConfig, recipe: Recipe, calibration: Calibration) -> int:
     """The most bytes that a pass will add to its folder; 0 once its last layer is there."""
     if layer_file(folder, config.num_hidden_layers - 1).exists():
         return 0
@@ -272,7 +272,7 @@ def missing_bytes(folder: Path, config: Gemma2Config, recipe: Recipe, calibratio
     return max(0, folder_bytes(config, recipe, calibration) - kept)
 
 
-def folder_bytes(config: Gemma2Config, recipe: Recipe, calibration: Calibration) -> int:
+def folder_bytes(config: GemmaConfig, recipe: Recipe, calibration: Calibration) -> int:
     """The most bytes that a pass has in its folder: the layers, and both streams, twice while the state is replaced."""
     total = 4 * 4 * calibration.windows.numel() * config.hidden_size
     for layer in range(config.num_hidden_layers):
@@ -283,12 +283,12 @@ def folder_bytes(config: Gemma2Config, recipe: Recipe, calibration: Calibration)
     return total
 
 
-def estimate_s(config: Gemma2Config, recipe: Recipe, calibration: Calibration) -> float:
+def estimate_s(config: GemmaConfig, recipe: Recipe, calibration: Calibration) -> float:
     """Roughly how many seconds a whole pass takes on this machine: its work, at the speed of a matrix product timed now."""
     shapes = {name.split(".", 3)[3]: shape for name, shape in linear_shapes(config, 0).items()}
     weights = sum(rows * columns for rows, columns in shapes.values())
     tokens, rounds = calibration.windows.numel(), calibration.rounds
-    inputs = [shapes[site[0]][1] for site in gemma2_topology(config).sites]
+    inputs = [shapes[site[0]][1] for site in gemma_topology(config).sites]
     flops = 2.0 * tokens * ((PASSES + REFIT_PASSES * calibration.refit) * weights + sum(n * n for n in inputs))
     flops += sum(n**3 / 3 for n in inputs) + SEARCH * weights
     flops += (1 + 4 * rounds) * sum(2.0 * rows * columns**2 for rows, columns in shapes.values())

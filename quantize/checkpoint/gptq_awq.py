@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gemma_edge.errors import InputError
 from gemma_edge.model.checkpoint import FLOATS, Shards, Weights, finite, open_tensors, tensor_names, weight_shapes
-from gemma_edge.model.config import Gemma2Config
+from gemma_edge.model.config import GemmaConfig
 from gemma_edge.model.quantized import GROUP_MULTIPLE, QUANTIZED_BITS, QuantConfig, QuantizedTensor
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class Packed:
 class PackedCheckpoint(Weights):
     """A GPTQ or AWQ folder. The norms are float, and so is the table; a head of its own may be either."""
 
-    def __init__(self, folder: Path, config: Gemma2Config, shards: Shards, layout: Layout, bits: int) -> None:
+    def __init__(self, folder: Path, config: GemmaConfig, shards: Shards, layout: Layout, bits: int) -> None:
         super().__init__(folder, config, shards)
         self._layout, self._bits, self._shapes = layout, bits, weight_shapes(config)
         self._read = lru_cache(maxsize=1)(self._unpacked)  # callers go through a matrix slice by slice

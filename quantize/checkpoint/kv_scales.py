@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gemma_edge.errors import InputError
 from gemma_edge.model.checkpoint import Shards
-from gemma_edge.model.config import Gemma2Config
+from gemma_edge.model.config import GemmaConfig
 from gemma_edge.quantize.checkpoint.safetensors_writer import plain_spec, write_safetensors
 from gemma_edge.reading import present
 
@@ -78,7 +78,7 @@ def write_kv_scales(folder: Path, scales: Mapping[int, tuple[Tensor, Tensor]]) -
     write_safetensors(folder / KV_FILE, specs)
 
 
-def read_kv_scales(folder: Path, config: Gemma2Config) -> KVScales | None:
+def read_kv_scales(folder: Path, config: GemmaConfig) -> KVScales | None:
     """The scales beside a checkpoint's weights; None: there are none.
 
     Raises:

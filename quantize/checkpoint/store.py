@@ -30,7 +30,7 @@ from gemma_edge.model.checkpoint import (
     tensor_names,
     weight_shapes,
 )
-from gemma_edge.model.config import Gemma2Config
+from gemma_edge.model.config import GemmaConfig
 from gemma_edge.model.quantized import GROUP_MULTIPLE, QuantConfig, QuantizedTensor
 from gemma_edge.quantize.checkpoint.gptq_awq import PackedCheckpoint
 from gemma_edge.quantize.checkpoint.kv_scales import read_kv_scales
@@ -52,7 +52,7 @@ class QuantizedCheckpoint(Weights):
 
     is_quantized = True
 
-    def __init__(self, folder: Path, config: Gemma2Config, shards: Shards) -> None:
+    def __init__(self, folder: Path, config: GemmaConfig, shards: Shards) -> None:
         super().__init__(folder, config, shards)
         table = folder / TABLE_FILE
         self._table = Shards(folder, [table]) if present(table) else shards

@@ -24,7 +24,7 @@ from gemma_edge.model.checkpoint import (
     row_slices,
     weight_shapes,
 )
-from gemma_edge.model.config import Gemma2Config
+from gemma_edge.model.config import GemmaConfig
 from gemma_edge.model.hub import copy_companions
 from gemma_edge.model.quantized import QuantConfig, QuantizedTensor
 from gemma_edge.model.safetensors_reader import SafetensorsFile
@@ -76,7 +76,7 @@ def write_quantized(
     return QuantizedCheckpoint.open(out)
 
 
-def shard_names(config: Gemma2Config) -> list[str]:
+def shard_names(config: GemmaConfig) -> list[str]:
     """The checkpoint's weights files: first table, final norm and head, then one file per layer."""
     count = config.num_hidden_layers + 1
     return [f"model-{shard + 1:05d}-of-{count:05d}.safetensors" for shard in range(count)]
@@ -215,7 +215,7 @@ def _write_config(work: _Work, out: Path) -> None:
     config = work.source.config
     # other programs go by these keys, not by the tensors; an adapter can change both
     for key in ("tie_word_embeddings", "vocab_size"):
-        if raw.get(key, getattr(Gemma2Config, key)) != getattr(config, key):
+        if raw.get(key, getattr(GemmaConfig, key)) != getattr(config, key):
             raw[key] = getattr(config, key)
     if any(config for name, config in work.configs.items() if name not in TABLES):
         raw["quantization_config"] = quantization_config(work.configs)

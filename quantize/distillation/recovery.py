@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gemma_edge.errors import InputError
 from gemma_edge.model.checkpoint import HEAD, Weights, linear_shapes, norm_names, weight_shapes
-from gemma_edge.model.gemma2 import Embedding, Gemma2, Layers, Linear
+from gemma_edge.model.gemma import Embedding, Gemma, Layers, Linear
 from gemma_edge.model.kv_cache import RingCache
 from gemma_edge.quantize.checkpoint.safetensors_writer import write_safetensors
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
@@ -84,14 +84,14 @@ def _check_memory(source: Weights) -> None:
         )
 
 
-def _logits(model: Gemma2, window: Tensor) -> Tensor:
+def _logits(model: Gemma, window: Tensor) -> Tensor:
     tokens = window.shape[1]
     cache = RingCache(model.config, context=tokens, chunk=tokens).to(window.device)
     out: Tensor = model(window, torch.zeros(1, dtype=torch.int64, device=window.device), cache)
     return out
 
 
-def _student(quantized: QuantizedCheckpoint) -> Gemma2:
+def _student(quantized: QuantizedCheckpoint) -> Gemma:
     shapes, config = weight_shapes(quantized.config), quantized.config
 
     def linear(name: str, in_features: int, out_features: int) -> nn.Module:
@@ -106,13 +106,13 @@ def _student(quantized: QuantizedCheckpoint) -> Gemma2:
         table.weight.data = quantized.matrix(name)
         return table
 
-    model = Gemma2(config, Layers(linear, embedding))
+    model = Gemma(config, Layers(linear, embedding))
     for name in norm_names(config):
         model.get_parameter(name).data.copy_(quantized.vector(name))
     return model
 
 
-def _write(quantized: QuantizedCheckpoint, student: Gemma2) -> None:
+def _write(quantized: QuantizedCheckpoint, student: Gemma) -> None:
     """Replace the layers' shards by the student's scales and norms; the first shard, with table, final norm and head, stays."""
     for layer, name in enumerate(shard_names(quantized.config)[1:]):
         block = student.get_submodule(f"model.layers.{layer}")

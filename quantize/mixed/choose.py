@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from gemma_edge.errors import InputError
 from gemma_edge.model.checkpoint import TABLE, Weights, weight_shapes
-from gemma_edge.model.config import Gemma2Config
+from gemma_edge.model.config import GemmaConfig
 from gemma_edge.model.quantized import QuantConfig
 from gemma_edge.progress import Progress
 from gemma_edge.quantize.calibration import cache
@@ -36,7 +36,7 @@ MEASUREMENT = "sensitivity.json"
 class FileSizes(Protocol):
     """How large a backend's weights file is. The module `gemma_edge.export.onnx.weights` is one."""
 
-    def matrix_bytes(self, config: Gemma2Config, configs: Mapping[str, QuantConfig]) -> dict[str, int]:
+    def matrix_bytes(self, config: GemmaConfig, configs: Mapping[str, QuantConfig]) -> dict[str, int]:
         """Bytes of every matrix in the file, by its name."""
         ...
 

@@ -25,7 +25,7 @@ from gemma_edge.files import write_whole
 from gemma_edge.model.checkpoint import FINAL_NORM, TABLE, Weights, row_slices, weight_shapes
 from gemma_edge.model.safetensors_reader import SafetensorsFile
 from gemma_edge.model.soft_cap import soft_cap
-from gemma_edge.quantize.calibration.block import WITH_INPUTS, gemma2_topology, second_moments
+from gemma_edge.quantize.calibration.block import WITH_INPUTS, gemma_topology, second_moments
 from gemma_edge.quantize.calibration.gptq import Inputs
 from gemma_edge.quantize.calibration.layerwise import advance, hash_of, runner, token_rows
 from gemma_edge.quantize.checkpoint.safetensors_writer import plain_spec, write_safetensors
@@ -124,7 +124,7 @@ def _layer(source: Weights, layer: int, x: Tensor, gradient: Tensor, methods: Me
         x: (N, T, hidden), its input.
         gradient: (J, T, hidden) at its output for the last J windows; it is replaced by the gradient at the layer's input.
     """
-    block, run, topology = source.load_layer(layer), runner(source, layer, x.shape[1]), gemma2_topology(source.config)
+    block, run, topology = source.load_layer(layer), runner(source, layer, x.shape[1]), gemma_topology(source.config)
     moments = second_moments(block, x[: max(1, len(x) - len(gradient))], run, topology)
     inputs: dict[str, list[Tensor]] = defaultdict(list)  # (T, in), of each window
     gradients: dict[str, list[Tensor]] = defaultdict(list)  # (T, rows), of the sampled rows

@@ -18,7 +18,7 @@ from gemma_edge.bundle.entries import ModelConfig
 from gemma_edge.bundle.manifest import MANIFEST
 from gemma_edge.bundle.schema import manifest_schema, schema_text
 from gemma_edge.export.api import Export
-from gemma_edge.model.config import Gemma2Config
+from gemma_edge.model.config import GemmaConfig
 
 PAGE = ROOT / "docs" / "export" / "manifest.schema.json"
 KOTLIN = ROOT / "android_demo" / "gemma" / "src" / "main" / "kotlin" / "gemma" / "edge" / "Bundle.kt"
@@ -62,7 +62,7 @@ def test_the_schema_refuses_what_the_reader_refuses(
 
 
 def test_a_manifest_holds_every_key_of_the_models_configuration() -> None:
-    assert [field.name for field in fields(ModelConfig)] == [field.name for field in fields(Gemma2Config)]
+    assert [field.name for field in fields(ModelConfig)] == [field.name for field in fields(GemmaConfig)]
 
 
 def kotlin_paths(source: str) -> set[tuple[str, ...]]:

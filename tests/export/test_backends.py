@@ -24,7 +24,7 @@ from gemma_edge.export.executorch.pte import Pte
 from gemma_edge.export.options import ExportOptions
 from gemma_edge.export.tflite.check import TFLite
 from gemma_edge.model.checkpoint import TABLE, linear_shapes, weight_shapes
-from gemma_edge.model.config import Gemma2Config
+from gemma_edge.model.config import GemmaConfig
 from gemma_edge.quantize.options import QuantizeOptions
 
 
@@ -55,7 +55,7 @@ def test_integers_of_onnx_and_executorch_are_the_same(every: Export) -> None:
     model = onnx.load(every.bundle / "generate.onnx")
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     pte = Pte.open(every.bundle / "model.pte")
-    config = Gemma2Config(**asdict(every.manifest.config))
+    config = GemmaConfig(**asdict(every.manifest.config))
     for layer in range(config.num_hidden_layers):
         for weight, (rows, columns) in linear_shapes(config, layer).items():
             packed = stored[f"{weight}.weight_packed"].reshape(rows, columns // 2)
@@ -72,7 +72,7 @@ def test_integers_and_scales_of_onnx_and_tflite_are_the_same(every: Export) -> N
     """Read back from each file by its own format's rules: every weight of every signature."""
     model = onnx.load(every.bundle / "generate.onnx")
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    found, shapes = TFLite(every.bundle / "model.tflite"), weight_shapes(Gemma2Config(**asdict(every.manifest.config)))
+    found, shapes = TFLite(every.bundle / "model.tflite"), weight_shapes(GemmaConfig(**asdict(every.manifest.config)))
     for signature, role in [(each.name, each.role) for each in every.manifest.backends["tflite"].settings.signatures]:
         seen = set()
         for use in found.uses(found.subgraph(signature)):

@@ -17,7 +17,7 @@ from transformers import Gemma2Config as HFConfig
 
 from gemma_edge.bundle.entries import GLOBAL, LOCAL
 from gemma_edge.errors import InputError
-from gemma_edge.model.config import GEMMA2_2B, PRESETS, Gemma2Config
+from gemma_edge.model.config import GEMMA2_2B, PRESETS, GemmaConfig
 
 # config.json as transformers 4 wrote it for google/gemma-2-2b, shrunk: rope_theta at the top, no layer_types, hidden_act beside
 # hidden_activation, a key of its own for the cache.
@@ -95,16 +95,16 @@ def save(folder: Path, raw: dict[str, Any], generation: dict[str, Any] | None = 
 def refusal(folder: Path) -> str:
     """The message of the InputError, which must be one line that names the file."""
     with pytest.raises(InputError) as caught:
-        Gemma2Config.from_hf(folder)
+        GemmaConfig.from_hf(folder)
     message = str(caught.value)
     assert "\n" not in message and str(folder) in message
     return message
 
 
-def as_transformers_reads(folder: Path) -> Gemma2Config:
+def as_transformers_reads(folder: Path) -> GemmaConfig:
     hf = AutoConfig.from_pretrained(folder)
     eos = hf.eos_token_id
-    return Gemma2Config(
+    return GemmaConfig(
         vocab_size=hf.vocab_size,
         hidden_size=hf.hidden_size,
         intermediate_size=hf.intermediate_size,
@@ -128,12 +128,12 @@ def as_transformers_reads(folder: Path) -> Gemma2Config:
 @pytest.mark.parametrize("raw", SPELLINGS.values(), ids=SPELLINGS.keys())
 def test_config_is_read_as_transformers_reads_it(raw: dict[str, Any], tmp_path: Path) -> None:
     folder = save(tmp_path, raw)
-    assert Gemma2Config.from_hf(folder) == as_transformers_reads(folder)
+    assert GemmaConfig.from_hf(folder) == as_transformers_reads(folder)
 
 
 def test_every_key_of_a_checkpoint_arrives(tmp_path: Path) -> None:
     # the values differ from every default, so that a key that is not read shows
-    assert Gemma2Config.from_hf(save(tmp_path, VERSION_5)) == Gemma2Config(
+    assert GemmaConfig.from_hf(save(tmp_path, VERSION_5)) == GemmaConfig(
         vocab_size=320,
         hidden_size=64,
         intermediate_size=96,
@@ -155,7 +155,7 @@ def test_every_key_of_a_checkpoint_arrives(tmp_path: Path) -> None:
 
 
 def test_layers_alternate_from_a_local_one_when_the_checkpoint_does_not_say(tmp_path: Path) -> None:
-    config = Gemma2Config.from_hf(save(tmp_path, VERSION_4))
+    config = GemmaConfig.from_hf(save(tmp_path, VERSION_4))
     assert [config.is_local(i) for i in range(3)] == [True, False, True]
 
 
@@ -166,12 +166,12 @@ def test_layers_alternate_from_a_local_one_when_the_checkpoint_does_not_say(tmp_
 def test_generation_config_decides_the_stop_ids_when_it_names_them(
     generation: dict[str, Any] | None, expected: tuple[int, ...], tmp_path: Path
 ) -> None:
-    assert Gemma2Config.from_hf(save(tmp_path, VERSION_4, generation)).eos_token_id == expected
+    assert GemmaConfig.from_hf(save(tmp_path, VERSION_4, generation)).eos_token_id == expected
 
 
 def test_json_round_trip_keeps_the_config() -> None:
     for preset in PRESETS.values():
-        assert Gemma2Config.from_json(json.loads(json.dumps(preset.to_json()))) == preset
+        assert GemmaConfig.from_json(json.loads(json.dumps(preset.to_json()))) == preset
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_presets_have_the_published_number_of_parameters(name: str, parameters: 
 
 def test_2b_preset_is_the_default_of_transformers(tmp_path: Path) -> None:
     HFConfig(eos_token_id=[1, 107]).save_pretrained(tmp_path)
-    assert Gemma2Config.from_hf(tmp_path) == GEMMA2_2B
+    assert GemmaConfig.from_hf(tmp_path) == GEMMA2_2B
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -227,15 +227,15 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize(("change", "words"), IMPOSSIBLE.values(), ids=IMPOSSIBLE.keys())
 def test_numbers_that_do_not_fit_together_are_refused(change: dict[str, Any], words: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=words):
-        Gemma2Config.from_hf(save(tmp_path, {**VERSION_4, **change}))
+        GemmaConfig.from_hf(save(tmp_path, {**VERSION_4, **change}))
 
 
-@pytest.mark.parametrize("key", [key for key in VERSION_4 if key in Gemma2Config.__dataclass_fields__])
+@pytest.mark.parametrize("key", [key for key in VERSION_4 if key in GemmaConfig.__dataclass_fields__])
 def test_a_key_that_is_left_out_has_the_default_of_transformers(key: str, tmp_path: Path) -> None:
     """head_dim and six other sizes were required, although transformers has defaults for them."""
     raw = {"vocab_size": 320, "hidden_size": 64, **without(VERSION_4, key)} if "size" not in key else VERSION_4
     folder = save(tmp_path, without(raw, key))
-    assert Gemma2Config.from_hf(folder) == as_transformers_reads(folder)
+    assert GemmaConfig.from_hf(folder) == as_transformers_reads(folder)
 
 
 # Values that were accepted and broke the export later, or silently changed the model.
@@ -293,7 +293,7 @@ def test_what_transformers_refuses_is_refused(key: str, tmp_path: Path) -> None:
             HFConfig.from_pretrained(folder)
         except (StrictDataclassError, ValueError, TypeError):
             if (key, value) in ACCEPTED:
-                Gemma2Config.from_hf(folder)
+                GemmaConfig.from_hf(folder)
             else:
                 refusal(folder)
 
@@ -326,7 +326,7 @@ def test_broken_json_is_named(name: str, text: str, tmp_path: Path) -> None:
 def test_rope_theta_beside_rope_parameters_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
     folder = save(tmp_path, {**VERSION_4, "rope_parameters": {"rope_type": "default"}})
     assert as_transformers_reads(folder).rope_theta == 5000.0
-    assert Gemma2Config.from_hf(folder).rope_theta == 5000.0
+    assert GemmaConfig.from_hf(folder).rope_theta == 5000.0
 
 
 def test_rope_scaling_under_its_older_key_is_refused(tmp_path: Path) -> None:
@@ -337,6 +337,6 @@ def test_rope_scaling_under_its_older_key_is_refused(tmp_path: Path) -> None:
 def test_a_null_eos_is_refused_or_replaced(tmp_path: Path) -> None:
     folder = save(tmp_path, {**VERSION_4, "eos_token_id": None}, {"eos_token_id": None})
     try:
-        assert Gemma2Config.from_hf(folder).eos_token_id == (1,)
+        assert GemmaConfig.from_hf(folder).eos_token_id == (1,)
     except InputError as error:
         assert "eos_token_id" in str(error)

@@ -16,8 +16,8 @@ from transformers import Gemma2ForCausalLM
 
 from gemma_edge.bundle.entries import GLOBAL, LOCAL
 from gemma_edge.model.checkpoint import Checkpoint
-from gemma_edge.model.config import Gemma2Config
-from gemma_edge.model.gemma2 import Gemma2, rotary_angles
+from gemma_edge.model.config import GemmaConfig
+from gemma_edge.model.gemma import Gemma, rotary_angles
 from gemma_edge.model.kv_cache import RingCache
 
 UNEVEN = [7, 3, 1, 7, 2, *[1] * 12, 5, 6]  # 43 tokens: the window is 8 and its ring 14 slots, so it wraps three times
@@ -38,7 +38,7 @@ def assert_parity(found: Tensor, reference: Tensor) -> None:
     assert_close(found, reference, rtol=0.0, atol=PARITY * spread)
 
 
-def run(model: Gemma2, ids: Tensor, sizes: Sequence[int], *, context: int, start: int = 0) -> Tensor:
+def run(model: Gemma, ids: Tensor, sizes: Sequence[int], *, context: int, start: int = 0) -> Tensor:
     """Logits (T, V) of the tokens written in chunks of these sizes from position `start` on."""
     assert sum(sizes) == len(ids)
     cache = RingCache(model.config, context=context, chunk=max(sizes))
@@ -96,11 +96,11 @@ def test_numbers_that_differ_from_every_default_are_used(tmp_path: Path) -> None
     assert_parity(run(model, ids, UNEVEN, context=64), hf_logits(hf_model(folder), ids))
 
 
-def swapped(config: Gemma2Config) -> tuple[str, ...]:
+def swapped(config: GemmaConfig) -> tuple[str, ...]:
     return tuple(GLOBAL if kind == LOCAL else LOCAL for kind in config.layer_types)
 
 
-MISTAKES: dict[str, Callable[[Gemma2Config], dict[str, Any]]] = {
+MISTAKES: dict[str, Callable[[GemmaConfig], dict[str, Any]]] = {
     "window one longer": lambda c: {"sliding_window": c.sliding_window + 1},
     "window one shorter": lambda c: {"sliding_window": c.sliding_window - 1},
     "no attention softcap": lambda c: {"attn_logit_softcapping": None},
@@ -114,12 +114,12 @@ MISTAKES: dict[str, Callable[[Gemma2Config], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())
 def test_a_wrong_number_would_be_noticed(
-    mistake: Callable[[Gemma2Config], dict[str, Any]], checkpoint: Callable[..., Path]
+    mistake: Callable[[GemmaConfig], dict[str, Any]], checkpoint: Callable[..., Path]
 ) -> None:
     """Guards the tests above: with weights too small, or sequences too short, they would pass whatever the decoder does."""
     weights = Checkpoint.open(checkpoint("heads_like_27b"))
     model, ids = weights.load(), tokens(sum(UNEVEN))
-    wrong = Gemma2(replace(weights.config, **mistake(weights.config)))
+    wrong = Gemma(replace(weights.config, **mistake(weights.config)))
     wrong.load_state_dict(model.state_dict())
     error = relative_error(run(wrong, ids, UNEVEN, context=64), run(model, ids, UNEVEN, context=64))
     assert error > NOTICED

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 
 from gemma_edge.errors import InputError
 from gemma_edge.model.checkpoint import FINAL_NORM, TABLE, norm_names, weight_shapes
-from gemma_edge.model.config import Gemma2Config
+from gemma_edge.model.config import GemmaConfig
 from gemma_edge.model.safetensors_reader import DTYPES, SafetensorsFile
 
 BIG = 64 << 30  # bytes of the table: more than the address space that the test leaves
@@ -122,7 +122,7 @@ def large_model(source: Path, folder: Path) -> Path:
     raw_config["hidden_size"] = 1 << 13
     raw_config["vocab_size"] = BIG // 2 // raw_config["hidden_size"]
     (folder / "config.json").write_text(json.dumps(raw_config))
-    config = Gemma2Config.from_hf(folder)
+    config = GemmaConfig.from_hf(folder)
     shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in weight_shapes(config).items()}
     shapes |= {name: (config.hidden_size,) for name in norm_names(config)}
     header, end = {}, 0

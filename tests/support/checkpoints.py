@@ -24,7 +24,7 @@ from gemma_edge.bundle.manifest import (
     typed_settings,
     with_identities,
 )
-from gemma_edge.model.config import HEAD, Gemma2Config
+from gemma_edge.model.config import HEAD, GemmaConfig
 from gemma_edge.model.quantized import QuantConfig
 from gemma_edge.quantize.recipe import Recipe
 
@@ -127,7 +127,7 @@ def llm_compressor_folder(
 
 def write_manifest(
     bundle: Path,
-    config: Gemma2Config,
+    config: GemmaConfig,
     recipe: Recipe,
     cache: CacheGeometry,
     backends: dict[str, dict[str, Any]],

@@ -19,11 +19,11 @@ from torch import Tensor
 from gemma_edge.export.api import open_model
 from gemma_edge.export.options import ExportOptions
 from gemma_edge.model.checkpoint import Checkpoint, Weights
-from gemma_edge.model.gemma2 import Gemma2
+from gemma_edge.model.gemma import Gemma
 from gemma_edge.progress import no_progress
 from gemma_edge.quantize.api import Quantization, make_checkpoint
 from gemma_edge.quantize.calibration import text as calibration
-from gemma_edge.quantize.calibration.block import gemma2_topology, second_moments
+from gemma_edge.quantize.calibration.block import gemma_topology, second_moments
 from gemma_edge.quantize.calibration.gptq import Inputs, output_error, quantize_outputs
 from gemma_edge.quantize.calibration.layerwise import runner
 from gemma_edge.quantize.mixed import sensitivity
@@ -43,7 +43,7 @@ def held_out(source: Checkpoint, tokens: int) -> Tensor:
     return calibration.windows(source.folder, config.bos_token_id, config.max_position_embeddings, text)
 
 
-def streams(source: Checkpoint, model: Gemma2, x: Tensor, first: int = 0) -> list[Tensor]:
+def streams(source: Checkpoint, model: Gemma, x: Tensor, first: int = 0) -> list[Tensor]:
     """What enters every block from `first` on, and what leaves the last: (N, T, hidden) each."""
     found = [x]
     for layer in range(first, source.config.num_hidden_layers):
@@ -52,13 +52,13 @@ def streams(source: Checkpoint, model: Gemma2, x: Tensor, first: int = 0) -> lis
     return found
 
 
-def embedded(model: Gemma2, ids: Tensor) -> Tensor:
+def embedded(model: Gemma, ids: Tensor) -> Tensor:
     """(N, T) -> (N, T, hidden)."""
     found: Tensor = model.model.embed_tokens(ids) * model.config.hidden_size**0.5
     return found
 
 
-def log_p(model: Gemma2, x: Tensor) -> Tensor:
+def log_p(model: Gemma, x: Tensor) -> Tensor:
     """(N, T, hidden) after the last block -> (N, T, V)."""
     return model.head(model.model.norm(x)).log_softmax(-1)
 
@@ -86,7 +86,7 @@ def main() -> None:
 def rank(folder: Path, tokens: int) -> None:
     """Every linear rounded by itself, by GPTQ: measured KL against three predictions."""
     source = Checkpoint.open(folder)
-    config, model, topology = source.config, source.load(), gemma2_topology(source.config)
+    config, model, topology = source.config, source.load(), gemma_topology(source.config)
     windows = calibration.windows(
         folder, config.bos_token_id, config.max_position_embeddings, CalibrationText(tokens=TOKENS)
     )

@@ -25,7 +25,7 @@ from synthetic_tokenizer import write_tokenizer
 from torch import Tensor
 
 from gemma_edge.bundle.entries import LOCAL
-from gemma_edge.model.config import PRESETS, Gemma2Config
+from gemma_edge.model.config import PRESETS, GemmaConfig
 from gemma_edge.model.hub import copy_companions
 from gemma_edge.quantize.checkpoint.safetensors_writer import Spec, write_safetensors
 
@@ -33,7 +33,7 @@ SLICE_ELEMENTS = 1 << 23  # 32 MiB of float32 per thread
 SHARD_BYTES = 5_000_000_000
 
 
-def shape_of(name: str, layers: int | None) -> Gemma2Config:
+def shape_of(name: str, layers: int | None) -> GemmaConfig:
     """A preset, cut to its first layers if asked."""
     config = PRESETS[f"gemma2-{name}"]
     if layers is None:
@@ -43,7 +43,7 @@ def shape_of(name: str, layers: int | None) -> Gemma2Config:
     return replace(config, num_hidden_layers=layers, layer_types=config.layer_types[:layers])
 
 
-def tensor_shapes(config: Gemma2Config) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(config: GemmaConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor, in the order of the published checkpoints."""
     hidden, ffn = config.hidden_size, config.intermediate_size
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -91,7 +91,7 @@ def random_slices(pool: ThreadPoolExecutor, shape: tuple[int, ...], std: float, 
         yield waiting.popleft().result()
 
 
-def write_weights(out: Path, config: Gemma2Config, *, seed: int, threads: int) -> int:
+def write_weights(out: Path, config: GemmaConfig, *, seed: int, threads: int) -> int:
     """Write the shards and their index; return the bytes of all tensors."""
     shapes = tensor_shapes(config)
     shards: list[list[str]] = [[]]
@@ -117,7 +117,7 @@ def write_weights(out: Path, config: Gemma2Config, *, seed: int, threads: int) -
     return total
 
 
-def hf_config(config: Gemma2Config) -> dict[str, Any]:
+def hf_config(config: GemmaConfig) -> dict[str, Any]:
     """`config.json` as transformers writes it for Gemma 2."""
     return {
         **config.to_json(),
@@ -140,7 +140,7 @@ def _dump(path: Path, data: dict[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
-def write_folder(out: Path, config: Gemma2Config, *, tokenizer: Path | None, seed: int, threads: int) -> int:
+def write_folder(out: Path, config: GemmaConfig, *, tokenizer: Path | None, seed: int, threads: int) -> int:
     """Write the whole folder; return the bytes of all tensors."""
     out.mkdir(parents=True)
     _dump(out / "config.json", hf_config(config))

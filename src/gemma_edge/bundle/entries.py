@@ -60,7 +60,7 @@ class ModelEntry:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The model's configuration, under Hugging Face's keys. The same keys as Gemma2Config in model/config.py."""
+    """The model's configuration, under Hugging Face's keys. The same keys as GemmaConfig in model/config.py."""
 
     vocab_size: Tokens
     hidden_size: Width

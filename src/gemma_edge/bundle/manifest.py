@@ -137,7 +137,7 @@ def typed_config(config: Mapping[str, Any]) -> ModelConfig:
     """A model's configuration as a manifest holds it.
 
     Args:
-        config: Hugging Face's keys, as `Gemma2Config.to_json` gives them.
+        config: Hugging Face's keys, as `GemmaConfig.to_json` gives them.
 
     Raises:
         InputError: no runtime could use it.

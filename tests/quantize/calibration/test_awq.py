@@ -13,9 +13,9 @@ from torch.testing import assert_close
 from transformers import Gemma2ForCausalLM
 
 from gemma_edge.model.checkpoint import Checkpoint
-from gemma_edge.model.gemma2 import Gemma2
+from gemma_edge.model.gemma import Gemma
 from gemma_edge.quantize.calibration.awq import Fold, apply_fold, candidates, expand, find_scale
-from gemma_edge.quantize.calibration.block import gemma2_topology
+from gemma_edge.quantize.calibration.block import gemma_topology
 from gemma_edge.quantize.calibration.gptq import Inputs, output_error, quantize_outputs
 from gemma_edge.quantize.recipe import QuantConfig
 
@@ -27,9 +27,9 @@ def draw(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def fold_everything(model: Gemma2, seed: int) -> int:
+def fold_everything(model: Gemma, seed: int) -> int:
     """Random scales between a tenth and ten times, wherever one can go; how many tensors were changed."""
-    topology = gemma2_topology(model.config)
+    topology = gemma_topology(model.config)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for i, layer in enumerate(model.model.layers):
         for j, fold in enumerate(topology.folds):
@@ -38,7 +38,7 @@ def fold_everything(model: Gemma2, seed: int) -> int:
     return sum(not torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-def held_by_transformers(folder: Path, model: Gemma2) -> Gemma2ForCausalLM:
+def held_by_transformers(folder: Path, model: Gemma) -> Gemma2ForCausalLM:
     return hf_holding(folder, {name: value for name, value in model.state_dict().items() if "inv_freq" not in name})
 
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from gemma_edge.model.checkpoint import TABLE, Checkpoint
-from gemma_edge.model.gemma2 import Gemma2
+from gemma_edge.model.gemma import Gemma
 from gemma_edge.model.kv_cache import RingCache
 from gemma_edge.quantize.calibration import text as calibration
-from gemma_edge.quantize.calibration.block import Choice, gemma2_topology, quantize_block, second_moments
+from gemma_edge.quantize.calibration.block import Choice, gemma_topology, quantize_block, second_moments
 from gemma_edge.quantize.calibration.gptq import Inputs, gptq
 from gemma_edge.quantize.calibration.layerwise import Calibration, calibrate, layer_file, runner
 from gemma_edge.quantize.checkpoint.writer import write_quantized
@@ -47,7 +47,7 @@ def held_out() -> Tensor:
 
 
 @torch.no_grad()
-def log_p(model: Gemma2, windows: Tensor) -> Tensor:
+def log_p(model: Gemma, windows: Tensor) -> Tensor:
     """(N, T) -> (N * T, V)."""
     start, rows = torch.zeros(1, dtype=torch.int64), []
     for window in windows:
@@ -64,11 +64,11 @@ class Judge:
         self.folder, self.work, self.windows = folder, work, held_out()
         self.right = log_p(Checkpoint.open(folder).load(), self.windows) if right is None else right
 
-    def kl(self, model: Gemma2) -> float:
+    def kl(self, model: Gemma) -> float:
         said = log_p(model, self.windows)
         return float((self.right.exp() * (self.right - said)).sum(-1).mean())
 
-    def model(self, recipe: Recipe, *, rounds: int = 0, refit: bool = False) -> Gemma2:
+    def model(self, recipe: Recipe, *, rounds: int = 0, refit: bool = False) -> Gemma:
         """The model as its quantized checkpoint says it."""
         source, out = Checkpoint.open(self.folder), self.work / str(len(list(self.work.iterdir())))
         if not recipe.calibrated:
@@ -105,10 +105,10 @@ def best(judge: Judge) -> float:
 
 
 @torch.no_grad()
-def with_absmax_scales(windows: Tensor, config: QuantConfig) -> Gemma2:
+def with_absmax_scales(windows: Tensor, config: QuantConfig) -> Gemma:
     """GPTQ as published, each block after the quantized ones before it, scales from the largest weight of a group."""
     source, model = Checkpoint.open(DEMO), Checkpoint.open(DEMO).load()
-    topology = gemma2_topology(source.config)
+    topology = gemma_topology(source.config)
     x = model.model.embed_tokens(windows) * source.config.hidden_size**0.5
     for i, block in enumerate(model.model.layers):
         run = runner(source, i, windows.shape[1])
@@ -173,7 +173,7 @@ def block_and_moments(folder: Path) -> tuple[nn.Module, dict[str, Tensor], dict[
         model(ids, use_cache=False)
     x = source.matrix(TABLE)[ids] * source.config.hidden_size**0.5
     block = source.load_layer(0)
-    return block, second_moments(block, x, runner(source, 0, 24), gemma2_topology(source.config)), seen
+    return block, second_moments(block, x, runner(source, 0, 24), gemma_topology(source.config)), seen
 
 
 @pytest.mark.parametrize("shape", ["tiny", "odd_sizes"])
@@ -181,7 +181,7 @@ def test_second_moments_are_those_of_what_transformers_feeds_each_linear(
     shape: str, checkpoint: Callable[..., Path]
 ) -> None:
     _, moments, seen = block_and_moments(checkpoint(shape))
-    sites = gemma2_topology(Checkpoint.open(checkpoint(shape)).config).sites
+    sites = gemma_topology(Checkpoint.open(checkpoint(shape)).config).sites
     assert {name for site in sites for name in site} == set(seen) and set(moments) == {site[0] for site in sites}
     for site in sites:
         for name in site:  # the others of a site read the same
@@ -192,7 +192,7 @@ def test_second_moments_are_those_of_what_transformers_feeds_each_linear(
 
 def test_every_linear_of_a_block_becomes_what_was_chosen_for_it(checkpoint: Callable[..., Path]) -> None:
     block, moments, _ = block_and_moments(checkpoint("tiny"))
-    topology = gemma2_topology(Checkpoint.open(checkpoint("tiny")).config)
+    topology = gemma_topology(Checkpoint.open(checkpoint("tiny")).config)
     before = {name: value.clone() for name, value in block.state_dict().items()}
     int4, int8 = QuantConfig(4, 32), QuantConfig(8, 0)
     choices = {name: Choice(int4, "gptq") for site in topology.sites for name in site}

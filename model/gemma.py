@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gemma_edge.model.config import HEAD, TABLE, Gemma2Config
+from gemma_edge.model.config import HEAD, TABLE, GemmaConfig
 from gemma_edge.model.kv_cache import KVCache, Rope
 from gemma_edge.model.soft_cap import soft_cap
 
@@ -85,7 +85,7 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention; scores, masks and the cache are `KVCache.attend`'s."""
 
-    def __init__(self, config: Gemma2Config, layer: int, layers: Layers) -> None:
+    def __init__(self, config: GemmaConfig, layer: int, layers: Layers) -> None:
         super().__init__()
         self.layer = layer
         name, hidden = f"model.layers.{layer}.self_attn", config.hidden_size
@@ -106,7 +106,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """GeGLU with the tanh approximation of GELU."""
 
-    def __init__(self, config: Gemma2Config, layer: int, layers: Layers) -> None:
+    def __init__(self, config: GemmaConfig, layer: int, layers: Layers) -> None:
         super().__init__()
         name, hidden, ffn = f"model.layers.{layer}.mlp", config.hidden_size, config.intermediate_size
         self.gate_proj = layers.linear(f"{name}.gate_proj", hidden, ffn)
@@ -122,7 +122,7 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """One block, normalised before and after each branch."""
 
-    def __init__(self, config: Gemma2Config, layer: int, layers: Layers | None = None) -> None:
+    def __init__(self, config: GemmaConfig, layer: int, layers: Layers | None = None) -> None:
         super().__init__()
         layers = layers or Layers()
         hidden, eps = config.hidden_size, config.rms_norm_eps
@@ -140,10 +140,10 @@ class DecoderLayer(nn.Module):
         return x
 
 
-class Gemma2Model(nn.Module):
+class GemmaModel(nn.Module):
     """Embedding, blocks and final norm: everything below the head."""
 
-    def __init__(self, config: Gemma2Config, layers: Layers | None = None) -> None:
+    def __init__(self, config: GemmaConfig, layers: Layers | None = None) -> None:
         super().__init__()
         layers = layers or Layers()
         self.config = config
@@ -162,14 +162,14 @@ class Gemma2Model(nn.Module):
         return out
 
 
-class Gemma2(nn.Module):
+class Gemma(nn.Module):
     """The whole language model."""
 
-    def __init__(self, config: Gemma2Config, layers: Layers | None = None) -> None:
+    def __init__(self, config: GemmaConfig, layers: Layers | None = None) -> None:
         super().__init__()
         self.config = config
         layers = layers or Layers()
-        self.model = Gemma2Model(config, layers)
+        self.model = GemmaModel(config, layers)
         self.lm_head: nn.Module | None = None
         if not config.tie_word_embeddings:
             self.lm_head = layers.linear(HEAD, config.hidden_size, config.vocab_size)
@@ -184,7 +184,7 @@ class Gemma2(nn.Module):
         return soft_cap(logits, self.config.final_logit_softcapping)
 
 
-def inverse_frequencies(config: Gemma2Config) -> Tensor:
+def inverse_frequencies(config: GemmaConfig) -> Tensor:
     """Inverse frequencies (D/2,) float32, always on the CPU, even when the model is built on `meta`."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
     return 1.0 / config.rope_theta**exponents
