@@ -16,7 +16,7 @@ from gemma_edge.errors import InputError
 from gemma_edge.model.config import HEAD as HEAD
 from gemma_edge.model.config import TABLE as TABLE
 from gemma_edge.model.config import TABLES as TABLES
-from gemma_edge.model.config import GemmaConfig
+from gemma_edge.model.config import GemmaConfig, is_multimodal
 from gemma_edge.model.gemma import DecoderLayer, Gemma
 from gemma_edge.model.lora import NO_LORA, Lora
 from gemma_edge.model.quantized import QuantConfig, QuantizedTensor
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 FINAL_NORM = "model.norm.weight"
 NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 SLICE_BYTES = 4 << 20  # float32 bytes of a weight that are computed at once, so that they stay in the CPU caches
 
 
@@ -57,10 +58,22 @@ def weight_shapes(config: GemmaConfig) -> dict[str, tuple[int, int]]:
     return shapes
 
 
-def norm_names(config: GemmaConfig) -> list[str]:
-    """Every norm's tensor, each (hidden_size,)."""
+def layer_norms(config: GemmaConfig) -> dict[str, int]:
+    """The norms of every layer and their sizes, by their name in the block without `.weight`."""
+    heads = dict.fromkeys(HEAD_NORMS, config.head_dim) if config.qk_norm else {}
+    return dict.fromkeys(NORMS, config.hidden_size) | heads
+
+
+def norm_sizes(config: GemmaConfig) -> dict[str, int]:
+    """Every norm's tensor and its size."""
     layers = range(config.num_hidden_layers)
-    return [f"model.layers.{i}.{norm}.weight" for i in layers for norm in NORMS] + [FINAL_NORM]
+    inner = {f"model.layers.{i}.{norm}.weight": size for i in layers for norm, size in layer_norms(config).items()}
+    return inner | {FINAL_NORM: config.hidden_size}
+
+
+def norm_names(config: GemmaConfig) -> list[str]:
+    """Every norm's tensor."""
+    return list(norm_sizes(config))
 
 
 def tensor_names(config: GemmaConfig, parts: Iterable[str] = ("weight",)) -> set[str]:
@@ -138,7 +151,7 @@ class Weights(ABC):
             block = DecoderLayer(self.config, layer)
         prefix = f"model.layers.{layer}."
         state = {name.removeprefix(prefix) + ".weight": self.matrix(name) for name in linear_shapes(self.config, layer)}
-        state |= {f"{norm}.weight": self.vector(f"{prefix}{norm}.weight") for norm in NORMS}
+        state |= {f"{norm}.weight": self.vector(f"{prefix}{norm}.weight") for norm in layer_norms(self.config)}
         block.load_state_dict(state, strict=True, assign=True)
         return block
 
@@ -223,15 +236,15 @@ def open_tensors(
     Raises:
         InputError: names the file, key or tensor at fault.
     """
-    config, shards, adapter = GemmaConfig.from_hf(folder), Shards(folder), NO_LORA
+    config, shards, adapter = GemmaConfig.from_hf(folder), Shards(folder, multimodal=is_multimodal(folder)), NO_LORA
     if lora is not None:
         shapes: dict[str, tuple[int, ...]] = {**weight_shapes(config), HEAD: weight_shapes(config)[TABLE]}
-        shapes |= {name.removesuffix(".weight"): (config.hidden_size,) for name in norm_names(config)}
+        shapes |= {name.removesuffix(".weight"): (size,) for name, size in norm_sizes(config).items()}
         adapter = Lora.open(lora, shapes)
         shards, config = adapter.over(shards), config.resized(adapter.vocab_size or config.vocab_size, lora)
     config = replace(config, tie_word_embeddings=_is_tied(config, shards, adapter, codes))
-    for name in norm_names(config):
-        shards.expect(name, (config.hidden_size,))
+    for name, size in norm_sizes(config).items():
+        shards.expect(name, (size,))
     return config, shards, adapter
 
 

@@ -1,4 +1,6 @@
-"""The Gemma 2 decoder, in the order of the paper. Source: Gemma 2 report (arXiv 2408.00118); HF modeling_gemma2.py.
+"""The decoder of Gemma 2 and Gemma 3, in the order of the papers. Which of the two it is, the configuration says.
+
+Source: Gemma 2 report (arXiv 2408.00118), Gemma 3 report (arXiv 2503.19786); HF modeling_gemma2.py and modeling_gemma3.py.
 
 A backend may replace three seams, and nothing else: `Linear`, `Embedding` and `KVCache.attend`. Module and parameter names are
 Hugging Face's, so that a checkpoint's tensor names are also the model's.
@@ -14,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gemma_edge.model.config import HEAD, TABLE, GemmaConfig
+from gemma_edge.model.config import HEAD, TABLE, GemmaConfig, Rotary
 from gemma_edge.model.kv_cache import KVCache, Rope
 from gemma_edge.model.soft_cap import soft_cap
 
@@ -82,6 +84,15 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, (x.shape[-1],), 1.0 + self.weight, self.eps)
 
 
+class HeadNorm(RMSNorm):
+    """RMSNorm of each head on its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, heads * D) -> (B, T, heads * D)."""
+        heads = x.view(x.shape[0], -1, x.shape[2] // self.weight.shape[0], self.weight.shape[0])  # (B, T, heads, D)
+        return super().forward(heads).view(x.shape[0], -1, x.shape[2])  # (B, T, heads * D)
+
+
 class Attention(nn.Module):
     """Grouped-query attention; scores, masks and the cache are `KVCache.attend`'s."""
 
@@ -95,10 +106,13 @@ class Attention(nn.Module):
         self.k_proj = layers.linear(f"{name}.k_proj", hidden, kv_size)
         self.v_proj = layers.linear(f"{name}.v_proj", hidden, kv_size)
         self.o_proj = layers.linear(f"{name}.o_proj", q_size, hidden)
+        self.q_norm, self.k_norm = (
+            HeadNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity() for _ in "qk"
+        )
 
     def forward(self, x: Tensor, cache: KVCache, rope: Rope, input_pos: Tensor) -> Tensor:
         """(B, T, hidden) -> (B, T, hidden)."""
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(x)), self.v_proj(x)
         out: Tensor = self.o_proj(cache.attend(self.layer, q, k, v, rope, input_pos))
         return out
 
@@ -150,13 +164,14 @@ class GemmaModel(nn.Module):
         self.embed_tokens = layers.embedding(TABLE, config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i, layers) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.register_buffer("inv_freq", inverse_frequencies(config), persistent=False)
+        for name, inv_freq in inverse_frequencies(config).items():
+            self.register_buffer(name, inv_freq, persistent=False)
 
     def forward(self, tokens: Tensor, input_pos: Tensor, cache: KVCache) -> Tensor:
         """(B, T) int64 tokens at `input_pos` (1,) -> (B, T, hidden)."""
-        rope = rotary_angles(self.get_buffer("inv_freq"), input_pos, tokens.shape[1])
+        ropes = layer_ropes(self, self.config, input_pos, tokens.shape[1])
         x = self.embed_tokens(tokens) * self.config.hidden_size**0.5
-        for layer in self.layers:
+        for layer, rope in zip(self.layers, ropes, strict=True):
             x = layer(x, cache, rope, input_pos)
         out: Tensor = self.norm(x)
         return out
@@ -184,10 +199,16 @@ class Gemma(nn.Module):
         return soft_cap(logits, self.config.final_logit_softcapping)
 
 
-def inverse_frequencies(config: GemmaConfig) -> Tensor:
-    """Inverse frequencies (D/2,) float32, always on the CPU, even when the model is built on `meta`."""
+def rotary_buffers(config: GemmaConfig) -> dict[Rotary, str]:
+    """The different rotary embeddings among the layers, and the name of each one's buffer of inverse frequencies."""
+    rotaries = dict.fromkeys(config.rotary(layer) for layer in range(config.num_hidden_layers))
+    return {rotary: f"inv_freq_{index}" if index else "inv_freq" for index, rotary in enumerate(rotaries)}
+
+
+def inverse_frequencies(config: GemmaConfig) -> dict[str, Tensor]:
+    """Inverse frequencies (D/2,) float32 by the name of their buffer, on the CPU even when the model is built on `meta`."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
-    return 1.0 / config.rope_theta**exponents
+    return {name: 1.0 / rotary.theta**exponents / rotary.factor for rotary, name in rotary_buffers(config).items()}
 
 
 def rotary_angles(inv_freq: Tensor, input_pos: Tensor, tokens: int) -> Rope:
@@ -195,3 +216,18 @@ def rotary_angles(inv_freq: Tensor, input_pos: Tensor, tokens: int) -> Rope:
     positions = (input_pos + torch.arange(tokens)).to(torch.float32)  # (T,)
     angles = positions[:, None] * inv_freq[None, :]  # (T, D/2)
     return Rope(angles.cos(), angles.sin())
+
+
+def layer_ropes(module: nn.Module, config: GemmaConfig, input_pos: Tensor, tokens: int) -> list[Rope]:
+    """The rotary angles of every layer, from the module's buffers. Layers with the same rotary embedding share them."""
+    ropes = {
+        rotary: rotary_angles(module.get_buffer(name), input_pos, tokens)
+        for rotary, name in rotary_buffers(config).items()
+    }
+    return [ropes[config.rotary(layer)] for layer in range(config.num_hidden_layers)]
+
+
+def layer_rope(config: GemmaConfig, layer: int, input_pos: Tensor, tokens: int) -> Rope:
+    """The rotary angles of one layer on its own."""
+    inv_freq = inverse_frequencies(config)[rotary_buffers(config)[config.rotary(layer)]]
+    return rotary_angles(inv_freq, input_pos, tokens)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gemma_edge.files import replacing
 from gemma_edge.model.checkpoint import FINAL_NORM, TABLE, Weights
-from gemma_edge.model.gemma import inverse_frequencies, rotary_angles
+from gemma_edge.model.gemma import layer_rope
 from gemma_edge.model.kv_cache import RingCache
 from gemma_edge.model.soft_cap import soft_cap
 
@@ -33,7 +33,6 @@ def blocks(weights: Weights, sequences: Sequence[Tensor], context: int) -> Itera
     """
     config = weights.config
     states = [_embed(weights, ids) for ids in sequences]
-    inv_freq = inverse_frequencies(config)
     for layer in range(config.num_hidden_layers):
         block = weights.load_layer(layer)
         for x in states:
@@ -41,7 +40,7 @@ def blocks(weights: Weights, sequences: Sequence[Tensor], context: int) -> Itera
             for start in range(0, len(x), CHUNK):
                 chunk = x[None, start : start + CHUNK]  # (1, <= CHUNK, hidden)
                 input_pos = torch.tensor([start])
-                rope = rotary_angles(inv_freq, input_pos, chunk.shape[1])
+                rope = layer_rope(config, layer, input_pos, chunk.shape[1])
                 x[start : start + CHUNK] = block(chunk, cache, rope, input_pos)[0]
         yield states
 

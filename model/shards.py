@@ -1,7 +1,8 @@
-"""The tensors of a folder's safetensors files by their names in Gemma2ForCausalLM. Pickle files are refused."""
+"""The tensors of a folder's safetensors files by their names in its decoder. Pickle files are refused."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping
 from copy import copy
 from pathlib import Path
@@ -11,8 +12,11 @@ from torch import Tensor
 
 from gemma_edge.bundle.codec import shown
 from gemma_edge.errors import InputError
+from gemma_edge.model.families import IMAGE_PREFIXES, text_name
 from gemma_edge.model.safetensors_reader import SafetensorsFile, StoredTensor
 from gemma_edge.reading import present, read_json
+
+logger = logging.getLogger(__name__)
 
 # PREFIX: begins every name but the head's. COMPUTED: ends the names of tensors that old versions of transformers saved and
 # that nothing reads.
@@ -21,15 +25,31 @@ FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 class Shards:
-    """Tensors of a folder's safetensors files by their names in Gemma2ForCausalLM.
+    """Tensors of a folder's safetensors files by their names in Gemma2ForCausalLM or Gemma3ForCausalLM.
 
     A folder that was saved from Gemma2Model alone has names without `model.`; transformers completes them too.
     """
 
-    def __init__(self, folder: Path, files: list[Path] | None = None) -> None:
+    def __init__(self, folder: Path, files: list[Path] | None = None, *, multimodal: bool = False) -> None:
+        """Read the headers.
+
+        Args:
+            folder: the model's.
+            files: the files to read; None: those of the model.
+            multimodal: an image encoder lies in them too. Its tensors are left out, and a warning says so.
+        """
         self.folder = folder
         opened = [SafetensorsFile(path) for path in files or _shard_paths(folder)]
         stored = {name: StoredTensor(file, name) for file in opened for name in file.tensors}
+        if multimodal:
+            decoder = {
+                text_name(name): tensor for name, tensor in stored.items() if not name.startswith(IMAGE_PREFIXES)
+            }
+            count = len(stored) - len(decoder)
+            logger.warning(
+                "%s: %d tensors of its image encoder are left out; the result takes text only", folder, count
+            )
+            stored = decoder
         base = PREFIX if not any(name.startswith(PREFIX) for name in stored) else ""
         self._tensors = {name if name.startswith(HEAD_STEM) else base + name: tensor for name, tensor in stored.items()}
 

@@ -20,7 +20,7 @@ from gemma_edge.export.executorch.packing import CODES, SCALE, row_bytes
 from gemma_edge.export.executorch.seams import HIDDEN
 from gemma_edge.export.executorch.templates import Lowered
 from gemma_edge.model.config import GemmaConfig
-from gemma_edge.model.gemma import inverse_frequencies, rotary_angles
+from gemma_edge.model.gemma import inverse_frequencies, layer_ropes
 from gemma_edge.model.kv_cache import visible
 from gemma_edge.quantize.recipe import QuantConfig
 
@@ -93,7 +93,8 @@ class Composed(nn.Module):
         self.embed_tokens, self.head = embedding, nn.ModuleList(head)
         self.project = nn.ModuleList(first for first, _ in layers)
         self.attend = nn.ModuleList(second for _, second in layers)
-        self.register_buffer("inv_freq", inverse_frequencies(config), persistent=False)
+        for name, inv_freq in inverse_frequencies(config).items():
+            self.register_buffer(name, inv_freq, persistent=False)
         for index, layer in enumerate(geometry.layers):
             shape = (geometry.kv_heads, layer.slots, 1, geometry.head_dim)
             self.register_buffer(f"key_{index}", torch.zeros(shape), persistent=False)
@@ -102,12 +103,12 @@ class Composed(nn.Module):
     def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
         """Logits of the tokens (1, T) written at `input_pos` (1,): (1, 1, V), or (1, T, V) with `every_position`."""
         count = tokens.shape[1]
-        rope = rotary_angles(self.get_buffer("inv_freq"), input_pos, count)
+        ropes = layer_ropes(self, self.config, input_pos, count)
         positions = input_pos + torch.arange(count)  # (T,)
         views = {layer: self._view(layer, positions) for layer in dict.fromkeys(self.geometry.layers)}
         x = self.embed_tokens(tokens) * self.config.hidden_size**0.5  # (1, T, hidden)
-        for index, (layer, project, attend) in enumerate(
-            zip(self.geometry.layers, self.project, self.attend, strict=True)
+        for index, (layer, rope, project, attend) in enumerate(
+            zip(self.geometry.layers, ropes, self.project, self.attend, strict=True)
         ):
             q, k, v = project(x, rope.cos, rope.sin)
             view = views[layer]

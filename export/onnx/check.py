@@ -12,12 +12,11 @@ import onnx_ir as ir
 from gemma_edge.bundle.geometry import CacheGeometry
 from gemma_edge.export.onnx.seams import INT8_CACHE, SCALE_INPUTS
 from gemma_edge.export.onnx.weights import HEAD_PACKED, Blob
-from gemma_edge.model.checkpoint import TABLE, weight_shapes
+from gemma_edge.model.checkpoint import TABLE, norm_sizes, weight_shapes
 from gemma_edge.model.config import GemmaConfig
 from gemma_edge.quantize.checkpoint.kv_scales import KINDS, scale_name
 from gemma_edge.quantize.recipe import QuantConfig
 
-NORMS_PER_LAYER = 4
 USUAL = (0, 1, 2, 5, 6)  # inputs of GroupQueryAttention that are neither weight nor cache: q, k, v and lengths
 SMALL_BYTES = 4096  # constants the exporter makes; anything larger must be one of the known weights
 # operator -> which of its inputs are the packed codes and their scales
@@ -63,7 +62,7 @@ def expected_counts(config: GemmaConfig, configs: Mapping[str, QuantConfig | Non
     return {
         "GroupQueryAttention": layers,
         "RotaryEmbedding": 2 * layers,
-        "RMSNormalization": NORMS_PER_LAYER * layers + 1,
+        "RMSNormalization": len(norm_sizes(config)),
         "Gelu": layers,
         "MatMulNBits": multiplied.count(True),
         "MatMul": multiplied.count(False),

@@ -98,7 +98,7 @@ def trace(config: GemmaConfig, geometry: CacheGeometry, layers: Layers) -> ir.Mo
 def _simplify(model: ir.Model) -> None:
     """Fold constants and drop what is unused, without looking at weights."""
     for name, value in model.graph.initializers.items():
-        if name.startswith(f"{MODULE}.") and not name.endswith("inv_freq"):
+        if name.startswith(f"{MODULE}.") and "inv_freq" not in name:
             value.const_value = None
     optimizer.fold_constants(model)
     for step in (

@@ -88,7 +88,7 @@ def genai_config(config: GemmaConfig, geometry: CacheGeometry) -> dict[str, Any]
             "decoder": decoder,
             "eos_token_id": list(config.eos_token_id),
             "pad_token_id": 0,
-            "type": "gemma2",
+            "type": config.architecture,
             "vocab_size": config.vocab_size,
         },
         "search": {

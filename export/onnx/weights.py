@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gemma_edge.errors import InputError
-from gemma_edge.model.checkpoint import HEAD, TABLE, Weights, norm_names, row_slices, weight_shapes
+from gemma_edge.model.checkpoint import HEAD, TABLE, Weights, norm_sizes, row_slices, weight_shapes
 from gemma_edge.model.config import GemmaConfig
 from gemma_edge.quantize.checkpoint.kv_scales import KINDS, scale_name
 from gemma_edge.quantize.checkpoint.packing import pack_bytes
@@ -92,8 +92,8 @@ def layout(
         packed = (columns * quant.bits // 8,) if weight == TABLE else (blocks, block * quant.bits // 8)
         add(f"{weight}.weight_packed", torch.uint8, rows, *packed)
         add(f"{weight}.weight_scale", torch.float32, rows, blocks)
-    for name in norm_names(config):
-        add(name, torch.float32, config.hidden_size)
+    for name, size in norm_sizes(config).items():
+        add(name, torch.float32, size)
     if int8_kv:
         for layer in range(config.num_hidden_layers):
             for kind in KINDS:

@@ -118,7 +118,9 @@ def _needed(program: ExportedProgram) -> set[torch.fx.Node]:
 
 def _parameter(name: str, checkpoint: QuantizedCheckpoint) -> Weight | Tensor:
     """What a parameter of the decoder becomes: a weight of the file, or a value."""
-    if name.endswith("inv_freq"):
-        return inverse_frequencies(checkpoint.config)
+    buffers = inverse_frequencies(checkpoint.config)
+    buffer = name.rpartition(".")[2]
+    if buffer in buffers:
+        return buffers[buffer]
     weight = name.removesuffix(".weight")
     return Weight(weight) if weight in checkpoint.configs else checkpoint.vector(name)

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from gemma_edge.errors import InputError
-from gemma_edge.model.checkpoint import NORMS, TABLE, Weights, linear_shapes
+from gemma_edge.model.checkpoint import TABLE, Weights, layer_norms, linear_shapes
 from gemma_edge.model.config import GemmaConfig
-from gemma_edge.model.gemma import DecoderLayer, inverse_frequencies, rotary_angles
+from gemma_edge.model.gemma import DecoderLayer, layer_rope
 from gemma_edge.model.kv_cache import RingCache
 from gemma_edge.model.safetensors_reader import SafetensorsFile
 from gemma_edge.quantize.calibration.awq import EXPONENTS, SAMPLED_ROWS
@@ -194,8 +194,8 @@ def runner(
     source: Weights, layer: int, tokens: int, ranges: KVRanges | None = None
 ) -> Callable[[nn.Module, Tensor], Tensor]:
     """A function that applies a layer to one window (1, T, hidden) from position 0; `ranges` is given the keys and values."""
-    rope = rotary_angles(inverse_frequencies(source.config), torch.zeros(1, dtype=torch.int64), tokens)
     start = torch.zeros(1, dtype=torch.int64)
+    rope = layer_rope(source.config, layer, start, tokens)
 
     def run(block: nn.Module, x: Tensor) -> Tensor:
         cache = RingCache(source.config, context=tokens, chunk=tokens, layers=[layer])
@@ -276,7 +276,7 @@ def folder_bytes(config: GemmaConfig, recipe: Recipe, calibration: Calibration) 
     """The most bytes that a pass has in its folder: the layers, and both streams, twice while the state is replaced."""
     total = 4 * 4 * calibration.windows.numel() * config.hidden_size
     for layer in range(config.num_hidden_layers):
-        total += 4 * len(NORMS) * config.hidden_size + HEADER_BYTES
+        total += 4 * sum(layer_norms(config).values()) + HEADER_BYTES
         for name, (rows, columns) in linear_shapes(config, layer).items():
             kind = recipe.config_for(name, columns)
             total += rows * (columns * kind.bits // 8 + 2 * kind.groups(columns)) if kind else 4 * rows * columns

@@ -16,15 +16,17 @@ from gemma_edge.files import write_whole
 from gemma_edge.model.checkpoint import (
     FINAL_NORM,
     HEAD,
-    NORMS,
     TABLE,
     TABLES,
     Weights,
+    layer_norms,
     linear_shapes,
     row_slices,
     weight_shapes,
 )
 from gemma_edge.model.config import GemmaConfig
+from gemma_edge.model.families import FAMILIES
+from gemma_edge.model.gemma import RMSNorm
 from gemma_edge.model.hub import copy_companions
 from gemma_edge.model.quantized import QuantConfig, QuantizedTensor
 from gemma_edge.model.safetensors_reader import SafetensorsFile
@@ -183,7 +185,8 @@ def block_specs(
             specs.append(plain_spec(f"{name}.weight", values.to(dtype(name))))
         else:
             specs += integer_specs(name, shape, tensor.config, lambda tensor=tensor: iter([tensor]))  # type: ignore[misc]
-    return specs + [plain_spec(f"{prefix}{norm}.weight", block.get_parameter(f"{norm}.weight").data) for norm in NORMS]
+    norms = [f"{name}.weight" for name, module in block.named_modules() if isinstance(module, RMSNorm)]
+    return specs + [plain_spec(f"{prefix}{norm}", block.get_parameter(norm).data) for norm in norms]
 
 
 @dataclass(frozen=True)
@@ -215,7 +218,7 @@ def _write_config(work: _Work, out: Path) -> None:
     config = work.source.config
     # other programs go by these keys, not by the tensors; an adapter can change both
     for key in ("tie_word_embeddings", "vocab_size"):
-        if raw.get(key, getattr(GemmaConfig, key)) != getattr(config, key):
+        if raw.get(key, FAMILIES[config.architecture].defaults[key]) != getattr(config, key):
             raw[key] = getattr(config, key)
     if any(config for name, config in work.configs.items() if name not in TABLES):
         raw["quantization_config"] = quantization_config(work.configs)
@@ -228,7 +231,7 @@ def _layer_shard(work: _Work, layer: int) -> Iterator[Spec]:
             yield _float_spec(work, weight)
         else:
             yield from _integer_specs(work, weight)
-    for norm in NORMS:
+    for norm in layer_norms(work.source.config):
         yield _norm_spec(work.source, f"model.layers.{layer}.{norm}.weight")
 
 

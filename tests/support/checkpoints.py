@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Gemma2ForCausalLM
-from transformers import Gemma2Config as HFConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
 
 from gemma_edge.bundle.codec import convert
 from gemma_edge.bundle.entries import BackendEntry, ModelEntry, PlanEntry, RecipeEntry, TargetEntry
@@ -55,13 +54,33 @@ SHAPES: dict[str, dict[str, Any]] = {
     "odd_sizes": {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 6, "num_key_value_heads": 2},
     "no_softcaps": {"attn_logit_softcapping": None, "final_logit_softcapping": None},
     "untied": {"tie_word_embeddings": False},
+    "gemma3": {"model_type": "gemma3_text", "num_hidden_layers": 7},  # five local layers, a global one, a local one
+    "gemma3_scaled": {  # begins with a global layer, whose positions are divided
+        "model_type": "gemma3_text",
+        "hidden_size": 96,
+        "intermediate_size": 160,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "head_dim": 24,
+        "query_pre_attn_scalar": 20,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 3000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 200.0},
+        },
+        "tie_word_embeddings": False,
+    },
 }
+# HF_CLASSES: transformers' configuration and model by `model_type`
+HF_CLASSES = {"gemma2": (Gemma2Config, Gemma2ForCausalLM), "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM)}
+HFModel = Gemma2ForCausalLM | Gemma3ForCausalLM
 
 
 def make_checkpoint(folder: Path, seed: int = 0, **overrides: Any) -> Path:
-    """Save a random Gemma 2 in Hugging Face's format, norms included."""
+    """Save a random Gemma 2, or another `model_type`, in Hugging Face's format, norms included."""
+    config_class, model_class = HF_CLASSES[overrides.pop("model_type", "gemma2")]
     torch.manual_seed(seed)
-    model = Gemma2ForCausalLM(HFConfig(**{**TINY_CONFIG, **overrides}))
+    model = model_class(config_class(**{**TINY_CONFIG, **overrides}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -136,7 +155,7 @@ def write_manifest(
 ) -> None:
     """The manifest of a bundle that a backend has written its files into: not verified."""
     manifest = Manifest(
-        model=ModelEntry("test", "gemma2", config.num_parameters, lora=None),
+        model=ModelEntry("test", config.architecture, config.num_parameters, lora=None),
         config=typed_config(config.to_json()),
         recipe=convert({**recipe.to_json(), "parts": [], "calibration": {}}, RecipeEntry),
         target=TargetEntry("test", ram_bytes=0, threads=2),
@@ -171,11 +190,10 @@ def plan_of(cache: CacheGeometry, backend: str) -> PlanEntry:
     )
 
 
-def hf_model(folder: Path) -> Gemma2ForCausalLM:
+def hf_model(folder: Path) -> HFModel:
     """The reference that no one here wrote: transformers, eager attention, float32."""
-    model: Gemma2ForCausalLM = Gemma2ForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    )
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model: HFModel = loaded
     return model
 
 
@@ -189,7 +207,7 @@ def hf_quantized(folder: Path) -> Any:
     return model
 
 
-def hf_holding(folder: Path, weights: Mapping[str, torch.Tensor]) -> Gemma2ForCausalLM:
+def hf_holding(folder: Path, weights: Mapping[str, torch.Tensor]) -> HFModel:
     """The float model of a folder with other weights, all of them."""
     model = hf_model(folder)
     keys = model.load_state_dict(dict(weights), strict=False)

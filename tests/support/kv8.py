@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers import AttentionInterface, Gemma2ForCausalLM
+from transformers import AttentionInterface
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from gemma_edge.quantize.checkpoint.kv_scales import KVRanges, KVScales
-from support.checkpoints import hf_logits
+from support.checkpoints import HFModel, hf_logits
 
 
 def rounded(x: Tensor, scale: Tensor) -> Tensor:
@@ -18,7 +18,7 @@ def rounded(x: Tensor, scale: Tensor) -> Tensor:
     return (x * (1.0 / scale)).round().clamp(-128, 127) * scale
 
 
-def round_kv(model: Gemma2ForCausalLM, scales: KVScales) -> None:
+def round_kv(model: HFModel, scales: KVScales) -> None:
     """From now on the model attends to rounded keys and values."""
 
     def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) -> Any:
@@ -29,7 +29,7 @@ def round_kv(model: Gemma2ForCausalLM, scales: KVScales) -> None:
     model.set_attn_implementation("rounded_kv")
 
 
-def kv_ranges(model: Gemma2ForCausalLM, ids: Tensor) -> KVRanges:
+def kv_ranges(model: HFModel, ids: Tensor) -> KVRanges:
     """Ranges of K and V over the tokens (T,)."""
     ranges = KVRanges()
 

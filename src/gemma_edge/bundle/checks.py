@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from gemma_edge.bundle.codec import Key, KeyProblem
-from gemma_edge.bundle.entries import LOCAL, BackendEntry, GateResult, ModelConfig
+from gemma_edge.bundle.entries import LOCAL, BackendEntry, GateResult, ModelConfig, ModelEntry
 from gemma_edge.bundle.geometry import CacheGeometry
 from gemma_edge.bundle.settings import SignatureSettings, roles
 from gemma_edge.bundle.signature import Signature
@@ -15,6 +15,7 @@ MAX_CACHE_BYTES = 1 << 38
 
 
 def problems(
+    model: ModelEntry,
     config: ModelConfig,
     backends: Mapping[str, BackendEntry[Any]],
     files: Collection[str],
@@ -22,6 +23,9 @@ def problems(
 ) -> Iterator[KeyProblem]:
     """Every place where these parts of a manifest contradict each other."""
     yield from config_problems(config)
+    if model.architecture != config.architecture:
+        expected = f"{config.architecture}, as config.architecture says"
+        yield KeyProblem(("model", "architecture"), model.architecture, expected)
     if not backends:
         yield KeyProblem(("backends",), {}, "an object with at least one backend")
     for name, entry in backends.items():

@@ -37,6 +37,7 @@ FIGURES = ("Figure", "Magnitude", "Share")  # annotations of fields that may be 
 LOCAL: Final = "sliding_attention"
 GLOBAL: Final = "full_attention"
 LayerType = Literal["sliding_attention", "full_attention"]
+Architecture = Literal["gemma2", "gemma3_text"]  # transformers' `model_type`
 
 
 class _Figures:
@@ -53,7 +54,7 @@ class ModelEntry:
     """The checkpoint."""
 
     name: Name  # its folder
-    architecture: Literal["gemma2"]
+    architecture: Architecture
     parameters: Count
     lora: str | None  # folder of the adapter that was merged; None: no adapter
 
@@ -82,6 +83,13 @@ class ModelConfig:
     tie_word_embeddings: bool = (
         True  # False: the head is a matrix of its own; the tensors decide it, see model/checkpoint.py
     )
+    architecture: Architecture = "gemma2"
+    qk_norm: bool = False  # whether each head's queries and keys are normalised before they are rotated
+    rope_factor: Scale = 1.0  # positions are divided by it
+    rope_local_base_freq: Scale | None = (
+        None  # rope_theta of the local layers; None: as the global layers, factor included
+    )
+    rope_local_factor: Scale = 1.0
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,8 @@ class Manifest:
                 raise
             raise InputError(f"{path} is damaged ({error}); {HINT}") from None
         _check_files(bundle, manifest)
-        for conflict in problems(manifest.config, manifest.backends, manifest.files, manifest.verification):
+        parts = manifest.model, manifest.config, manifest.backends, manifest.files, manifest.verification
+        for conflict in problems(*parts):
             raise conflict.error(path)
         return manifest
 

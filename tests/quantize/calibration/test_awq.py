@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.checkpoints import DEMO, hf_holding, hf_logits, hf_model
+from support.checkpoints import DEMO, HFModel, hf_holding, hf_logits, hf_model
 from torch import Tensor, nn
 from torch.testing import assert_close
-from transformers import Gemma2ForCausalLM
 
 from gemma_edge.model.checkpoint import Checkpoint
 from gemma_edge.model.gemma import Gemma
@@ -38,7 +37,7 @@ def fold_everything(model: Gemma, seed: int) -> int:
     return sum(not torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-def held_by_transformers(folder: Path, model: Gemma) -> Gemma2ForCausalLM:
+def held_by_transformers(folder: Path, model: Gemma) -> HFModel:
     return hf_holding(folder, {name: value for name, value in model.state_dict().items() if "inv_freq" not in name})
 
 

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.checkpoints import DEMO, hf_logits, hf_model, relative_error
+from support.checkpoints import DEMO, HFModel, hf_logits, hf_model, relative_error
 from support.heavy_tail import write_heavy_tailed
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import Gemma2ForCausalLM
 
 from gemma_edge.quantize.integers import quantize
 from gemma_edge.quantize.recipe import QuantConfig
@@ -30,7 +29,7 @@ def ids() -> Tensor:
     )
 
 
-def rounding_kl(model: Gemma2ForCausalLM, ids: Tensor) -> float:
+def rounding_kl(model: HFModel, ids: Tensor) -> float:
     """KL(float || linears rounded at group 32), nats per token."""
     right = hf_logits(model, ids).log_softmax(-1)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The decoder against transformers' eager Gemma 2: any chunks, past the window, past the context, far from position 0."""
+"""The decoder against transformers' eager Gemma 2 and 3: any chunks, past the window, past the context, far from position 0."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from support.checkpoints import SHAPES, hf_logits, hf_model, make_checkpoint, relative_error
+from support.checkpoints import SHAPES, HFModel, hf_logits, hf_model, make_checkpoint, relative_error
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import Gemma2ForCausalLM
 
 from gemma_edge.bundle.entries import GLOBAL, LOCAL
 from gemma_edge.model.checkpoint import Checkpoint
 from gemma_edge.model.config import GemmaConfig
-from gemma_edge.model.gemma import Gemma, rotary_angles
+from gemma_edge.model.gemma import Gemma, layer_ropes
 from gemma_edge.model.kv_cache import RingCache
 
 UNEVEN = [7, 3, 1, 7, 2, *[1] * 12, 5, 6]  # 43 tokens: the window is 8 and its ring 14 slots, so it wraps three times
@@ -50,9 +49,7 @@ def run(model: Gemma, ids: Tensor, sizes: Sequence[int], *, context: int, start:
     return torch.cat(parts)
 
 
-def hf_windowed(
-    model: Gemma2ForCausalLM, ids: Tensor, *, local_window: int, global_window: int, start: int = 0
-) -> Tensor:
+def hf_windowed(model: HFModel, ids: Tensor, *, local_window: int, global_window: int, start: int = 0) -> Tensor:
     """transformers without a cache and with an explicit window per kind of layer: a global layer sees the context and no more."""
     position = torch.arange(len(ids))
     age = position[:, None] - position[None, :]  # (T, T)
@@ -110,17 +107,32 @@ MISTAKES: dict[str, Callable[[GemmaConfig], dict[str, Any]]] = {
     "scaled by head_dim": lambda c: {"query_pre_attn_scalar": c.head_dim},
     "other rope": lambda c: {"rope_theta": 9000.0},
 }
+GEMMA3_MISTAKES: dict[str, Callable[[GemmaConfig], dict[str, Any]]] = {
+    "window one longer": MISTAKES["window one longer"],
+    "layer kinds swapped": MISTAKES["layer kinds swapped"],
+    "scaled by head_dim": MISTAKES["scaled by head_dim"],
+    "queries and keys not normalised": lambda c: {"qk_norm": False},
+    "a softcap": lambda c: {"final_logit_softcapping": 30.0},
+    "one rope for all": lambda c: {"rope_local_base_freq": None},
+    "ropes swapped": lambda c: {"rope_theta": c.rope_local_base_freq, "rope_local_base_freq": c.rope_theta},
+    "rope not scaled": lambda c: {"rope_factor": 1.0},
+    "local rope scaled": lambda c: {"rope_local_factor": 8.0},
+}
+EVERY_MISTAKE = [
+    *(pytest.param("heads_like_27b", mistake, id=name) for name, mistake in MISTAKES.items()),
+    *(pytest.param("gemma3_scaled", mistake, id=f"gemma3: {name}") for name, mistake in GEMMA3_MISTAKES.items()),
+]
 
 
-@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())
+@pytest.mark.parametrize(("shape", "mistake"), EVERY_MISTAKE)
 def test_a_wrong_number_would_be_noticed(
-    mistake: Callable[[GemmaConfig], dict[str, Any]], checkpoint: Callable[..., Path]
+    shape: str, mistake: Callable[[GemmaConfig], dict[str, Any]], checkpoint: Callable[..., Path]
 ) -> None:
     """Guards the tests above: with weights too small, or sequences too short, they would pass whatever the decoder does."""
-    weights = Checkpoint.open(checkpoint("heads_like_27b"))
+    weights = Checkpoint.open(checkpoint(shape))
     model, ids = weights.load(), tokens(sum(UNEVEN))
     wrong = Gemma(replace(weights.config, **mistake(weights.config)))
-    wrong.load_state_dict(model.state_dict())
+    wrong.load_state_dict(model.state_dict(), strict=wrong.config.qk_norm == weights.config.qk_norm)
     error = relative_error(run(wrong, ids, UNEVEN, context=64), run(model, ids, UNEVEN, context=64))
     assert error > NOTICED
 
@@ -171,9 +183,9 @@ def test_layers_run_one_by_one_give_the_model(checkpoint: Callable[..., Path]) -
     start = torch.tensor([0])
     with torch.no_grad():
         x = model.model.embed_tokens(ids[None]) * weights.config.hidden_size**0.5
-        rope = rotary_angles(model.model.get_buffer("inv_freq"), start, 20)
+        ropes = layer_ropes(model.model, weights.config, start, 20)
         for layer in range(weights.config.num_hidden_layers):
             cache = RingCache(weights.config, context=12, chunk=20, layers=[layer])
-            x = weights.load_layer(layer)(x, cache, rope, start)
+            x = weights.load_layer(layer)(x, cache, ropes[layer], start)
         logits = model.head(model.model.norm(x))[0]
     assert_close(logits, whole, rtol=0.0, atol=0.0)  # the same operations in the same order

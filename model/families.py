@@ -1,0 +1,98 @@
+"""What each `model_type` of transformers means to the decoder, as data.
+
+Source: HF configuration_gemma2.py, configuration_gemma3.py, modeling_gemma3.py.
+config.py reads a config.json by these tables. No other file knows one family from another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from gemma_edge.bundle.entries import GLOBAL, LOCAL, LayerType
+
+
+@dataclass(frozen=True)
+class Family:
+    """One `model_type`: the defaults of its keys, and what is the same in all of its models."""
+
+    architectures: tuple[str, ...]  # classes with this decoder; a classifier has another head. Messages name the first.
+    defaults: Mapping[str, Any]  # by field of GemmaConfig: where config.json leaves its key out, or has none for it
+    global_every: int  # layer i is global if this divides i + 1, where config.json holds no `layer_types`
+    pattern_key: str | None  # the key that may hold another number than `global_every`
+    thetas: Mapping[LayerType, float]  # base of the rotary embedding by kind of layer; GLOBAL alone: one for all layers
+    rope_types: tuple[str, ...] = ("default",)
+    only_value: Mapping[str, tuple[Any, ...]] = field(
+        default_factory=dict
+    )  # as ONLY_VALUE in config.py, of this family
+
+
+_SHARED: dict[str, Any] = {
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256.0,
+    "sliding_window": 4096,
+    "rms_norm_eps": 1e-6,
+    "bos_token_id": 2,
+    "eos_token_id": (1,),
+    "tie_word_embeddings": True,
+}
+GEMMA2 = Family(
+    architectures=("Gemma2ForCausalLM", "Gemma2Model"),
+    defaults={
+        **_SHARED,
+        "architecture": "gemma2",
+        "vocab_size": 256_000,
+        "max_position_embeddings": 8192,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+    },
+    global_every=2,
+    pattern_key=None,
+    thetas={GLOBAL: 10_000.0},
+)
+GEMMA3 = Family(
+    architectures=("Gemma3ForCausalLM", "Gemma3TextModel"),
+    defaults={
+        **_SHARED,
+        "architecture": "gemma3_text",
+        "qk_norm": True,
+        "vocab_size": 262_208,
+        "max_position_embeddings": 131_072,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+    },
+    global_every=6,
+    pattern_key="sliding_window_pattern",
+    thetas={GLOBAL: 1_000_000.0, LOCAL: 10_000.0},
+    rope_types=("default", "linear"),
+    only_value={"attn_logit_softcapping": (None,)},  # HF reads the key and never applies it
+)
+FAMILIES: dict[str, Family] = {"gemma2": GEMMA2, "gemma3_text": GEMMA3}
+
+# Folders that hold an image encoder beside a Gemma 3 decoder, which is described by their `text_config`.
+MULTIMODAL: Literal["gemma3"] = "gemma3"
+MULTIMODAL_ARCHITECTURES = ("Gemma3ForConditionalGeneration", "Gemma3Model")
+TEXT_CONFIG = "text_config"
+OUTER_KEYS = ("eos_token_id", "bos_token_id")  # where both levels have one of these keys, the outer one is used
+IMAGE_PREFIXES = tuple(
+    f"{outer}{part}." for outer in ("", "model.") for part in ("vision_tower", "multi_modal_projector")
+)
+# TEXT_PREFIXES: what a decoder's names begin with in these folders, transformers 4 and 5, and in a folder of its own
+TEXT_PREFIXES = (
+    ("language_model.lm_head.", "lm_head."),
+    ("language_model.model.", "model."),
+    ("model.language_model.", "model."),
+    ("language_model.", "model."),  # of Gemma3Model, without a head
+)
+
+
+def text_name(name: str) -> str:
+    """The name of a tensor of such a folder in a folder of the decoder alone."""
+    prefix, own = next((pair for pair in TEXT_PREFIXES if name.startswith(pair[0])), ("", ""))
+    return own + name.removeprefix(prefix)
