@@ -14,13 +14,22 @@ from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig, to_edge
 from executorch.exir.passes import MemoryPlanningPass
 from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
 from executorch.exir.program import ExecutorchProgramManager
+from torch import Tensor
 from torch.export import Dim, ExportedProgram, export
 
 from gemma_edge.bundle.geometry import CacheGeometry
 from gemma_edge.export.executorch.compose import Composed, Embedding
 from gemma_edge.export.executorch.packing import Weight, pieces_of, random_weight
 from gemma_edge.export.executorch.pte import write_pte
-from gemma_edge.export.executorch.seams import AttendHalf, Limits, ProjectHalf, block_half, head_piece, linears_of
+from gemma_edge.export.executorch.seams import (
+    AttendHalf,
+    Limits,
+    ProjectHalf,
+    block_half,
+    head_piece,
+    linears_of,
+    vector_of,
+)
 from gemma_edge.export.executorch.templates import COMPILE, Lowered, Template, lower_half
 from gemma_edge.logits import scored_at_once
 from gemma_edge.model.checkpoint import TABLE
@@ -114,8 +123,11 @@ def _parts(
             templates[key] = lower_half(block_half(kind, config, layer, weight), limits)
         return templates[key]
 
+    def vector(name: str) -> Tensor:
+        return vector_of(name, checkpoint.vector)
+
     def named(template: Template, layer: int) -> Lowered:
-        return Lowered(template, f"model.layers.{layer}.", checkpoint.vector)
+        return Lowered(template, f"model.layers.{layer}.", vector)
 
     layers = [
         (named(lowered(ProjectHalf, layer), layer), named(lowered(AttendHalf, layer), layer))

@@ -24,7 +24,7 @@ from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor 
 from gemma_edge.export.executorch.packing import Weight, is_halved, pieces_of
 from gemma_edge.model.checkpoint import linear_shapes
 from gemma_edge.model.config import GemmaConfig
-from gemma_edge.model.gemma import DecoderLayer, Layers, RMSNorm
+from gemma_edge.model.gemma import DecoderLayer, HeadNorm, Layers, RMSNorm
 from gemma_edge.model.kv_cache import Rope, rotate_halves
 from gemma_edge.model.soft_cap import soft_cap
 from gemma_edge.quantize.integers import QuantizedTensor
@@ -97,6 +97,31 @@ class MeanByLinear(nn.Module):
         """(B, T, hidden) -> same."""
         mean = F.linear(x * x, self.get_buffer("mean_row"))  # (B, T, 1)
         return x * torch.rsqrt(mean + self.eps) * (1.0 + self.weight)
+
+
+class HalvedNorm(nn.Module):
+    """HeadNorm of what `HalvedLinear` gives: each half, divided by the root of the whole head's mean square."""
+
+    def __init__(self, norm: HeadNorm) -> None:
+        super().__init__()
+        self.eps, self.size = norm.eps, norm.weight.shape[0] // 2
+        self.first, self.second = (nn.Parameter(half.clone(), requires_grad=False) for half in norm.weight.chunk(2))
+        self.register_buffer("mean_row", torch.full((1, self.size), 0.5 / self.size))
+
+    def forward(self, halves: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Two of (1, T, heads * D/2) -> two of (1, T, heads, D/2)."""
+        a, b = (half.view(1, -1, half.shape[2] // self.size, self.size) for half in halves)
+        row = self.get_buffer("mean_row")
+        factor = torch.rsqrt(F.linear(a * a, row) + F.linear(b * b, row) + self.eps)  # (1, T, heads, 1)
+        return a * factor * (1.0 + self.first), b * factor * (1.0 + self.second)
+
+
+def vector_of(name: str, vector: Callable[[str], Tensor]) -> Tensor:
+    """A norm that a half computes with, by its name there; `vector` gives the checkpoint's own by theirs."""
+    norm, _, part = name.rpartition(".")
+    if part == "weight":
+        return vector(name)
+    return vector(f"{norm}.weight").chunk(2)[("first", "second").index(part)].clone()
 
 
 def tanh_gelu(x: Tensor, approximate: str = "none") -> Tensor:
@@ -284,7 +309,7 @@ def linears_of(half: type[Half], config: GemmaConfig, layer: int) -> list[str]:
 
 
 def block_half(half: type[ProjectHalf] | type[AttendHalf], config: GemmaConfig, layer: int, weight: Rows) -> Half:
-    """One half of a layer over given weights; the linears of the other half are not there."""
+    """One half of a layer over given weights; what the other half computes with is not there."""
 
     def linear(name: str, in_features: int, out_features: int) -> nn.Module:
         relative = name.removeprefix(f"model.layers.{layer}.")
@@ -295,6 +320,8 @@ def block_half(half: type[ProjectHalf] | type[AttendHalf], config: GemmaConfig, 
         return HalvedLinear(relative, *(weight(name, out_features // 2, in_features) for _ in range(2)))
 
     block = DecoderLayer(config, layer, Layers(linear))
+    if half is not ProjectHalf:
+        block.self_attn.q_norm = block.self_attn.k_norm = nn.Identity()
     return _ready(half(config, block))
 
 
@@ -306,10 +333,10 @@ def head_piece(config: GemmaConfig, weight: Rows) -> Half:
 
 
 def _ready(half: Half) -> Half:
-    """Every RMSNorm replaced by `MeanByLinear`, whose weights are inputs of the delegate: any value does."""
+    """Every norm replaced by one that XNNPACK takes whole. Their weights are inputs of the delegate: any value does."""
     for parent in list(half.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, RMSNorm):
                 child.weight.zero_()
-                setattr(parent, name, MeanByLinear(child))
+                setattr(parent, name, HalvedNorm(child) if isinstance(child, HeadNorm) else MeanByLinear(child))
     return half.eval()

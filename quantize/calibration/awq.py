@@ -1,7 +1,8 @@
 """Function-preserving channel scales that make a block easier to round (AWQ: Lin et al., arXiv 2306.00978).
 
 Only scales that fold exactly into existing weights are used: pre-norm -> qkv, pre-norm -> gate and up, up -> down, v -> o. The
-post-norms allow no others. Nothing is left to compute at run time. The norms' algebra: Gemma's RMSNorm multiplies by 1 + w.
+post-norms allow no others, and norms of queries and keys none between q and k. Nothing is left to compute at run time. The
+norms' algebra: Gemma's RMSNorm multiplies by 1 + w.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def decoder_topology(
 
 
 def gemma_topology(config: GemmaConfig) -> Topology:
-    """Gemma 2's block: names are those of model/gemma.py."""
+    """Gemma's block: names are those of model/gemma.py."""
     return decoder_topology(
         "input_layernorm",
         "pre_feedforward_layernorm",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.checkpoints import DEMO, HFModel, hf_holding, hf_logits, hf_model
+from support.checkpoints import DEMO, HFModel, hf_holding, hf_logits, hf_model, relative_error
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -19,6 +19,7 @@ from gemma_edge.quantize.calibration.gptq import Inputs, output_error, quantize_
 from gemma_edge.quantize.recipe import QuantConfig
 
 INT4 = QuantConfig(4, 32)
+EXACT = 1e-5  # part of the logits' range: float32 with other factors
 FOLD = Fold("norm", ("first", "second"))
 
 
@@ -54,16 +55,49 @@ def test_folds_change_nothing_on_the_demo_model() -> None:
     assert kl(hf_logits(hf_model(DEMO), ids), hf_logits(held_by_transformers(DEMO, model), ids)) <= 1e-7
 
 
-@pytest.mark.parametrize("shape", ["tiny", "heads_like_27b", "odd_sizes", "no_softcaps"])
+@pytest.mark.parametrize("shape", ["tiny", "heads_like_27b", "odd_sizes", "no_softcaps", "gemma3", "gemma3_scaled"])
 def test_folds_change_nothing_whatever_the_heads(shape: str, checkpoint: Callable[..., Path]) -> None:
     """Two or three query heads share a value head here: its scale must reach all of their columns of o_proj."""
     ids = torch.randint(3, 320, (24,), generator=torch.Generator().manual_seed(0))
     model = Checkpoint.open(checkpoint(shape)).load()
     fold_everything(model, seed=1)
-    assert (
-        kl(hf_logits(hf_model(checkpoint(shape)), ids), hf_logits(held_by_transformers(checkpoint(shape), model), ids))
-        <= 1e-7
-    )
+    before = hf_logits(hf_model(checkpoint(shape)), ids)
+    after = hf_logits(held_by_transformers(checkpoint(shape), model), ids)
+    assert kl(before, after) <= 1e-7
+    assert relative_error(after, before) <= EXACT  # without a softcap, logits are so large that KL sees only one token
+
+
+def error_after(shape: str, checkpoint: Callable[..., Path], change: Callable[[nn.Module, Tensor], None]) -> float:
+    """Relative error after a change of every layer, which is given a scale of each channel of a key head (D,)."""
+    ids, folder = torch.randint(3, 320, (24,), generator=torch.Generator().manual_seed(0)), checkpoint(shape)
+    model = Checkpoint.open(folder).load()
+    for i in range(model.config.num_hidden_layers):
+        half = draw(i, model.config.head_dim // 2).clamp(-1.0, 1.0).exp()
+        change(
+            model.get_submodule(f"model.layers.{i}.self_attn"), torch.cat([half, half])
+        )  # the same for both coordinates of a rotary plane
+    return relative_error(hf_logits(held_by_transformers(folder, model), ids), hf_logits(hf_model(folder), ids))
+
+
+def move_between_projections(attention: nn.Module, scale: Tensor) -> None:
+    for name, factor in (("q_proj", scale), ("k_proj", 1.0 / scale)):
+        weight = attention.get_parameter(f"{name}.weight").data
+        weight.view(-1, len(scale), weight.shape[1]).mul_(factor[:, None])
+
+
+def move_between_norms(attention: nn.Module, scale: Tensor) -> None:
+    for name, factor in (("q_norm", scale), ("k_norm", 1.0 / scale)):
+        attention.get_parameter(f"{name}.weight").data.add_(1.0).mul_(factor).sub_(1.0)
+
+
+def test_norms_of_queries_and_keys_stop_a_scale_of_the_projections_and_pass_one_of_their_own(
+    checkpoint: Callable[..., Path],
+) -> None:
+    """So a topology has no fold from q_proj to k_proj: without these norms it would be exact, with them it is wrong."""
+    assert error_after("tiny", checkpoint, move_between_projections) <= EXACT
+    for shape in ("gemma3", "gemma3_scaled"):
+        assert error_after(shape, checkpoint, move_between_projections) > 1e-2
+        assert error_after(shape, checkpoint, move_between_norms) <= EXACT
 
 
 def test_a_value_heads_scale_is_repeated_for_its_query_heads() -> None:
