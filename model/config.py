@@ -55,7 +55,7 @@ ROPE_FIELDS: dict[LayerType, tuple[str, str]] = {
     LOCAL: ("rope_local_base_freq", "rope_local_factor"),
 }
 OWN_FIELDS = {
-    "model_type",
+    "architecture",
     "qk_norm",
     *(name for pair in ROPE_FIELDS.values() for name in pair),
 }  # not read as they are
@@ -168,7 +168,7 @@ def text_config(folder: Path) -> tuple[dict[str, Any], Family]:
         inner: dict[str, Any] = _typed(path, raw.get(TEXT_CONFIG) or {}, dict[str, Any], TEXT_CONFIG)
         outer = {key: raw[key] for key in OUTER_KEYS if raw.get(key) is not None}
         named = {"model_type": GEMMA3.defaults["architecture"], "architectures": [GEMMA3.architectures[0]]}
-        raw = {**named, **inner, **outer}
+        raw = {**named, **inner, "tie_word_embeddings": True, **outer}
     if not isinstance(raw.get("model_type"), str) or raw["model_type"] not in FAMILIES:
         supported = ", ".join(map(shown, (*FAMILIES, MULTIMODAL)))
         raise InputError(f"{path}: model_type is {shown(raw.get('model_type'))}; supported: {supported}")

@@ -79,7 +79,11 @@ FAMILIES: dict[str, Family] = {"gemma2": GEMMA2, "gemma3_text": GEMMA3}
 MULTIMODAL: Literal["gemma3"] = "gemma3"
 MULTIMODAL_ARCHITECTURES = ("Gemma3ForConditionalGeneration", "Gemma3Model")
 TEXT_CONFIG = "text_config"
-OUTER_KEYS = ("eos_token_id", "bos_token_id")  # where both levels have one of these keys, the outer one is used
+OUTER_KEYS = (
+    "eos_token_id",
+    "bos_token_id",
+    "tie_word_embeddings",
+)  # keys that are used from the outer level, where it has them
 IMAGE_PREFIXES = tuple(
     f"{outer}{part}." for outer in ("", "model.") for part in ("vision_tower", "multi_modal_projector")
 )

@@ -20,6 +20,7 @@ from gemma_edge.bundle.codec import shown, typed_value
 from gemma_edge.errors import InputError
 from gemma_edge.model import patterns
 from gemma_edge.model.config import HEAD, TABLE, TABLES
+from gemma_edge.model.families import text_name
 from gemma_edge.model.safetensors_reader import SafetensorsFile, StoredTensor
 from gemma_edge.model.shards import Shards
 from gemma_edge.reading import present, read_json
@@ -109,7 +110,10 @@ class Lora:
         rows = lora.vocab_size
         if rows is not None:
             shapes = {**shapes, **{name: (rows, *shapes[name][1:]) for name in TABLES}}
-        pairs = {weight: _pair(folder, config, weight, sides, shapes[weight]) for weight, sides in found.halves.items()}
+        pairs = {
+            weight: _pair(folder, config, found.modules[weight], sides, shapes[weight])
+            for weight, sides in found.halves.items()
+        }
         if not (pairs or lora.whole):
             raise InputError(f"{folder} holds no LoRA weight")
         return replace(lora, pairs=pairs)
@@ -159,6 +163,9 @@ class _Found:
     """The tensors of an adapter by what they are; the keys are those of `Lora`."""
 
     halves: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    modules: dict[str, str] = field(
+        default_factory=dict
+    )  # a weight's name in the adapter: other beside an image encoder
     bases: dict[str, StoredTensor] = field(default_factory=dict)
     whole: dict[str, StoredTensor] = field(default_factory=dict)
 
@@ -172,14 +179,15 @@ def _read(folder: Path, names: Collection[str]) -> _Found:
         if UNUSED.fullmatch(name):
             continue
         match = HALF.fullmatch(name) or WHOLE.fullmatch(name)
-        if match is None or match["weight"] not in names:
+        weight = text_name(match["weight"]) if match else ""
+        if match is None or weight not in names:
             known = any(name.startswith(f"{weight}.") for weight in names)
             raise InputError(
                 f"{folder}: {key} is not a LoRA of a weight of this model",
                 hint=MERGE_FIRST if known else "pass the model that the adapter was trained on",
             )
-        weight = match["weight"]
         if match.re is HALF:
+            found.modules[weight] = match["weight"]
             side, half = _half(match, tensor)
             found.halves.setdefault(weight, {})[side] = half
         else:

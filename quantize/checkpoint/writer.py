@@ -24,8 +24,7 @@ from gemma_edge.model.checkpoint import (
     row_slices,
     weight_shapes,
 )
-from gemma_edge.model.config import GemmaConfig
-from gemma_edge.model.families import FAMILIES
+from gemma_edge.model.config import GemmaConfig, text_config
 from gemma_edge.model.gemma import RMSNorm
 from gemma_edge.model.hub import copy_companions
 from gemma_edge.model.quantized import QuantConfig, QuantizedTensor
@@ -36,7 +35,6 @@ from gemma_edge.quantize.checkpoint.safetensors_writer import Spec, plain_spec, 
 from gemma_edge.quantize.checkpoint.store import TABLE_FILE, QuantizedCheckpoint, final_configs
 from gemma_edge.quantize.integers import quantize
 from gemma_edge.quantize.recipe import Recipe
-from gemma_edge.reading import read_json
 
 
 def write_quantized(
@@ -213,12 +211,12 @@ def _write_table(work: _Work, out: Path, name: str) -> None:
 
 
 def _write_config(work: _Work, out: Path) -> None:
-    raw = read_json(work.source.folder / "config.json")
+    raw, family = text_config(work.source.folder)
     raw.pop("quantization_config", None)
     config = work.source.config
     # other programs go by these keys, not by the tensors; an adapter can change both
     for key in ("tie_word_embeddings", "vocab_size"):
-        if raw.get(key, FAMILIES[config.architecture].defaults[key]) != getattr(config, key):
+        if raw.get(key, family.defaults[key]) != getattr(config, key):
             raw[key] = getattr(config, key)
     if any(config for name, config in work.configs.items() if name not in TABLES):
         raw["quantization_config"] = quantization_config(work.configs)

@@ -73,9 +73,8 @@ def error_after(shape: str, checkpoint: Callable[..., Path], change: Callable[[n
     model = Checkpoint.open(folder).load()
     for i in range(model.config.num_hidden_layers):
         half = draw(i, model.config.head_dim // 2).clamp(-1.0, 1.0).exp()
-        change(
-            model.get_submodule(f"model.layers.{i}.self_attn"), torch.cat([half, half])
-        )  # the same for both coordinates of a rotary plane
+        both = torch.cat([half, half])  # the same for the two coordinates of a rotary plane
+        change(model.get_submodule(f"model.layers.{i}.self_attn"), both)
     return relative_error(hf_logits(held_by_transformers(folder, model), ids), hf_logits(hf_model(folder), ids))
 
 
