@@ -21,6 +21,7 @@ from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
 from gemma_edge.quantize.checkpoint.writer import block_specs, shard_names
 from gemma_edge.quantize.distillation.distill import CodedLinear, Schedule, distill
 
+TRAINED = ("log_change", "layernorm.weight", "q_norm.weight", "k_norm.weight")  # ends of the parameters' names
 BYTES_PER_WEIGHT = (
     4 + 1 + 2
 )  # the original in float32, the codes, and activations with one dequantized weight at a time
@@ -61,7 +62,7 @@ def recover(
     if device == "cpu":
         _check_memory(source)
     teacher, student = source.load().to(device), _student(quantized).to(device)
-    trained = [p for name, p in student.named_parameters() if name.endswith(("log_change", "layernorm.weight"))]
+    trained = [p for name, p in student.named_parameters() if name.endswith(TRAINED)]
     for parameter in trained:
         parameter.requires_grad_(True)
     with torch.device(device):  # where positions and masks are made

@@ -61,14 +61,13 @@ SHAPES: dict[str, dict[str, Any]] = {
         "intermediate_size": 160,
         "num_hidden_layers": 3,
         "num_attention_heads": 6,
-        "head_dim": 24,
+        "head_dim": 16,
         "query_pre_attn_scalar": 20,
         "layer_types": ["full_attention", "sliding_attention", "full_attention"],
         "rope_parameters": {
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 3000.0},
             "sliding_attention": {"rope_type": "default", "rope_theta": 200.0},
         },
-        "tie_word_embeddings": False,
     },
 }
 # HF_CLASSES: transformers' configuration and model by `model_type`

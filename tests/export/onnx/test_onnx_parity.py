@@ -133,6 +133,7 @@ def test_reference_masks_equal_transformers_own_inside_the_context(
         ("odd_sizes", make_recipe(8, group_size=64)),
         ("heads_like_27b", make_recipe(4)),
         ("starts_global", make_recipe(4)),
+        ("gemma3_scaled", make_recipe(4)),
         ("untied", make_recipe(4)),
         ("untied", make_recipe(4, table_bits=4)),
         ("untied", make_recipe(8)),
@@ -187,7 +188,14 @@ def assert_equal_but_for_ties(found: torch.Tensor, expected: torch.Tensor, float
 
 @pytest.mark.parametrize(
     ("shape", "margin"),
-    [("tiny", 1.2), ("tiny", 0.5), ("heads_like_27b", 1.2), ("starts_global", 1.2), ("no_softcaps", 1.2)],
+    [
+        ("tiny", 1.2),
+        ("tiny", 0.5),
+        ("heads_like_27b", 1.2),
+        ("starts_global", 1.2),
+        ("no_softcaps", 1.2),
+        ("gemma3_scaled", 1.2),
+    ],
 )
 def test_int8_cache_equals_transformers_with_keys_and_values_rounded_the_same_way(
     shape: str, margin: float, checkpoint: Callable[..., Path], tmp_path: Path

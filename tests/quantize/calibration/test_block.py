@@ -176,7 +176,7 @@ def block_and_moments(folder: Path) -> tuple[nn.Module, dict[str, Tensor], dict[
     return block, second_moments(block, x, runner(source, 0, 24), gemma_topology(source.config)), seen
 
 
-@pytest.mark.parametrize("shape", ["tiny", "odd_sizes"])
+@pytest.mark.parametrize("shape", ["tiny", "odd_sizes", "gemma3_scaled"])
 def test_second_moments_are_those_of_what_transformers_feeds_each_linear(
     shape: str, checkpoint: Callable[..., Path]
 ) -> None:

@@ -98,7 +98,7 @@ def written(source: Checkpoint, recipe: Recipe, seen: Calibration, folder: Path)
     return write_quantized(source, recipe, folder / "out", layers=lambda layer: layer_file(folder / "layers", layer))
 
 
-@pytest.mark.parametrize("shape", ["tiny", "heads_like_27b", "odd_sizes"])
+@pytest.mark.parametrize("shape", ["tiny", "heads_like_27b", "odd_sizes", "gemma3_scaled"])
 @pytest.mark.parametrize("recipe", [GPTQ, BEST, MIXED], ids=lambda recipe: recipe.rules[-1].method + recipe.name)
 def test_transformers_computes_the_same_logits_from_the_folder(
     recipe: Recipe, shape: str, checkpoint: Callable[..., Path], tmp_path: Path

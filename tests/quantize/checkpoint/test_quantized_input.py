@@ -52,6 +52,7 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
     "mixed groups": ("odd_sizes", make_recipe(4, group_size=64)),
     "int4 table": ("tiny", make_recipe(4, group_size=0, table_bits=4)),
     "int8": ("tiny", make_recipe(8)),
+    "gemma3": ("gemma3_scaled", make_recipe(8)),
     "some float": (
         "tiny",
         Recipe("some", (QuantRule(r".*\.o_proj|" + TABLE_PATTERN, None), QuantRule(ANY, QuantConfig(4, 32)))),
@@ -65,6 +66,7 @@ NAMES = {
     "mixed groups": "int4-g32+int4-g64",
     "int4 table": "int4-channel-table4",
     "int8": "int8-channel",
+    "gemma3": "int8-channel",
     "some float": "int4-g32+int8-channel",
 }
 
