@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from campaigns.campaign import time_limit
 from support.checkpoints import DEMO
+from support.templates import GEMMA3
 from support.toys import edit_json
 from transformers import AutoTokenizer
 
@@ -55,12 +56,24 @@ def test_own_template_renders_as_in_transformers(messages: list[Message], add_ge
 
 
 @pytest.mark.parametrize("messages", CONVERSATIONS)
-@pytest.mark.parametrize("template", [GEMMA2_TEMPLATE, LOOPING], ids=["gemma2", "looping"])
+@pytest.mark.parametrize("template", [GEMMA2_TEMPLATE, GEMMA3, LOOPING], ids=["gemma2", "gemma3", "looping"])
 def test_other_templates_render_as_in_transformers(tmp_path: Path, template: str, messages: list[Message]) -> None:
     """Blocks are trimmed, loops can break, and tojson does not escape HTML: all differ from jinja's defaults."""
     folder = tokenizer_folder(tmp_path, template)
     found = ChatTemplate.from_bundle(folder).render(messages)
     assert found == expected(folder, messages, add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("messages", CONVERSATIONS)
+def test_gemma3_has_a_system_turn_and_else_gemma2s_format(tmp_path: Path, messages: list[Message]) -> None:
+    """So a Gemma 3 without a template of its own may use Gemma 2's."""
+    folder = tokenizer_folder(tmp_path, GEMMA3)
+    template = ChatTemplate.from_bundle(folder)
+    assert template.render(messages) == ChatTemplate(GEMMA2_TEMPLATE, {"bos_token": "<bos>"}).render(messages)
+    with_system: list[Message] = [{"role": "system", "content": "Be brief."}, *messages]
+    text = template.render(with_system)
+    assert text == expected(folder, with_system, add_generation_prompt=True)
+    assert text.startswith("<bos><start_of_turn>user\nBe brief.\n\n")
 
 
 @pytest.mark.parametrize("messages", CONVERSATIONS)
@@ -192,6 +205,7 @@ def test_a_template_of_a_trainer_marks_what_the_model_says(tmp_path: Path, messa
         (LOOPING, True),
         (GENERATION, True),
         (GEMMA2_TEMPLATE, False),
+        (GEMMA3, True),
         ("{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}", False),
         ("{{ messages[0]['nothing']['at all'] }}", False),
     ],

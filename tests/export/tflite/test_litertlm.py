@@ -11,6 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from support.checkpoints import DEMO, TEXTS, hf_model, write_manifest
+from support.templates import GEMMA3
 
 pytest.importorskip(
     "litert_lm_builder", reason="litert-lm-builder is not installed: pip install 'gemma-edge[litertlm]'"
@@ -112,9 +113,10 @@ TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 
 
 def test_a_template_is_taken_apart_into_what_stands_around_each_turn() -> None:
-    template = ChatTemplate(GEMMA2_TEMPLATE, {"bos_token": "<bos>"})
-    before, after, opening, closing = turns_of(template)
-    assert template.render(TURNS) == f"<bos>{before}a{after}{opening}b{closing}{before}c{after}{opening}"
+    for source in (GEMMA2_TEMPLATE, GEMMA3):
+        template = ChatTemplate(source, {"bos_token": "<bos>"})
+        before, after, opening, closing = turns_of(template)
+        assert template.render(TURNS) == f"<bos>{before}a{after}{opening}b{closing}{before}c{after}{opening}"
     counting = GEMMA2_TEMPLATE.replace("'<start_of_turn>'", "'<start_of_turn>' + loop.index | string")
     with pytest.raises(InputError, match="more than what stands before and after"):
         turns_of(ChatTemplate(counting, {"bos_token": "<bos>"}))
