@@ -6,7 +6,7 @@ import java.security.MessageDigest
 /**
  * One message of a conversation.
  *
- * @property role its author: `user` or `assistant`.
+ * @property role its author: `user` or `assistant`, or `system` for the first message where the template takes one.
  * @property content its text.
  */
 public data class Message(public val role: String, public val content: String)
@@ -28,11 +28,15 @@ public fun interface ChatTemplate {
         /** Gemma 2's format: user and assistant take turns, the user first; there is no system role. */
         public val GEMMA2: ChatTemplate = ChatTemplate(::renderGemma2)
 
-        // Hashes of templates that render like GEMMA2. A template is a program, and this library has no interpreter for it.
-        private val SAME_AS_GEMMA2 = setOf(
-            "ecd6ae513fe103f0eb62e8ab5bfa8d0fe45c1074fa398b089c93a7e70c15cfd6", // google/gemma-2-2b-it, -9b-it, -27b-it
-            "cd6c106411f99be366e6fb668a90454316370b3ceab71ccb6a684b710f908241", // demo/tiny-gemma2
-            "ef70863d4ec4624704d4ca7290673981e52301865f710334ea26e0fd333d5516", // tools/benchmarks/synthetic_tokenizer.py
+        /** Gemma 3's format: Gemma 2's, and what a system message says is the beginning of the user's first turn. */
+        public val GEMMA3: ChatTemplate = ChatTemplate(::renderGemma3)
+
+        // Known templates by their hashes. A template is a program, and this library has no interpreter for it.
+        private val KNOWN = mapOf(
+            "ecd6ae513fe103f0eb62e8ab5bfa8d0fe45c1074fa398b089c93a7e70c15cfd6" to GEMMA2, // google/gemma-2-2b-it, -9b-it, -27b-it
+            "cd6c106411f99be366e6fb668a90454316370b3ceab71ccb6a684b710f908241" to GEMMA2, // demo/tiny-gemma2
+            "ef70863d4ec4624704d4ca7290673981e52301865f710334ea26e0fd333d5516" to GEMMA2, // tools/benchmarks/synthetic_tokenizer.py
+            "7de1c58e208eda46e9c7f86397df37ec49883aeece39fb961e0a6b24088dd3c4" to GEMMA3, // google/gemma-3-1b-it, -4b-it, -12b-it, -27b-it
         )
 
         /**
@@ -44,9 +48,8 @@ public fun interface ChatTemplate {
         public fun of(bundle: Bundle): ChatTemplate {
             val source = source(bundle) ?: return GEMMA2
             val hash = MessageDigest.getInstance("SHA-256").digest(source.toByteArray()).joinToString("") { "%02x".format(it) }
-            if (hash in SAME_AS_GEMMA2) return GEMMA2
-            throw UnsupportedException(
-                "${bundle.folder}: its chat template is not Gemma 2's (sha256 ${hash.take(16)}...); " +
+            return KNOWN[hash] ?: throw UnsupportedException(
+                "${bundle.folder}: its chat template is not one of Gemma's (sha256 ${hash.take(16)}...); " +
                     "pass a ChatTemplate to the session, for example ChatTemplate.GEMMA2 if the format is the same",
             )
         }
@@ -77,7 +80,15 @@ public fun interface ChatTemplate {
             }
         }
 
-        private fun renderGemma2(messages: List<Message>): String = buildString {
+        private fun renderGemma2(messages: List<Message>): String = renderTurns(messages, "")
+
+        private fun renderGemma3(messages: List<Message>): String {
+            val system = messages.firstOrNull()?.takeIf { it.role == "system" } ?: return renderTurns(messages, "")
+            return renderTurns(messages.drop(1), system.content + "\n\n")
+        }
+
+        /** Turns of user and model; `first` stands before the words of the first one. */
+        private fun renderTurns(messages: List<Message>, first: String): String = buildString {
             append("<bos>")
             messages.forEachIndexed { index, message ->
                 val expected = if (index % 2 == 0) "user" else "assistant"
@@ -85,6 +96,7 @@ public fun interface ChatTemplate {
                     throw InputException("message $index is the ${message.role}'s; user and assistant must take turns, the user first")
                 }
                 append("<start_of_turn>").append(if (index % 2 == 0) "user" else "model").append('\n')
+                if (index == 0) append(first)
                 append(message.content.trimmed()).append("<end_of_turn>\n")
             }
             append("<start_of_turn>model\n")

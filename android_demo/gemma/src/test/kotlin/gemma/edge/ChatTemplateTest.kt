@@ -29,6 +29,18 @@ class ChatTemplateTest {
     }
 
     @Test
+    fun gemma3_begins_the_users_first_turn_with_what_the_system_says() {
+        val turns = listOf(Message("user", " Hi "), Message("assistant", "Hello.\n"), Message("user", "Why?"))
+        assertEquals(ChatTemplate.GEMMA2.render(turns), ChatTemplate.GEMMA3.render(turns))
+        assertEquals(
+            "<bos><start_of_turn>user\nBe kind. \n\nHi<end_of_turn>\n<start_of_turn>model\nHello.<end_of_turn>\n" +
+                "<start_of_turn>user\nWhy?<end_of_turn>\n<start_of_turn>model\n",
+            ChatTemplate.GEMMA3.render(listOf(Message("system", "Be kind. ")) + turns),
+        )
+        assertRefuses<InputException>("message 1", "take turns") { ChatTemplate.GEMMA3.render(listOf(turns[0], Message("system", "No."))) }
+    }
+
+    @Test
     fun a_template_of_another_format_is_refused_and_none_is_gemmas() {
         val folder = Fixtures.copyOfDemo(temporary.root)
         val config = File(folder, "tokenizer_config.json")
