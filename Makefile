@@ -38,7 +38,7 @@ demo: setup
 	@ls -1 $(BUNDLE)
 	@echo 'Talk to it:      $(BIN)/gemma-run $(BUNDLE) --prompt "It is a truth universally acknowledged, that"'
 	@echo 'Look inside:     $(BIN)/gemma-export inspect $(BUNDLE)'
-	@echo 'A real model:    $(BIN)/gemma-export FOLDER --target android --bits 4   (FOLDER: Gemma 2 from Hugging Face)'
+	@echo 'A real model:    $(BIN)/gemma-export FOLDER --target android --bits 4   (FOLDER: Gemma 2 or 3 from Hugging Face)'
 
 # For tests of phones; needs apt, but nobody's password: nothing is installed.
 phone: out/phone/.made

@@ -44,7 +44,7 @@ class CheckpointModel:
         """Check the folder; only headers are read.
 
         Raises:
-            InputError: the folder is no Gemma 2 model, or cannot be read.
+            InputError: the folder is no Gemma model, or cannot be read.
         """
         quantized_table = present(path / TABLE_FILE)
         self.path = path

@@ -131,7 +131,7 @@ def _options_of(*groups: Iterable[Callable[[F], F]]) -> Callable[[F], F]:
 @click.group(cls=DefaultGroup, default="make", context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="gemma-edge")
 def main() -> None:
-    """Export Gemma 2 to a verified on-device bundle: gemma-export [MODEL] --target android --bits 4.
+    """Export Gemma to a verified on-device bundle: gemma-export [MODEL] --target android --bits 4.
 
     MODEL is a Hugging Face folder or id. `gemma-export make --help` lists every option of an export.
     """

@@ -1,1 +1,1 @@
-"""The Gemma 2 decoder in torch: no quantization, no backend."""
+"""The decoder in torch: no quantization, no backend."""

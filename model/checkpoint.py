@@ -174,7 +174,7 @@ def row_slices(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
 
 
 class Checkpoint(Weights):
-    """The float weights of a Gemma 2 folder, with an adapter merged on the way when one is given."""
+    """The float weights of a Gemma folder, with an adapter merged on the way when one is given."""
 
     def __init__(self, folder: Path, config: GemmaConfig, shards: Shards, lora: Lora) -> None:
         super().__init__(folder, config, shards)

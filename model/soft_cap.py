@@ -1,4 +1,4 @@
-"""Gemma 2's soft caps, on the final logits and on the attention scores, which are computed here too.
+"""Soft caps on the final logits and on the attention scores, which are computed here too. Gemma 3 has none.
 
 Source: Gemma 2 report, section 2 ("Logit soft-capping"); HF modeling_gemma2.py, `eager_attention_forward`.
 """

@@ -1,4 +1,4 @@
-"""The calibration pass over a Gemma 2 checkpoint, layer by layer. Finished layers are kept on disk, so a killed pass goes on.
+"""The calibration pass over a Gemma checkpoint, layer by layer. Finished layers are kept on disk, so a killed pass goes on.
 
 Two streams of activations run through the layers. The first runs through the quantized layers; the next layer's integers are
 fitted to it. The second runs through the original layers and shows how far the two have come apart. What happens inside a layer

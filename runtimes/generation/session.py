@@ -71,7 +71,7 @@ class Session:
             runtime: used by one session at a time, in one thread at a time.
             tokenizer, template: those of the runtime's bundle.
             options: how to generate; None for `GenerationOptions()`.
-            prefix: text in front of the first turn, because Gemma 2 has no system message.
+            prefix: text in front of the first turn, because Gemma has no turn of the system's own.
             notify: called with one sentence when prompt lookup turns out to be of no use with this runtime.
 
         Raises:

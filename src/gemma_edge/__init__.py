@@ -1,4 +1,4 @@
-"""gemma-edge: export Gemma 2 to phones, prove the result equal, and run it.
+"""gemma-edge: export Gemma to phones, prove the result equal, and run it.
 
 What stands in `__all__` is the public API; docs/python-api.md shows it. Everything is resolved when it is first used, so that
 `import gemma_edge` loads neither PyTorch nor a runtime.

@@ -39,7 +39,7 @@ class _Lazy(click.Group):
 @click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="gemma-edge")
 def main(**_: Any) -> None:
-    """Export Gemma 2 to phones, prove the result equal, and run it."""
+    """Export Gemma to phones, prove the result equal, and run it."""
 
 
 if __name__ == "__main__":

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from campaigns.campaign import time_limit
 from support.checkpoints import DEMO
-from support.templates import GEMMA3
-from support.toys import edit_json
+from support.toys import GEMMA3_TEMPLATE, edit_json
 from transformers import AutoTokenizer
 
 from gemma_edge.errors import InputError
@@ -56,7 +55,7 @@ def test_own_template_renders_as_in_transformers(messages: list[Message], add_ge
 
 
 @pytest.mark.parametrize("messages", CONVERSATIONS)
-@pytest.mark.parametrize("template", [GEMMA2_TEMPLATE, GEMMA3, LOOPING], ids=["gemma2", "gemma3", "looping"])
+@pytest.mark.parametrize("template", [GEMMA2_TEMPLATE, GEMMA3_TEMPLATE, LOOPING], ids=["gemma2", "gemma3", "looping"])
 def test_other_templates_render_as_in_transformers(tmp_path: Path, template: str, messages: list[Message]) -> None:
     """Blocks are trimmed, loops can break, and tojson does not escape HTML: all differ from jinja's defaults."""
     folder = tokenizer_folder(tmp_path, template)
@@ -67,7 +66,7 @@ def test_other_templates_render_as_in_transformers(tmp_path: Path, template: str
 @pytest.mark.parametrize("messages", CONVERSATIONS)
 def test_gemma3_has_a_system_turn_and_else_gemma2s_format(tmp_path: Path, messages: list[Message]) -> None:
     """So a Gemma 3 without a template of its own may use Gemma 2's."""
-    folder = tokenizer_folder(tmp_path, GEMMA3)
+    folder = tokenizer_folder(tmp_path, GEMMA3_TEMPLATE)
     template = ChatTemplate.from_bundle(folder)
     assert template.render(messages) == ChatTemplate(GEMMA2_TEMPLATE, {"bos_token": "<bos>"}).render(messages)
     with_system: list[Message] = [{"role": "system", "content": "Be brief."}, *messages]
@@ -205,7 +204,7 @@ def test_a_template_of_a_trainer_marks_what_the_model_says(tmp_path: Path, messa
         (LOOPING, True),
         (GENERATION, True),
         (GEMMA2_TEMPLATE, False),
-        (GEMMA3, True),
+        (GEMMA3_TEMPLATE, True),
         ("{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}", False),
         ("{{ messages[0]['nothing']['at all'] }}", False),
     ],

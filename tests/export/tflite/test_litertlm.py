@@ -11,7 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from support.checkpoints import DEMO, TEXTS, hf_model, write_manifest
-from support.templates import GEMMA3
+from support.toys import GEMMA3_TEMPLATE
 
 pytest.importorskip(
     "litert_lm_builder", reason="litert-lm-builder is not installed: pip install 'gemma-edge[litertlm]'"
@@ -113,7 +113,7 @@ TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 
 
 def test_a_template_is_taken_apart_into_what_stands_around_each_turn() -> None:
-    for source in (GEMMA2_TEMPLATE, GEMMA3):
+    for source in (GEMMA2_TEMPLATE, GEMMA3_TEMPLATE):
         template = ChatTemplate(source, {"bos_token": "<bos>"})
         before, after, opening, closing = turns_of(template)
         assert template.render(TURNS) == f"<bos>{before}a{after}{opening}b{closing}{before}c{after}{opening}"
