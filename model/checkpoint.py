@@ -200,7 +200,7 @@ class Checkpoint(Weights):
         config, shards, adapter = open_tensors(folder, lora)
         for name, shape in weight_shapes(config).items():
             shards.expect(f"{name}.weight", shape)
-        shards.refuse_others(tensor_names(config))
+        shards.refuse_others(tensor_names(config), config.hf_class)
         return cls(folder, config, shards, adapter)
 
     def files(self) -> list[Path]:

@@ -88,6 +88,11 @@ class GemmaConfig(ModelConfig):
         return Rotary(self.rope_theta, self.rope_factor)
 
     @property
+    def hf_class(self) -> str:
+        """The class of such a model in transformers."""
+        return FAMILIES[self.architecture].architectures[0]
+
+    @property
     def head(self) -> str:
         """The matrix that gives the logits: the tied table, or a head of its own."""
         return TABLE if self.tie_word_embeddings else HEAD

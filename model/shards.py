@@ -103,8 +103,12 @@ class Shards:
         if dtype not in FLOATS:
             raise InputError(f"{self[name].file.path}: {name} is {dtype}; supported: {', '.join(FLOATS)}")
 
-    def refuse_others(self, names: Collection[str]) -> None:
+    def refuse_others(self, names: Collection[str], hf_class: str) -> None:
         """Refuse a tensor that is not one of `names`: a bias, a classifier's head, a part of another model.
+
+        Args:
+            names: every tensor that the model may have.
+            hf_class: the model's class in transformers, for the message.
 
         Raises:
             InputError: names the first such tensor, and how many there are.
@@ -114,8 +118,8 @@ class Shards:
         if others:
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             raise InputError(
-                f"{self[others[0]].file.path} holds {others[0]}{more}, which Gemma2ForCausalLM does not have; a bundle would"
-                " not be the model that was trained: save the folder from Gemma2ForCausalLM"
+                f"{self[others[0]].file.path} holds {others[0]}{more}, which {hf_class} does not have; a bundle would not be"
+                f" the model that was trained: save the folder from {hf_class}"
             )
 
 

@@ -109,7 +109,7 @@ class PackedCheckpoint(Weights):
         if type(bits) is not int or bits not in QUANTIZED_BITS or (layout.order is not None and bits != 4):
             raise InputError(f"{folder} has weights of {bits} bits; supported: 4, and 8 in a gptq folder", hint=HINT)
         config, shards, _ = open_tensors(folder, codes="qweight")
-        shards.refuse_others(tensor_names(config, ("weight", *PARTS)))
+        shards.refuse_others(tensor_names(config, ("weight", *PARTS)), config.hf_class)
         return cls(folder, config, shards, layout, bits)
 
     def files(self) -> list[Path]:

@@ -71,7 +71,7 @@ class QuantizedCheckpoint(Weights):
         if quantization is not None:
             _refuse_other_formats(folder, quantization)
         config, shards, _ = open_tensors(folder, codes="weight_packed")
-        shards.refuse_others(tensor_names(config, PARTS))
+        shards.refuse_others(tensor_names(config, PARTS), config.hf_class)
         return cls(folder, config, shards)
 
     def files(self) -> list[Path]:

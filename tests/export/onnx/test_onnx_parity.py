@@ -242,3 +242,19 @@ def test_positions_beyond_a_million_rotate_like_transformers(checkpoint: Callabl
     expected = reference(folder, quantized, ids, first_position=start)
     # the angles at 10^6 are rounded to 2^-4 radians on both sides alike; measured 1e-6
     assert relative_error(found[-CHUNK:], expected[positions[-CHUNK:]]) <= EXACT
+
+
+def test_genai_generates_the_same_tokens_with_gemma3(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """genai knows the families by the names in its own configuration."""
+    genai = pytest.importorskip("onnxruntime_genai", reason="needs the package onnxruntime-genai")
+    make_bundle(checkpoint("gemma3"), tmp_path, make_recipe(32))
+    parameters = genai.GeneratorParams(model := genai.Model(str(tmp_path / "bundle")))
+    parameters.set_search_options(do_sample=False, min_length=CONTEXT, max_length=CONTEXT)
+    generator = genai.Generator(model, parameters)
+    generator.append_tokens([2, 30, 17])
+    while not generator.is_done():
+        generator.generate_next_token()
+    tokens = [int(token) for token in generator.get_sequence(0)]
+    rows = gemma_edge.load(tmp_path / "bundle").score(tokens)
+    rows[:, 1] = -np.inf  # with min_length genai bans the stop id
+    assert len(tokens) == CONTEXT and tokens[3:] == rows[2:-1].argmax(-1).tolist()
