@@ -1,4 +1,4 @@
-"""Write a Gemma 2 folder of a real shape with random weights, as Hugging Face lays it out, in little memory.
+"""Write a Gemma folder of a real shape with random weights, as Hugging Face lays it out, in little memory.
 
 Speed and memory depend on the shape only, so benchmarks need no gated download; quality cannot be measured with such a
 folder. Matrices have std in_features ** -0.5 and norms deviate by 0.1, so every layer contributes and the softcaps bite.
@@ -25,7 +25,8 @@ from synthetic_tokenizer import write_tokenizer
 from torch import Tensor
 
 from gemma_edge.bundle.entries import LOCAL
-from gemma_edge.model.config import PRESETS, GemmaConfig
+from gemma_edge.model.config import OWN_FIELDS, PRESETS, GemmaConfig
+from gemma_edge.model.families import FAMILIES
 from gemma_edge.model.hub import copy_companions
 from gemma_edge.quantize.checkpoint.safetensors_writer import Spec, write_safetensors
 
@@ -33,13 +34,16 @@ SLICE_ELEMENTS = 1 << 23  # 32 MiB of float32 per thread
 SHARD_BYTES = 5_000_000_000
 
 
+SHAPES = {name.removeprefix("gemma2-"): config for name, config in PRESETS.items()}  # Gemma 2's have short names
+
+
 def shape_of(name: str, layers: int | None) -> GemmaConfig:
     """A preset, cut to its first layers if asked."""
-    config = PRESETS[f"gemma2-{name}"]
+    config = SHAPES[name]
     if layers is None:
         return config
     if not 1 <= layers <= config.num_hidden_layers:
-        raise click.BadParameter(f"{layers} layers; Gemma 2 {name} has 1 to {config.num_hidden_layers}")
+        raise click.BadParameter(f"{layers} layers; {name} has 1 to {config.num_hidden_layers}")
     return replace(config, num_hidden_layers=layers, layer_types=config.layer_types[:layers])
 
 
@@ -60,6 +64,8 @@ def tensor_shapes(config: GemmaConfig) -> dict[str, tuple[int, ...]]:
         "self_attn.q_proj": (q, hidden),
         "self_attn.v_proj": (kv, hidden),
     }
+    if config.qk_norm:
+        layer |= dict.fromkeys(("self_attn.k_norm", "self_attn.q_norm"), (config.head_dim,))
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
     for i in range(config.num_hidden_layers):
         shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
@@ -118,11 +124,16 @@ def write_weights(out: Path, config: GemmaConfig, *, seed: int, threads: int) ->
 
 
 def hf_config(config: GemmaConfig) -> dict[str, Any]:
-    """`config.json` as transformers writes it for Gemma 2."""
+    """`config.json` as transformers 4 writes it."""
+    ropes: dict[str, Any] = {"rope_theta": config.rope_theta}
+    if config.rope_local_base_freq is not None:
+        scaling = {"rope_type": "linear", "factor": config.rope_factor} if config.rope_factor != 1.0 else None
+        ropes |= {"rope_local_base_freq": config.rope_local_base_freq, "rope_scaling": scaling}
     return {
-        **config.to_json(),
-        "architectures": ["Gemma2ForCausalLM"],
-        "model_type": "gemma2",
+        **{key: value for key, value in config.to_json().items() if key not in OWN_FIELDS},
+        **ropes,
+        "architectures": [FAMILIES[config.architecture].architectures[0]],
+        "model_type": config.architecture,
         "attention_bias": False,
         "attention_dropout": 0.0,
         "cache_implementation": "hybrid",
@@ -148,21 +159,21 @@ def write_folder(out: Path, config: GemmaConfig, *, tokenizer: Path | None, seed
         write_tokenizer(out, config.vocab_size)
     else:
         copy_companions(tokenizer, out)
-    special = {"bos_token_id": 2, "eos_token_id": [1, 107], "pad_token_id": 0}
+    special = {"bos_token_id": 2, "eos_token_id": list(config.eos_token_id), "pad_token_id": 0}
     _dump(out / "generation_config.json", {"cache_implementation": "hybrid", **special})
     return write_weights(out, config, seed=seed, threads=threads)
 
 
 @click.command(help=__doc__)
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--shape", type=click.Choice([name.removeprefix("gemma2-") for name in PRESETS]), default="2b")
+@click.option("--shape", type=click.Choice(list(SHAPES)), default="2b")
 @click.option("--layers", type=int, help="Only the first N layers of that shape.")
 @click.option("--tokenizer", type=click.Path(path_type=Path, exists=True, file_okay=False),
               help="Copy this folder's tokenizer files instead of writing a stand-in.")  # fmt: skip
 @click.option("--seed", default=0, show_default=True)
 @click.option("--threads", default=2, show_default=True)
 def main(out: Path, shape: str, layers: int | None, tokenizer: Path | None, seed: int, threads: int) -> None:
-    """Write a random-weight Gemma 2 into OUT."""
+    """Write a random-weight Gemma into OUT."""
     if out.exists():
         raise click.ClickException(f"{out} exists; remove it or name another folder")
     config = shape_of(shape, layers)
@@ -171,7 +182,7 @@ def main(out: Path, shape: str, layers: int | None, tokenizer: Path | None, seed
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     local = sum(kind == LOCAL for kind in config.layer_types)
     click.echo(
-        f"{out}: Gemma 2 {shape}, {config.num_hidden_layers} layers ({local} local), {config.num_parameters / 1e9:.2f} B"
+        f"{out}: Gemma {shape}, {config.num_hidden_layers} layers ({local} local), {config.num_parameters / 1e9:.2f} B"
         f" weights, {total:,} bytes in {time.perf_counter() - start:.0f} s, peak RSS {peak} MiB"
     )
 
