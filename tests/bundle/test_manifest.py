@@ -84,6 +84,11 @@ def edit(bundle: Path, path: str, value: object) -> None:
         ("verification/onnx/passed", False, "verification.onnx.passed is false; it must be true if failures is empty"),
         ("verification/other", None, "verification.other is null; it must be an object"),
         ("model/architecture", "gemma3", 'model.architecture is "gemma3"; it must be one of "gemma2"'),
+        (
+            "config/architecture",
+            "gemma3_text",
+            'architecture is "gemma2"; it must be gemma3_text, as config.architecture',
+        ),
         ("schema_version", "3", 'schema_version is "3"; it must be'),
         ("schema_version", 2, "schema_version 2, this gemma-edge reads 3; export the bundle again"),
         ("schema_version", 4, "schema_version 4, this gemma-edge reads 3; export the bundle again"),
@@ -151,6 +156,15 @@ def test_a_manifest_from_before_there_were_untied_heads_has_a_tied_one(bundle: P
     assert manifest["config"].pop("tie_word_embeddings") is True
     (bundle / MANIFEST).write_text(json.dumps(manifest))
     assert Manifest.load(bundle).config.tie_word_embeddings
+
+
+def test_a_manifest_from_before_gemma3_is_of_gemma2(bundle: Path) -> None:
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    for key in ("architecture", "qk_norm", "rope_factor", "rope_local_base_freq", "rope_local_factor"):
+        del manifest["config"][key]
+    (bundle / MANIFEST).write_text(json.dumps(manifest))
+    config = Manifest.load(bundle).config
+    assert config == toy_manifest().config and config.architecture == "gemma2" and not config.qk_norm
 
 
 def test_a_figure_that_is_not_finite_is_null_in_the_file_and_nan_when_it_is_read(bundle: Path) -> None:
