@@ -170,7 +170,7 @@ def text_config(folder: Path) -> tuple[dict[str, Any], Family]:
     raw = read_json(path)
     if raw.get("model_type") == MULTIMODAL:
         _check_architectures(path, raw, MULTIMODAL_ARCHITECTURES)
-        inner: dict[str, Any] = _typed(path, raw.get(TEXT_CONFIG) or {}, dict[str, Any], TEXT_CONFIG)
+        inner = _object(path, raw, TEXT_CONFIG)
         outer = {key: raw[key] for key in OUTER_KEYS if raw.get(key) is not None}
         named = {"model_type": GEMMA3.defaults["architecture"], "architectures": [GEMMA3.architectures[0]]}
         raw = {**named, **inner, "tie_word_embeddings": True, **outer}
@@ -198,6 +198,13 @@ def _pattern(layers: int, every: int) -> list[LayerType]:
 def _typed(path: Path, value: Any, kind: type[T], *keys: Key) -> T:
     """The value of a key of a file, checked for its type and its range."""
     return typed_value(value, kind, path, HINT, keys)
+
+
+def _object(path: Path, holder: Mapping[str, Any], key: str, *at: Key) -> dict[str, Any]:
+    """The object under a key, empty where it is null or absent; `at` leads to its holder."""
+    value = holder.get(key)
+    result: dict[str, Any] = _typed(path, {} if value is None else value, dict[str, Any], *at, key)
+    return result
 
 
 def _check_architectures(path: Path, raw: Mapping[str, Any], allowed: tuple[str, ...]) -> None:
@@ -258,8 +265,7 @@ def _rope_for_all(path: Path, raw: Mapping[str, Any]) -> _Ropes:
 def _rope_by_layer(path: Path, raw: Mapping[str, Any]) -> _Ropes:
     """The object of each kind of layer. `rope_scaling` is a part of the global layers'."""
     key, older = "rope_parameters", "rope_scaling"
-    stored: dict[str, Any] = _typed(path, {} if raw.get(key) is None else raw[key], dict[str, Any], key)
-    scaling: dict[str, Any] = _typed(path, {} if raw.get(older) is None else raw[older], dict[str, Any], older)
+    stored, scaling = _object(path, raw, key), _object(path, raw, older)
     others = stored.keys() - {GLOBAL, LOCAL}
     if others:
         raise InputError(f"{path}: {key} holds {shown(min(others))} beside {GLOBAL} and {LOCAL}; {HINT}")
@@ -269,11 +275,8 @@ def _rope_by_layer(path: Path, raw: Mapping[str, Any]) -> _Ropes:
         )
     if scaling and raw.get(key) is not None:
         raise InputError(f"{path}: both {key} and {older} describe the global layers; {HINT}")
-    inner = {kind: _typed(path, stored.get(kind) or {}, dict[str, Any], key, kind) for kind in ROPE_FIELDS}
-    return {
-        GLOBAL: ((older,), scaling) if scaling else ((key, GLOBAL), inner[GLOBAL]),
-        LOCAL: ((key, LOCAL), inner[LOCAL]),
-    }
+    ropes: _Ropes = {kind: ((key, kind), _object(path, stored, kind, key)) for kind in ROPE_FIELDS}
+    return ropes | ({GLOBAL: ((older,), scaling)} if scaling else {})
 
 
 def _eos(folder: Path, raw: Mapping[str, Any], family: Family) -> tuple[Path, tuple[int, ...]]:

@@ -243,7 +243,7 @@ ACCEPTED = [
 @pytest.mark.parametrize("key", [key for key in VERSION_4 if key not in EXTRA] + ["layer_types", "rope_parameters"])
 def test_what_transformers_refuses_is_refused(key: str, tmp_path: Path) -> None:
     """Every key of a configuration with values of every type, where transformers' own class does not take them."""
-    values: list[Any] = [None, True, 2.5, -3, 0, "x", [], [None], {}, {GLOBAL: {}}, {GLOBAL: 3}]
+    values: list[Any] = [None, True, 2.5, -3, 0, "x", [], [None], {}, {GLOBAL: {}}, {GLOBAL: 3}, {LOCAL: False}]
     for value in values:
         folder = save(tmp_path, {**VERSION_4, key: value})
         try:
