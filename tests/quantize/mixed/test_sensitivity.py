@@ -96,8 +96,9 @@ def test_measured_again_it_is_the_same(checkpoint: Callable[..., Path], tmp_path
     assert len(set(keys)) == 4
 
 
-def test_one_window_serves_for_both(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    errors = measure(Checkpoint.open(checkpoint("tiny")), torch.arange(3, 27)[None], gptq, tmp_path)
+@pytest.mark.parametrize("shape", ["tiny", "gemma3_scaled"])
+def test_one_window_serves_for_both(shape: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    errors = measure(Checkpoint.open(checkpoint(shape)), torch.arange(3, 27)[None], gptq, tmp_path)
     assert all(error > 0 for some in errors.values() for error in some.values())
 
 
