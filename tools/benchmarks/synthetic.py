@@ -26,7 +26,6 @@ from torch import Tensor
 
 from gemma_edge.bundle.entries import LOCAL
 from gemma_edge.model.config import OWN_FIELDS, PRESETS, GemmaConfig
-from gemma_edge.model.families import FAMILIES
 from gemma_edge.model.hub import copy_companions
 from gemma_edge.quantize.checkpoint.safetensors_writer import Spec, write_safetensors
 
@@ -132,7 +131,7 @@ def hf_config(config: GemmaConfig) -> dict[str, Any]:
     return {
         **{key: value for key, value in config.to_json().items() if key not in OWN_FIELDS},
         **ropes,
-        "architectures": [FAMILIES[config.architecture].architectures[0]],
+        "architectures": [config.hf_class],
         "model_type": config.architecture,
         "attention_bias": False,
         "attention_dropout": 0.0,
