@@ -115,7 +115,8 @@ def npm(name: str, only: str | None = None) -> Path:
         archive = folder / output.split()[-1]
         with tarfile.open(archive) as tar:
             members = [tar.getmember(only)] if only else tar.getmembers()
-            tar.extractall(folder, members, filter="data")
+            tar.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.2 of Debian 12 has none
+            tar.extractall(folder, members)
         archive.unlink()
 
     return once(name, [package, only], fetch, CHAIN)

@@ -74,7 +74,8 @@ def unpack(package: str, work: Path) -> Path:
         subprocess.run(["npm", "pack", "--silent", package], cwd=work, check=True, stdout=subprocess.DEVNULL)
         archive = next(work.glob(f"*{package.split('/')[1].split('@')[0]}*.tgz"))
         with tarfile.open(archive) as tar:
-            tar.extractall(folder, filter="data")
+            tar.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.2 of Debian 12 has none
+            tar.extractall(folder)
     else:
         subprocess.run(["apt-get", "download", "--quiet", package], cwd=work, check=True, capture_output=True)
         archive = next(work.glob(f"{package}_*.deb"))

@@ -141,7 +141,8 @@ def install_llama_cpp(root: Path, *, jobs: int) -> LlamaCpp:
         _run([python, "-P", "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", pin, "-d", base])
     if not peer.convert.exists():
         with tarfile.open(archive) as tar:
-            tar.extractall(base, filter="data")
+            tar.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.2 of Debian 12 has none
+            tar.extractall(base)
     binaries = python.parent
     generator = ("-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={(binaries / 'ninja').absolute()}")
     _run([binaries / "cmake", "-S", peer.source, "-B", base / "build", *generator, *CMAKE_OPTIONS, *_without_amx()])
