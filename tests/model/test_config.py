@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from campaigns.campaign import time_limit
 from huggingface_hub.errors import StrictDataclassError
+from support.checkpoints import config_refusal, config_values, save_config
 from transformers import AutoConfig
 from transformers import Gemma2Config as HFConfig
 
@@ -85,55 +86,20 @@ SPELLINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def save(folder: Path, raw: dict[str, Any], generation: dict[str, Any] | None = None) -> Path:
-    (folder / "config.json").write_text(json.dumps(raw))
-    if generation is not None:
-        (folder / "generation_config.json").write_text(json.dumps(generation))
-    return folder
-
-
-def refusal(folder: Path) -> str:
-    """The message of the InputError, which must be one line that names the file."""
-    with pytest.raises(InputError) as caught:
-        GemmaConfig.from_hf(folder)
-    message = str(caught.value)
-    assert "\n" not in message and str(folder) in message
-    return message
-
-
 def as_transformers_reads(folder: Path) -> GemmaConfig:
     hf = AutoConfig.from_pretrained(folder)
-    eos = hf.eos_token_id
-    return GemmaConfig(
-        vocab_size=hf.vocab_size,
-        hidden_size=hf.hidden_size,
-        intermediate_size=hf.intermediate_size,
-        num_hidden_layers=hf.num_hidden_layers,
-        num_attention_heads=hf.num_attention_heads,
-        num_key_value_heads=hf.num_key_value_heads,
-        head_dim=hf.head_dim,
-        layer_types=tuple(hf.layer_types),
-        query_pre_attn_scalar=float(hf.query_pre_attn_scalar),
-        sliding_window=hf.sliding_window,
-        max_position_embeddings=hf.max_position_embeddings,
-        attn_logit_softcapping=hf.attn_logit_softcapping,
-        final_logit_softcapping=hf.final_logit_softcapping,
-        rms_norm_eps=hf.rms_norm_eps,
-        rope_theta=hf.rope_parameters["rope_theta"],
-        bos_token_id=hf.bos_token_id,
-        eos_token_id=tuple(eos) if isinstance(eos, list) else (eos,),
-    )
+    return GemmaConfig(**config_values(hf), rope_theta=hf.rope_parameters["rope_theta"])
 
 
 @pytest.mark.parametrize("raw", SPELLINGS.values(), ids=SPELLINGS.keys())
 def test_config_is_read_as_transformers_reads_it(raw: dict[str, Any], tmp_path: Path) -> None:
-    folder = save(tmp_path, raw)
+    folder = save_config(tmp_path, raw)
     assert GemmaConfig.from_hf(folder) == as_transformers_reads(folder)
 
 
 def test_every_key_of_a_checkpoint_arrives(tmp_path: Path) -> None:
     # the values differ from every default, so that a key that is not read shows
-    assert GemmaConfig.from_hf(save(tmp_path, VERSION_5)) == GemmaConfig(
+    assert GemmaConfig.from_hf(save_config(tmp_path, VERSION_5)) == GemmaConfig(
         vocab_size=320,
         hidden_size=64,
         intermediate_size=96,
@@ -155,7 +121,7 @@ def test_every_key_of_a_checkpoint_arrives(tmp_path: Path) -> None:
 
 
 def test_layers_alternate_from_a_local_one_when_the_checkpoint_does_not_say(tmp_path: Path) -> None:
-    config = GemmaConfig.from_hf(save(tmp_path, VERSION_4))
+    config = GemmaConfig.from_hf(save_config(tmp_path, VERSION_4))
     assert [config.is_local(i) for i in range(3)] == [True, False, True]
 
 
@@ -166,7 +132,7 @@ def test_layers_alternate_from_a_local_one_when_the_checkpoint_does_not_say(tmp_
 def test_generation_config_decides_the_stop_ids_when_it_names_them(
     generation: dict[str, Any] | None, expected: tuple[int, ...], tmp_path: Path
 ) -> None:
-    assert GemmaConfig.from_hf(save(tmp_path, VERSION_4, generation)).eos_token_id == expected
+    assert GemmaConfig.from_hf(save_config(tmp_path, VERSION_4, generation)).eos_token_id == expected
 
 
 def test_json_round_trip_keeps_the_config() -> None:
@@ -208,7 +174,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize(("change", "words"), REFUSED.values(), ids=REFUSED.keys())
 def test_a_value_that_is_not_computed_is_refused_by_name(change: dict[str, Any], words: str, tmp_path: Path) -> None:
-    assert words in refusal(save(tmp_path, {**VERSION_4, **change}))
+    assert words in config_refusal(save_config(tmp_path, {**VERSION_4, **change}))
 
 
 IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
@@ -227,14 +193,14 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize(("change", "words"), IMPOSSIBLE.values(), ids=IMPOSSIBLE.keys())
 def test_numbers_that_do_not_fit_together_are_refused(change: dict[str, Any], words: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=words):
-        GemmaConfig.from_hf(save(tmp_path, {**VERSION_4, **change}))
+        GemmaConfig.from_hf(save_config(tmp_path, {**VERSION_4, **change}))
 
 
 @pytest.mark.parametrize("key", [key for key in VERSION_4 if key in GemmaConfig.__dataclass_fields__])
 def test_a_key_that_is_left_out_has_the_default_of_transformers(key: str, tmp_path: Path) -> None:
     """head_dim and six other sizes were required, although transformers has defaults for them."""
     raw = {"vocab_size": 320, "hidden_size": 64, **without(VERSION_4, key)} if "size" not in key else VERSION_4
-    folder = save(tmp_path, without(raw, key))
+    folder = save_config(tmp_path, without(raw, key))
     assert GemmaConfig.from_hf(folder) == as_transformers_reads(folder)
 
 
@@ -265,12 +231,14 @@ CASES = [(key, value) for key, values in WRONG_VALUES.items() for value in value
 
 @pytest.mark.parametrize(("key", "value"), CASES, ids=[f"{key}: {value!r}"[:60] for key, value in CASES])
 def test_a_value_that_no_model_can_have_is_refused_by_its_key(key: str, value: Any, tmp_path: Path) -> None:
-    assert f"{key}" in refusal(save(tmp_path, {**VERSION_4, key: value}))
+    assert f"{key}" in config_refusal(save_config(tmp_path, {**VERSION_4, key: value}))
 
 
 @pytest.mark.parametrize("value", WRONG_VALUES["eos_token_id"], ids=repr)
 def test_stop_ids_of_generation_config_are_checked_like_those_of_the_config(value: Any, tmp_path: Path) -> None:
-    assert "generation_config.json: eos_token_id" in refusal(save(tmp_path, VERSION_4, {"eos_token_id": value}))
+    assert "generation_config.json: eos_token_id" in config_refusal(
+        save_config(tmp_path, VERSION_4, {"eos_token_id": value})
+    )
 
 
 # EXTRA: keys that do not change the model's numbers. ACCEPTED: transformers 4 takes them too, with the same result.
@@ -288,14 +256,14 @@ def test_what_transformers_refuses_is_refused(key: str, tmp_path: Path) -> None:
     """Every key of a configuration with values of every type, where transformers' own class does not take them."""
     values: list[Any] = [None, True, 2.5, -3, "x", [], [None], {}]
     for value in values:
-        folder = save(tmp_path, {**VERSION_4, key: value})
+        folder = save_config(tmp_path, {**VERSION_4, key: value})
         try:
             HFConfig.from_pretrained(folder)
         except (StrictDataclassError, ValueError, TypeError):
             if (key, value) in ACCEPTED:
                 GemmaConfig.from_hf(folder)
             else:
-                refusal(folder)
+                config_refusal(folder)
 
 
 @pytest.mark.parametrize("put", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("nowhere")])
@@ -304,38 +272,40 @@ def test_what_lies_in_a_files_place_is_not_taken_for_an_absent_file(
     put: Callable[[Path], None], name: str, tmp_path: Path
 ) -> None:
     """A generation_config.json that was a dangling link silently changed the stop ids."""
-    save(tmp_path, VERSION_4, {"eos_token_id": 9})
+    save_config(tmp_path, VERSION_4, {"eos_token_id": 9})
     (tmp_path / name).unlink()
     put(tmp_path / name)
     with time_limit(10):
-        assert str(tmp_path / name) in refusal(tmp_path)
+        assert str(tmp_path / name) in config_refusal(tmp_path)
 
 
 def test_a_folder_without_config_is_named(tmp_path: Path) -> None:
-    assert "has no config.json" in refusal(tmp_path)
+    assert "has no config.json" in config_refusal(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["{", "", "[1, 2]", '"gemma2"', "\x00\x01"])
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
 def test_broken_json_is_named(name: str, text: str, tmp_path: Path) -> None:
-    save(tmp_path, VERSION_4)
+    save_config(tmp_path, VERSION_4)
     (tmp_path / name).write_text(text)
-    assert str(tmp_path / name) in refusal(tmp_path)
+    assert str(tmp_path / name) in config_refusal(tmp_path)
 
 
 def test_rope_theta_beside_rope_parameters_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
-    folder = save(tmp_path, {**VERSION_4, "rope_parameters": {"rope_type": "default"}})
+    folder = save_config(tmp_path, {**VERSION_4, "rope_parameters": {"rope_type": "default"}})
     assert as_transformers_reads(folder).rope_theta == 5000.0
     assert GemmaConfig.from_hf(folder).rope_theta == 5000.0
 
 
 def test_rope_scaling_under_its_older_key_is_refused(tmp_path: Path) -> None:
     rope = {"type": "linear", "factor": 2.0, "rope_theta": 5000.0}
-    assert "linear" in refusal(save(tmp_path, {**without(VERSION_4, "rope_theta"), "rope_parameters": rope}))
+    assert "linear" in config_refusal(
+        save_config(tmp_path, {**without(VERSION_4, "rope_theta"), "rope_parameters": rope})
+    )
 
 
 def test_a_null_eos_is_refused_or_replaced(tmp_path: Path) -> None:
-    folder = save(tmp_path, {**VERSION_4, "eos_token_id": None}, {"eos_token_id": None})
+    folder = save_config(tmp_path, {**VERSION_4, "eos_token_id": None}, {"eos_token_id": None})
     try:
         assert GemmaConfig.from_hf(folder).eos_token_id == (1,)
     except InputError as error:

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
+from support.checkpoints import config_refusal, config_values, save_config
 from transformers import AutoConfig, Gemma3TextConfig
 
 from gemma_edge.bundle.entries import GLOBAL, LOCAL
-from gemma_edge.errors import InputError
 from gemma_edge.model.config import PRESETS, GemmaConfig, Rotary
 
 # config.json as transformers 4 wrote it for google/gemma-3-1b-it and, with scaled positions, for larger ones; shrunk.
@@ -88,46 +88,16 @@ SPELLINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def save(folder: Path, raw: dict[str, Any]) -> Path:
-    (folder / "config.json").write_text(json.dumps(raw))
-    return folder
-
-
-def refusal(folder: Path) -> str:
-    """The message of the InputError, which must be one line that names the file."""
-    with pytest.raises(InputError) as caught:
-        GemmaConfig.from_hf(folder)
-    message = str(caught.value)
-    assert "\n" not in message and str(folder) in message
-    return message
-
-
 def as_transformers_reads(folder: Path) -> GemmaConfig:
     hf = AutoConfig.from_pretrained(folder)
-    eos = hf.eos_token_id
     ropes = {kind: hf.rope_parameters[kind] for kind in (GLOBAL, LOCAL)}
     factors = {kind: float(rope["factor"]) if rope["rope_type"] == "linear" else 1.0 for kind, rope in ropes.items()}
     return GemmaConfig(
-        vocab_size=hf.vocab_size,
-        hidden_size=hf.hidden_size,
-        intermediate_size=hf.intermediate_size,
-        num_hidden_layers=hf.num_hidden_layers,
-        num_attention_heads=hf.num_attention_heads,
-        num_key_value_heads=hf.num_key_value_heads,
-        head_dim=hf.head_dim,
-        layer_types=tuple(hf.layer_types),
-        query_pre_attn_scalar=float(hf.query_pre_attn_scalar),
-        sliding_window=hf.sliding_window,
-        max_position_embeddings=hf.max_position_embeddings,
-        attn_logit_softcapping=hf.attn_logit_softcapping,
-        final_logit_softcapping=hf.final_logit_softcapping,
-        rms_norm_eps=hf.rms_norm_eps,
+        **config_values(hf),
         rope_theta=ropes[GLOBAL]["rope_theta"],
         rope_factor=factors[GLOBAL],
         rope_local_base_freq=ropes[LOCAL]["rope_theta"],
         rope_local_factor=factors[LOCAL],
-        bos_token_id=hf.bos_token_id,
-        eos_token_id=tuple(eos) if isinstance(eos, list) else (eos,),
         tie_word_embeddings=hf.tie_word_embeddings,
         architecture="gemma3_text",
         qk_norm=True,
@@ -136,13 +106,13 @@ def as_transformers_reads(folder: Path) -> GemmaConfig:
 
 @pytest.mark.parametrize("raw", SPELLINGS.values(), ids=SPELLINGS.keys())
 def test_config_is_read_as_transformers_reads_it(raw: dict[str, Any], tmp_path: Path) -> None:
-    folder = save(tmp_path, raw)
+    folder = save_config(tmp_path, raw)
     assert GemmaConfig.from_hf(folder) == as_transformers_reads(folder)
 
 
 @pytest.mark.parametrize("raw", [VERSION_4, VERSION_5], ids=["transformers 4", "transformers 5"])
 def test_each_kind_of_layer_has_its_own_rope(raw: dict[str, Any], tmp_path: Path) -> None:
-    config = GemmaConfig.from_hf(save(tmp_path, raw))
+    config = GemmaConfig.from_hf(save_config(tmp_path, raw))
     first = config.layer_types.index(GLOBAL)
     assert config.rotary(first) == Rotary(5000.0, 8.0)
     assert config.rotary(first + 1) == Rotary(300.0, 1.0)
@@ -150,14 +120,14 @@ def test_each_kind_of_layer_has_its_own_rope(raw: dict[str, Any], tmp_path: Path
 
 @pytest.mark.parametrize("key", [key for key in VERSION_4 if key in GemmaConfig.__dataclass_fields__])
 def test_a_key_that_is_left_out_has_the_default_of_transformers(key: str, tmp_path: Path) -> None:
-    folder = save(tmp_path, without(VERSION_4, key))
+    folder = save_config(tmp_path, without(VERSION_4, key))
     if key in ("hidden_size", "vocab_size"):
-        folder = save(tmp_path, {**without(VERSION_4, key), "num_attention_heads": 8})
+        folder = save_config(tmp_path, {**without(VERSION_4, key), "num_attention_heads": 8})
     assert GemmaConfig.from_hf(folder) == as_transformers_reads(folder)
 
 
 def test_json_round_trip_keeps_the_config(tmp_path: Path) -> None:
-    config = GemmaConfig.from_hf(save(tmp_path, VERSION_4))
+    config = GemmaConfig.from_hf(save_config(tmp_path, VERSION_4))
     assert GemmaConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
@@ -186,7 +156,9 @@ def test_a_preset_is_what_transformers_makes_of_the_published_file(tmp_path: Pat
         "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
         "sliding_window": 1024,
     }
-    assert GemmaConfig.from_hf(save(tmp_path, published)) == PRESETS["gemma3-4b"] == as_transformers_reads(tmp_path)
+    assert (
+        GemmaConfig.from_hf(save_config(tmp_path, published)) == PRESETS["gemma3-4b"] == as_transformers_reads(tmp_path)
+    )
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -220,12 +192,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize(("change", "words"), REFUSED.values(), ids=REFUSED.keys())
 def test_a_value_that_is_not_computed_is_refused_by_name(change: dict[str, Any], words: str, tmp_path: Path) -> None:
-    assert words in refusal(save(tmp_path, {**VERSION_4, **change}))
+    assert words in config_refusal(save_config(tmp_path, {**VERSION_4, **change}))
 
 
 def test_keys_that_are_no_keys_of_transformers_change_nothing(tmp_path: Path) -> None:
     own = {"qk_norm": False, "rope_factor": 3.0, "rope_local_factor": 3.0, "architecture": "gemma2"}
-    assert GemmaConfig.from_hf(save(tmp_path, {**VERSION_4, **own})) == as_transformers_reads(tmp_path)
+    assert GemmaConfig.from_hf(save_config(tmp_path, {**VERSION_4, **own})) == as_transformers_reads(tmp_path)
 
 
 # EXTRA: keys that do not change the model's numbers. ACCEPTED: transformers 4 takes them too, with the same result.
@@ -245,11 +217,11 @@ def test_what_transformers_refuses_is_refused(key: str, tmp_path: Path) -> None:
     """Every key of a configuration with values of every type, where transformers' own class does not take them."""
     values: list[Any] = [None, True, 2.5, -3, 0, "x", [], [None], {}, {GLOBAL: {}}, {GLOBAL: 3}, {LOCAL: False}]
     for value in values:
-        folder = save(tmp_path, {**VERSION_4, key: value})
+        folder = save_config(tmp_path, {**VERSION_4, key: value})
         try:
             Gemma3TextConfig.from_pretrained(folder)
         except (StrictDataclassError, ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError):
             if (key, value) in ACCEPTED:
                 GemmaConfig.from_hf(folder)
             else:
-                refusal(folder)
+                config_refusal(folder)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -23,6 +24,7 @@ from gemma_edge.bundle.manifest import (
     typed_settings,
     with_identities,
 )
+from gemma_edge.errors import InputError
 from gemma_edge.model.config import HEAD, GemmaConfig
 from gemma_edge.model.quantized import QuantConfig
 from gemma_edge.quantize.recipe import Recipe
@@ -224,3 +226,48 @@ def hf_logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
 def relative_error(found: torch.Tensor, reference: torch.Tensor) -> float:
     """Largest difference as a part of the reference's range."""
     return float((found - reference).abs().max() / (reference.max() - reference.min()))
+
+
+# SAME_NAMES: keys of a config of transformers that a GemmaConfig takes over as they are.
+SAME_NAMES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "sliding_window",
+    "max_position_embeddings",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "rms_norm_eps",
+    "bos_token_id",
+)
+
+
+def config_values(hf: Any) -> dict[str, Any]:
+    """Fields of GemmaConfig that have the same name in a config of transformers."""
+    eos = hf.eos_token_id
+    return {
+        "layer_types": tuple(hf.layer_types),
+        "query_pre_attn_scalar": float(hf.query_pre_attn_scalar),
+        "eos_token_id": tuple(eos) if isinstance(eos, list) else (eos,),
+        **{name: getattr(hf, name) for name in SAME_NAMES},
+    }
+
+
+def save_config(folder: Path, raw: dict[str, Any], generation: dict[str, Any] | None = None) -> Path:
+    (folder / "config.json").write_text(json.dumps(raw))
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    return folder
+
+
+def config_refusal(folder: Path) -> str:
+    """The message of the InputError, which must be one line that names the file."""
+    with pytest.raises(InputError) as caught:
+        GemmaConfig.from_hf(folder)
+    message = str(caught.value)
+    assert "\n" not in message and str(folder) in message
+    return message
