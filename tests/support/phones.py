@@ -153,7 +153,10 @@ class Adb:
         }
         self._serve(phone)
         ours = inside[phone.serial].split()
-        subprocess.run([*ours, "connect", "127.0.0.1:5555"], check=True, capture_output=True)
+        deadline = time.monotonic() + 30
+        while subprocess.run([*ours, "connect", "127.0.0.1:5555"], capture_output=True).returncode:
+            assert time.monotonic() < deadline, "adbd does not listen"
+            time.sleep(0.1)
         # at first it is listed as offline
         waiting = [*ours, "-s", "127.0.0.1:5555", "wait-for-device"]
         subprocess.run(waiting, check=True, capture_output=True, timeout=PATIENCE_S)
