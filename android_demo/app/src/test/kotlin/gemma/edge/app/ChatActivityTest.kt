@@ -4,6 +4,7 @@ import android.content.pm.PackageManager
 import android.os.Bundle
 import android.view.View
 import android.widget.TextView
+import androidx.lifecycle.ViewModelProvider
 import androidx.recyclerview.widget.RecyclerView
 import gemma.edge.Device
 import gemma.edge.GemmaSession
@@ -57,10 +58,14 @@ class ChatActivityTest {
     private fun ActivityController<ChatActivity>.answering() =
         get().findViewById<View>(R.id.send).contentDescription == application.getString(R.string.stop)
 
+    /** Whether no answer is being given, and the list shows all that was said: it takes a new text in the background. */
+    private fun ActivityController<ChatActivity>.settled() =
+        !answering() && messages() == ViewModelProvider(get())[ChatViewModel::class.java].state.value.messages.map { it.text }
+
     private fun ActivityController<ChatActivity>.say(text: String) {
         get().type(R.id.input, text)
         get().press(R.id.send)
-        waitUntil("the answer is complete") { !answering() }
+        waitUntil("the answer is complete") { settled() }
     }
 
     private fun answers(vararg turns: String): List<String> = runBlocking {
@@ -112,7 +117,7 @@ class ChatActivityTest {
         waitUntil("an answer begins") { chat.messages().size == 2 && chat.messages()[1].length > 20 }
         assertTrue(chat.answering())
         chat.get().press(R.id.send)
-        waitUntil("it ends") { !chat.answering() }
+        waitUntil("it ends") { chat.settled() }
         val said = chat.messages()[1]
         chat.say("Go on.".also { SettingsStore(application).save(Settings(temperature = 0.0, maxTokens = 5)) })
         assertEquals(4, chat.messages().size)
@@ -126,7 +131,7 @@ class ChatActivityTest {
         chat.get().type(R.id.input, "Who is Ishmael?")
         chat.get().press(R.id.send)
         chat.recreate()
-        waitUntil("the answer is complete") { !chat.answering() && chat.messages().size == 2 }
+        waitUntil("the answer is complete") { chat.settled() && chat.messages().size == 2 }
         assertEquals(answers("Who is Ishmael?").single(), chat.messages()[1])
         assertSame(session, runBlocking { application.engine.open(File(application.filesDir, "bundles/tiny-gemma2")) })
     }
