@@ -123,7 +123,11 @@ class Weights(ABC):
         Raises:
             InputError: a value is NaN or infinite.
         """
-        return finite(self._shards.rows(name).float(), name, self.folder)
+        return self._floats(name)
+
+    def _floats(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows of a tensor that is stored in float, as float32; InputError if one is not finite."""
+        return finite(self._shards.rows(name, start, stop).float(), name, self.folder)
 
     def plain_rows(self, weight: str, start: int, stop: int) -> Tensor:
         """Rows of a matrix as float32, from its float copy where it is also stored as integers, as the tied table is."""

@@ -37,10 +37,8 @@ ONLY_VALUE: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("gelu_pytorch_tanh", "gelu", None),  # HF ignores it for Gemma and uses hidden_activation
     "use_bidirectional_attention": (False, None),
 }
-TABLE, HEAD = TABLES = (
-    "model.embed_tokens",
-    "lm_head",
-)  # the matrices with a row per token, by their names without `.weight`
+# TABLES: the matrices with a row per token, by their names without `.weight`
+TABLE, HEAD = TABLES = ("model.embed_tokens", "lm_head")
 # UNREAD: keys that change nothing here. HF refuses a folder in which they have another type.
 UNREAD: dict[str, Any] = {
     "attention_dropout": float | None,
@@ -54,11 +52,8 @@ ROPE_FIELDS: dict[LayerType, tuple[str, str]] = {
     GLOBAL: ("rope_theta", "rope_factor"),
     LOCAL: ("rope_local_base_freq", "rope_local_factor"),
 }
-OWN_FIELDS = {
-    "architecture",
-    "qk_norm",
-    *(name for pair in ROPE_FIELDS.values() for name in pair),
-}  # not read as they are
+# OWN_FIELDS: fields that are not read as config.json has them.
+OWN_FIELDS = {"architecture", "qk_norm", *(name for pair in ROPE_FIELDS.values() for name in pair)}
 HINT = "correct it, or download the folder again"
 
 
@@ -247,9 +242,8 @@ def _ropes(path: Path, raw: Mapping[str, Any], family: Family) -> dict[str, floa
     return values
 
 
-_Ropes = dict[
-    LayerType, tuple[tuple[str, ...], dict[str, Any]]
-]  # by kind of layer: the keys that lead to an object, and it
+# By kind of layer: the keys that lead to an object, and the object.
+_Ropes = dict[LayerType, tuple[tuple[str, ...], dict[str, Any]]]
 
 
 def _rope_for_all(path: Path, raw: Mapping[str, Any]) -> _Ropes:

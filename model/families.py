@@ -23,9 +23,8 @@ class Family:
     pattern_key: str | None  # the key that may hold another number than `global_every`
     thetas: Mapping[LayerType, float]  # base of the rotary embedding by kind of layer; GLOBAL alone: one for all layers
     rope_types: tuple[str, ...] = ("default",)
-    only_value: Mapping[str, tuple[Any, ...]] = field(
-        default_factory=dict
-    )  # as ONLY_VALUE in config.py, of this family
+    # only_value: as ONLY_VALUE in config.py, of this family
+    only_value: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
 _SHARED: dict[str, Any] = {
@@ -79,11 +78,8 @@ FAMILIES: dict[str, Family] = {"gemma2": GEMMA2, "gemma3_text": GEMMA3}
 MULTIMODAL: Literal["gemma3"] = "gemma3"
 MULTIMODAL_ARCHITECTURES = ("Gemma3ForConditionalGeneration", "Gemma3Model")
 TEXT_CONFIG = "text_config"
-OUTER_KEYS = (
-    "eos_token_id",
-    "bos_token_id",
-    "tie_word_embeddings",
-)  # keys that are used from the outer level, where it has them
+# OUTER_KEYS: keys that are used from the outer level, where it has them.
+OUTER_KEYS = ("eos_token_id", "bos_token_id", "tie_word_embeddings")
 IMAGE_PREFIXES = tuple(
     f"{outer}{part}." for outer in ("", "model.") for part in ("vision_tower", "multi_modal_projector")
 )

@@ -163,9 +163,7 @@ class _Found:
     """The tensors of an adapter by what they are; the keys are those of `Lora`."""
 
     halves: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    modules: dict[str, str] = field(
-        default_factory=dict
-    )  # a weight's name in the adapter: other beside an image encoder
+    modules: dict[str, str] = field(default_factory=dict)  # names in the adapter: others beside an image encoder
     bases: dict[str, StoredTensor] = field(default_factory=dict)
     whole: dict[str, StoredTensor] = field(default_factory=dict)
 

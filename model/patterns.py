@@ -16,9 +16,8 @@ import re2
 from gemma_edge.errors import one_line
 
 MAX_LENGTH = 2000  # characters of one pattern
-MAX_TOTAL = (
-    200_000  # characters of all patterns of a file; a recipe with a rule for each weight of the 27B model has 13,000
-)
+# MAX_TOTAL: characters of all patterns of a file; a recipe with a rule for each weight of the 27B model has 13,000.
+MAX_TOTAL = 200_000
 
 
 class PatternError(ValueError):

@@ -87,7 +87,7 @@ class Shards:
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows `start:stop` of a tensor in its stored dtype, in memory of its own."""
-        return self._tensors[name].rows(start, stop)
+        return self[name].rows(start, stop)
 
     def expect(self, name: str, shape: tuple[int, ...]) -> None:
         """Check that a float tensor is there with this shape.

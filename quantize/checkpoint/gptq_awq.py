@@ -126,7 +126,7 @@ class PackedCheckpoint(Weights):
             packed = self._read(weight)
             part = Packed(packed.codes[start:stop], packed.zeros[start:stop], packed.scale[start:stop], packed.group_of)
             return finite(part.dequantize(), f"{weight}.scales", self.folder)
-        return finite(self._shards.rows(f"{weight}.weight", start, stop).float(), f"{weight}.weight", self.folder)
+        return self._floats(f"{weight}.weight", start, stop)
 
     def quantized(self, weight: str, start: int, stop: int) -> QuantizedTensor:
         """Rows of a matrix that keeps its integers."""

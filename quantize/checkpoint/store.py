@@ -167,7 +167,7 @@ class QuantizedCheckpoint(Weights):
         """Rows as float32: as stored in float, also where integers lie beside that, as for table and head of this project."""
         if f"{weight}.weight" not in self._shards:
             return self.quantized(weight, start, stop).dequantize()
-        return finite(self._shards.rows(f"{weight}.weight", start, stop).float(), f"{weight}.weight", self.folder)
+        return self._floats(f"{weight}.weight", start, stop)
 
 
 @dataclass(frozen=True)

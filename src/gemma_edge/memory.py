@@ -7,6 +7,7 @@ import ctypes
 import errno
 import gc
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # NAMES: a key of /proc/PID/status -> its name in `memory_mib`.
@@ -56,12 +57,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 # UNUSED_ADDRESSES: addresses that a process takes without using their memory: libraries loaded later, stacks of threads.
 UNUSED_ADDRESSES = 1 << 29
-CGROUPS = Path("/sys/fs/cgroup")
+CGROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 # FILE: the line of memory.stat with the pages of files that the system may drop, which also count as taken.
 FILE = "inactive_file "
 
 
-def room_bytes(cgroups: Path = CGROUPS, own: Path = Path("/proc/self/cgroup")) -> int | None:
+def room_bytes(cgroups: Path = CGROUPS, own: Path = OWN_GROUPS) -> int | None:
     """Bytes that this process may still take under all limits: the machine's memory, `ulimit -v` and those of its containers.
 
     Args:
@@ -93,20 +94,19 @@ def room_in_address_space() -> int | None:
     import resource
 
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    taken = _lines("/proc/self/status").get("VmSize")
+    taken = taken_addresses()
     return None if limit == resource.RLIM_INFINITY or taken is None else limit - taken
+
+
+def taken_addresses() -> int | None:
+    """Bytes of addresses that this process takes; None where the system does not tell."""
+    return _lines("/proc/self/status").get("VmSize")
 
 
 def _room_in_cgroups(cgroups: Path, own: Path) -> list[int]:
     """The room in this process's group and in those around it, for cgroups 1 and 2; cached file pages count as free."""
     rooms = []
-    for line in _text(own).splitlines():
-        _, controllers, inner = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        top = cgroups / "memory" if controllers else cgroups
-        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
-        group = top / inner.strip("/")
+    for top, group, names in memory_groups(cgroups, own):
         for folder in (group, *group.parents):
             limit, taken = (_text(folder / name).strip() for name in names)
             if limit.isdigit() and taken.isdigit():
@@ -115,6 +115,21 @@ def _room_in_cgroups(cgroups: Path, own: Path) -> list[int]:
             if folder == top:
                 break
     return rooms
+
+
+def memory_groups(cgroups: Path = CGROUPS, own: Path = OWN_GROUPS) -> Iterator[tuple[Path, Path, tuple[str, str]]]:
+    """The groups that limit this process's memory, of cgroups 1 and 2.
+
+    Yields:
+        The folder of the outermost group, the group's own, and the files with its limit and with what it takes.
+    """
+    for line in _text(own).splitlines():
+        _, controllers, inner = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top = cgroups / "memory" if controllers else cgroups
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+        yield top, top / inner.strip("/"), names
 
 
 def _text(path: Path) -> str:

@@ -14,12 +14,11 @@ import os
 import resource
 import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from campaigns import exports
 from campaigns.campaign import Campaign, main
+from gemma_edge import memory
 from gemma_edge.export import api, cli
-from gemma_edge.memory import CGROUPS
 
 MIB = 1 << 20
 # What an export may take beyond what a process with everything imported has: from next to nothing to more than it needs. Of less
@@ -28,18 +27,15 @@ ADDRESSES_MIB, GROUP_MIB = (0, 120), (64, 512)
 Limit = Callable[[], None]  # called in the process of the export, before it begins
 
 
-def addresses_bytes() -> int:
-    """The addresses that this process takes, in bytes."""
-    return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-
-
 def limit_addresses(more: int) -> Limit:
     """`ulimit -v` at so many bytes more than are taken, without the checks before an export."""
 
     def limit() -> None:
         api.check_memory = lambda *args: None  # type: ignore[attr-defined]
         cli.TORCH_ADDRESSES = 0
-        most = addresses_bytes() + more
+        taken = memory.taken_addresses()
+        assert taken is not None
+        most = taken + more
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
     return limit
@@ -48,18 +44,16 @@ def limit_addresses(more: int) -> Limit:
 @contextlib.contextmanager
 def small_group(most: int) -> Iterator[Limit | None]:
     """A cgroup in which processes may take so many bytes; None where it cannot be made."""
-    lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
-    places = {controllers: inner.strip("/") for _, controllers, inner in lines}
-    old = "memory" in places
-    top = CGROUPS / "memory" / places["memory"] if old else CGROUPS / places.get("", "")
-    group = top / f"gemma-edge-{os.getpid()}"
+    # of cgroups 1 and 2 together, the controller is in a group of the first
+    _, own, (limit, _) = min(memory.memory_groups(), key=lambda group: group[0] == memory.CGROUPS)
+    group = own / f"gemma-edge-{os.getpid()}"
 
     def enter() -> None:
         (group / "cgroup.procs").write_text(str(os.getpid()))
 
     try:
         group.mkdir()
-        (group / ("memory.limit_in_bytes" if old else "memory.max")).write_text(str(most))
+        (group / limit).write_text(str(most))
     except OSError:
         with contextlib.suppress(OSError):
             group.rmdir()

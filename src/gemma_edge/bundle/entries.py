@@ -80,15 +80,13 @@ class ModelConfig:
     rope_theta: Scale
     bos_token_id: TokenId
     eos_token_id: tuple[TokenId, ...]
-    tie_word_embeddings: bool = (
-        True  # False: the head is a matrix of its own; the tensors decide it, see model/checkpoint.py
-    )
+    # tie_word_embeddings: False: the head is a matrix of its own. The tensors decide it, see model/checkpoint.py.
+    tie_word_embeddings: bool = True
     architecture: Architecture = "gemma2"
     qk_norm: bool = False  # whether each head's queries and keys are normalised before they are rotated
     rope_factor: Scale = 1.0  # positions are divided by it
-    rope_local_base_freq: Scale | None = (
-        None  # rope_theta of the local layers; None: as the global layers, factor included
-    )
+    # rope_local_base_freq: rope_theta of the local layers; None: as the global layers, factor included
+    rope_local_base_freq: Scale | None = None
     rope_local_factor: Scale = 1.0
 
 

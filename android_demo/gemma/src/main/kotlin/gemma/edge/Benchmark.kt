@@ -2,7 +2,6 @@ package gemma.edge
 
 import ai.onnxruntime.OrtEnvironment
 import java.io.File
-import java.security.MessageDigest
 import java.time.Instant
 import java.time.temporal.ChronoUnit
 import kotlin.random.Random
@@ -125,7 +124,7 @@ public class Benchmark(private val system: BenchmarkSystem = BenchmarkSystem()) 
             "name" to bundle.folder.name,
             "backend" to "onnx",
             "bytes" to bundle.backendBytes,
-            "manifest_sha256" to sha256(File(bundle.folder, Bundle.MANIFEST)),
+            "manifest_sha256" to sha256 { update(File(bundle.folder, Bundle.MANIFEST).readBytes()) },
             "context" to bundle.cache.context,
             "read_bytes_per_token" to bundle.weightBytes + bundle.cache.bytesSeen(depth),
         )
@@ -160,9 +159,6 @@ public class Benchmark(private val system: BenchmarkSystem = BenchmarkSystem()) 
         private const val SCHEMA_VERSION = 1
 
         private fun secondsSince(start: Long) = (System.nanoTime() - start) / 1e9
-
-        private fun sha256(file: File): String =
-            MessageDigest.getInstance("SHA-256").digest(file.readBytes()).joinToString("") { "%02x".format(it) }
 
         /** Run a benchmark without the app: `Benchmark BUNDLE RESULT.json THREADS PREFILL DECODE REPEAT WARMUP MINUTES`. */
         @JvmStatic

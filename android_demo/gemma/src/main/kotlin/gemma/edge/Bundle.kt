@@ -2,7 +2,6 @@ package gemma.edge
 
 import java.io.File
 import java.io.IOException
-import java.security.MessageDigest
 
 /**
  * A folder that gemma-export made: its manifest, checked, and its files. The format is docs/export/bundle-format.md; only what a phone
@@ -71,7 +70,7 @@ public class Bundle private constructor(
     public fun checkHashes(progress: (doneBytes: Long) -> Unit = {}) {
         var done = 0L
         for (entry in files) {
-            val actual = sha256(file(entry.name)) { read -> done += read; progress(done) }
+            val actual = hashOf(file(entry.name)) { read -> done += read; progress(done) }
             if (actual != entry.sha256) {
                 throw BundleException(
                     "$folder/${entry.name} was changed: sha256 ${actual.take(16)}..., " +
@@ -148,18 +147,16 @@ public class Bundle private constructor(
             )
         }
 
-        private fun sha256(path: File, progress: (Int) -> Unit): String {
-            val digest = MessageDigest.getInstance("SHA-256")
+        private fun hashOf(path: File, progress: (Int) -> Unit): String = sha256 {
             val block = ByteArray(1 shl 20)
             path.inputStream().use { input ->
                 while (true) {
                     val read = input.read(block)
                     if (read < 0) break
-                    digest.update(block, 0, read)
+                    update(block, 0, read)
                     progress(read)
                 }
             }
-            return digest.digest().joinToString("") { "%02x".format(it) }
         }
     }
 }

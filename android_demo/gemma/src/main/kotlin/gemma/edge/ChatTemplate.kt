@@ -1,7 +1,6 @@
 package gemma.edge
 
 import java.io.IOException
-import java.security.MessageDigest
 
 /**
  * One message of a conversation.
@@ -47,7 +46,7 @@ public fun interface ChatTemplate {
          */
         public fun of(bundle: Bundle): ChatTemplate {
             val source = source(bundle) ?: return GEMMA2
-            val hash = MessageDigest.getInstance("SHA-256").digest(source.toByteArray()).joinToString("") { "%02x".format(it) }
+            val hash = sha256 { update(source.toByteArray()) }
             return KNOWN[hash] ?: throw UnsupportedException(
                 "${bundle.folder}: its chat template is not one of Gemma's (sha256 ${hash.take(16)}...); " +
                     "pass a ChatTemplate to the session, for example ChatTemplate.GEMMA2 if the format is the same",

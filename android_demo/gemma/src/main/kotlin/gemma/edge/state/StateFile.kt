@@ -5,6 +5,7 @@ import gemma.edge.JsonReader
 import gemma.edge.Node
 import gemma.edge.StateException
 import gemma.edge.onnx.goTo
+import gemma.edge.sha256
 import gemma.edge.toJson
 import java.io.File
 import java.io.IOException
@@ -14,7 +15,6 @@ import java.nio.ByteOrder
 import java.nio.channels.FileChannel
 import java.nio.file.Files
 import java.nio.file.StandardCopyOption
-import java.security.MessageDigest
 
 /** The description of a state. `State` in runtimes/engines/state.py has the same fields. */
 internal class StateHeader(val identity: String, val position: Int, val written: Int, val notes: String)
@@ -154,9 +154,6 @@ internal class StateFile private constructor(
             val written = state["written"].int(0..Int.MAX_VALUE)
             return StateHeader(state["identity"].string, state["position"].int(0..written), written, metadata["notes"].string)
         }
-
-        private fun sha256(fill: MessageDigest.() -> Unit): String =
-            MessageDigest.getInstance("SHA-256").apply(fill).digest().joinToString("") { "%02x".format(it) }
 
         private fun long(value: Long) = ByteBuffer.allocate(Long.SIZE_BYTES).order(ByteOrder.LITTLE_ENDIAN).putLong(0, value)
 
