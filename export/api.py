@@ -26,6 +26,7 @@ from gemma_edge.export.opened import Opened
 from gemma_edge.export.options import ExportOptions
 from gemma_edge.export.targets import GIB, TARGETS, Target
 from gemma_edge.model.checkpoint import Weights
+from gemma_edge.model.gguf.folder import model_name
 from gemma_edge.progress import Progress, Stage, no_progress
 from gemma_edge.quantize.api import (
     CHECKPOINT,
@@ -87,7 +88,8 @@ def open_model(options: ExportOptions, progress: Progress = no_progress, *, plan
     plans = _plan(options, source, recipe, target, kv_dtypes)
     _check_size(options, plans)
     # a hub id's folder is called by the hash of its commit
-    name = Path(options.model).resolve().name if Path(options.model).is_dir() else options.model.rpartition("/")[2]
+    path = Path(options.model)
+    name = path.resolve().name if path.is_dir() else model_name(Path(path.name))
     seen = None if plan_only else choose_calibration(options.quantization, source, recipe)
     return Opened(name, source, recipe, target, plans, seen, choice, pythons)
 

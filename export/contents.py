@@ -50,7 +50,7 @@ def copy_tokenizer(source: Weights, bundle: Path) -> bool:
     hub.copy_companions(source.folder, bundle, text_folder=source.text_folder)
     if (bundle / TOKENIZER_FILE).is_file():
         return True
-    logger.warning("%s has no tokenizer.json: the bundle takes and gives token ids, not text", source.folder)
+    logger.warning("%s has no tokenizer.json: the bundle takes and gives token ids, not text", source.origin)
     return False
 
 

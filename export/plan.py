@@ -228,7 +228,7 @@ class _Prediction:
         """The message for a context that does not fit."""
         need = f"needs {self.device_ram(self.cache(context, chunk)) / GIB:.2f} GiB of RAM at context {context}"
         limit = f"target {self.target.name} has {self.target.ram_bytes / GIB:.2f} GiB for the app"
-        head = f"{self.source.folder.name} as {self.recipe.name} {need}; {limit}"
+        head = f"{self.source.origin.name} as {self.recipe.name} {need}; {limit}"
         smaller = range(CONTEXT_STEP, context, CONTEXT_STEP)
         # RAM only grows with the context
         fitting = bisect_right(

@@ -102,6 +102,7 @@ class Weights(ABC):
 
     def __init__(self, folder: Path, config: GemmaConfig, shards: Shards) -> None:
         self.folder, self.config, self._shards = folder, config, shards
+        self.origin = shards.origin  # what messages name: the folder, or a GGUF file
         self.text_folder = folder  # where tokenizer and chat template are; an adapter may bring its own
         self.configs = dict.fromkeys(weight_shapes(config))
 
@@ -127,7 +128,7 @@ class Weights(ABC):
 
     def _floats(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows of a tensor that is stored in float, as float32; InputError if one is not finite."""
-        return finite(self._shards.rows(name, start, stop).float(), name, self.folder)
+        return finite(self._shards.rows(name, start, stop).float(), name, self.origin)
 
     def plain_rows(self, weight: str, start: int, stop: int) -> Tensor:
         """Rows of a matrix as float32, from its float copy where it is also stored as integers, as the tied table is."""
@@ -224,7 +225,7 @@ class Checkpoint(Weights):
         Raises:
             InputError: a value is NaN or infinite.
         """
-        return finite(self._lora.rows(self._shards, weight, start, stop), f"{weight}.weight", self.folder)
+        return finite(self._lora.rows(self._shards, weight, start, stop), f"{weight}.weight", self.origin)
 
 
 def open_tensors(
@@ -267,7 +268,7 @@ def _is_tied(config: GemmaConfig, shards: Shards, lora: Lora, codes: str | None)
     if name not in shards:
         if not config.tie_word_embeddings:
             raise InputError(
-                f"{shards.folder}: tie_word_embeddings is false, but its safetensors files hold no {name}",
+                f"{shards.origin}: tie_word_embeddings is false, but its weights hold no {name}",
                 hint="set it to true in config.json if the head is the table, else save the model with its head",
             )
         return True

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from gemma_edge.errors import InputError
 from gemma_edge.files import link_home
+from gemma_edge.model.gguf.folder import SUFFIX, prepare
 
 DEFAULT_MODEL = "google/gemma-2-2b-it"
 STOP_IDS = "generation_config.json"
@@ -84,14 +85,16 @@ def resolve_adapter(lora: str | Path) -> Path:
 
 
 def resolve(model: str) -> Path:
-    """The folder of a model given as a folder or a hub id.
+    """The folder of a model given as a folder, a GGUF file or a hub id.
 
     Raises:
-        InputError: no such folder, and the hub cannot provide the model: huggingface_hub is not installed, there is no
-            network, there is no such model, or its licence is not accepted.
+        InputError: the GGUF file cannot be used. Or there is no such folder, and the hub cannot provide the model:
+            huggingface_hub is not installed, there is no network, there is no such model, or its licence is not accepted.
     """
     if Path(model).is_dir():
         return Path(model)
+    if model.lower().endswith(SUFFIX):
+        return prepare(Path(model))
     if not re.fullmatch(ID, model) or Path(model).exists():
         raise InputError(f"{model} is neither a folder nor a Hugging Face model id like {DEFAULT_MODEL}")
     try:

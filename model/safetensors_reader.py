@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -139,11 +139,24 @@ class SafetensorsFile:
             done += count
 
 
+class TensorFile(Protocol):
+    """A file of tensors: safetensors, or GGUF (gguf/tensors.py)."""
+
+    path: Path
+
+    @property
+    def tensors(self) -> Mapping[str, Entry]:
+        """By name."""
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """As `SafetensorsFile.rows`."""
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """One tensor by its place: a file, and its name there."""
 
-    file: SafetensorsFile
+    file: TensorFile
     name: str
 
     @property

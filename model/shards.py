@@ -1,9 +1,9 @@
-"""The tensors of a folder's safetensors files by their names in its decoder. Pickle files are refused."""
+"""The tensors of a folder's safetensors or GGUF files by their names in its decoder. Pickle files are refused."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 
@@ -13,7 +13,9 @@ from torch import Tensor
 from gemma_edge.bundle.codec import shown
 from gemma_edge.errors import InputError
 from gemma_edge.model.families import IMAGE_PREFIXES, text_name
-from gemma_edge.model.safetensors_reader import SafetensorsFile, StoredTensor
+from gemma_edge.model.gguf.folder import POINTER, pointed
+from gemma_edge.model.gguf.tensors import GgufFile
+from gemma_edge.model.safetensors_reader import SafetensorsFile, StoredTensor, TensorFile
 from gemma_edge.reading import present, read_json
 
 logger = logging.getLogger(__name__)
@@ -25,7 +27,7 @@ FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 class Shards:
-    """Tensors of a folder's safetensors files by their names in Gemma2ForCausalLM or Gemma3ForCausalLM.
+    """Tensors of a folder's files by their names in Gemma2ForCausalLM or Gemma3ForCausalLM.
 
     A folder that was saved from Gemma2Model alone has names without `model.`; transformers completes them too.
     """
@@ -38,8 +40,9 @@ class Shards:
             files: the files to read; None: those of the model.
             multimodal: an image encoder lies in them too. Its tensors are left out, and a warning says so.
         """
-        self.folder = folder
-        opened = [SafetensorsFile(path) for path in files or _shard_paths(folder)]
+        opened = _opened(folder, files)
+        # origin: what messages name: the folder, or the GGUF file that it was made from
+        self.origin = folder if isinstance(opened[0], SafetensorsFile) else opened[0].path
         stored = {name: StoredTensor(file, name) for file in opened for name in file.tensors}
         if multimodal:
             decoder = {
@@ -63,7 +66,7 @@ class Shards:
             InputError: the folder has no such tensor.
         """
         if name not in self._tensors:
-            raise InputError(f"{self.folder}: tensor {name} is missing from its safetensors files")
+            raise InputError(f"{self.origin}: tensor {name} is missing from its weights")
         return self._tensors[name]
 
     def replaced(self, tensors: Mapping[str, StoredTensor]) -> Shards:
@@ -121,6 +124,13 @@ class Shards:
                 f"{self[others[0]].file.path} holds {others[0]}{more}, which {hf_class} does not have; a bundle would not be"
                 f" the model that was trained: save the folder from {hf_class}"
             )
+
+
+def _opened(folder: Path, files: list[Path] | None) -> Sequence[TensorFile]:
+    """The model's files, or those that are given."""
+    if files is None and present(folder / POINTER):
+        return [GgufFile(path) for path in pointed(folder)]
+    return [SafetensorsFile(path) for path in files or _shard_paths(folder)]
 
 
 def _shard_paths(folder: Path) -> list[Path]:

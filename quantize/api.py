@@ -171,7 +171,7 @@ def _made(options: QuantizeOptions, source: Weights) -> Recipe:
         has_text = present(source.text_folder / TOKENIZER_FILE)
         quality = DEFAULT_QUALITY if has_text and not source.is_quantized else "fast"
         if not has_text and not source.is_quantized and options.method is None and bits == DEFAULT_BITS:
-            logger.warning("%s has no tokenizer, so nothing to calibrate on: `quality` fast", source.folder)
+            logger.warning("%s has no tokenizer, so nothing to calibrate on: `quality` fast", source.origin)
     return make_recipe(
         bits,
         group_size=options.group_size,
@@ -183,7 +183,7 @@ def _made(options: QuantizeOptions, source: Weights) -> Recipe:
 
 def _refuse_idle(options: QuantizeOptions, source: Weights, recipe: Recipe) -> None:
     """Refuse options that would change nothing. The quality `fast` needs no text and is always allowed."""
-    name, searched = source.folder.name, options.quality not in (None, "fast")
+    name, searched = source.origin.name, options.quality not in (None, "fast")
     if source.is_quantized:
         _refuse_float_only(options, source, recipe)
     linears = [config for weight, config in final_configs(source, recipe).items() if weight not in TABLES]
@@ -214,7 +214,7 @@ def _refuse_float_only(options: QuantizeOptions, source: Weights, recipe: Recipe
     for field in (field for field, is_idle in idle.items() if is_idle):
         value = getattr(options, field)
         raise InputError(
-            f"`{field}`{'' if field == 'distill' else f' {value}'} works on float weights, and {source.folder.name} is"
+            f"`{field}`{'' if field == 'distill' else f' {value}'} works on float weights, and {source.origin.name} is"
             " quantized already, its integers stay as they are: leave it out, or pass the float original",
             field=field,
             value=value,
@@ -224,7 +224,7 @@ def _refuse_float_only(options: QuantizeOptions, source: Weights, recipe: Recipe
 def way_to_kv_scales(options: QuantizeOptions, source: Weights, recipe: Recipe) -> str:
     """How to get the scales of an int8 KV cache where there will be none, as the end of an InputError's sentence."""
     if source.is_quantized:
-        return f"{source.folder.name} is quantized already and holds none; pass the float original, or `kv_bits` 32"
+        return f"{source.origin.name} is quantized already and holds none; pass the float original, or `kv_bits` 32"
     linears = weight_shapes(source.config).keys() - set(TABLES)
     if not any(recipe.rule_for(weight).config for weight in linears):
         return f"none are found where the weights become {recipe.name}; use `kv_bits` 32"
@@ -274,7 +274,7 @@ def choose_calibration(options: QuantizeOptions, source: Weights, recipe: Recipe
     if options.calibration_text != CalibrationText() and not (tokens or options.has_budget or options.distill):
         given = source.is_quantized
         raise InputError(
-            f"no step of this quantization uses calibration text: {source.folder.name}"
+            f"no step of this quantization uses calibration text: {source.origin.name}"
             f" {'is quantized already' if given else f'becomes {recipe.name} without data'}; leave out"
             " `calibration_text`, `calibration_tokens`, `calibration_chat` and `seed`, or"
             f" {'pass the float original' if given else 'choose another `quality` or `method`'}",

@@ -127,10 +127,10 @@ def choose(
         InputError: the budget cannot be kept, or nothing can be measured.
     """
     if source.is_quantized:
-        raise budget.refused(f"{source.folder} is quantized already; {budget} needs the original float folder")
+        raise budget.refused(f"{source.origin} is quantized already; {budget} needs the original float folder")
     if not source.config.tie_word_embeddings:
         raise budget.refused(
-            f"{source.folder} has a head of its own, but {budget} needs a tied head; use `bits`, or a `recipe`"
+            f"{source.origin} has a head of its own, but {budget} needs a tied head; use `bits`, or a `recipe`"
         )
     if budget.bpw is not None and not math.isfinite(budget.bpw):
         raise budget.refused(f"{budget}; give a number of bits per weight")
@@ -205,7 +205,7 @@ def _errors(
     """What each candidate costs the output: measured once per model, text and method."""
     if not present(source.text_folder / TOKENIZER_FILE):
         raise budget.refused(
-            f"{source.folder} has no tokenizer, so no text to measure on for {budget}; use `group_size`"
+            f"{source.origin} has no tokenizer, so no text to measure on for {budget}; use `group_size`"
         )
     config, text = source.config, replace(text, tokens=TOKENS)
     windows = calibration.windows(source.text_folder, config.bos_token_id, config.max_position_embeddings, text)
@@ -236,7 +236,7 @@ def read_recipe(path: Path, source: Weights) -> Recipe:
         return InputError(problem, field="recipe", value=path)
 
     if source.is_quantized:
-        raise refused(f"{source.folder} is quantized already; `recipe` needs the original float folder")
+        raise refused(f"{source.origin} is quantized already; `recipe` needs the original float folder")
     data = read_json(path, "`plan --save-recipe` writes a recipe", field="recipe")
     recipe = Recipe.from_json(data.get("recipe", data), f"`recipe` {path}")
     if recipe.float_bits not in (16, FLOAT_BITS):

@@ -95,7 +95,7 @@ def measure(
         seen = change.view(*windows.shape, -1)[-judged:]  # (J, T, hidden)
         errors[TABLE][config] = kl + float((seen * gradient).sum(-1).square().mean()) / 2
     if not all(math.isfinite(error) for some in errors.values() for error in some.values()):
-        raise InputError(f"{source.folder}: activations are NaN or infinite on the calibration text")
+        raise InputError(f"{source.origin}: activations are NaN or infinite on the calibration text")
     return {weight: errors[weight] for weight in weight_shapes(source.config)}
 
 

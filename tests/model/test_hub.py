@@ -121,8 +121,8 @@ def test_what_is_neither_folder_nor_id_is_refused(name: str, monkeypatch: pytest
 def test_a_file_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "gemma.gguf").touch()
-    assert "models/gemma.gguf is neither a folder nor" in message("models/gemma.gguf")
+    (tmp_path / "models" / "gemma.bin").touch()
+    assert "models/gemma.bin is neither a folder nor" in message("models/gemma.bin")
 
 
 def test_the_local_cache_is_used_without_the_network(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

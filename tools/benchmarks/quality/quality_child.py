@@ -82,7 +82,7 @@ def onnxruntime(weight: Tensor, algorithm: str) -> Tensor:
 
 def q4_0(weight: Tensor) -> Tensor:
     """llama.cpp's Q4_0, by its own Python package."""
-    from gguf import GGMLQuantizationType, quants  # type: ignore[import-not-found]
+    from gguf import GGMLQuantizationType, quants
 
     kind = GGMLQuantizationType.Q4_0
     return torch.from_numpy(quants.dequantize(quants.quantize(weight.numpy(), kind), kind))

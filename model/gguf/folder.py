@@ -1,0 +1,127 @@
+"""The Hugging Face folder of a GGUF file, in the user's cache: configuration, tokenizer and chat template.
+
+The weights stay where they are. POINTER names their files, and Shards reads them, so every part of the program that takes a
+folder takes a GGUF file: adapters, calibration, the gate. A copy as safetensors would take four bytes per weight on the disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from pathlib import Path
+
+from gemma_edge import user_cache
+from gemma_edge.errors import InputError
+from gemma_edge.files import write_whole
+from gemma_edge.model.config import GemmaConfig
+from gemma_edge.model.gguf.config import config_json
+from gemma_edge.model.gguf.reader import FLOAT_TYPES, HINT, Header, read_header
+from gemma_edge.model.gguf.tokenizer import text_files
+from gemma_edge.reading import present, read_json
+
+logger = logging.getLogger(__name__)
+
+SUFFIX = ".gguf"
+POINTER = "gguf.json"  # {"files": absolute paths}
+CONFIG = "config.json"
+LAYOUT = 1  # of what is written: another number forgets older folders
+PART = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf")
+MAX_PARTS = 999
+
+
+def model_name(path: Path) -> str:
+    """What a bundle made of the file is called after: its name without the ending and the part's number."""
+    match = PART.fullmatch(path.name)
+    return match[1] if match else path.name.removesuffix(SUFFIX)
+
+
+def prepare(path: Path) -> Path:
+    """Make the folder of a GGUF file, or find the one made before.
+
+    Args:
+        path: the file; of a split one, any part.
+
+    Raises:
+        InputError: the file or one of its parts is missing, damaged or no Gemma, or there is no cache folder.
+    """
+    paths = parts(path)
+    headers = [read_header(part) for part in paths]
+    _check_parts(paths, headers)
+    key = json.dumps([LAYOUT, *((str(part), header.status) for part, header in zip(paths, headers, strict=True))])
+    folder = _cache(hashlib.sha256(key.encode()).hexdigest())
+    if not present(folder / CONFIG):  # it is written last
+        _write(folder, paths, headers)
+    _warn_of_integers(path, headers)
+    return folder
+
+
+def pointed(folder: Path) -> list[Path]:
+    """The GGUF files of a prepared folder."""
+    return [Path(name) for name in read_json(folder / POINTER)["files"]]
+
+
+def parts(path: Path) -> list[Path]:
+    """Every file of a model, by one of them. That they exist is checked when they are read.
+
+    Raises:
+        InputError: the file's name says that it is a part beyond the last.
+    """
+    path = path.absolute()
+    match = PART.fullmatch(path.name)
+    if match is None:
+        return [path]
+    count = int(match[3])
+    if not 1 <= int(match[2]) <= count <= MAX_PARTS:
+        raise InputError(f"{path}: part {int(match[2])} of {count}; at most {MAX_PARTS} are read", hint=HINT)
+    return [path.with_name(f"{match[1]}-{number:05}-of-{match[3]}{SUFFIX}") for number in range(1, count + 1)]
+
+
+def _check_parts(paths: list[Path], headers: list[Header]) -> None:
+    for number, (path, header) in enumerate(zip(paths, headers, strict=True)):
+        count, own = header.metadata.get("split.count", 1), header.metadata.get("split.no", 0)
+        if (count, own) not in ((len(paths), number), (0, 0) if len(paths) == 1 else ()):
+            raise InputError(
+                f"{path} is part {own!r:.20} of {count!r:.20} by its metadata, but {number} of {len(paths)} by its name"
+                " (the first is 0)",
+                hint="give all parts the names they were published with: NAME-00001-of-0000N.gguf",
+            )
+    names = [name for header in headers for name in header.tensors]
+    if len(set(names)) != len(names):
+        raise InputError(f"{paths[0]}: two of its parts hold the same tensor", hint=HINT)
+
+
+def _cache(key: str) -> Path:
+    try:
+        return user_cache.folder("gguf", key)
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"no place to keep the tokenizer of a GGUF file ({error}); set {user_cache.VARIABLE} to a folder that can be"
+            " written to"
+        ) from None
+
+
+def _write(folder: Path, paths: list[Path], headers: list[Header]) -> None:
+    shapes = {name: place.shape for header in headers for name, place in header.tensors.items()}
+    config = config_json(paths[0], headers[0], shapes)
+    for name, text in text_files(paths[0], headers[0]).items():
+        write_whole(folder / name, text)
+    write_whole(folder / POINTER, json.dumps({"files": list(map(str, paths))}))
+    write_whole(folder / CONFIG, json.dumps(config, indent=1))
+    try:
+        GemmaConfig.from_hf(folder)
+    except InputError as error:
+        (folder / CONFIG).unlink()
+        raise InputError(str(error).replace(str(folder / CONFIG), f"{paths[0]}, as a config.json")) from None
+
+
+def _warn_of_integers(path: Path, headers: list[Header]) -> None:
+    types = [place.type for header in headers for place in header.tensors.values()]
+    quantized = [f"{kind} x {types.count(kind)}" for kind in sorted({*types} - {*FLOAT_TYPES})]
+    if quantized:
+        logger.warning(
+            "%s: its weights are quantized already (%s), and integers are made from these: the original's would be better",
+            path,
+            ", ".join(quantized),
+        )
