@@ -70,7 +70,7 @@ def config_json(path: Path, header: Header, tensors: Mapping[str, tuple[int, ...
             raise InputError(f"{path} has no {name}.{key}", hint=HINT)
     if len(tensors.get(TABLE, ())) != 2:
         raise InputError(f"{path} has no table {TABLE}", hint=HINT)
-    values = {ours: _plain(metadata[f"{name}.{key}"]) for key, ours in KEYS.items() if f"{name}.{key}" in metadata}
+    values = {ours: metadata[f"{name}.{key}"] for key, ours in KEYS.items() if f"{name}.{key}" in metadata}
     values |= {cap: None for cap in SOFTCAPS if values.get(cap) == 0}
     values["rms_norm_eps"] = _shortest(values["rms_norm_eps"])
     return {
@@ -79,16 +79,12 @@ def config_json(path: Path, header: Header, tensors: Mapping[str, tuple[int, ...
         "vocab_size": tensors[TABLE][0],
         "tie_word_embeddings": HEAD not in tensors,
         "query_pre_attn_scalar": _scalar(kind, values),
-        "bos_token_id": _plain(metadata.get("tokenizer.ggml.bos_token_id", 2)),
+        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id", 2),
         "eos_token_id": _stops(metadata),
         **values,
-        **_layer_types(metadata, name),
+        **_layer_types(path, metadata, name),
         **_ropes(metadata, name, kind.family),
     }
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, np.ndarray) else value
 
 
 def _shortest(value: Any) -> Any:
@@ -105,20 +101,20 @@ def _scalar(kind: _Architecture, values: Mapping[str, Any]) -> Any:
 
 def _stops(metadata: Mapping[str, Any]) -> list[Any]:
     keys = ("eos_token_id", "eot_token_id")
-    stops = [_plain(metadata[f"tokenizer.ggml.{key}"]) for key in keys if f"tokenizer.ggml.{key}" in metadata]
+    stops = [metadata[f"tokenizer.ggml.{key}"] for key in keys if f"tokenizer.ggml.{key}" in metadata]
     return [stop for index, stop in enumerate(stops) if stop not in stops[:index]] or [1]
 
 
-def _layer_types(metadata: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _layer_types(path: Path, metadata: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The kind of each layer, where the file says it: one global layer in so many, or whether each one is local."""
-    pattern = _plain(metadata.get(f"{name}.attention.sliding_window_pattern"))
+    pattern = metadata.get(f"{name}.attention.sliding_window_pattern")
     if pattern is None:
         return {}
     if isinstance(pattern, list):
         return {"layer_types": [LOCAL if local else GLOBAL for local in pattern]}
     layers = metadata[f"{name}.block_count"]
     if not (type(pattern) is type(layers) is int and 0 < pattern and layers <= 1024):
-        raise InputError(f"{name}.attention.sliding_window_pattern is {shown(pattern)}", hint=HINT)
+        raise InputError(f"{path}: {name}.attention.sliding_window_pattern is {shown(pattern)}", hint=HINT)
     return {"layer_types": [LOCAL if (i + 1) % pattern else GLOBAL for i in range(layers)]}
 
 
@@ -126,11 +122,11 @@ def _ropes(metadata: Mapping[str, Any], name: str, family: Family) -> dict[str, 
     """The rotary embeddings. Scaled positions are those of the global layers."""
     keys = {GLOBAL: "rope.freq_base", LOCAL: "rope.freq_base_swa"}
     bases = {
-        kind: {"rope_theta": _plain(metadata.get(f"{name}.{keys[kind]}", theta)), "rope_type": "default"}
+        kind: {"rope_theta": metadata.get(f"{name}.{keys[kind]}", theta), "rope_type": "default"}
         for kind, theta in family.thetas.items()
     }
     scaling = metadata.get(f"{name}.rope.scaling.type", "none")
     if scaling != "none":
-        factor = _plain(metadata.get(f"{name}.rope.scaling.factor"))
+        factor = metadata.get(f"{name}.rope.scaling.factor")
         bases[GLOBAL] |= {"rope_type": scaling, "factor": factor}
     return {"rope_parameters": bases if LOCAL in bases else bases[GLOBAL]}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from gemma_edge import user_cache
 from gemma_edge.errors import InputError
-from gemma_edge.files import write_whole
+from gemma_edge.files import label, write_whole
 from gemma_edge.model.config import GemmaConfig
 from gemma_edge.model.gguf.config import config_json
 from gemma_edge.model.gguf.reader import FLOAT_TYPES, HINT, Header, read_header
@@ -50,7 +50,7 @@ def prepare(path: Path) -> Path:
     headers = [read_header(part) for part in paths]
     _check_parts(paths, headers)
     key = json.dumps([LAYOUT, *((str(part), header.status) for part, header in zip(paths, headers, strict=True))])
-    folder = _cache(hashlib.sha256(key.encode()).hexdigest())
+    folder = _cache(f"{label(model_name(paths[0]))}-{hashlib.sha256(key.encode()).hexdigest()[:32]}")
     if not present(folder / CONFIG):  # it is written last
         _write(folder, paths, headers)
     _warn_of_integers(path, headers)
@@ -105,7 +105,7 @@ def _cache(key: str) -> Path:
 def _write(folder: Path, paths: list[Path], headers: list[Header]) -> None:
     shapes = {name: place.shape for header in headers for name, place in header.tensors.items()}
     config = config_json(paths[0], headers[0], shapes)
-    for name, text in text_files(paths[0], headers[0]).items():
+    for name, text in text_files(paths[0], headers[0], config["vocab_size"]).items():
         write_whole(folder / name, text)
     write_whole(folder / POINTER, json.dumps({"files": list(map(str, paths))}))
     write_whole(folder / CONFIG, json.dumps(config, indent=1))

@@ -23,7 +23,7 @@ from gemma_edge.errors import InputError, printable
 from gemma_edge.reading import check_regular
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
-MAX_HEADER = 64 << 20  # bytes of the metadata; Gemma 3's have 6 MB
+MAX_HEADER = 32 << 20  # bytes of the metadata; Gemma 3's have 6 MB
 MAX_ITEMS = 1 << 22  # elements of an array; a vocabulary has 262,144
 MAX_ENTRIES = 1 << 16  # pairs of metadata, and tensors
 MAX_NAME = 1024  # bytes of a key or of a tensor's name
@@ -62,7 +62,7 @@ class Place:
 class Header:
     """What a file says of itself."""
 
-    metadata: Mapping[str, Any]  # numbers, texts, lists of texts, NumPy arrays of numbers
+    metadata: Mapping[str, Any]  # numbers, texts, and lists of one of them
     tensors: Mapping[str, Place]  # by llama.cpp's names
     status: tuple[int, ...]  # what tells that another file has taken this one's place
 
@@ -151,18 +151,18 @@ class _Cursor:
         if kind == STRING:
             return self.text()
         if kind != ARRAY:
-            return self.numbers(kind, 1)[0].item()
+            return self.numbers(kind, 1)[0]
         inner, items = self.u32(), self.count(MAX_ITEMS)
         if inner == STRING:
             return [self.text() for _ in range(items)]
         return self.numbers(inner, items)
 
-    def numbers(self, kind: int, count: int) -> np.ndarray[Any, Any]:
+    def numbers(self, kind: int, count: int) -> list[Any]:
         """The next numbers of a type."""
         if kind not in SCALARS:
             raise ValueError(f"type {kind} of metadata before byte {self.position}")
         dtype = np.dtype(SCALARS[kind])
-        return np.frombuffer(self.take(count * dtype.itemsize), dtype)
+        return list(np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist())
 
 
 def _header(cursor: _Cursor) -> Header:

@@ -7,11 +7,10 @@ piece, and the piece's score ranks it. Source: `generate_merges` and `GemmaConve
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from gemma_edge.errors import InputError
 from gemma_edge.model.gguf.reader import HINT, Header
@@ -20,15 +19,20 @@ from gemma_edge.text.chat import CONFIG_FILE, TEMPLATE_FILE
 from gemma_edge.text.tokenizer import BLANK, TOKENIZER_FILE
 
 MAX_PIECE = 256  # characters; the longest of Gemma 3's pieces has 93
-UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # llama.cpp's types of pieces that are not made by merges, bytes apart
+# ADDED: llama.cpp's types of tokens that are found in a text before merges make the others: unknown, control, user-defined
+ADDED = (2, 3, USER_DEFINED := 4)
+LISTS = {"tokens": str, "scores": float, "token_type": int}  # one element per token
 # TOKENS: keys of tokenizer_config.json, and llama.cpp's for the same token
 TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
-Numbers = np.ndarray[Any, Any]
 
-
-def text_files(path: Path, header: Header) -> dict[str, str]:
+def text_files(path: Path, header: Header, rows: int) -> dict[str, str]:
     """tokenizer.json, tokenizer_config.json and the chat template, if there is one: name -> text.
+
+    Args:
+        path: the file, for messages.
+        header: its metadata.
+        rows: of the model's table.
 
     Raises:
         InputError: a part of the vocabulary is missing or damaged, or it is of another kind.
@@ -38,6 +42,8 @@ def text_files(path: Path, header: Header) -> dict[str, str]:
     if model != "llama":
         raise InputError(f"{path}: tokenizer.ggml.model is {model!r:.40}; supported: 'llama', which is Gemma's")
     pieces, scores, types = _vocabulary(path, metadata)
+    if len(pieces) > rows:
+        raise InputError(f"{path} has {len(pieces)} tokens, but its table has {rows} rows", hint=HINT)
     found = {key: _piece(path, metadata, pieces, name) for key, name in TOKENS.items()}
     named = {key: piece for key, piece in found.items() if piece is not None}
     files = {
@@ -54,17 +60,22 @@ def text_files(path: Path, header: Header) -> dict[str, str]:
     return files
 
 
-def _vocabulary(path: Path, metadata: Mapping[str, Any]) -> tuple[list[str], Numbers, Numbers]:
+def _vocabulary(path: Path, metadata: Mapping[str, Any]) -> tuple[list[str], list[float], list[int]]:
     """Pieces, scores and types."""
-    pieces, scores, types = (metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "scores", "token_type"))
-    if not isinstance(pieces, list) or not isinstance(scores, np.ndarray) or not isinstance(types, np.ndarray):
-        raise InputError(f"{path} lacks tokenizer.ggml.tokens, .scores or .token_type", hint=HINT)
+    pieces, scores, types = (metadata.get(f"tokenizer.ggml.{key}") for key in LISTS)
+    for values, (key, kind) in zip((pieces, scores, types), LISTS.items(), strict=True):
+        if not isinstance(values, list) or not all(type(value) is kind for value in values):
+            raise InputError(f"{path} has no tokenizer.ggml.{key}, or of another type", hint=HINT)
     if not len(pieces) == len(scores) == len(types):
         counts = f"{len(pieces)} tokens, {len(scores)} scores and {len(types)} types"
         raise InputError(f"{path}: its tokenizer has {counts}", hint=HINT)
-    if len(set(pieces)) != len(pieces) or not all(0 < len(piece) <= MAX_PIECE for piece in pieces):
+    known = set(pieces)
+    if len(known) != len(pieces) or not all(0 < len(piece) <= MAX_PIECE for piece in pieces):
         raise InputError(f"{path}: a token stands twice, is empty or longer than {MAX_PIECE} characters", hint=HINT)
-    if not np.isfinite(scores).all():
+    missing = next((byte for byte in map("<0x{:02X}>".format, range(256)) if byte not in known), None)
+    if missing is not None:
+        raise InputError(f"{path} has no token for the byte {missing}", hint=HINT)
+    if not all(map(math.isfinite, scores)):
         raise InputError(f"{path}: a token's score is NaN or infinite", hint=HINT)
     return pieces, scores, types
 
@@ -79,15 +90,15 @@ def _piece(path: Path, metadata: Mapping[str, Any], pieces: Sequence[str], name:
     return pieces[index]
 
 
-def merges(pieces: Sequence[str], scores: Numbers, types: Numbers) -> list[tuple[str, str]]:
+def merges(pieces: Sequence[str], scores: Sequence[float], types: Sequence[int]) -> list[tuple[str, str]]:
     """Every pair of pieces that join to a piece, the best first.
 
     A piece that the user defined has the score 0, as in SentencePiece; llama.cpp stores -1000. Gemma's runs of blanks are such.
     """
     ids = {piece: index for index, piece in enumerate(pieces)}
-    ranks = np.where(np.isin(types, (UNKNOWN, CONTROL, USER_DEFINED)), 0.0, scores).tolist()
     found = []
-    for piece, rank in zip(pieces, ranks, strict=True):
+    for piece, score, kind in zip(pieces, scores, types, strict=True):
+        rank = 0.0 if kind in ADDED else score
         pairs = [
             (piece[:cut], piece[cut:]) for cut in range(1, len(piece)) if piece[:cut] in ids and piece[cut:] in ids
         ]
@@ -97,13 +108,15 @@ def merges(pieces: Sequence[str], scores: Numbers, types: Numbers) -> list[tuple
     return [(left, right) for _, _, _, left, right in found]
 
 
-def _tokenizer(pieces: Sequence[str], scores: Numbers, types: Numbers, named: Mapping[str, str]) -> dict[str, Any]:
+def _tokenizer(
+    pieces: Sequence[str], scores: Sequence[float], types: Sequence[int], named: Mapping[str, str]
+) -> dict[str, Any]:
     """Gemma's tokenizer.json: blanks become BLANK, and what is in no piece becomes bytes."""
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     added = [
         {"id": index, "content": piece, **flags, "special": kind != USER_DEFINED}
-        for index, (piece, kind) in enumerate(zip(pieces, types.tolist(), strict=True))
-        if kind in (UNKNOWN, CONTROL, USER_DEFINED)
+        for index, (piece, kind) in enumerate(zip(pieces, types, strict=True))
+        if kind in ADDED
     ]
     bos = named.get("bos_token", "<bos>")
     start = [{"SpecialToken": {"id": bos, "type_id": 0}}] if bos in pieces else []
