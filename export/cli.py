@@ -133,7 +133,7 @@ def _options_of(*groups: Iterable[Callable[[F], F]]) -> Callable[[F], F]:
 def main() -> None:
     """Export Gemma to a verified on-device bundle: gemma-export [MODEL] --target android --bits 4.
 
-    MODEL is a Hugging Face folder or id. `gemma-export make --help` lists every option of an export.
+    MODEL is a Hugging Face folder or id, or a GGUF file. `gemma-export make --help` lists every option of an export.
     """
 
 

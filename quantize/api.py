@@ -99,7 +99,7 @@ def quantize(
     Its integers are those of an export with the same options.
 
     Args:
-        model: a Hugging Face folder or id.
+        model: a Hugging Face folder or id, or a GGUF file.
         out: the checkpoint's folder.
         options: how the weights become integers.
         lora: a PEFT adapter to merge first, a folder or a Hugging Face id.
@@ -125,7 +125,7 @@ def open_source(model: str, lora: str | Path | None) -> Weights:
     """Find and open a model that a checkpoint or a bundle will be made of. It reads only the headers of the weights.
 
     Args:
-        model: a Hugging Face folder or id.
+        model: a Hugging Face folder or id, or a GGUF file.
         lora: a PEFT adapter to merge, a folder or a Hugging Face id.
 
     Raises:

@@ -62,10 +62,7 @@ def text_files(path: Path, header: Header, rows: int) -> dict[str, str]:
 
 def _vocabulary(path: Path, metadata: Mapping[str, Any]) -> tuple[list[str], list[float], list[int]]:
     """Pieces, scores and types."""
-    pieces, scores, types = (metadata.get(f"tokenizer.ggml.{key}") for key in LISTS)
-    for values, (key, kind) in zip((pieces, scores, types), LISTS.items(), strict=True):
-        if not isinstance(values, list) or not all(type(value) is kind for value in values):
-            raise InputError(f"{path} has no tokenizer.ggml.{key}, or of another type", hint=HINT)
+    pieces, scores, types = (_list(path, metadata, f"tokenizer.ggml.{key}", kind) for key, kind in LISTS.items())
     if not len(pieces) == len(scores) == len(types):
         counts = f"{len(pieces)} tokens, {len(scores)} scores and {len(types)} types"
         raise InputError(f"{path}: its tokenizer has {counts}", hint=HINT)
@@ -78,6 +75,13 @@ def _vocabulary(path: Path, metadata: Mapping[str, Any]) -> tuple[list[str], lis
     if not all(map(math.isfinite, scores)):
         raise InputError(f"{path}: a token's score is NaN or infinite", hint=HINT)
     return pieces, scores, types
+
+
+def _list(path: Path, metadata: Mapping[str, Any], key: str, kind: type) -> list[Any]:
+    values = metadata.get(key)
+    if not isinstance(values, list) or not all(type(value) is kind for value in values):
+        raise InputError(f"{path} has no {key}, or of another type", hint=HINT)
+    return values
 
 
 def _piece(path: Path, metadata: Mapping[str, Any], pieces: Sequence[str], name: str) -> str | None:

@@ -101,7 +101,7 @@ def quantize(
     """Make the quantized checkpoint alone, without a bundle: a Hugging Face folder that transformers and vLLM load too.
 
     Args:
-        model: a Hugging Face folder or id.
+        model: a Hugging Face folder or id, or a GGUF file.
         out: the new folder; it appears complete, or not at all.
         options: bits, group size, method, calibration text; None takes the defaults.
         lora: a PEFT adapter, a folder or a Hugging Face id, merged before the weights are quantized.
