@@ -25,9 +25,10 @@ from transformers.convert_slow_tokenizer import generate_merges
 from gemma_edge.bundle.entries import LOCAL
 from gemma_edge.errors import InputError
 from gemma_edge.model.checkpoint import Checkpoint, norm_names, weight_shapes
-from gemma_edge.model.config import GemmaConfig
+from gemma_edge.model.config import PRESETS, GemmaConfig
+from gemma_edge.model.gguf.config import KEYS, config_json
 from gemma_edge.model.gguf.folder import prepare
-from gemma_edge.model.gguf.reader import FLOAT_TYPES, TYPES
+from gemma_edge.model.gguf.reader import FLOAT_TYPES, TYPES, Header
 from gemma_edge.model.gguf.tensors import NAMES, OTHERS, GgufFile
 from gemma_edge.model.gguf.tokenizer import merges
 from gemma_edge.model.hub import COMPANIONS
@@ -200,6 +201,47 @@ def test_every_tensor_and_key_equals_the_folders(kind: str, shape: str, tmp_path
         assert actual.dtype(name) == expected.dtype(name)
     for name in norm_names(expected.config):
         assert torch.equal(actual.vector(name), expected.vector(name)), name
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_metadata_of_every_size_gives_its_configuration(preset: str, tmp_path: Path) -> None:
+    """Keys as llama.cpp's converter writes them: no pattern, no base of local layers, and no scale of attention."""
+    config = PRESETS[preset]
+    name = "gemma3" if config.qk_norm else "gemma2"
+    metadata: dict[str, Any] = {f"{name}.{key}": getattr(config, ours) for key, ours in KEYS.items()}
+    metadata |= {"general.architecture": name, f"{name}.rope.freq_base": config.rope_theta}
+    metadata |= {
+        f"tokenizer.ggml.{key}_token_id": stop for key, stop in zip(("eos", "eot"), config.eos_token_id, strict=True)
+    }
+    metadata[f"{name}.attention.layer_norm_rms_epsilon"] = float(np.float32(1e-6))
+    if config.rope_factor != 1:
+        metadata |= {f"{name}.rope.scaling.type": "linear", f"{name}.rope.scaling.factor": config.rope_factor}
+    metadata = {key: value for key, value in metadata.items() if value is not None}
+    tables = {"token_embd.weight": (config.vocab_size, config.hidden_size)}
+    raw = config_json(tmp_path / "model.gguf", Header(metadata, {}, ()), tables)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert GemmaConfig.from_hf(tmp_path) == config
+
+
+def test_an_adapter_is_merged_into_a_gguf_file(tmp_path: Path) -> None:
+    name, draw = "model.layers.0.self_attn.q_proj", torch.Generator().manual_seed(0)
+    model = make_checkpoint(tmp_path / "model", vocab_size=4096)
+    halves = {"lora_A": (4, 64), "lora_B": (128, 4)}
+    (tmp_path / "lora").mkdir()
+    save_file(
+        {
+            f"base_model.model.{name}.{half}.weight": torch.randn(shape, generator=draw)
+            for half, shape in halves.items()
+        },
+        tmp_path / "lora" / "adapter_model.safetensors",
+    )
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(config))
+    expected = Checkpoint.open(dequantized(model, tmp_path / "hf", "Q8_0"), lora=tmp_path / "lora")
+    folder = prepare(write(model, tmp_path / "model.gguf", "Q8_0"))
+    merged = Checkpoint.open(folder, lora=tmp_path / "lora").matrix(name)
+    assert torch.equal(merged, expected.matrix(name))
+    assert not torch.equal(merged, Checkpoint.open(folder).matrix(name))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in TYPES if kind not in FLOAT_TYPES])
