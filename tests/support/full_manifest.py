@@ -43,7 +43,7 @@ GATE = GateResult(
     quality_past_context=DIFFERENCE,
     lowering=DIFFERENCE,
     generation_difference=0.01,
-    limits=LimitsEntry(kl=0.5, top1=0.6, ppl_change=0.5, lowering=0.05),
+    limits=LimitsEntry(kl=0.5, top1=0.6, ppl_change=0.5, lowering=0.1, lowering_kl=0.05),
     failures=(),
     passed=True,
 )

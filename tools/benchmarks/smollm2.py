@@ -49,7 +49,7 @@ def permute(state: dict[str, Tensor], config: Any, *, seed: int) -> dict[str, Te
     """The same function with permuted channels.
 
     Args:
-        state: a LlamaForCausalLM's tensors; matrices (out, in).
+        state: a LlamaForCausalLM's or Gemma3ForCausalLM's tensors; matrices (out, in).
         config: its Hugging Face configuration.
         seed: of the permutations.
 
@@ -59,7 +59,11 @@ def permute(state: dict[str, Tensor], config: Any, *, seed: int) -> dict[str, Te
     generator = torch.Generator().manual_seed(seed)
     residual = torch.randperm(config.hidden_size, generator=generator)
     writes = ("o_proj.weight", "down_proj.weight")  # rows are residual channels; everywhere else the last axis is
-    new = {name: t[residual] if name.endswith(writes) else t[..., residual] for name, t in state.items()}
+    per_head = ("q_norm.weight", "k_norm.weight")  # Gemma 3's: rotary embedding fixes the order within a head
+    new = {
+        name: t if name.endswith(per_head) else t[residual] if name.endswith(writes) else t[..., residual]
+        for name, t in state.items()
+    }
     heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}."

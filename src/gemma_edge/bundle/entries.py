@@ -208,6 +208,7 @@ class LimitsEntry:
     top1: Positive
     ppl_change: Positive
     lowering: Positive  # part of the reference's logit range
+    lowering_kl: Positive | None = None  # None: made before there was this limit
 
 
 @dataclass(frozen=True)
