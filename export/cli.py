@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
@@ -14,7 +13,7 @@ from typing import Any
 import click
 
 from gemma_edge.bundle.backends import ALL, KV_DTYPES, registered
-from gemma_edge.command import Command, DefaultGroup, clean_up_when_ended, spelled
+from gemma_edge.command import Command, DefaultGroup, clean_up_when_ended
 from gemma_edge.errors import InputError
 from gemma_edge.export.gate.limits import LEVELS
 from gemma_edge.export.options import ExportOptions
@@ -161,7 +160,6 @@ def make(as_json: bool, **choices: Any) -> None:
     from gemma_edge.export import api as pipeline
     from gemma_edge.export import report
 
-    _show_warnings()
     opened = pipeline.open_model(options, report.progress_bar)
     _say_how_long_calibration_takes(opened)
     done = pipeline.export(options, report.progress_bar, opened)
@@ -187,7 +185,6 @@ def quantize_command(model: str, lora: tuple[str, ...], out: Path, force: bool, 
     from gemma_edge.export import report
     from gemma_edge.quantize import api
 
-    _show_warnings()
     options = _quantize_options(choices)
     made = api.quantize(model, out, options, lora=_one_adapter(lora), force=force, progress=report.progress_bar)
     if as_json:
@@ -316,20 +313,6 @@ def _one_adapter(lora: Sequence[str]) -> str | None:
             field="lora", value=" ".join(lora), hint="only one adapter is merged: merge the others into the model first"
         )
     return lora[0] if lora else None
-
-
-class _Warnings(logging.Formatter):
-    """Warnings of the library, with parameters spelled as the command line does."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """See Formatter."""
-        return f"warning: {spelled(record.getMessage())}"
-
-
-def _show_warnings() -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Warnings())
-    logging.getLogger("gemma_edge").addHandler(handler)
 
 
 def _say_how_long_calibration_takes(opened: Any) -> None:

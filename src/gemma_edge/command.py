@@ -7,6 +7,7 @@ A closed pipe (`gemma-run ... | head`) is click's own business.
 from __future__ import annotations
 
 import errno
+import logging
 import signal
 import threading
 from collections.abc import Iterator
@@ -151,21 +152,43 @@ def _option(name: str) -> str:
     return name
 
 
+class _Warnings(logging.Handler):
+    """Prints the library's warnings to stderr, with parameters spelled as the command line does."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See Handler."""
+        click.echo(f"warning: {spelled(record.getMessage())}", err=True)
+
+
+@contextmanager
+def _warnings_shown() -> Iterator[None]:
+    """Print warnings inside the block; a command inside a group does not print them twice."""
+    library = logging.getLogger("gemma_edge")
+    if any(isinstance(handler, _Warnings) for handler in library.handlers):
+        yield
+        return
+    library.addHandler(handler := _Warnings())
+    try:
+        yield
+    finally:
+        library.removeHandler(handler)
+
+
 class Command(click.Command):
-    """A click command with `one_line_errors`."""
+    """A click command with `one_line_errors` whose warnings are lines on stderr."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
-        with one_line_errors():
+        with one_line_errors(), _warnings_shown():
             return super().invoke(ctx)
 
 
 class Group(click.Group):
-    """A click group with `one_line_errors` around every command in it."""
+    """A click group with the same around every command in it."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the group and the command in it."""
-        with one_line_errors():
+        with one_line_errors(), _warnings_shown():
             return super().invoke(ctx)
 
 

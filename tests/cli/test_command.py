@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import time
 
 import click
+import pytest
 from click.testing import CliRunner
 
 from gemma_edge.command import Command, Group, spelled
@@ -35,6 +37,12 @@ def swallowed() -> None:
 
 
 @main.command(cls=Command)
+@click.option("--speculate")
+def warns(speculate: str | None) -> None:
+    logging.getLogger("gemma_edge.anything").warning(NOTE)
+
+
+@main.command(cls=Command)
 def bug() -> None:
     raise ValueError("a bug keeps its traceback")
 
@@ -58,6 +66,14 @@ def test_a_note_is_spelled_as_the_command_that_runs_spells_it() -> None:
     )
     assert CliRunner().invoke(command).stdout == "use --speculate=close\n"
     assert spelled(NOTE) == "use speculate=close"
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_warning_is_one_line_on_stderr_in_every_command(again: bool) -> None:
+    for _ in range(1 + again):  # the second call in one process does not print it twice
+        result = CliRunner().invoke(main, ["warns"])
+    assert (result.stdout, result.stderr) == ("", "warning: use --speculate=close\n")
+    assert CliRunner().invoke(main.commands["warns"], []).stderr == result.stderr
 
 
 def test_the_library_names_parameters_as_python_does() -> None:

@@ -43,7 +43,9 @@ def make(source: Path, out: Path, *, seed: int) -> float:
         RuntimeError: the permutation changed the function.
     """
     where: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
-    model: Any = AutoModelForCausalLM.from_pretrained(str(source.parent), gguf_file=source.name, **where).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        str(source.parent), gguf_file=source.name, **where
+    )  # in eval mode
     ids = torch.arange(2, 602, 3)[None]
     expected = model(ids).logits
     state = {name: t for name, t in model.state_dict().items() if name != "lm_head.weight"}  # tied

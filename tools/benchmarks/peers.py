@@ -83,6 +83,16 @@ class LlamaCpp:
         return self.root / "llama-cpp/build/bin/llama-quantize"
 
     @property
+    def imatrix(self) -> Path:
+        """Binary that finds out which columns matter."""
+        return self.root / "llama-cpp/build/bin/llama-imatrix"
+
+    @property
+    def perplexity(self) -> Path:
+        """Binary that compares a file's logits with those of another."""
+        return self.root / "llama-cpp/build/bin/llama-perplexity"
+
+    @property
     def bench(self) -> Path:
         """Its own benchmark."""
         return self.root / "llama-cpp/build/bin/llama-bench"
@@ -90,7 +100,8 @@ class LlamaCpp:
     @property
     def ready(self) -> bool:
         """Whether all of it is installed."""
-        return all(path.is_file() for path in (self.python, self.convert, self.quantize, self.bench))
+        binaries = (self.quantize, self.imatrix, self.perplexity, self.bench)
+        return all(path.is_file() for path in (self.python, self.convert, *binaries))
 
 
 @dataclass(frozen=True)
@@ -146,7 +157,7 @@ def install_llama_cpp(root: Path, *, jobs: int) -> LlamaCpp:
     binaries = python.parent
     generator = ("-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={(binaries / 'ninja').absolute()}")
     _run([binaries / "cmake", "-S", peer.source, "-B", base / "build", *generator, *CMAKE_OPTIONS, *_without_amx()])
-    targets = ("--target", "llama-quantize", "llama-bench")
+    targets = ("--target", "llama-quantize", "llama-imatrix", "llama-perplexity", "llama-bench")
     _run([binaries / "cmake", "--build", base / "build", "--parallel", str(jobs), *targets])
     return peer
 

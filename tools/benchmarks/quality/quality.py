@@ -1,10 +1,12 @@
 """Measures how far 4-bit weights are from the float model: ours and every peer's, on one real model and the same tokens.
 
-Only linears are quantized; embedding, head, norms and activations stay float32. The measure is KL(float || quantized) per
-token, in nats, which tells apart what perplexity on few tokens cannot. All calibrated contenders see the same windows of
-text from other domains, and other windows for every draw. Peers run in their own interpreters (quality_child.py). A peer
-that is not installed is named and left out. Needs what smollm2.py and corpora.py write into WORK. Scores are saved in
-WORK/quality-cache.json, under a hash of everything that they depend on.
+The measure is KL(float || quantized) per token, in nats, which tells apart what perplexity on few tokens cannot. Activations
+stay float32. With smollm2 only the linears are quantized, by functions of the package. With gemma3-270m the tool itself makes
+the integers, those of the table too; llama.cpp's files are judged as they are, and to peers that quantize linears alone a table
+of 8 bits costs nothing. All calibrated contenders see the same windows of text from other domains, and other windows for every
+draw. Peers run in their own interpreters (quality_child.py). A peer that is not installed is named and left out. Needs what
+smollm2.py or gemma3_270m.py, and corpora.py, write into WORK. Scores are saved in WORK/quality-cache.json, under a hash of
+everything that they depend on.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import Distribution
@@ -28,38 +29,64 @@ from typing import Any
 
 import click
 import quality_child
+import quality_gemma
 import quality_judge
 import quality_ours
 import torch
 from quality_child import PEERS, Peer
-from quality_judge import WINDOW, Judge, Score, cut, linears
-from quality_ours import OURS, Contender, weight_bits
+from quality_judge import WINDOW, Judge, Made, Score, cut, linears
+from quality_ours import Bar, Contender
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from gemma_edge.bundle.codec import convert
 from gemma_edge.files import write_whole
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import gemma3_270m
+import smollm2
 from corpora import CALIBRATION, EVALUATION
 from measure import describe, machine, table, versions, write_json
-from smollm2 import FOLDER
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to measure on."""
+
+    folder: str  # below WORK
+    script: str  # makes it
+    contenders: Callable[
+        [Path | None], Mapping[str, Contender]
+    ]  # of the folder of peers, besides those of quality_child.py
+    quantized: str  # heads the table
+
+
+SUBJECTS = {
+    "smollm2": Subject(smollm2.FOLDER, "smollm2.py", lambda peers: quality_ours.OURS, "4-bit linears"),
+    "gemma3-270m": Subject(gemma3_270m.FOLDER, "gemma3_270m.py", quality_gemma.contenders, "linears and table"),
+}
 
 
 @dataclass(frozen=True)
 class Row:
     """A contender's scores, one per draw; one alone if it needs no data."""
 
-    weight_bits: float
     peer: bool
     calibrated: bool
     scores: list[Score]
+    bar: Bar | None = None
 
     @property
     def kl(self) -> float:
         """Mean over the draws."""
         return mean(score.kl for score in self.scores)
+
+    def megabytes(self, linears: int, table: int) -> float:
+        """Size of the weights, from how many weights the linears and the table have."""
+        made = self.scores[0].made
+        return (linears * made.weight_bits + table * made.table_bits) / 8e6
 
 
 class Cache:
@@ -73,13 +100,13 @@ class Cache:
         """What the file contains now, because another run may have added to it."""
         return json.loads(self.path.read_text()) if self.path.exists() else {}
 
-    def score(self, key: str, judge: Judge, change: Callable[[], float]) -> Score:
-        """The saved score, or else the score of the model after `change`, which returns the CPU seconds that it took."""
+    def score(self, key: str, judge: Judge, change: Callable[[], Made]) -> Score:
+        """The saved score, or else the score of the model after `change`."""
         saved = self.saved()
         if not self.fresh and key in saved:
-            return Score(**saved[key])
+            return convert(saved[key], Score)
         _ = judge.reference  # computed while the model is still the float one
-        score = judge.score(cpu_s=change())
+        score = judge.score(change())
         judge.restore()
         write_whole(self.path, json.dumps({**self.saved(), key: asdict(score)}, indent=1) + "\n")
         return score
@@ -109,8 +136,8 @@ def installed(peer: Peer, root: Path) -> dict[str, str]:
     return versions if len(versions) == len(peer.packages) else {}
 
 
-def run_peer(name: str, root: Path, folder: Path, windows: Tensor, judge: Judge) -> float:
-    """Put the linears that a peer has quantized into the model; return the CPU seconds that it took."""
+def run_peer(name: str, root: Path, folder: Path, windows: Tensor, judge: Judge) -> Made:
+    """Put the linears that a peer has quantized into the model."""
     with tempfile.TemporaryDirectory() as place:
         out, data = Path(place, "out.safetensors"), Path(place, "windows.safetensors")
         save_file({"windows": windows}, data)
@@ -129,14 +156,7 @@ def run_peer(name: str, root: Path, folder: Path, windows: Tensor, judge: Judge)
         raise RuntimeError(f"{name} returned {len(rounded)} linears; the model has {len(weights)}")
     for key, weight in weights.items():
         weight.copy_(rounded[key])
-    return cpu_s
-
-
-def run_ours(contender: Contender, windows: Tensor, judge: Judge) -> float:
-    """Let one of our contenders change the model; return the CPU seconds that it took."""
-    start = time.process_time()
-    contender.run(judge.model, windows)
-    return time.process_time() - start
+    return Made(cpu_s, PEERS[name].weight_bits)
 
 
 @dataclass(frozen=True)
@@ -144,15 +164,14 @@ class Bench:
     """What all contenders share."""
 
     folder: Path
+    contenders: Mapping[str, Contender]
     peers: Path | None
     judge: Judge
     draws: list[Tensor]  # calibration windows, (N, WINDOW) each
     cache: Cache
     inputs: str  # hash of model and evaluation windows
 
-    def _scores(
-        self, calibrated: bool, origin: Sequence[bytes | str], change: Callable[[Tensor], float]
-    ) -> list[Score]:
+    def _scores(self, calibrated: bool, origin: Sequence[bytes | str], change: Callable[[Tensor], Made]) -> list[Score]:
         scores = []
         for windows in self.draws if calibrated else self.draws[:1]:
             key = digest(self.inputs, *origin, windows.numpy().tobytes() if calibrated else b"")
@@ -168,17 +187,15 @@ class Bench:
         root = self.peers
         origin = (name, json.dumps(packages), sources(quality_child))
         scores = self._scores(peer.calibrated, origin, lambda w: run_peer(name, root, self.folder, w, self.judge))
-        return Row(peer.weight_bits, True, peer.calibrated, scores)
+        return Row(True, peer.calibrated, scores)
 
     def ours(self, name: str) -> Row:
-        """The row of one of our contenders."""
-        contender = OURS[name]
-        origin = (
-            name,
-            sources(quality_ours, *map(importlib.import_module, ("gemma_edge.quantize", "gemma_edge.model"))),
-        )
-        scores = self._scores(contender.calibrated, origin, lambda w: run_ours(contender, w, self.judge))
-        return Row(weight_bits(self.judge.model, contender.group_size), False, contender.calibrated, scores)
+        """The row of one of our contenders, or of a file of llama.cpp's."""
+        contender = self.contenders[name]
+        product = () if contender.peer else map(importlib.import_module, ("gemma_edge.quantize", "gemma_edge.model"))
+        origin = (name, sources(quality_ours, quality_gemma, *product))
+        scores = self._scores(contender.calibrated, origin, lambda w: contender.run(self.judge.model, w))
+        return Row(contender.peer, contender.calibrated, scores, contender.bar)
 
 
 def _mean_and_range(values: Sequence[float]) -> str:
@@ -186,12 +203,16 @@ def _mean_and_range(values: Sequence[float]) -> str:
     return text if len(values) == 1 else f"{text} ({min(values):.4f}-{max(values):.4f})"
 
 
-def as_table(rows: Mapping[str, Row]) -> str:
+def as_table(rows: Mapping[str, Row], judge: Judge, title: str) -> str:
     """A table of the rows, the best first, ours in bold."""
     peers = [row.kl for row in rows.values() if row.peer]
+    weights = sum(weight.numel() for weight in linears(judge.model).values())
+    embedding = judge.model.get_parameter("model.embed_tokens.weight").numel()
     header = (
-        "4-bit linears",
+        title,
         "bits/weight",
+        "table",
+        "weights, MB",
         "KL, nats: mean (range)",
         "/ best peer",
         "same top token",
@@ -201,12 +222,14 @@ def as_table(rows: Mapping[str, Row]) -> str:
     cells = [
         (
             name if row.peer else f"**{name}**",
-            f"{row.weight_bits:.2f}",
+            f"{row.scores[0].made.weight_bits:.2f}",
+            f"{row.scores[0].made.table_bits:.2f}",
+            f"{row.megabytes(weights, embedding):.1f}",
             _mean_and_range([score.kl for score in row.scores]),
             f"{row.kl / min(peers):.2f}" if peers else "-",
             f"{mean(score.top1 for score in row.scores):.1%}",
             f"{mean(score.ppl for score in row.scores):.2f}",
-            f"{mean(score.cpu_s for score in row.scores):.0f}",
+            f"{mean(score.made.cpu_s for score in row.scores):.0f}",
         )
         for name, row in sorted(rows.items(), key=lambda item: item[1].kl)
     ]
@@ -217,7 +240,7 @@ def verdicts(rows: Mapping[str, Row]) -> list[str]:
     """One line for each of our contenders that has a bar to reach."""
     lines = []
     for name, row in rows.items():
-        bar = None if row.peer else OURS[name].bar
+        bar = row.bar
         rivals = [r for r in rows.values() if r.peer and not (bar and bar.data_free and r.calibrated)]
         if bar and rivals:
             best = min(rival.kl for rival in rivals)
@@ -228,10 +251,12 @@ def verdicts(rows: Mapping[str, Row]) -> list[str]:
     return lines
 
 
-def prepare(work: Path, peers: Path | None, *, windows: int, draws: int, calibration: int, fresh: bool) -> Bench:
+def prepare(
+    work: Path, subject: Subject, peers: Path | None, *, windows: int, draws: int, calibration: int, fresh: bool
+) -> Bench:
     """Load the model and cut the windows."""
-    folder, text = work / FOLDER, work / "text"
-    needed = {folder / "config.json": "smollm2.py", text / EVALUATION: "corpora.py", text / CALIBRATION: "corpora.py"}
+    folder, text = work / subject.folder, work / "text"
+    needed = {folder / "config.json": subject.script, text / EVALUATION: "corpora.py", text / CALIBRATION: "corpora.py"}
     for path, script in needed.items():
         if not path.is_file():
             raise click.ClickException(f"{path} is missing: python tools/benchmarks/{script} {work}")
@@ -248,11 +273,12 @@ def prepare(work: Path, peers: Path | None, *, windows: int, draws: int, calibra
     model = b"".join(file.read_bytes() for file in sorted(folder.glob("*.safetensors")))
     inputs = digest(model, evaluation.numpy().tobytes(), sources(quality_judge))
     cache = Cache(work / "quality-cache.json", fresh=fresh)
-    return Bench(folder, peers, Judge(folder, evaluation), data, cache, inputs)
+    return Bench(folder, subject.contenders(peers), peers, Judge(folder, evaluation), data, cache, inputs)
 
 
 @click.command(help=__doc__)
 @click.argument("work", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--model", type=click.Choice(list(SUBJECTS)), default="smollm2", show_default=True)
 @click.option(
     "--peers",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
@@ -272,11 +298,12 @@ def prepare(work: Path, peers: Path | None, *, windows: int, draws: int, calibra
     "--json", "out", type=click.Path(path_type=Path, dir_okay=False), help="Write the figures to this JSON file, too."
 )
 @torch.no_grad()
-def main(work: Path, peers: Path | None, only: tuple[str, ...], out: Path | None, **settings: Any) -> None:
+def main(work: Path, model: str, peers: Path | None, only: tuple[str, ...], out: Path | None, **settings: Any) -> None:
     """Print one table of our contenders and the peers."""
-    bench = prepare(work, peers, **settings)
+    subject = SUBJECTS[model]
+    bench = prepare(work, subject, peers, **settings)
     rows: dict[str, Row] = {}
-    for name in [*PEERS, *OURS]:
+    for name in [*PEERS, *bench.contenders]:
         if only and not any(part in name for part in only):
             continue
         row = bench.peer(name) if name in PEERS else bench.ours(name)
@@ -288,9 +315,9 @@ def main(work: Path, peers: Path | None, only: tuple[str, ...], out: Path | None
         rows[name] = row
         click.echo(f"{name}: KL {_mean_and_range([score.kl for score in row.scores])}", err=True)
     used = {k: v for name in rows if name in PEERS and peers for k, v in installed(PEERS[name], peers).items()}
-    facts = {**machine(), **versions("gemma-edge", "torch", "transformers"), "peers": used, **settings}
+    facts = {"model": model, **machine(), **versions("gemma-edge", "torch", "transformers"), "peers": used, **settings}
     click.echo(describe(facts))
-    click.echo(as_table(rows))
+    click.echo(as_table(rows, bench.judge, subject.quantized))
     for line in verdicts(rows):
         click.echo(line)
     write_json(out, {"facts": facts, "rows": {name: asdict(row) for name, row in rows.items()}})

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import click
+import numpy as np
 import torch
 from quality_child import LINEAR
 from torch import Tensor
@@ -19,13 +21,22 @@ WINDOW = 256
 
 
 @dataclass(frozen=True)
+class Made:
+    """What quantizing took, and what came of it."""
+
+    cpu_s: float  # CPU seconds
+    weight_bits: float  # bits per weight of the linears, scales included
+    table_bits: float = 8.0  # the same of the table; where it is left float, what it would cost in ours
+
+
+@dataclass(frozen=True)
 class Score:
     """One contender on the evaluation windows."""
 
     kl: float  # KL(float || quantized), nats per token
     top1: float  # share of positions with the float model's likeliest token
     ppl: float
-    cpu_s: float  # CPU seconds that quantizing took
+    made: Made
 
 
 def linears(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -57,11 +68,15 @@ class Judge:
             yield logits.float().log_softmax(-1)  # (WINDOW, V)
 
     @cached_property
-    def reference(self) -> list[Tensor]:
-        """Log probabilities of the float model. Call it before the model is changed for the first time."""
-        return list(self._log_probs())
+    def reference(self) -> Tensor:
+        """Log probabilities of the float model, (N, WINDOW, V) on disk. To be called before the model is changed."""
+        shape = (*self.windows[:, 1:].shape, self.model.config.vocab_size)
+        saved = torch.from_numpy(np.memmap(tempfile.TemporaryFile(), np.float32, "w+", shape=shape))
+        for place, said in zip(saved, self._log_probs(), strict=True):
+            place.copy_(said)
+        return saved
 
-    def score(self, *, cpu_s: float = 0.0) -> Score:
+    def score(self, made: Made) -> Score:
         """Compare the model as it is now with the float one."""
         kl = top1 = loss = 0.0
         for window, right, said in zip(self.windows, self.reference, self._log_probs(), strict=True):
@@ -69,7 +84,7 @@ class Judge:
             top1 += float((right.argmax(-1) == said.argmax(-1)).sum())
             loss -= float(said.gather(1, window[1:, None]).sum())
         n = self.windows[:, 1:].numel()
-        return Score(kl / n, top1 / n, math.exp(loss / n), cpu_s)
+        return Score(kl / n, top1 / n, math.exp(loss / n), made)
 
 
 def cut(ids: Sequence[int], bos: int, *, count: int, length: int, seed: int | None = None) -> Tensor:

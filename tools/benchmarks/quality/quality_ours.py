@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from quality_judge import linears
+from quality_judge import Made, linears
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -29,17 +30,19 @@ class Bar:
 class Contender:
     """One row of the table."""
 
-    run: Callable[[PreTrainedModel, Tensor], None]  # changes the model in place; calibration windows (N, T) int64
-    group_size: int  # 0 = per channel
+    run: Callable[[PreTrainedModel, Tensor], Made]  # changes the model in place; calibration windows (N, T) int64
     calibrated: bool = False
     bar: Bar | None = None
+    peer: bool = False
 
 
-def round_all(model: PreTrainedModel, windows: Tensor, *, group_size: int, method: str) -> None:
+def round_all(model: PreTrainedModel, windows: Tensor, *, group_size: int, method: str) -> Made:
     """Round every linear by itself, without data."""
+    start = time.process_time()
     for weight in linears(model).values():
         config = QuantConfig(4, group_size).fit(weight.shape[1])
         weight.copy_(quantize(weight, config, method).dequantize())
+    return Made(time.process_time() - start, weight_bits(model, group_size))
 
 
 def llama_topology(config: PretrainedConfig) -> Topology:
@@ -77,8 +80,9 @@ def first_inputs(model: PreTrainedModel, windows: Tensor) -> tuple[Tensor, dict[
     return torch.cat(inputs), besides
 
 
-def calibrate_all(model: PreTrainedModel, windows: Tensor, *, group_size: int, method: str, rounds: int) -> None:
+def calibrate_all(model: PreTrainedModel, windows: Tensor, *, group_size: int, method: str, rounds: int) -> Made:
     """Calibrate a Llama as layerwise.py does a Gemma: each block is fed by the quantized blocks before it."""
+    start = time.process_time()
     x, besides = first_inputs(model, windows)
     topology = llama_topology(model.config)
 
@@ -96,10 +100,11 @@ def calibrate_all(model: PreTrainedModel, windows: Tensor, *, group_size: int, m
         quantize_block(block, moments, topology, choices, rounds=rounds)
         for i in range(len(x)):
             x[i] = run(block, x[i : i + 1])[0]
+    return Made(time.process_time() - start, weight_bits(model, group_size))
 
 
 def _data_free(method: str, group_size: int) -> Contender:
-    return Contender(partial(round_all, group_size=group_size, method=method), group_size)
+    return Contender(partial(round_all, group_size=group_size, method=method))
 
 
 def _calibrated(quality: str, group_size: int, bar: Bar | None = None, method: str | None = None) -> Contender:
@@ -108,7 +113,7 @@ def _calibrated(quality: str, group_size: int, bar: Bar | None = None, method: s
     run = partial(
         calibrate_all, group_size=group_size, method=method or chosen.method(group_size), rounds=chosen.rounds
     )
-    return Contender(run, group_size, calibrated=True, bar=bar)
+    return Contender(run, calibrated=True, bar=bar)
 
 
 OURS = {
