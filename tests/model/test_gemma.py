@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.checkpoints import SHAPES, HFModel, hf_logits, hf_model, make_checkpoint, relative_error
+from support.checkpoints import SHAPES, hf_logits, hf_model, hf_windowed, make_checkpoint, relative_error
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -49,23 +50,6 @@ def run(model: Gemma, ids: Tensor, sizes: Sequence[int], *, context: int, start:
     return torch.cat(parts)
 
 
-def hf_windowed(model: HFModel, ids: Tensor, *, local_window: int, global_window: int, start: int = 0) -> Tensor:
-    """transformers without a cache and with an explicit window per kind of layer: a global layer sees the context and no more."""
-    position = torch.arange(len(ids))
-    age = position[:, None] - position[None, :]  # (T, T)
-
-    def mask(window: int) -> Tensor:
-        hidden = (age < 0) | (age >= window)
-        return torch.zeros(1, 1, *age.shape).masked_fill(hidden, torch.finfo(torch.float32).min)  # (1, 1, T, T)
-
-    masks = {"sliding_attention": mask(local_window), "full_attention": mask(global_window)}
-    with torch.no_grad():
-        logits: Tensor = model(
-            ids[None], attention_mask=masks, position_ids=start + position[None], use_cache=False
-        ).logits[0]
-    return logits
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 def test_chunked_prefill_and_single_steps_match_transformers(shape: str, checkpoint: Callable[..., Path]) -> None:
     folder = checkpoint(shape)
@@ -91,6 +75,47 @@ def test_numbers_that_differ_from_every_default_are_used(tmp_path: Path) -> None
     ids = tokens(sum(UNEVEN), seed=1)
     model = Checkpoint.open(folder).load()
     assert_parity(run(model, ids, UNEVEN, context=64), hf_logits(hf_model(folder), ids))
+
+
+def drawn(seed: int) -> tuple[dict[str, Any], list[int], int]:
+    """A Gemma 3 that nobody chose: keys of its configuration, the sizes of its chunks, and the context."""
+    draw = random.Random(seed)
+    kv_heads, layers = draw.choice((1, 2, 3)), draw.randint(1, 8)
+    heads = kv_heads * draw.choice((1, 3, 5))
+    rope = {"rope_type": "default"}
+    scaled = {"rope_type": "linear", "factor": draw.choice((0.5, 2.0, 8.0))}
+    return (
+        {
+            "model_type": "gemma3_text",
+            "hidden_size": heads * draw.randint(2, 12),  # transformers takes no other; a head has another size
+            "intermediate_size": draw.randint(5, 150),
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": 2 * draw.randint(2, 20),
+            "query_pre_attn_scalar": draw.randint(3, 60),
+            "sliding_window": draw.randint(2, 15),
+            "layer_types": [draw.choice((LOCAL, LOCAL, GLOBAL)) for _ in range(layers)],
+            "rope_parameters": {
+                GLOBAL: {**draw.choice((rope, scaled, scaled)), "rope_theta": draw.uniform(50, 1e6)},
+                LOCAL: {**draw.choice((rope, rope, scaled)), "rope_theta": draw.uniform(50, 1e4)},
+            },
+            "rms_norm_eps": draw.choice((1e-6, 1e-3)),
+            "final_logit_softcapping": draw.choice((None, None, 20.0)),
+        },
+        [draw.randint(1, 9) for _ in range(12)],
+        draw.randint(16, 24),
+    )
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_any_gemma3_matches_transformers_past_its_context(seed: int, tmp_path: Path) -> None:
+    keys, sizes, context = drawn(seed)
+    folder = make_checkpoint(tmp_path, seed, **keys)
+    weights, ids = Checkpoint.open(folder), tokens(sum(sizes), seed)
+    reference = hf_windowed(hf_model(folder), ids, local_window=keys["sliding_window"], global_window=context)
+    assert len(ids) > context
+    assert_parity(run(weights.load(), ids, sizes, context=context), reference)
 
 
 def swapped(config: GemmaConfig) -> tuple[str, ...]:

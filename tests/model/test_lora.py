@@ -110,11 +110,12 @@ def refusal(base: Path, adapter: Path) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize("base", ["tiny", "gemma3_scaled"])
 @pytest.mark.parametrize("options", KINDS.values(), ids=KINDS.keys())
 def test_merged_weights_are_those_of_peft(
-    options: dict[str, Any], checkpoint: Callable[..., Path], tmp_path: Path
+    options: dict[str, Any], base: str, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    folder = checkpoint("tiny")
+    folder = checkpoint(base)
     merged, plain = train(folder, tmp_path, **options), Checkpoint.open(folder)
     weights = Checkpoint.open(folder, lora=tmp_path)
     touched = 0
@@ -124,7 +125,7 @@ def test_merged_weights_are_those_of_peft(
         if weights.dtype(name) == torch.float32 and (found - plain.matrix(name)).abs().max() > 0.1:
             touched += 1
     per_layer = len(options["target_modules"])
-    assert touched == per_layer * len(options.get("layers_to_transform", range(4)))
+    assert touched == per_layer * len(options.get("layers_to_transform", range(weights.config.num_hidden_layers)))
     for name in norm_names(weights.config):
         assert_close(weights.vector(name), merged[name], rtol=0.0, atol=0.0)
 
@@ -267,7 +268,7 @@ SAVED_WHOLE: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("base", ["tiny", "untied"])
+@pytest.mark.parametrize("base", ["tiny", "untied", "gemma3_scaled"])
 @pytest.mark.parametrize("options", SAVED_WHOLE.values(), ids=SAVED_WHOLE.keys())
 def test_modules_that_are_saved_whole_take_the_place_of_the_models(
     options: dict[str, Any], base: str, checkpoint: Callable[..., Path], tmp_path: Path

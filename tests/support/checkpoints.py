@@ -71,6 +71,28 @@ SHAPES: dict[str, dict[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 200.0},
         },
     },
+    "gemma3_odd": {  # the pattern begins and ends in its middle; five query heads, which together are wider than the model
+        "model_type": "gemma3_text",
+        "hidden_size": 80,
+        "intermediate_size": 144,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 5,
+        "num_key_value_heads": 1,
+        "head_dim": 24,
+        "query_pre_attn_scalar": 33,
+        "sliding_window": 5,
+        "layer_types": [
+            "sliding_attention",
+            "full_attention",
+            *["sliding_attention"] * 2,
+            "full_attention",
+            "sliding_attention",
+        ],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 3.0, "rope_theta": 900.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 70.0},
+        },
+    },
 }
 # HF_CLASSES: transformers' configuration and model by `model_type`
 HF_CLASSES = {"gemma2": (Gemma2Config, Gemma2ForCausalLM), "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM)}
@@ -220,6 +242,33 @@ def hf_logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """(T,) int64 -> logits (T, V) of the whole sequence at once, without a cache."""
     with torch.no_grad():
         logits: torch.Tensor = model(ids[None], use_cache=False).logits[0]
+    return logits
+
+
+def hf_windowed(
+    model: HFModel, ids: torch.Tensor, *, local_window: int, global_window: int, start: int = 0
+) -> torch.Tensor:
+    """As `hf_logits`, with an explicit window per kind of layer: a global layer sees the context and no more.
+
+    Args:
+        model: transformers' own.
+        ids: (T,) int64.
+        local_window: tokens that a local layer sees.
+        global_window: tokens that a global layer sees.
+        start: position of the first token.
+    """
+    position = torch.arange(len(ids))
+    age = position[:, None] - position[None, :]  # (T, T)
+
+    def mask(window: int) -> torch.Tensor:
+        hidden = (age < 0) | (age >= window)
+        return torch.zeros(1, 1, *age.shape).masked_fill(hidden, torch.finfo(torch.float32).min)  # (1, 1, T, T)
+
+    masks: Any = {"sliding_attention": mask(local_window), "full_attention": mask(global_window)}
+    with torch.no_grad():
+        logits: torch.Tensor = model(
+            ids[None], attention_mask=masks, position_ids=start + position[None], use_cache=False
+        ).logits[0]
     return logits
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.checkpoints import DEMO, ROOT, hf_logits, hf_model, make_checkpoint, relative_error
+from support.checkpoints import DEMO, ROOT, hf_model, hf_windowed, make_checkpoint, relative_error
 from support.lowered import lower_bundle, prefilled, some_ids
 from support.rewinding import worst_error
 
@@ -28,7 +28,7 @@ from gemma_edge.export.executorch.pte import Pte
 from gemma_edge.model.checkpoint import TABLE, weight_shapes
 from gemma_edge.model.kv_cache import RingCache
 from gemma_edge.quantize.checkpoint.packing import pack_bytes
-from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint, open_weights
+from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
 from gemma_edge.quantize.recipe import QuantConfig, Recipe, make_recipe
 from gemma_edge.runtimes.engines.base import Runtime
 from gemma_edge.runtimes.generation.generate import GenerationOptions, generate
@@ -43,14 +43,16 @@ def make_bundle(folder: Path, out: Path, recipe: Recipe, context: int) -> tuple[
     return quantized, gemma_edge.load(bundle)
 
 
-@pytest.mark.parametrize("shape", ["tiny", "untied", "gemma3_scaled"])
-def test_float_program_equals_transformers_in_uneven_chunks_past_the_window(
+@pytest.mark.parametrize("shape", ["tiny", "untied", "gemma3_odd"])
+def test_float_program_equals_transformers_in_uneven_chunks_past_window_and_context(
     shape: str, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = checkpoint(shape)
-    _, runtime = make_bundle(folder, tmp_path, make_recipe(32), context=48)
-    ids = some_ids(sum(UNEVEN), open_weights(folder).config.vocab_size)
-    expected = hf_logits(hf_model(folder), torch.tensor(ids))
+    quantized, runtime = make_bundle(folder, tmp_path, make_recipe(32), context=24)
+    ids = some_ids(sum(UNEVEN), quantized.config.vocab_size)
+    expected = hf_windowed(
+        hf_model(folder), torch.tensor(ids), local_window=quantized.config.sliding_window, global_window=24
+    )
     # other orders of additions, and exp and tanh by XNNPACK's approximations; the issue allows 1e-4 of the range
     assert relative_error(prefilled(runtime, ids, UNEVEN), expected[np.cumsum(UNEVEN) - 1]) < 1e-4
     assert relative_error(torch.from_numpy(runtime.score(ids)), expected) < 1e-4

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.checkpoints import SHAPES, hf_holding, hf_logits, hf_model, relative_error, write_manifest
+from support.checkpoints import SHAPES, hf_holding, hf_logits, hf_model, hf_windowed, relative_error, write_manifest
 from support.kv8 import kv_ranges, round_kv
 
 import gemma_edge
@@ -66,20 +66,13 @@ def reference(
     model = hf_holding(folder, weights_of(quantized))
     if kv_scales is not None:
         round_kv(model, kv_scales)
-    age = torch.arange(len(ids))[:, None] - torch.arange(len(ids))[None, :]  # (T, T)
-
-    def mask(window: int) -> torch.Tensor:
-        hidden = (age < 0) | (age >= window)
-        return torch.zeros(age.shape).masked_fill(hidden, torch.finfo(torch.float32).min)[None, None]
-
-    masks = {
-        "full_attention": mask(CONTEXT),
-        "sliding_attention": mask(min(CONTEXT, quantized.config.sliding_window)),
-    }
-    positions = torch.arange(first_position, first_position + len(ids))[None]
-    with torch.no_grad():
-        logits: torch.Tensor = model(ids[None], attention_mask=masks, position_ids=positions, use_cache=False).logits[0]
-    return logits
+    return hf_windowed(
+        model,
+        ids,
+        local_window=min(CONTEXT, quantized.config.sliding_window),
+        global_window=CONTEXT,
+        start=first_position,
+    )
 
 
 def feed(runtime: Runtime, ids: torch.Tensor, chunks: Sequence[int]) -> tuple[torch.Tensor, list[int]]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from support.checkpoints import DEMO, SHAPES, hf_logits, hf_model, relative_error
+from support.checkpoints import DEMO, SHAPES, hf_logits, hf_model, hf_windowed, relative_error
 from support.lowered import prefilled, some_ids
 from support.rewinding import worst_error
 from support.tflite_bundles import CHUNK, UNEVEN, assert_holds_integers, make_bundle, reference
@@ -43,15 +43,17 @@ def loaded(folder: Path, out: Path, recipe: Recipe, context: int, chunk: int = C
     return gemma_edge.load(make_bundle(folder, out, recipe, context, chunk)[1])
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_float_model_equals_transformers_in_uneven_chunks_past_the_window(
-    shape: str, checkpoint: Callable[..., Path], tmp_path: Path
+@pytest.mark.parametrize(("shape", "context"), [*((shape, 96) for shape in SHAPES), ("tiny", 24), ("gemma3_odd", 24)])
+def test_float_model_equals_transformers_in_uneven_chunks_past_window_and_context(
+    shape: str, context: int, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Every weight is random and different, so a weight in another's place shows."""
+    """Every weight is random and different, so a weight in another's place shows. A context of 96 holds the text."""
     folder = checkpoint(shape)
-    runtime = loaded(folder, tmp_path, make_recipe(32), context=96)
-    ids = some_ids(sum(UNEVEN), open_weights(folder).config.vocab_size)
-    expected = hf_logits(hf_model(folder), torch.tensor(ids))
+    runtime, config = loaded(folder, tmp_path, make_recipe(32), context=context), open_weights(folder).config
+    ids = some_ids(sum(UNEVEN), config.vocab_size)
+    expected = hf_windowed(
+        hf_model(folder), torch.tensor(ids), local_window=config.sliding_window, global_window=context
+    )
     # other orders of additions, and exp and tanh by XNNPACK's approximations; the issue allows 1e-4 of the range
     assert relative_error(prefilled(runtime, ids, UNEVEN), expected[np.cumsum(UNEVEN) - 1]) < 1e-5
     assert (

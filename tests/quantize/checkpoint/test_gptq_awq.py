@@ -104,7 +104,7 @@ ROUNDED: dict[str, tuple[dict[str, Any], bool]] = {
 }
 
 
-@pytest.mark.parametrize("shape", ["tiny", "untied"])
+@pytest.mark.parametrize("shape", ["tiny", "untied", "gemma3_scaled"])
 @pytest.mark.parametrize("quantization", KEPT.values(), ids=KEPT.keys())
 def test_integers_without_zero_points_stay_as_they_are(
     quantization: dict[str, Any], shape: str, checkpoint: Callable[..., Path], tmp_path: Path
@@ -114,7 +114,7 @@ def test_integers_without_zero_points_stay_as_they_are(
     meaning = folder_of(checkpoint(shape), tmp_path / "given", quantization, zero=middle(bits))
     given = open_weights(tmp_path / "given")
     kept = given.configs[WEIGHT]
-    assert given.config.tie_word_embeddings == (shape == "tiny")
+    assert given.config.tie_word_embeddings == (shape != "untied")
     assert given.is_quantized and kept is not None and kept.bits == bits
     made = write_quantized(given, make_recipe(32), tmp_path / "made")
     assert isinstance(made, QuantizedCheckpoint) and made.scale_dtype(WEIGHT) == torch.float16
@@ -134,7 +134,7 @@ def test_integers_without_zero_points_stay_as_they_are(
     assert_close(hf_logits(hf_model(tmp_path / "float"), IDS), expected, rtol=0.0, atol=0.0)
 
 
-@pytest.mark.parametrize("shape", ["tiny", "untied"])
+@pytest.mark.parametrize("shape", ["tiny", "untied", "gemma3_scaled"])
 @pytest.mark.parametrize(("quantization", "act_order"), ROUNDED.values(), ids=ROUNDED.keys())
 def test_other_integers_are_float_weights(
     quantization: dict[str, Any],
@@ -150,7 +150,8 @@ def test_other_integers_are_float_weights(
     assert not given.is_quantized and given.configs[WEIGHT] is None and given.dtype(WEIGHT) == torch.float32
     for name in weight_shapes(given.config):
         assert_close(given.matrix(name), meaning[f"{name}.weight"].float(), rtol=0.0, atol=0.0)
-    assert f"the integers of {28 if shape == 'tiny' else 29} matrices" in caplog.text and "rounded again" in caplog.text
+    matrices = {"tiny": 28, "untied": 29, "gemma3_scaled": 21}[shape]
+    assert f"the integers of {matrices} matrices" in caplog.text and "rounded again" in caplog.text
 
 
 def misshapen(state: dict[str, Tensor]) -> None:
