@@ -1,4 +1,4 @@
-"""transformers' Gemma 2 with its keys (rotated) and values looked at, or rounded as an int8 cache rounds them."""
+"""transformers' Gemma with its keys (rotated) and values looked at, or rounded as an int8 cache rounds them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from gemma_edge.quantize.checkpoint.kv_scales import KVRanges, KVScales
@@ -38,6 +39,7 @@ def kv_ranges(model: HFModel, ids: Tensor) -> KVRanges:
         return eager_attention_forward(module, q, k, v, mask, **options)
 
     AttentionInterface.register("recorded_kv", attend)
+    AttentionMaskInterface.register("recorded_kv", eager_mask)  # else transformers makes no mask, not even a causal one
     model.set_attn_implementation("recorded_kv")
     hf_logits(model, ids)
     model.set_attn_implementation("eager")

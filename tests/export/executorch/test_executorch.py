@@ -59,6 +59,8 @@ def test_float_program_equals_transformers_in_uneven_chunks_past_window_and_cont
     following = runtime.decode(5)  # the other method is loaded, and what was scored is in its cache again
     runtime.reset()
     assert np.abs(runtime.prefill([*ids, 5]) - following).max() < 1e-4 * float(expected.max() - expected.min())
+    worst, free, again = worst_error(runtime, ids, range(0, 35, 7), range(1, 20, 6))
+    assert worst == 0 and free > 3 and again > 3
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints import ROOT, hf_holding, hf_logits, hf_model, hf_quantized, make_checkpoint
+from support.kv8 import kv_ranges
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -35,6 +36,7 @@ from gemma_edge.quantize.calibration.layerwise import (
     only_here,
     runner,
 )
+from gemma_edge.quantize.checkpoint.kv_scales import KVRanges
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint, open_weights
 from gemma_edge.quantize.checkpoint.writer import shard_names, write_quantized
 from gemma_edge.quantize.recipe import ANY, TABLE_PATTERN, QuantConfig, QuantRule, Recipe, make_recipe
@@ -141,6 +143,23 @@ def test_the_next_layer_was_fitted_to_what_the_checkpoint_computes(source: Check
         assert_close(after[name][LAYERS - 2], streams[name], rtol=1e-4, atol=1e-4)
     for report, x, y in zip(reports, after["quantized"], after["original"], strict=True):
         assert report.relative_error == pytest.approx(float(((x - y).norm(dim=-1) / y.norm(dim=-1)).mean()), rel=1e-3)
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text"])
+def test_scales_of_an_int8_cache_cover_the_keys_and_values_of_transformers(model_type: str, tmp_path: Path) -> None:
+    """Keys as the cache holds them: normalised where the family does that, and rotated."""
+    folder = make_checkpoint(tmp_path / "model", model_type=model_type, num_hidden_layers=6, initializer_range=0.1)
+    source, recipe = Checkpoint.open(folder), Recipe("float table", (QuantRule(TABLE_PATTERN, None), *GPTQ.rules[1:]))
+    (tmp_path / "layers").mkdir()
+    _, found = calibrate(source, recipe, SEEN, tmp_path / "layers")
+    weights = write_quantized(source, recipe, tmp_path / "out", layers=lambda i: layer_file(tmp_path / "layers", i))
+    model, ranges = hf_quantized(weights.folder), KVRanges()
+    for window in SEEN.windows:
+        for layer, (k, v) in kv_ranges(model, window).largest.items():
+            ranges.add(layer, k[None, :, None], v[None, :, None])
+    assert len(found) == 6
+    for layer, expected in ranges.scales().items():
+        assert_close(found[layer], expected, rtol=1e-3, atol=1e-6)  # twelve windows in another order of additions
 
 
 @pytest.mark.parametrize("float_bits", [16, 32])

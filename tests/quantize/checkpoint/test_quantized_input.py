@@ -112,11 +112,12 @@ def test_scales_with_more_digits_than_a_backend_keeps_are_named(
     assert "executorch stores such scales in bfloat16: those of 1 weights" in caplog.text and "0.39 %" in caplog.text
 
 
+@pytest.mark.parametrize("shape", ["tiny", "gemma3_scaled"])
 @pytest.mark.parametrize(("config", "scale_dtype"), GIVEN)
 def test_integers_of_llm_compressor_stay_bit_for_bit(
-    config: QuantConfig, scale_dtype: torch.dtype, checkpoint: Callable[..., Path], tmp_path: Path
+    config: QuantConfig, scale_dtype: torch.dtype, shape: str, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    folder = llm_compressor_folder(checkpoint("tiny"), tmp_path / "given", config, scale_dtype)
+    folder = llm_compressor_folder(checkpoint(shape), tmp_path / "given", config, scale_dtype)
     given = open_weights(folder)
     assert isinstance(given, QuantizedCheckpoint)
     assert {name: kept for name, kept in given.configs.items() if name != TABLE} == {
@@ -134,14 +135,15 @@ def test_integers_of_llm_compressor_stay_bit_for_bit(
     )
 
 
+@pytest.mark.parametrize("shape", ["tiny", "gemma3_scaled"])
 @pytest.mark.parametrize(("config", "scale_dtype"), GIVEN)
 def test_integers_of_llm_compressor_are_dequantized_as_transformers_does(
-    config: QuantConfig, scale_dtype: torch.dtype, checkpoint: Callable[..., Path], tmp_path: Path
+    config: QuantConfig, scale_dtype: torch.dtype, shape: str, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    folder = llm_compressor_folder(checkpoint("tiny"), tmp_path / "given", config, scale_dtype)
+    folder = llm_compressor_folder(checkpoint(shape), tmp_path / "given", config, scale_dtype)
     weights = QuantizedCheckpoint.open(folder)
-    state = {name: value for name, value in weights.load().state_dict().items() if name != "model.inv_freq"}
-    ours = hf_logits(hf_holding(checkpoint("tiny"), state), IDS)
+    state = {name: value for name, value in weights.load().state_dict().items() if "inv_freq" not in name}
+    ours = hf_logits(hf_holding(checkpoint(shape), state), IDS)
     assert_close(hf_logits(hf_quantized(folder), IDS), ours, rtol=0.0, atol=0.0)
 
 
