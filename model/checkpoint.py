@@ -29,7 +29,6 @@ from gemma_edge.text.tokenizer import TOKENIZER_FILE
 logger = logging.getLogger(__name__)
 
 FINAL_NORM = "model.norm.weight"
-NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 SLICE_BYTES = 4 << 20  # float32 bytes of a weight that are computed at once, so that they stay in the CPU caches
 
@@ -61,7 +60,7 @@ def weight_shapes(config: GemmaConfig) -> dict[str, tuple[int, int]]:
 def layer_norms(config: GemmaConfig) -> dict[str, int]:
     """The norms of every layer and their sizes, by their name in the block without `.weight`."""
     heads = dict.fromkeys(HEAD_NORMS, config.head_dim) if config.qk_norm else {}
-    return dict.fromkeys(NORMS, config.hidden_size) | heads
+    return dict.fromkeys(config.norms.names, config.hidden_size) | heads
 
 
 def norm_sizes(config: GemmaConfig) -> dict[str, int]:

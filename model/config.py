@@ -1,7 +1,7 @@
-"""Gemma 2's and Gemma 3's configuration, with Hugging Face's keys; no torch. Source: HF configuration_gemma2.py,
-configuration_gemma3.py and modeling_rope_utils.py; table 1 of the Gemma 2 report.
+"""The configuration of Gemma, Gemma 2 and Gemma 3, with Hugging Face's keys; no torch. Source: HF configuration_gemma.py,
+configuration_gemma2.py, configuration_gemma3.py and modeling_rope_utils.py; table 1 of the Gemma 2 report.
 
-Types and ranges are those of a manifest (ModelConfig). What sets one family apart from the other is data: families.py.
+Types and ranges are those of a manifest (ModelConfig). What sets one family apart from the others is data: families.py.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from gemma_edge.bundle.ranges import Layers, Scale, TokenId
 from gemma_edge.errors import InputError
 from gemma_edge.model.families import (
     FAMILIES,
+    GEMMA1,
     GEMMA2,
     GEMMA3,
     MULTIMODAL,
     MULTIMODAL_ARCHITECTURES,
     OUTER_KEYS,
     TEXT_CONFIG,
+    BlockNorms,
     Family,
 )
 from gemma_edge.reading import present, read_json
@@ -88,6 +90,11 @@ class GemmaConfig(ModelConfig):
         return FAMILIES[self.architecture].architectures[0]
 
     @property
+    def norms(self) -> BlockNorms:
+        """The norms of a block."""
+        return FAMILIES[self.architecture].norms
+
+    @property
     def head(self) -> str:
         """The matrix that gives the logits: the tied table, or a head of its own."""
         return TABLE if self.tie_word_embeddings else HEAD
@@ -97,7 +104,9 @@ class GemmaConfig(ModelConfig):
         """Weights of the checkpoint, a tied table counted once."""
         h, d = self.hidden_size, self.head_dim
         attention = 2 * h * d * (self.num_attention_heads + self.num_key_value_heads)
-        per_layer = attention + 3 * h * self.intermediate_size + 4 * h + (2 * d if self.qk_norm else 0)
+        per_layer = (
+            attention + 3 * h * self.intermediate_size + len(self.norms.names) * h + (2 * d if self.qk_norm else 0)
+        )
         tables = 1 if self.tie_word_embeddings else 2
         return tables * self.vocab_size * h + self.num_hidden_layers * per_layer + h
 
@@ -128,6 +137,7 @@ class GemmaConfig(ModelConfig):
         for key in ("bos_token_id", "tie_word_embeddings"):
             if values[key] is None:
                 values[key] = family.defaults[key]
+        values |= {name: values[other] for name, other in family.equal_to.items()}
         stops, values["eos_token_id"] = _eos(folder, raw, family)
         config = _typed(path, values, cls)
         for problem in config_problems(config, ()):
@@ -172,7 +182,8 @@ def text_config(folder: Path) -> tuple[dict[str, Any], Family]:
     if not isinstance(raw.get("model_type"), str) or raw["model_type"] not in FAMILIES:
         supported = ", ".join(map(shown, (*FAMILIES, MULTIMODAL)))
         raise InputError(f"{path}: model_type is {shown(raw.get('model_type'))}; supported: {supported}")
-    return raw, FAMILIES[raw["model_type"]]
+    family = FAMILIES[raw["model_type"]]
+    return {key: value for key, value in raw.items() if key not in (*family.equal_to, *family.absent)}, family
 
 
 def _layer_types(path: Path, raw: Mapping[str, Any], family: Family, num_hidden_layers: Any) -> Any:
@@ -252,7 +263,7 @@ def _rope_for_all(path: Path, raw: Mapping[str, Any]) -> _Ropes:
     rope: dict[str, Any] = _typed(path, raw.get(key) or {}, dict[str, Any], key)
     for name in (GLOBAL, LOCAL):
         if name in rope:
-            raise InputError(f"{path}: {key} differs by layer ({name}), but Gemma 2 has one for all; {HINT}")
+            raise InputError(f"{path}: {key} differs by layer ({name}), but this model_type has one for all; {HINT}")
     return {GLOBAL: ((key,), rope)}
 
 
@@ -311,6 +322,8 @@ _IT3 = {"vocab_size": 262_144, "max_position_embeddings": 32_768, "sliding_windo
 _IMAGES = {"sliding_window": 1024, "rope_factor": 8.0, "eos_token_id": (1, 106)}  # of the sizes with an image encoder
 GEMMA2_2B = _preset(GEMMA2, 2304, 26, 9216, (8, 4, 256), **_IT2)
 PRESETS = {
+    "gemma-2b": _preset(GEMMA1, 2048, 18, 16384, (8, 1, 256), sliding_window=8192),
+    "gemma-7b": _preset(GEMMA1, 3072, 28, 24576, (16, 16, 256), sliding_window=8192),
     "gemma2-2b": GEMMA2_2B,
     "gemma2-9b": _preset(GEMMA2, 3584, 42, 14336, (16, 8, 256), **_IT2),
     "gemma2-27b": _preset(GEMMA2, 4608, 46, 36864, (32, 16, 128), query_pre_attn_scalar=144.0, **_IT2),

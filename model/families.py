@@ -1,6 +1,6 @@
 """What each `model_type` of transformers means to the decoder, as data.
 
-Source: HF configuration_gemma2.py, configuration_gemma3.py, modeling_gemma3.py.
+Source: HF configuration_gemma.py, configuration_gemma2.py, configuration_gemma3.py, modeling_gemma.py, modeling_gemma3.py.
 config.py reads a config.json by these tables. No other file knows one family from another.
 """
 
@@ -14,6 +14,22 @@ from gemma_edge.bundle.entries import GLOBAL, LOCAL, LayerType
 
 
 @dataclass(frozen=True)
+class BlockNorms:
+    """The norms of a block, by their names in the checkpoint."""
+
+    before_attention: str = "input_layernorm"
+    after_attention: str | None = "post_attention_layernorm"  # None: the family has no norm there
+    before_mlp: str = "pre_feedforward_layernorm"
+    after_mlp: str | None = "post_feedforward_layernorm"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those that are there."""
+        every = (self.before_attention, self.after_attention, self.before_mlp, self.after_mlp)
+        return tuple(name for name in every if name is not None)
+
+
+@dataclass(frozen=True)
 class Family:
     """One `model_type`: the defaults of its keys, and what is the same in all of its models."""
 
@@ -23,10 +39,15 @@ class Family:
     pattern_key: str | None  # the key that may hold another number than `global_every`
     thetas: Mapping[LayerType, float]  # base of the rotary embedding by kind of layer; GLOBAL alone: one for all layers
     rope_types: tuple[str, ...] = ("default",)
+    norms: BlockNorms = BlockNorms()
+    # equal_to: fields for which the family has no key -> the fields whose values they have
+    equal_to: Mapping[str, str] = field(default_factory=dict)
+    absent: tuple[str, ...] = ()  # other keys of config.json that mean nothing in this family; HF reads past them
     # only_value: as ONLY_VALUE in config.py, of this family
     only_value: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
+_NO_SOFTCAPS = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
 _SHARED: dict[str, Any] = {
     "hidden_size": 2304,
     "intermediate_size": 9216,
@@ -41,6 +62,28 @@ _SHARED: dict[str, Any] = {
     "eos_token_id": (1,),
     "tie_word_embeddings": True,
 }
+GEMMA1 = Family(
+    architectures=("GemmaForCausalLM", "GemmaModel"),
+    defaults={
+        **_SHARED,
+        **_NO_SOFTCAPS,
+        "architecture": "gemma",
+        "vocab_size": 256_000,
+        "hidden_size": 3072,
+        "intermediate_size": 24_576,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "max_position_embeddings": 8192,
+    },
+    global_every=1,
+    pattern_key=None,
+    thetas={GLOBAL: 10_000.0},
+    # the branches are not normalised, and the norm before the MLP has the name that later became that of the attention's branch
+    norms=BlockNorms(after_attention=None, before_mlp="post_attention_layernorm", after_mlp=None),
+    equal_to={"query_pre_attn_scalar": "head_dim", "sliding_window": "max_position_embeddings"},
+    absent=("layer_types", *_NO_SOFTCAPS),
+)
 GEMMA2 = Family(
     architectures=("Gemma2ForCausalLM", "Gemma2Model"),
     defaults={
@@ -63,8 +106,7 @@ GEMMA3 = Family(
         "qk_norm": True,
         "vocab_size": 262_208,
         "max_position_embeddings": 131_072,
-        "attn_logit_softcapping": None,
-        "final_logit_softcapping": None,
+        **_NO_SOFTCAPS,
     },
     global_every=6,
     pattern_key="sliding_window_pattern",
@@ -72,7 +114,7 @@ GEMMA3 = Family(
     rope_types=("default", "linear"),
     only_value={"attn_logit_softcapping": (None,)},  # HF reads the key and never applies it
 )
-FAMILIES: dict[str, Family] = {"gemma2": GEMMA2, "gemma3_text": GEMMA3}
+FAMILIES: dict[str, Family] = {"gemma": GEMMA1, "gemma2": GEMMA2, "gemma3_text": GEMMA3}
 
 # Folders that hold an image encoder beside a Gemma 3 decoder, which is described by their `text_config`.
 MULTIMODAL: Literal["gemma3"] = "gemma3"

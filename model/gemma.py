@@ -1,6 +1,7 @@
-"""The decoder of Gemma 2 and Gemma 3, in the order of the papers. Which of the two it is, the configuration says.
+"""The decoder of Gemma, Gemma 2 and Gemma 3, in the order of the papers. Which of them it is, the configuration says.
 
-Source: Gemma 2 report (arXiv 2408.00118), Gemma 3 report (arXiv 2503.19786); HF modeling_gemma2.py and modeling_gemma3.py.
+Source: Gemma report (arXiv 2403.08295), Gemma 2 report (2408.00118), Gemma 3 report (2503.19786); HF modeling_gemma.py,
+modeling_gemma2.py and modeling_gemma3.py.
 
 A backend may replace three seams, and nothing else: `Linear`, `Embedding` and `KVCache.attend`. Module and parameter names are
 Hugging Face's, so that a checkpoint's tensor names are also the model's.
@@ -134,7 +135,7 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """One block, normalised before and after each branch."""
+    """One block, normalised before each branch and, from Gemma 2 on, after it."""
 
     def __init__(self, config: GemmaConfig, layer: int, layers: Layers | None = None) -> None:
         super().__init__()
@@ -142,15 +143,20 @@ class DecoderLayer(nn.Module):
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.self_attn = Attention(config, layer, layers)
         self.mlp = MLP(config, layer, layers)
-        self.input_layernorm = RMSNorm(hidden, eps)
-        self.post_attention_layernorm = RMSNorm(hidden, eps)
-        self.pre_feedforward_layernorm = RMSNorm(hidden, eps)
-        self.post_feedforward_layernorm = RMSNorm(hidden, eps)
+        self.norms = config.norms
+        for name in self.norms.names:
+            self.add_module(name, RMSNorm(hidden, eps))
+
+    def norm(self, name: str | None, x: Tensor) -> Tensor:
+        """(B, T, hidden) -> (B, T, hidden), by one of `norms`; as it is where the family has none there."""
+        out: Tensor = x if name is None else self.get_submodule(name)(x)
+        return out
 
     def forward(self, x: Tensor, cache: KVCache, rope: Rope, input_pos: Tensor) -> Tensor:
         """(B, T, hidden) -> (B, T, hidden)."""
-        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), cache, rope, input_pos))
-        x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        n = self.norms
+        x = x + self.norm(n.after_attention, self.self_attn(self.norm(n.before_attention, x), cache, rope, input_pos))
+        x = x + self.norm(n.after_mlp, self.mlp(self.norm(n.before_mlp, x)))
         return x
 
 

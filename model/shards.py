@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gemma_edge.bundle.codec import shown
 from gemma_edge.errors import InputError
+from gemma_edge.model.config import text_config
 from gemma_edge.model.families import IMAGE_PREFIXES, text_name
 from gemma_edge.model.gguf.folder import POINTER, pointed
 from gemma_edge.model.gguf.tensors import GgufFile
@@ -27,7 +28,7 @@ FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 class Shards:
-    """Tensors of a folder's files by their names in Gemma2ForCausalLM or Gemma3ForCausalLM.
+    """Tensors of a folder's files by their names in the model's class of transformers, such as Gemma2ForCausalLM.
 
     A folder that was saved from Gemma2Model alone has names without `model.`; transformers completes them too.
     """
@@ -129,7 +130,7 @@ class Shards:
 def _opened(folder: Path, files: list[Path] | None) -> Sequence[TensorFile]:
     """The model's files, or those that are given."""
     if files is None and present(folder / POINTER):
-        return [GgufFile(path) for path in pointed(folder)]
+        return [GgufFile(path, text_config(folder)[1].norms) for path in pointed(folder)]
     return [SafetensorsFile(path) for path in files or _shard_paths(folder)]
 
 

@@ -9,7 +9,7 @@ GEMMA_TOKENIZER ?=
 # than the .venv's, so the fixtures have a Python environment of their own.
 FIXTURE_PYTHON := $(ANDROID_BUILD)/python
 FIXTURES := $(ANDROID_BUILD)/fixtures
-FIXTURE_BUNDLES := $(BUNDLE) $(ANDROID_BUILD)/bundles/float-cache $(ANDROID_BUILD)/bundles/random
+FIXTURE_BUNDLES := $(BUNDLE) $(addprefix $(ANDROID_BUILD)/bundles/,float-cache random random-gemma3)
 
 # Maven compiles the library's classes for the tests and for the APK.
 GEMMA := android_demo/gemma/target
@@ -52,10 +52,12 @@ $(ANDROID_BUILD)/bundles/float-cache/manifest.json: $(STAMP)
 	$(BIN)/gemma-export demo/tiny-gemma2 --target android --bits 8 --kv-bits 32 --context 128 --prefill-chunk 16 --verify none \
 		-o $(@D) --force
 
-# A bundle of another shape: three layers, windows of 8 and 24 tokens
-$(ANDROID_BUILD)/bundles/random/manifest.json: $(STAMP) tools/kotlin_fixtures/random_checkpoint.py
-	$(BIN)/python tools/kotlin_fixtures/random_checkpoint.py $(ANDROID_BUILD)/random
-	$(BIN)/gemma-export $(ANDROID_BUILD)/random --target android --bits 4 --method rtn --kv-bits 32 --context 24 --prefill-chunk 5 \
+# Bundles of another shape: three layers, windows of 8 and 24 tokens
+$(ANDROID_BUILD)/bundles/random/manifest.json: PRESET := gemma2-2b
+$(ANDROID_BUILD)/bundles/random-gemma3/manifest.json: PRESET := gemma3-4b
+$(ANDROID_BUILD)/bundles/random%/manifest.json: $(STAMP) tools/kotlin_fixtures/random_checkpoint.py
+	$(BIN)/python tools/kotlin_fixtures/random_checkpoint.py $(ANDROID_BUILD)/random$* $(PRESET)
+	$(BIN)/gemma-export $(ANDROID_BUILD)/random$* --target android --bits 4 --method rtn --kv-bits 32 --context 24 --prefill-chunk 5 \
 		--verify none -o $(@D) --force
 
 # The APK with the demo's bundle in it. ORT_AAR=FILE takes ONNX Runtime's official AAR; SHRINK=1 shrinks the app with R8.

@@ -217,7 +217,7 @@ class ProjectHalf(Half):
             k, v: (K, T, 1, D), as `llama.update_cache_with_indices` takes them.
         """
         cut = _Cut(self.config)
-        self.block.self_attn(self.block.input_layernorm(x), cut, Rope(cos, sin), None)
+        self.block.self_attn(self.block.norm(self.block.norms.before_attention, x), cut, Rope(cos, sin), None)
         return cut.out
 
 

@@ -15,10 +15,10 @@ import numpy as np
 from gemma_edge.bundle.codec import shown
 from gemma_edge.bundle.entries import GLOBAL, LOCAL
 from gemma_edge.errors import InputError
-from gemma_edge.model.families import GEMMA2, GEMMA3, Family
+from gemma_edge.model.families import GEMMA1, GEMMA2, GEMMA3, Family
 from gemma_edge.model.gguf.reader import HINT, Header
 
-# KEYS: the metadata's keys below the architecture -> those of config.json. REQUIRED: a file without them is refused.
+# KEYS: the metadata's keys below the architecture -> those of config.json. A file without them is refused, softcaps excepted.
 KEYS = {
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
@@ -33,7 +33,6 @@ KEYS = {
     "final_logit_softcapping": "final_logit_softcapping",
 }
 SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
-REQUIRED = [key for key in KEYS if key not in SOFTCAPS]
 TABLE, HEAD = "token_embd.weight", "output.weight"
 
 
@@ -42,10 +41,16 @@ class _Architecture:
     """What llama.cpp knows of an architecture beside the metadata."""
 
     family: Family
-    layers_of_27b: int  # the size whose attention is scaled by hidden_size / heads; in the others it is head_dim
+    layers_of_27b: int | None = (
+        None  # the size whose attention is scaled by hidden_size / heads; in the others it is head_dim
+    )
 
 
-ARCHITECTURES = {"gemma2": _Architecture(GEMMA2, 46), "gemma3": _Architecture(GEMMA3, 62)}
+ARCHITECTURES = {
+    "gemma": _Architecture(GEMMA1),
+    "gemma2": _Architecture(GEMMA2, 46),
+    "gemma3": _Architecture(GEMMA3, 62),
+}
 
 
 def config_json(path: Path, header: Header, tensors: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -65,8 +70,8 @@ def config_json(path: Path, header: Header, tensors: Mapping[str, tuple[int, ...
         supported = ", ".join(map(shown, ARCHITECTURES))
         raise InputError(f"{path}: general.architecture is {shown(name)}; supported: {supported}")
     kind = ARCHITECTURES[name]
-    for key in REQUIRED:
-        if f"{name}.{key}" not in metadata:
+    for key, ours in KEYS.items():
+        if f"{name}.{key}" not in metadata and ours not in (*SOFTCAPS, *kind.family.equal_to):
             raise InputError(f"{path} has no {name}.{key}", hint=HINT)
     if len(tensors.get(TABLE, ())) != 2:
         raise InputError(f"{path} has no table {TABLE}", hint=HINT)

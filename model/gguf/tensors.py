@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from gemma_edge.errors import InputError
+from gemma_edge.model.families import BlockNorms
 from gemma_edge.model.gguf.reader import FLOAT_TYPES, HINT, Header, Place, file_status, opened, package, read_header
 from gemma_edge.model.safetensors_reader import DTYPES, Entry
 
-# NAMES: llama.cpp's names of a block's parts, and of the others -> Hugging Face's. Source: gguf/tensor_mapping.py.
+# NAMES: llama.cpp's names of a block's parts -> Hugging Face's; NORMS: of its norms -> fields of BlockNorms; OTHERS: of other
+# tensors -> Hugging Face's. Source: gguf/tensor_mapping.py.
 BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,3})\.(\w+)\.weight")
 NAMES = {
     "attn_q": "self_attn.q_proj",
@@ -27,13 +29,15 @@ NAMES = {
     "attn_output": "self_attn.o_proj",
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
-    "attn_norm": "input_layernorm",
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+}
+NORMS = {
+    "attn_norm": "before_attention",
+    "post_attention_norm": "after_attention",
+    "ffn_norm": "before_mlp",
+    "post_ffw_norm": "after_mlp",
 }
 OTHERS = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -42,26 +46,37 @@ OTHERS = {
 }
 
 
-def hf_name(name: str) -> str:
-    """A tensor's name in a Hugging Face folder; a name that Gemma does not have stays as it is, and is refused later."""
+def block_names(norms: BlockNorms) -> dict[str, str]:
+    """Hugging Face's names of a block's parts, by llama.cpp's."""
+    found = {name: getattr(norms, place) for name, place in NORMS.items()}
+    return NAMES | {name: norm for name, norm in found.items() if norm is not None}
+
+
+def hf_name(name: str, parts: Mapping[str, str]) -> str:
+    """A tensor's name in a Hugging Face folder; a name that the model does not have stays as it is, and is refused later."""
     block = BLOCK.fullmatch(name)
-    if block and block[2] in NAMES:
-        return f"model.layers.{int(block[1])}.{NAMES[block[2]]}.weight"
+    if block and block[2] in parts:
+        return f"model.layers.{int(block[1])}.{parts[block[2]]}.weight"
     return OTHERS.get(name, name)
 
 
 class GgufFile:
     """A file by its path. Like a SafetensorsFile, it has tensors by name and gives rows of them."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, norms: BlockNorms) -> None:
         """Read the header.
+
+        Args:
+            path: the file; of a split one, any part.
+            norms: the family's, which only the first part names.
 
         Raises:
             InputError: as `read_header`.
         """
         self.path = path
         self._header: Header = read_header(path)
-        self._places = {hf_name(name): place for name, place in self._header.tensors.items()}
+        parts = block_names(norms)
+        self._places = {hf_name(name, parts): place for name, place in self._header.tensors.items()}
         if len(self._places) != len(self._header.tensors):
             raise InputError(f"{path} holds a tensor under two names", hint=HINT)
 

@@ -60,8 +60,8 @@ def decoder_topology(
 def gemma_topology(config: GemmaConfig) -> Topology:
     """Gemma's block: names are those of model/gemma.py."""
     return decoder_topology(
-        "input_layernorm",
-        "pre_feedforward_layernorm",
+        config.norms.before_attention,
+        config.norms.before_mlp,
         plus_one=True,
         heads_per_kv=config.num_attention_heads // config.num_key_value_heads,
         head_dim=config.head_dim,

@@ -1,8 +1,8 @@
 """Post-norm weights refitted after rounding: least squares per channel, towards the output of the original block.
 
-Gemma's post-norms multiply each channel of a branch just before it joins the residual stream, so the best factor of every channel
-has a closed form. The new weights are kept only if they bring the block's output closer to the original's on windows that they
-were not fitted to.
+From Gemma 2 on, post-norms multiply each channel of a branch just before it joins the residual stream, so the best factor of
+every channel has a closed form. The new weights are kept only if they bring the block's output closer to the original's on
+windows that they were not fitted to.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from gemma_edge.model.gemma import DecoderLayer
 from gemma_edge.quantize.calibration.block import Run
 
-# BRANCHES: a post-norm, and the module whose input is the residual stream just after it; None: the block's output
-BRANCHES = (("post_attention_layernorm", "pre_feedforward_layernorm"), ("post_feedforward_layernorm", None))
 PULL = 0.01  # pull towards the old weights, as a part of the evidence
 MAX_WINDOWS = 16  # windows that are used; a few numbers per channel need no more
 HELD_OUT = 4  # one window in four is held out, to judge the result
 
 
 @torch.no_grad()
-def refit_post_norms(block: nn.Module, original: nn.Module, x: Tensor, run: Run, eps: float) -> tuple[float, float]:
-    """Refit a quantized block's post-norms in place; they stay as they are if that does not help.
+def refit_post_norms(
+    block: DecoderLayer, original: DecoderLayer, x: Tensor, run: Run, eps: float
+) -> tuple[float, float]:
+    """Refit a quantized block's post-norms in place, where it has some; they stay as they are if that does not help.
 
     Args:
         block: the quantized one.
@@ -36,18 +37,26 @@ def refit_post_norms(block: nn.Module, original: nn.Module, x: Tensor, run: Run,
     """
     x = x[:MAX_WINDOWS]
     count = max(1, len(x) // HELD_OUT)
-    targets = [_streams(original, window, run, [after for _, after in BRANCHES]) for window in x]
+    branches = _branches(block)
+    targets = [_streams(original, window, run, [after for _, after in branches]) for window in x]
     before = _error(block, x[-count:], targets[-count:], run)
-    if count == len(x):
+    if count == len(x) or not branches:
         return before, before
-    kept = {norm: block.get_parameter(f"{norm}.weight").data.clone() for norm, _ in BRANCHES}
-    for branch in BRANCHES:
+    kept = {norm: block.get_parameter(f"{norm}.weight").data.clone() for norm, _ in branches}
+    for branch in branches:
         _refit(block, x[:-count], [target[branch[1]] for target in targets[:-count]], run, branch, eps)
     after = _error(block, x[-count:], targets[-count:], run)
     if after >= before:
         for norm, weight in kept.items():
             block.get_parameter(f"{norm}.weight").data.copy_(weight)
     return before, min(before, after)
+
+
+def _branches(block: DecoderLayer) -> list[tuple[str, str | None]]:
+    """Each post-norm, and the module whose input is the residual stream just after it; None: the block's output."""
+    norms = block.norms
+    pairs = ((norms.after_attention, norms.before_mlp), (norms.after_mlp, None))
+    return [(norm, after) for norm, after in pairs if norm is not None]
 
 
 def _refit(

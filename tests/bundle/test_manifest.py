@@ -83,7 +83,7 @@ def edit(bundle: Path, path: str, value: object) -> None:
         ("files/score.onnx/sha256", "x" * 64, r'files\["score.onnx"\].sha256 is .*; it must be text matching'),
         ("verification/onnx/passed", False, "verification.onnx.passed is false; it must be true if failures is empty"),
         ("verification/other", None, "verification.other is null; it must be an object"),
-        ("model/architecture", "gemma3", 'model.architecture is "gemma3"; it must be one of "gemma2"'),
+        ("model/architecture", "gemma3", 'model.architecture is "gemma3"; it must be one of "gemma", "gemma2"'),
         (
             "config/architecture",
             "gemma3_text",

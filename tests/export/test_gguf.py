@@ -26,10 +26,11 @@ from gemma_edge.bundle.entries import LOCAL
 from gemma_edge.errors import InputError
 from gemma_edge.model.checkpoint import Checkpoint, norm_names, weight_shapes
 from gemma_edge.model.config import PRESETS, GemmaConfig
+from gemma_edge.model.families import GEMMA2
 from gemma_edge.model.gguf.config import KEYS, config_json
 from gemma_edge.model.gguf.folder import prepare
 from gemma_edge.model.gguf.reader import FLOAT_TYPES, TYPES, Header
-from gemma_edge.model.gguf.tensors import NAMES, OTHERS, GgufFile
+from gemma_edge.model.gguf.tensors import OTHERS, GgufFile, block_names
 from gemma_edge.model.gguf.tokenizer import merges
 from gemma_edge.model.hub import COMPANIONS
 
@@ -49,20 +50,23 @@ FAST = (
     "--verify",
     "none",
 )
-LLAMA = {name: f"blk.{{}}.{llama}.weight" for llama, name in NAMES.items()} | {
-    name: each for each, name in OTHERS.items()
-}
+LLAMA = {name: each for each, name in OTHERS.items()}
 RAW = json.loads((DEMO / "tokenizer.json").read_text())
 PIECES = sorted(RAW["model"]["vocab"], key=RAW["model"]["vocab"].get)
 BYTES = range(7, 263)  # the demo's tokens for single bytes
 
 
-def llama_name(name: str) -> str:
+def llama_name(name: str, config: GemmaConfig) -> str:
     """llama.cpp's name of a tensor of a Hugging Face folder."""
     if not name.startswith("model.layers."):
         return LLAMA[name]
     layer, part = name.removeprefix("model.layers.").removesuffix(".weight").split(".", 1)
-    return LLAMA[part].format(layer)
+    llama = {ours: each for each, ours in block_names(config.norms).items()}
+    return f"blk.{layer}.{llama[part]}.weight"
+
+
+# llama.cpp's names of the architectures, by transformers'
+LLAMA_ARCHITECTURES = {"gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3"}
 
 
 def kinds() -> list[int]:
@@ -87,8 +91,7 @@ def write(folder: Path, path: Path, kind: str = "F16", *, skip: tuple[str, ...] 
         changed: values of metadata, with `__` for a point.
     """
     config, weights = GemmaConfig.from_hf(folder), load_file(folder / "model.safetensors")
-    name = "gemma3" if config.qk_norm else "gemma2"
-    local = config.rotary(next(i for i, each in enumerate(config.layer_types) if each == LOCAL))
+    name = LLAMA_ARCHITECTURES[config.architecture]
     values: dict[str, Any] = {
         f"{name}.context_length": config.max_position_embeddings,
         f"{name}.embedding_length": config.hidden_size,
@@ -98,10 +101,7 @@ def write(folder: Path, path: Path, kind: str = "F16", *, skip: tuple[str, ...] 
         f"{name}.attention.head_count_kv": config.num_key_value_heads,
         f"{name}.attention.key_length": config.head_dim,
         f"{name}.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        f"{name}.attention.sliding_window": config.sliding_window,
         f"{name}.rope.freq_base": config.rope_theta,
-        f"{name}.rope.freq_base_swa": local.theta,
-        f"{name}.attention.sliding_window_pattern": [each == LOCAL for each in config.layer_types],
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.tokens": PIECES,
         "tokenizer.ggml.scores": scores(),
@@ -113,6 +113,12 @@ def write(folder: Path, path: Path, kind: str = "F16", *, skip: tuple[str, ...] 
         "tokenizer.ggml.padding_token_id": 0,
         "tokenizer.chat_template": json.loads((DEMO / "tokenizer_config.json").read_text())["chat_template"],
     }
+    if LOCAL in config.layer_types:
+        values |= {
+            f"{name}.attention.sliding_window": config.sliding_window,
+            f"{name}.rope.freq_base_swa": config.rotary(config.layer_types.index(LOCAL)).theta,
+            f"{name}.attention.sliding_window_pattern": [each == LOCAL for each in config.layer_types],
+        }
     if config.attn_logit_softcapping is not None:
         values[f"{name}.attn_logit_softcapping"] = config.attn_logit_softcapping
         values[f"{name}.final_logit_softcapping"] = config.final_logit_softcapping
@@ -124,7 +130,7 @@ def write(folder: Path, path: Path, kind: str = "F16", *, skip: tuple[str, ...] 
         if key not in skip:
             add(writer, key, value)
     for tensor, stored in weights.items():
-        add_tensor(writer, tensor, stored, kind)
+        add_tensor(writer, llama_name(tensor, config), stored, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -142,7 +148,7 @@ def add_tensor(writer: Any, name: str, stored: Tensor, kind: str) -> None:
     values = stored.float().numpy()
     kind = "F32" if "norm" in name else kind
     quantized = gguf.quants.quantize(values + 1 if "norm" in name else values, gguf.GGMLQuantizationType[kind])
-    writer.add_tensor(llama_name(name), quantized, raw_dtype=gguf.GGMLQuantizationType[kind])
+    writer.add_tensor(name, quantized, raw_dtype=gguf.GGMLQuantizationType[kind])
 
 
 def dequantized(folder: Path, out: Path, kind: str) -> Path:
@@ -185,7 +191,7 @@ def test_a_bundle_is_the_same_as_from_a_folder_of_the_same_values(kind: str, tmp
 
 
 @pytest.mark.parametrize("kind", ["F32", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
-@pytest.mark.parametrize("shape", ["tiny", "gemma3", "gemma3_scaled", "untied"])
+@pytest.mark.parametrize("shape", ["tiny", "gemma3", "gemma3_scaled", "untied", "gemma1"])
 def test_every_tensor_and_key_equals_the_folders(kind: str, shape: str, tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path / "model", **{**SHAPES[shape], "vocab_size": 4096, "query_pre_attn_scalar": 32})
     scalar = GemmaConfig.from_hf(model).head_dim  # llama.cpp stores none: it is head_dim, but in the 27B sizes
@@ -207,11 +213,15 @@ def test_every_tensor_and_key_equals_the_folders(kind: str, shape: str, tmp_path
 def test_metadata_of_every_size_gives_its_configuration(preset: str, tmp_path: Path) -> None:
     """Keys as llama.cpp's converter writes them: no pattern, no base of local layers, and no scale of attention."""
     config = PRESETS[preset]
-    name = "gemma3" if config.qk_norm else "gemma2"
-    metadata: dict[str, Any] = {f"{name}.{key}": getattr(config, ours) for key, ours in KEYS.items()}
+    name = LLAMA_ARCHITECTURES[config.architecture]
+    metadata: dict[str, Any] = {
+        f"{name}.{key}": getattr(config, ours)
+        for key, ours in KEYS.items()
+        if ours != "sliding_window" or LOCAL in config.layer_types
+    }
     metadata |= {"general.architecture": name, f"{name}.rope.freq_base": config.rope_theta}
     metadata |= {
-        f"tokenizer.ggml.{key}_token_id": stop for key, stop in zip(("eos", "eot"), config.eos_token_id, strict=True)
+        f"tokenizer.ggml.{key}_token_id": stop for key, stop in zip(("eos", "eot"), config.eos_token_id, strict=False)
     }
     metadata[f"{name}.attention.layer_norm_rms_epsilon"] = float(np.float32(1e-6))
     if config.rope_factor != 1:
@@ -256,7 +266,7 @@ def test_rows_are_the_packages_own(kind: str, tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    file, name = GgufFile(tmp_path / "file.gguf"), "model.layers.0.self_attn.q_proj.weight"
+    file, name = GgufFile(tmp_path / "file.gguf", GEMMA2.norms), "model.layers.0.self_attn.q_proj.weight"
     with np.errstate(all="ignore"):
         expected = torch.from_numpy(gguf.dequantize(stored, quant))
     assert file.tensors[name].shape == (40, 2 * block) and file.tensors[name].dtype == "F32"
@@ -335,7 +345,7 @@ MORE: tuple[tuple[str, list[Any], Any], ...] = (
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "architecture": (
         {"general__architecture": "llama"},
-        'general.architecture is "llama"; supported: "gemma2", "gemma3"',
+        'general.architecture is "llama"; supported: "gemma", "gemma2", "gemma3"',
     ),
     "a key is missing": ({"skip": ("gemma2.block_count",)}, "has no gemma2.block_count"),
     "tokenizer": ({"tokenizer__ggml__model": "gpt2"}, "tokenizer.ggml.model is 'gpt2'"),
@@ -384,7 +394,7 @@ def test_what_is_not_a_gemma_is_refused_in_one_line(case: str, tmp_path: Path) -
 
 def test_a_type_that_is_not_read_is_named(tmp_path: Path) -> None:
     path = write(DEMO, tmp_path / "model.gguf")
-    place = GgufFile(path)._header.tensors["token_embd.weight"]
+    place = GgufFile(path, GEMMA2.norms)._header.tensors["token_embd.weight"]
     data = path.read_bytes()
     at = data.index(b"token_embd.weight") + len(b"token_embd.weight") + 4 + 8 * len(place.shape)
     for number, name in ((16, "IQ2_XXS"), (24, "I8"), (999, "of the unknown type 999")):
@@ -394,7 +404,7 @@ def test_a_type_that_is_not_read_is_named(tmp_path: Path) -> None:
 
 def test_infinite_values_are_refused(tmp_path: Path) -> None:
     path = write(DEMO, tmp_path / "model.gguf", "Q8_0")
-    place = GgufFile(path)._header.tensors["blk.0.attn_q.weight"]
+    place = GgufFile(path, GEMMA2.norms)._header.tensors["blk.0.attn_q.weight"]
     data = bytearray(path.read_bytes())
     data[place.start : place.start + 2] = np.float16(np.inf).tobytes()
     path.write_bytes(data)
@@ -432,7 +442,7 @@ def mutated(data: bytes, header: int, draw: random.Random) -> bytes:
 def test_damage_is_one_line_or_harmless(seed: int, small: Path, tmp_path: Path) -> None:
     """Damage to a number of a tensor or to a letter of a token passes; all other damage is one line."""
     draw, data = random.Random(seed), small.read_bytes()
-    places = GgufFile(small)._header.tensors.values()
+    places = GgufFile(small, GEMMA2.norms)._header.tensors.values()
     path = tmp_path / "model.gguf"
     path.write_bytes(mutated(data, min(place.start for place in places), draw))
     result = run("quantize", path, "-o", tmp_path / "out", *FAST[:6])

@@ -154,7 +154,10 @@ def test_2b_preset_is_the_default_of_transformers(tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "another architecture": ({"model_type": "gemma3n_text"}, 'model_type is "gemma3n_text"; supported: "gemma2"'),
+    "another architecture": (
+        {"model_type": "gemma3n_text"},
+        'model_type is "gemma3n_text"; supported: "gemma", "gemma2"',
+    ),
     "no architecture": ({"model_type": None}, "model_type is null"),
     "rope scaling of transformers 4": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 'rope_type is "linear"'),
     "rope scaling of transformers 5": (

@@ -1,4 +1,4 @@
-"""The decoder against transformers' eager Gemma 2 and 3: any chunks, past the window, past the context, far from position 0."""
+"""The decoder against transformers' eager Gemmas: any chunks, past the window, past the context, far from position 0."""
 
 from __future__ import annotations
 
@@ -143,7 +143,14 @@ GEMMA3_MISTAKES: dict[str, Callable[[GemmaConfig], dict[str, Any]]] = {
     "rope not scaled": lambda c: {"rope_factor": 1.0},
     "local rope scaled": lambda c: {"rope_local_factor": 8.0},
 }
+GEMMA1_MISTAKES: dict[str, Callable[[GemmaConfig], dict[str, Any]]] = {
+    "other scale": lambda c: {"query_pre_attn_scalar": c.head_dim + 1},
+    "a softcap": GEMMA3_MISTAKES["a softcap"],
+    "other rope": MISTAKES["other rope"],
+    "local layers": lambda c: {"layer_types": swapped(c), "sliding_window": 8},
+}
 EVERY_MISTAKE = [
+    *(pytest.param("gemma1", mistake, id=f"gemma1: {name}") for name, mistake in GEMMA1_MISTAKES.items()),
     *(pytest.param("heads_like_27b", mistake, id=name) for name, mistake in MISTAKES.items()),
     *(pytest.param("gemma3_scaled", mistake, id=f"gemma3: {name}") for name, mistake in GEMMA3_MISTAKES.items()),
 ]

@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from gemma_edge.model import hub
-from gemma_edge.model.gguf.tensors import hf_name
+from gemma_edge.model.families import GEMMA3
+from gemma_edge.model.gguf.tensors import block_names, hf_name
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from real_gemma import TERMS, fetch
@@ -71,8 +72,9 @@ def write_gguf(source: Path, state: dict[str, Tensor], out: Path) -> None:
         if not key.startswith(OWN):
             inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
             writer.add_key_value(key, field.contents(), field.types[0], inner)
+    parts = block_names(GEMMA3.norms)
     for tensor in reader.tensors:
-        value = state[hf_name(tensor.name)]
+        value = state[hf_name(tensor.name, parts)]
         writer.add_tensor(tensor.name, (value + 1 if value.dim() == 1 else value).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

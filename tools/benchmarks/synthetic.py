@@ -21,7 +21,7 @@ from typing import Any
 
 import click
 import torch
-from synthetic_tokenizer import write_tokenizer
+from synthetic_tokenizer import GEMMA2, GEMMA3, write_tokenizer
 from torch import Tensor
 
 from gemma_edge.bundle.entries import LOCAL
@@ -51,18 +51,15 @@ def tensor_shapes(config: GemmaConfig) -> dict[str, tuple[int, ...]]:
     hidden, ffn = config.hidden_size, config.intermediate_size
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     layer: dict[str, tuple[int, ...]] = {
-        "input_layernorm": (hidden,),
         "mlp.down_proj": (hidden, ffn),
         "mlp.gate_proj": (ffn, hidden),
         "mlp.up_proj": (ffn, hidden),
-        "post_attention_layernorm": (hidden,),
-        "post_feedforward_layernorm": (hidden,),
-        "pre_feedforward_layernorm": (hidden,),
         "self_attn.k_proj": (kv, hidden),
         "self_attn.o_proj": (hidden, q),
         "self_attn.q_proj": (q, hidden),
         "self_attn.v_proj": (kv, hidden),
     }
+    layer = dict(sorted({**layer, **dict.fromkeys(config.norms.names, (hidden,))}.items()))
     if config.qk_norm:
         layer |= dict.fromkeys(("self_attn.k_norm", "self_attn.q_norm"), (config.head_dim,))
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
@@ -155,7 +152,7 @@ def write_folder(out: Path, config: GemmaConfig, *, tokenizer: Path | None, seed
     out.mkdir(parents=True)
     _dump(out / "config.json", hf_config(config))
     if tokenizer is None:
-        write_tokenizer(out, config.vocab_size)
+        write_tokenizer(out, config.vocab_size, {"gemma3_text": GEMMA3}.get(config.architecture, GEMMA2))
     else:
         copy_companions(tokenizer, out)
     special = {"bos_token_id": 2, "eos_token_id": list(config.eos_token_id), "pad_token_id": 0}

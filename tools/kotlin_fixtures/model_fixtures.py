@@ -31,6 +31,7 @@ FILTERS = [
     {"temperature": 0.8, "min_p": 0.05},
     {"temperature": 1.1, "top_k": 100, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.3},
 ]
+SYSTEMS = ("Be brief.", f" \n{chr(0x85)} Be kind. \n")  # what a system says is not trimmed
 BLANKS = "".join(chr(code) for code in range(0x3100) if chr(code).isspace())
 
 
@@ -93,18 +94,19 @@ def conversation(runtime: Runtime, tokenizer: Tokenizer, saved: Path) -> list[di
     return rows
 
 
-def chats(bundle: Path) -> list[dict[str, Any]]:
-    """Conversations, and the text that the bundle's chat template makes of them."""
-    template = ChatTemplate.from_bundle(bundle)
-    rows = []
+def chats(runtime: Runtime) -> list[dict[str, Any]]:
+    """Conversations, with system turns too where the model is a Gemma 3, and the text that its chat template makes of them."""
+    template = ChatTemplate.from_bundle(runtime.bundle)
+    systems = SYSTEMS if runtime.manifest.config.architecture == "gemma3_text" else ()
+    openings, rows = [[], *([{"role": "system", "content": text}] for text in systems)], []
     for turns in (
         ["Hi"],
         ["Hi", "Hello.", "Why?"],
         [" \n Hi \t", "\nHello.  ", f"{BLANKS}x{BLANKS}"],
         ["", "<eos>", "ü"],
     ):
-        messages = [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(turns)]
-        rows.append({"messages": messages, "text": template.render(messages)})
+        said = [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(turns)]
+        rows += [{"messages": [*first, *said], "text": template.render([*first, *said])} for first in openings]
     return rows
 
 
@@ -136,9 +138,10 @@ def write_answers(out: Path, bundle: Path) -> None:
         "tokens": tokens,
         "calls": calls,
         "state_calls": state_calls(calls),
+        "stop_ids": sorted(tokenizer.stop_ids),
         "greedy": [{"prompt": prompt, "text": greedy(runtime, tokenizer, prompt)} for prompt in PROMPTS],
         "conversation": conversation(runtime, tokenizer, out / "conversation.safetensors"),
-        "chats": chats(bundle),
+        "chats": chats(runtime),
         "filters": filters(),
     }
     (out / "answers.json").write_text(json.dumps(answers, ensure_ascii=False), encoding="utf-8")

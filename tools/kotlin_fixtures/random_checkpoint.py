@@ -1,4 +1,4 @@
-"""Write a random Gemma 2 checkpoint of a small, unusual shape: `random_checkpoint.py OUT`.
+"""Write a random checkpoint of a small, unusual shape: `random_checkpoint.py OUT [PRESET]`, where the preset says which Gemma.
 
 Its sliding windows are full after eight tokens.
 """
@@ -19,9 +19,9 @@ from gemma_edge.model.config import PRESETS
 LAYERS = 3
 
 
-def main(out: Path) -> None:
+def main(out: Path, name: str = "gemma2-2b") -> None:
     """Write the checkpoint into a new folder; an older one is removed first."""
-    preset = PRESETS["gemma2-2b"]
+    preset = PRESETS[name]
     config = replace(
         preset,
         vocab_size=1500,
@@ -34,11 +34,11 @@ def main(out: Path) -> None:
         query_pre_attn_scalar=24,
         sliding_window=8,
         max_position_embeddings=64,
-        layer_types=preset.layer_types[:LAYERS],
+        layer_types=PRESETS["gemma2-2b"].layer_types[:LAYERS],
     )
     shutil.rmtree(out, ignore_errors=True)
     write_folder(out, config, tokenizer=None, seed=0, threads=1)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -37,7 +37,7 @@ FIGURES = ("Figure", "Magnitude", "Share")  # annotations of fields that may be 
 LOCAL: Final = "sliding_attention"
 GLOBAL: Final = "full_attention"
 LayerType = Literal["sliding_attention", "full_attention"]
-Architecture = Literal["gemma2", "gemma3_text"]  # transformers' `model_type`
+Architecture = Literal["gemma", "gemma2", "gemma3_text"]  # transformers' `model_type`
 
 
 class _Figures:

@@ -43,7 +43,7 @@ def make_bundle(folder: Path, out: Path, recipe: Recipe, context: int) -> tuple[
     return quantized, gemma_edge.load(bundle)
 
 
-@pytest.mark.parametrize("shape", ["tiny", "untied", "gemma3_odd"])
+@pytest.mark.parametrize("shape", ["tiny", "untied", "gemma3_odd", "gemma1_one_head"])
 def test_float_program_equals_transformers_in_uneven_chunks_past_window_and_context(
     shape: str, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:

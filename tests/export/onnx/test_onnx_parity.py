@@ -1,4 +1,4 @@
-"""Exported graphs against transformers' eager Gemma 2, in the runtime that ships: uneven chunks, past wrap and context."""
+"""Exported graphs against transformers' eager Gemmas, in the runtime that ships: uneven chunks, past wrap and context."""
 
 from __future__ import annotations
 
@@ -237,10 +237,13 @@ def test_positions_beyond_a_million_rotate_like_transformers(checkpoint: Callabl
     assert relative_error(found[-CHUNK:], expected[positions[-CHUNK:]]) <= EXACT
 
 
-def test_genai_generates_the_same_tokens_with_gemma3(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("shape", ["gemma1", "gemma3"])
+def test_genai_generates_the_same_tokens_with_other_families(
+    shape: str, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
     """genai knows the families by the names in its own configuration."""
     genai = pytest.importorskip("onnxruntime_genai", reason="needs the package onnxruntime-genai")
-    make_bundle(checkpoint("gemma3"), tmp_path, make_recipe(32))
+    make_bundle(checkpoint(shape), tmp_path, make_recipe(32))
     parameters = genai.GeneratorParams(model := genai.Model(str(tmp_path / "bundle")))
     parameters.set_search_options(do_sample=False, min_length=CONTEXT, max_length=CONTEXT)
     generator = genai.Generator(model, parameters)

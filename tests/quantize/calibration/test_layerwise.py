@@ -100,7 +100,7 @@ def written(source: Checkpoint, recipe: Recipe, seen: Calibration, folder: Path)
     return write_quantized(source, recipe, folder / "out", layers=lambda layer: layer_file(folder / "layers", layer))
 
 
-@pytest.mark.parametrize("shape", ["tiny", "heads_like_27b", "odd_sizes", "gemma3_scaled"])
+@pytest.mark.parametrize("shape", ["tiny", "heads_like_27b", "odd_sizes", "gemma3_scaled", "gemma1_one_head"])
 @pytest.mark.parametrize("recipe", [GPTQ, BEST, MIXED], ids=lambda recipe: recipe.rules[-1].method + recipe.name)
 def test_transformers_computes_the_same_logits_from_the_folder(
     recipe: Recipe, shape: str, checkpoint: Callable[..., Path], tmp_path: Path
@@ -114,8 +114,8 @@ def test_transformers_computes_the_same_logits_from_the_folder(
     ours = hf_logits(hf_holding(original, state), ids)
     assert_close(hf_logits(hf_quantized(weights.folder), ids), ours, rtol=0.0, atol=0.0)  # the same weights, same code
     if recipe.folds:
-        before = Checkpoint.open(original).vector("model.layers.0.pre_feedforward_layernorm.weight")
-        assert not torch.equal(weights.vector("model.layers.0.pre_feedforward_layernorm.weight"), before)
+        norm = f"model.layers.0.{weights.config.norms.before_mlp}.weight"
+        assert not torch.equal(weights.vector(norm), Checkpoint.open(original).vector(norm))
 
 
 def test_the_next_layer_was_fitted_to_what_the_checkpoint_computes(source: Checkpoint, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from gemma_edge.model.checkpoint import Checkpoint
+from gemma_edge.model.gemma import DecoderLayer
 from gemma_edge.quantize.calibration.block import Run
 from gemma_edge.quantize.calibration.layerwise import runner
 from gemma_edge.quantize.calibration.refit import PULL, refit_post_norms
@@ -32,7 +35,7 @@ def draw(seed: int, windows: int, tokens: int = TOKENS) -> Tensor:
     return torch.randn(windows, tokens, HIDDEN, generator=torch.Generator().manual_seed(seed))
 
 
-def rounded(block: nn.Module) -> nn.Module:
+def rounded(block: DecoderLayer) -> DecoderLayer:
     """A copy with coarse integers in all of its linears."""
     found = copy.deepcopy(block)
     for name, parameter in found.named_parameters():
@@ -127,3 +130,13 @@ def test_a_block_that_is_the_original_and_a_single_window_stay_as_they_are(sourc
         assert before == after and (error is None or before == error)
         for a, b in zip(kept, weights(block), strict=True):
             assert_close(b, a, rtol=0.0, atol=0.0)
+
+
+def test_a_block_without_post_norms_stays_as_it_is(checkpoint: Callable[..., Path]) -> None:
+    gemma1 = Checkpoint.open(checkpoint("gemma1"))
+    original, run, x = gemma1.load_layer(0), runner(gemma1, 0, TOKENS), draw(1, 12)
+    block = rounded(original)
+    kept = {name: value.clone() for name, value in block.state_dict().items()}
+    before, after = refit_post_norms(block, original, x, run, EPS)
+    assert before == after == pytest.approx(squared_error(block, original, x[-3:], run), rel=1e-5) and before > 0
+    assert all(torch.equal(value, kept[name]) for name, value in block.state_dict().items())

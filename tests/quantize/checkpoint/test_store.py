@@ -46,6 +46,7 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
     "int4 channel": ("tiny", make_recipe(4, group_size=0)),
     "int4 with int4 table": ("tiny", make_recipe(4, table_bits=4)),
     "int8": ("tiny", make_recipe(8)),
+    "gemma1 int4": ("gemma1", make_recipe(4)),
     "gemma3 int4": ("gemma3_scaled", make_recipe(4)),
     "int8 groups": ("odd_sizes", make_recipe(8, group_size=32)),
     "some float": ("tiny", SOME_FLOAT),

@@ -38,7 +38,7 @@ def text(windows: int = 11) -> Tensor:
     return ids
 
 
-@pytest.fixture(scope="module", params=["gemma2", "gemma3_text"])
+@pytest.fixture(scope="module", params=["gemma", "gemma2", "gemma3_text"])
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     folder = tmp_path_factory.mktemp("recovery")
     return Checkpoint.open(make_checkpoint(folder, model_type=request.param, initializer_range=0.1))

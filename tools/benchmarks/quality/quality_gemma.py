@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from gemma_edge import user_cache
 from gemma_edge.model.checkpoint import norm_names, row_slices, weight_shapes
+from gemma_edge.model.families import GEMMA3
 from gemma_edge.model.gguf.tensors import GgufFile
 from gemma_edge.progress import no_progress
 from gemma_edge.quantize.api import Quantization, choose_recipe, make_checkpoint
@@ -94,7 +95,7 @@ def by_llama_cpp(model: PreTrainedModel, windows: Tensor, *, peer: LlamaCpp, kin
         _run([peer.quantize, *extra, source, out, kind, "2"])
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         cpu_s = after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime
-        file = GgufFile(out)
+        file = GgufFile(out, GEMMA3.norms)
         for name in file.tensors:
             model.get_parameter(name).copy_(file.rows(name))
         return Made(cpu_s, *_file_bits(file))

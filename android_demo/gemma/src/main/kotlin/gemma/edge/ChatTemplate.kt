@@ -36,6 +36,7 @@ public fun interface ChatTemplate {
             "cd6c106411f99be366e6fb668a90454316370b3ceab71ccb6a684b710f908241" to GEMMA2, // demo/tiny-gemma2
             "ef70863d4ec4624704d4ca7290673981e52301865f710334ea26e0fd333d5516" to GEMMA2, // tools/benchmarks/synthetic_tokenizer.py
             "7de1c58e208eda46e9c7f86397df37ec49883aeece39fb961e0a6b24088dd3c4" to GEMMA3, // google/gemma-3-1b-it, -4b-it, -12b-it, -27b-it
+            "22174db62c6a2bbb6fbca28f7fc21b481cfe28f2069db687d1099d47d2813da1" to GEMMA3, // tools/benchmarks/synthetic_tokenizer.py
         )
 
         /**

@@ -2,6 +2,7 @@ package gemma.edge
 
 import java.io.File
 import org.junit.Assert.assertEquals
+import org.junit.Assert.assertTrue
 import org.junit.Rule
 import org.junit.Test
 import org.junit.rules.TemporaryFolder
@@ -19,6 +20,14 @@ class ChatTemplateTest {
                 assertEquals(model.name, chat["text"].string, template.render(messages))
             }
         }
+    }
+
+    @Test
+    fun an_answer_ends_where_it_does_in_python() {
+        for (model in Fixtures.models) assertEquals(model.name, model.stopIds, Tokenizer.open(Bundle.open(model.bundle)).stopIds)
+        val gemma3 = Fixtures.models.single { it.name == "random-gemma3" }
+        assertEquals(setOf(1, 106), gemma3.stopIds)
+        assertTrue("no conversation has a system turn", gemma3.chats.any { it["messages"].list[0]["role"].string == "system" })
     }
 
     @Test

@@ -34,6 +34,9 @@ internal object Fixtures {
         val chats = answers["chats"].list
         val filters = answers["filters"].list
 
+        /** The tokens that end an answer. */
+        val stopIds = ints(answers["stop_ids"]).toSet()
+
         /** How many calls come before the state that Python saved. */
         val stateCalls = answers["state_calls"].int(1..calls.size)
         val state = File(folder, "state.safetensors")
