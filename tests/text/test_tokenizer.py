@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,15 @@ def tokenizer() -> Tokenizer:
     return Tokenizer(DEMO, toy_manifest())
 
 
+@cache
+def vocabulary() -> dict[str, int]:
+    found: dict[str, int] = json.loads((DEMO / "tokenizer.json").read_text())["model"]["vocab"]
+    return found
+
+
 def byte(tokenizer: Tokenizer, value: int) -> int:
     """The byte-fallback token of a byte."""
-    vocabulary = json.loads((DEMO / "tokenizer.json").read_text())["model"]["vocab"]
-    return int(vocabulary[f"<0x{value:02X}>"])
+    return vocabulary()[f"<0x{value:02X}>"]
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -86,6 +92,32 @@ def test_a_byte_before_others_that_are_no_text_stays(tokenizer: Tokenizer) -> No
     word = tokenizer.encode("it", bos=False)
     ids = [byte(tokenizer, 0x30), byte(tokenizer, 0xE2), *word, byte(tokenizer, 0x31), *word]
     assert "".join(tokenizer.stream(ids)) == "0\ufffdit1it"
+
+
+def streamed(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """What Kotlin's `TextStream` gives: bytes in a row are text as soon as they are UTF-8 together, else each is U+FFFD."""
+    text, run = "", b""
+    for token in ids:
+        each = tokenizer.token_bytes(token)
+        if token != byte(tokenizer, each[0]):
+            text, run = text + "\ufffd" * len(run) + each.decode(), b""
+            continue
+        run += each
+        try:
+            text, run = text + run.decode(), b""
+        except UnicodeDecodeError:
+            pass
+    return text
+
+
+def test_each_byte_that_is_no_text_is_one_character_as_in_kotlin(tokenizer: Tokenizer) -> None:
+    """After a byte that was text already, one U+FFFD stood for all that followed."""
+    rng = np.random.default_rng(0)
+    some = [byte(tokenizer, each) for each in (0x30, 0x7F, 0x80, 0xC3, 0xE2, 0xF0, 0xFF)]
+    some += tokenizer.encode("it", bos=False)
+    for _ in range(200):
+        ids = [int(token) for token in rng.choice(some, 12)]
+        assert "".join(tokenizer.stream(ids)) == streamed(tokenizer, ids)
 
 
 def test_no_tokens_at_all_end_the_stream(tokenizer: Tokenizer) -> None:

@@ -135,14 +135,17 @@ class Tokenizer:
 
         A character that takes several byte tokens comes as a whole; if the ids end inside a character, it is dropped. Otherwise
         the joined pieces equal `decode(ids)`, with one exception: for bytes that are not UTF-8 `decode` changes the text before
-        them, while here that text stays and one U+FFFD stands for the bytes.
+        them, while here that text stays and a U+FFFD stands for each byte after it.
         """
-        stream = DecodeStream(skip_special_tokens=True)
+        stream, waiting = DecodeStream(skip_special_tokens=True), 0  # waiting: byte tokens since the last piece
         for token in ids:
             try:
                 piece = stream.step(self._tokenizer, token)
             except Exception:  # noqa: BLE001  (the library raises bare Exception)
                 stream = DecodeStream(skip_special_tokens=True)
-                piece = "\ufffd" + (stream.step(self._tokenizer, token) or "")
+                piece = "\ufffd" * waiting + (stream.step(self._tokenizer, token) or "")
             if piece is not None:
+                waiting = 0
                 yield piece
+            elif BYTE_TOKEN.fullmatch(self._tokenizer.id_to_token(token) or ""):
+                waiting += 1

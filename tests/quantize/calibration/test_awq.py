@@ -20,6 +20,7 @@ from gemma_edge.quantize.recipe import QuantConfig
 
 INT4 = QuantConfig(4, 32)
 EXACT = 1e-6  # part of the logits' range: float32 with other factors. Measured: 5e-7 for Gemma 2, 1.5e-7 for Gemma 3.
+EXACT_GEMMA1 = 5e-6  # measured: 2.5e-6; transformers itself is 6e-6 away from its own float64
 FOLD = Fold("norm", ("first", "second"))
 
 
@@ -64,7 +65,8 @@ def test_folds_change_nothing_whatever_the_heads(shape: str, checkpoint: Callabl
     before = hf_logits(hf_model(checkpoint(shape)), ids)
     after = hf_logits(held_by_transformers(checkpoint(shape), model), ids)
     assert kl(before, after) <= 1e-7
-    assert relative_error(after, before) <= EXACT  # without a softcap, logits are so large that KL sees only one token
+    bound = EXACT_GEMMA1 if model.config.architecture == "gemma" else EXACT
+    assert relative_error(after, before) <= bound  # without a softcap, logits are so large that KL sees only one token
 
 
 def error_after(shape: str, checkpoint: Callable[..., Path], change: Callable[[nn.Module, Tensor], None]) -> float:
