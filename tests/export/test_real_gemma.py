@@ -9,15 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from support.toys import ROOT
+from support.checkpoints import ROOT
 from transformers import AutoModelForCausalLM
 
 import gemma_edge
 from gemma_edge.export import api as pipeline
 from gemma_edge.export.options import ExportOptions
 from gemma_edge.quantize.options import QuantizeOptions
-from gemma_edge.runtimes.generation.generate import generate
-from gemma_edge.runtimes.generation.sampling import GenerationOptions
+from gemma_edge.runtimes.generation.generate import GenerationOptions, generate
 from gemma_edge.text import corpus
 from gemma_edge.text.tokenizer import Tokenizer
 
