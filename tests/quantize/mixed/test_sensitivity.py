@@ -96,7 +96,7 @@ def test_measured_again_it_is_the_same(checkpoint: Callable[..., Path], tmp_path
     assert len(set(keys)) == 4
 
 
-@pytest.mark.parametrize("shape", ["tiny", "gemma3_scaled"])
+@pytest.mark.parametrize("shape", ["tiny", "gemma3_scaled", "gemma1"])
 def test_one_window_serves_for_both(shape: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     errors = measure(Checkpoint.open(checkpoint(shape)), torch.arange(3, 27)[None], gptq, tmp_path)
     assert all(error > 0 for some in errors.values() for error in some.values())
