@@ -24,9 +24,11 @@ NEEDED = {"include_path": "tasks", "limit": "tasks"}
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("models", nargs=-1, required=True, type=PATH, metavar="BUNDLE|FOLDER...")
+@click.argument("models", nargs=-1, required=True, type=PATH, metavar="BUNDLE|FOLDER|GGUF...")
 @click.option(
-    "--reference", type=PATH, help="Folder of the original model. Adds KL, top-1 agreement and perplexity change."
+    "--reference",
+    type=PATH,
+    help="Folder or GGUF file of the original model. Adds KL, top-1 agreement and perplexity change.",
 )
 @click.option(
     "--text",
@@ -63,10 +65,11 @@ def main(
     html: Path | None,
     **choices: Any,
 ) -> None:
-    """Measure bundles and Hugging Face folders, side by side on the same tokens.
+    """Measure bundles, Hugging Face folders and GGUF files, side by side on the same tokens.
 
     Reports the perplexity on a text; with --reference also how far each model is from the original; with --tasks the scores of
-    lm-eval's tasks. A folder holds float weights, or integers that gemma-export wrote; PyTorch runs it.
+    lm-eval's tasks. A folder holds float weights, or integers that gemma-export wrote; PyTorch runs it. The weights of a GGUF
+    file are dequantized.
     """
     refuse_unused(context)
     # Before torch is loaded: a thread that waits must not spin, which would cost most of the time beside other work.

@@ -1,4 +1,5 @@
-"""A Hugging Face folder as something to evaluate: float weights, or the integers that gemma-export wrote. It needs torch.
+"""A Hugging Face folder as something to evaluate: float weights, or the integers that gemma-export wrote; or a GGUF file, whose
+weights are dequantized. It needs torch.
 
 The windows go through the model layer by layer (model/layerwise.py), with one layer's weights in memory at a time. Only tasks
 load the whole model.
@@ -20,6 +21,7 @@ from gemma_edge.evaluate.model import Model
 from gemma_edge.logits import Logits
 from gemma_edge.model import layerwise as reference
 from gemma_edge.model.checkpoint import Weights, weight_shapes
+from gemma_edge.model.hub import resolve
 from gemma_edge.model.kv_cache import RingCache
 from gemma_edge.progress import Progress
 from gemma_edge.quantize.calibration.layerwise import stream_error
@@ -36,19 +38,19 @@ CHUNK = 128
 
 
 class CheckpointModel:
-    """A `Model`: the folder's weights, and what they predict."""
+    """A `Model`: the weights of a folder or of a GGUF file, and what they predict."""
 
     kind, backend = "folder", "torch"
 
     def __init__(self, path: Path) -> None:
-        """Check the folder; only headers are read.
+        """Check the folder or file; only headers are read.
 
         Raises:
-            InputError: the folder is no Gemma model, or cannot be read.
+            InputError: it is no Gemma model, or cannot be read.
         """
-        quantized_table = present(path / TABLE_FILE)
-        self.path = path
-        self.weights = QuantizedCheckpoint.open(path) if quantized_table else open_weights(path)
+        self.path, folder = path, resolve(str(path))
+        quantized_table = present(folder / TABLE_FILE)
+        self.weights = QuantizedCheckpoint.open(folder) if quantized_table else open_weights(folder)
         self.config = typed_config(self.weights.config.to_json())
         self.context = self.weights.config.max_position_embeddings
         shapes = weight_shapes(self.weights.config)
@@ -61,7 +63,7 @@ class CheckpointModel:
         weights = self.weights
         config = weights.configs[name]
         if config is None:
-            return rows * columns * weights.dtype(name).itemsize
+            return weights.float_bytes(name)
         groups = columns // config.group_size if config.group_size else 1
         return rows * columns * config.bits // 8 + rows * groups * weights.scale_dtype(name).itemsize
 
@@ -115,9 +117,9 @@ class CheckpointModel:
 
     def tokenizer(self) -> Tokenizer | None:
         """The folder's tokenizer; None where it has no tokenizer.json."""
-        if not present(self.path / TOKENIZER_FILE):
+        if not present(self.weights.folder / TOKENIZER_FILE):
             return None
-        return Tokenizer.of_folder(self.path, self.config)
+        return Tokenizer.of_folder(self.weights.folder, self.config)
 
 
 class CheckpointRuntime(Runtime):

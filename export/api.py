@@ -38,7 +38,6 @@ from gemma_edge.quantize.api import (
     open_source,
     way_to_kv_scales,
 )
-from gemma_edge.quantize.checkpoint.store import named_by_content
 from gemma_edge.quantize.mixed.choose import parse_size
 from gemma_edge.quantize.recipe import Recipe
 
@@ -80,7 +79,6 @@ def open_model(options: ExportOptions, progress: Progress = no_progress, *, plan
     source = open_source(options.model, options.lora)
     typed_config(source.config.to_json())  # refuses, before any work, what no bundle could hold
     recipe, choice = choose_recipe(options.quantization, source, onnx_weights, progress)
-    recipe = named_by_content(source, recipe)
     calibrated = source.kv_scales is not None if source.is_quantized else recipe.calibrated
     hint = way_to_kv_scales(options.quantization, source, recipe)
     kv_dtypes = {

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from gemma_edge.bundle.backends import ALL, registered
 from gemma_edge.bundle.geometry import CacheGeometry
@@ -18,7 +18,7 @@ from gemma_edge.errors import InputError
 from gemma_edge.model.checkpoint import TABLES, Weights, weight_shapes
 from gemma_edge.model.config import GemmaConfig
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
-from gemma_edge.quantize.recipe import QuantConfig
+from gemma_edge.quantize.recipe import QuantConfig, Recipe
 
 Configs = Mapping[str, QuantConfig | None]  # weight -> its integers; None: it stays float
 
@@ -53,6 +53,9 @@ class Backend(ABC):
     """The exporting half of a backend. Its integers are the quantizer's, unchanged."""
 
     name: str  # as in its BackendInfo
+    signed_scales: ClassVar[bool] = (
+        False  # whether its kernels multiply by scales below zero, which llama.cpp's Q4_0 has
+    )
 
     def refuse_unsupported(self, config: GemmaConfig, configs: Configs, float_bits: int) -> None:
         """Refuse a model with a weight that the backend would compute wrongly, or not at all.
@@ -65,6 +68,20 @@ class Backend(ABC):
 
     def refuse_weight(self, weight: str, config: QuantConfig | None, columns: int, float_bits: int) -> None:  # noqa: B027
         """The same for one weight of so many columns. Every weight is accepted here."""
+
+    def refuse_recipe(self, recipe: Recipe, source: Weights) -> None:
+        """Refuse a method whose scales the kernels do not take. Scales that are stored already are checked when they are read.
+
+        Raises:
+            InputError: names the method.
+        """
+        if recipe.fixed is not None and not source.is_quantized and not self.signed_scales:
+            raise InputError(
+                f"`method` {recipe.fixed} makes scales below zero, which the {self.name} backend's kernels do not take;"
+                " use `backend` onnx, or another `method`",
+                field="method",
+                value=recipe.fixed,
+            )
 
     @abstractmethod
     def weights_bytes(self, weights: StoredWeights) -> int:

@@ -184,6 +184,7 @@ class _Prediction:
             InputError: it cannot hold one of them.
         """
         half, configs = exporter(backend), final_configs(source, recipe)
+        half.refuse_recipe(recipe, source)
         half.refuse_unsupported(source.config, configs, recipe.float_bits)
         weights = StoredWeights(source, configs, recipe.float_bits, kv_dtype)
         return cls(source, recipe, target, half, kv_dtype, half.weights_bytes(weights), half.resident_bytes(weights))

@@ -18,6 +18,7 @@ from gemma_edge.model.config import TABLE as TABLE
 from gemma_edge.model.config import TABLES as TABLES
 from gemma_edge.model.config import GemmaConfig, is_multimodal
 from gemma_edge.model.gemma import DecoderLayer, Gemma
+from gemma_edge.model.gguf.tensors import INTEGERS
 from gemma_edge.model.lora import NO_LORA, Lora
 from gemma_edge.model.quantized import QuantConfig, QuantizedTensor
 from gemma_edge.model.shards import FLOATS as FLOATS
@@ -113,6 +114,10 @@ class Weights(ABC):
     def dtype(self, weight: str) -> torch.dtype:
         """The type in which a float matrix is stored."""
 
+    def float_bytes(self, weight: str) -> int:
+        """How many bytes a matrix takes in its file that is stored in float, or in a GGUF file."""
+        return math.prod(weight_shapes(self.config)[weight]) * self.dtype(weight).itemsize
+
     @abstractmethod
     def rows(self, weight: str, start: int, stop: int) -> Tensor:
         """Rows of a matrix as float32, in memory of their own."""
@@ -133,8 +138,21 @@ class Weights(ABC):
         """Rows of a matrix as float32, from its float copy where it is also stored as integers, as the tied table is."""
         return self.rows(weight, start, stop)
 
+    def keeps(self, weight: str, config: QuantConfig, method: str) -> bool:
+        """Whether a matrix is stored as the integers that it shall become, which `quantized` then gives.
+
+        Args:
+            weight: the matrix.
+            config, method: the integers that it shall become, and how they would be made of floats.
+        """
+        return self.configs[weight] is not None
+
+    def rounded(self, weight: str) -> str | None:
+        """What a GGUF file calls the integers that a matrix of `configs` None is made from; None: it is float in every file."""
+        return None
+
     def quantized(self, weight: str, start: int, stop: int) -> QuantizedTensor:
-        """Rows of a matrix that is stored as integers (see `configs`), as they are stored."""
+        """Rows of a matrix that is stored as integers (see `configs` and `keeps`), as they are stored."""
         raise RuntimeError(f"{weight} is float")
 
     def scale_dtype(self, weight: str) -> torch.dtype:
@@ -225,6 +243,34 @@ class Checkpoint(Weights):
             InputError: a value is NaN or infinite.
         """
         return finite(self._lora.rows(self._shards, weight, start, stop), f"{weight}.weight", self.origin)
+
+    def keeps(self, weight: str, config: QuantConfig, method: str) -> bool:
+        """See Weights: a matrix of a GGUF file that no adapter changes, in a type whose integers every method agrees on."""
+        return weight not in self._lora.pairs and INTEGERS.get(self.rounded(weight) or "") == (method, config)
+
+    def float_bytes(self, weight: str) -> int:
+        """See Weights."""
+        return super().float_bytes(weight) if weight in self._lora.pairs else self._shards.nbytes(f"{weight}.weight")
+
+    def rounded(self, weight: str) -> str | None:
+        """See Weights."""
+        return self._shards.rounded(f"{weight}.weight")
+
+    def quantized(self, weight: str, start: int, stop: int) -> QuantizedTensor:
+        """See Weights.
+
+        Raises:
+            InputError: a scale is NaN or infinite.
+        """
+        if self.rounded(weight) not in INTEGERS:
+            return super().quantized(weight, start, stop)
+        part = self._shards.quantized(f"{weight}.weight", start, stop)
+        finite(part.scale.float(), f"{weight}.weight", self.origin)
+        return part
+
+    def scale_dtype(self, weight: str) -> torch.dtype:
+        """See Weights."""
+        return torch.float16 if self.rounded(weight) in INTEGERS else super().scale_dtype(weight)
 
 
 def open_tensors(

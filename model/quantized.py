@@ -57,6 +57,11 @@ class QuantConfig:
             )
         return QuantConfig(self.bits, fitting, self.symmetric)
 
+    def __str__(self) -> str:
+        return (
+            f"{self.bits} bits {f'in groups of {self.group_size}' if self.group_size else 'with one scale per channel'}"
+        )
+
     def stored_bytes(self, rows: int, columns: int) -> int:
         """Bytes of a matrix (rows, columns): its codes, and its scales in bfloat16."""
         return rows * (-(-columns * self.bits // 8) + 2 * self.groups(columns))
@@ -71,7 +76,7 @@ class QuantizedTensor:
     """Rows of a weight as integers: w = code * scale."""
 
     codes: Tensor  # (rows, in) int8
-    scale: Tensor  # (rows, groups), or (rows, 1) per channel; bfloat16
+    scale: Tensor  # (rows, groups), or (rows, 1) per channel; bfloat16, or as a folder or a GGUF file stores it
     config: QuantConfig
 
     def dequantize(self) -> Tensor:

@@ -14,8 +14,9 @@ from gemma_edge.bundle.codec import shown
 from gemma_edge.errors import InputError
 from gemma_edge.model.config import text_config
 from gemma_edge.model.families import IMAGE_PREFIXES, text_name
-from gemma_edge.model.gguf.folder import POINTER, pointed
+from gemma_edge.model.gguf.folder import is_prepared, pointed
 from gemma_edge.model.gguf.tensors import GgufFile
+from gemma_edge.model.quantized import QuantizedTensor
 from gemma_edge.model.safetensors_reader import SafetensorsFile, StoredTensor, TensorFile
 from gemma_edge.reading import present, read_json
 
@@ -42,16 +43,18 @@ class Shards:
             multimodal: an image encoder lies in them too. Its tensors are left out, and a warning says so.
         """
         opened = _opened(folder, files)
+        self._is_gguf = isinstance(opened[0], GgufFile)
         # origin: what messages name: the folder, or the GGUF file that it was made from
-        self.origin = folder if isinstance(opened[0], SafetensorsFile) else opened[0].path
+        self.origin = opened[0].path if self._is_gguf else folder
         stored = {name: StoredTensor(file, name) for file in opened for name in file.tensors}
-        if multimodal:
+        # a GGUF file says so by its tensors alone
+        if multimodal or (self._is_gguf and any(name.startswith(IMAGE_PREFIXES) for name in stored)):
             decoder = {
                 text_name(name): tensor for name, tensor in stored.items() if not name.startswith(IMAGE_PREFIXES)
             }
             count = len(stored) - len(decoder)
             logger.warning(
-                "%s: %d tensors of its image encoder are left out; the result takes text only", folder, count
+                "%s: %d tensors of its image encoder are left out; the result takes text only", self.origin, count
             )
             stored = decoder
         base = PREFIX if not any(name.startswith(PREFIX) for name in stored) else ""
@@ -89,9 +92,26 @@ class Shards:
         entry = self[name].entry
         return entry.shape, entry.dtype
 
+    def nbytes(self, name: str) -> int:
+        """The bytes of a tensor in its file."""
+        entry = self[name].entry
+        return entry.stop - entry.start
+
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows `start:stop` of a tensor in its stored dtype, in memory of its own."""
         return self[name].rows(start, stop)
+
+    def rounded(self, name: str) -> str | None:
+        """The type of a tensor that a GGUF file holds as integers; None: it is float."""
+        file = self[name].file
+        kind = file.type(self[name].name) if isinstance(file, GgufFile) else None
+        return None if kind in FLOATS else kind
+
+    def quantized(self, name: str, start: int, stop: int) -> QuantizedTensor:
+        """Rows of a tensor whose type, by `rounded`, is one of INTEGERS, as they are stored."""
+        file = self[name].file
+        assert isinstance(file, GgufFile)
+        return file.quantized(self[name].name, start, stop)
 
     def expect(self, name: str, shape: tuple[int, ...]) -> None:
         """Check that a float tensor is there with this shape.
@@ -120,16 +140,17 @@ class Shards:
         others = sorted(self._tensors.keys() - set(names))
         others = [name for name in others if not name.endswith(COMPUTED)]
         if others:
+            way = "convert the model again" if self._is_gguf else f"save the folder from {hf_class}"
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             raise InputError(
                 f"{self[others[0]].file.path} holds {others[0]}{more}, which {hf_class} does not have; a bundle would not be"
-                f" the model that was trained: save the folder from {hf_class}"
+                f" the model that was trained: {way}"
             )
 
 
 def _opened(folder: Path, files: list[Path] | None) -> Sequence[TensorFile]:
     """The model's files, or those that are given."""
-    if files is None and present(folder / POINTER):
+    if files is None and is_prepared(folder):
         return [GgufFile(path, text_config(folder)[1].norms) for path in pointed(folder)]
     return [SafetensorsFile(path) for path in files or _shard_paths(folder)]
 

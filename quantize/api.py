@@ -25,19 +25,19 @@ from gemma_edge.quantize.calibration import text as calibration
 from gemma_edge.quantize.checkpoint.kv_scales import KVScales
 from gemma_edge.quantize.checkpoint.store import (
     QuantizedCheckpoint,
-    final_configs,
     is_quantized_folder,
     named_by_content,
     open_weights,
 )
 from gemma_edge.quantize.checkpoint.writer import write_quantized
+from gemma_edge.quantize.checks import refuse_exclusive, refuse_idle, warn_of_rounded
 from gemma_edge.quantize.distillation.distill import Schedule
 from gemma_edge.quantize.distillation.recovery import recover
 from gemma_edge.quantize.mixed import choose as mixed
 from gemma_edge.quantize.options import CalibrationText, QuantizeOptions
 from gemma_edge.quantize.recipe import (
-    CALIBRATED,
     DEFAULT_QUALITY,
+    FIXED,
     METHODS,
     QUALITIES,
     Recipe,
@@ -52,12 +52,6 @@ from gemma_edge.text.tokenizer import TOKENIZER_FILE, TOKENIZER_HINT
 logger = logging.getLogger(__name__)
 
 DEFAULT_BITS, DEFAULT_TABLE_BITS = 4, 8
-# EXCLUSIVE: options that decide the integers of every weight, and the options that may not stand beside them
-EXCLUSIVE = {
-    "recipe": ("size", "bpw", "bits", "group_size", "table_bits", "method"),
-    "size": ("bpw", "bits", "group_size", "table_bits"),
-    "bpw": ("bits", "group_size", "table_bits"),
-}
 SOURCE_BYTES = 2  # bytes of a weight in the original, for the progress bar
 CHECKPOINT = Kind("checkpoint", "quantized checkpoint", is_quantized_folder)
 
@@ -113,7 +107,7 @@ def quantize(
     source = open_source(str(model), lora)
     if out.resolve() == source.folder.resolve():
         raise InputError(f"{out} is the model itself", field="out", value=out, hint="pass another folder to `out`")
-    recipe = named_by_content(source, choose_recipe(options, source, None, progress)[0])
+    recipe, _ = choose_recipe(options, source, None, progress)
     work = Quantization(options, source, recipe, choose_calibration(options, source, recipe))
     stages: list[Stage] = []
     with staged(out, force=force, kind=CHECKPOINT) as folder:
@@ -142,7 +136,7 @@ def open_source(model: str, lora: str | Path | None) -> Weights:
 def choose_recipe(
     options: QuantizeOptions, source: Weights, sizes: mixed.FileSizes | None, progress: Progress
 ) -> tuple[Recipe, mixed.Mixed | None]:
-    """The recipe that the options describe, and the choice behind it if they give a budget.
+    """The recipe that the options describe, named by what the weights will be, and the choice behind it under a budget.
 
     Args:
         sizes: of the weights file that `options.size` limits; None: there is no such file, and `size` is refused.
@@ -150,16 +144,19 @@ def choose_recipe(
     Raises:
         InputError: an option outside the allowed ones.
     """
-    _refuse_exclusive(options)
+    refuse_exclusive(options)
     quality = options.quality
     if quality is not None and quality not in QUALITIES:
         raise InputError(field="quality", value=quality, allowed=QUALITIES)
+    choice: mixed.Mixed | None = None
     if options.has_budget:
         choice = _within_budget(options, source, sizes, progress)
-        return choice.recipe, choice
-    recipe = mixed.read_recipe(options.recipe, source) if options.recipe is not None else _made(options, source)
-    _refuse_idle(options, source, recipe)
-    return recipe, None
+        recipe = choice.recipe
+    else:
+        recipe = mixed.read_recipe(options.recipe, source) if options.recipe is not None else _made(options, source)
+        refuse_idle(options, source, recipe)
+    warn_of_rounded(source, recipe)
+    return named_by_content(source, recipe), choice
 
 
 def _made(options: QuantizeOptions, source: Weights) -> Recipe:
@@ -181,46 +178,6 @@ def _made(options: QuantizeOptions, source: Weights) -> Recipe:
     )
 
 
-def _refuse_idle(options: QuantizeOptions, source: Weights, recipe: Recipe) -> None:
-    """Refuse options that would change nothing. The quality `fast` needs no text and is always allowed."""
-    name, searched = source.origin.name, options.quality not in (None, "fast")
-    if source.is_quantized:
-        _refuse_float_only(options, source, recipe)
-    linears = [config for weight, config in final_configs(source, recipe).items() if weight not in TABLES]
-    if options.distill and not any(linears):
-        raise InputError(
-            f"`distill` trains scales of quantized linears, and {name} becomes {recipe.name}: leave it out",
-            field="distill",
-            value=options.distill,
-        )
-    if searched and not recipe.calibrated:
-        raise InputError(
-            f"`quality` {options.quality} uses calibration text, and {name} becomes {recipe.name} without data:"
-            f" leave it out{', or pass `method` gptq' if any(linears) and options.recipe is None else ''}",
-            field="quality",
-            value=options.quality,
-        )
-
-
-def _refuse_float_only(options: QuantizeOptions, source: Weights, recipe: Recipe) -> None:
-    """Refuse options that need float weights, for a folder that is already quantized."""
-    rules = [recipe.rule_for(weight) for weight, config in source.configs.items() if config is None]
-    methods = {rule.method for rule in rules if rule.config is not None} - set(CALIBRATED)  # of weights still float
-    idle = {
-        "distill": bool(options.distill),
-        "quality": options.quality not in (None, "fast"),
-        "method": options.method is not None and options.method not in methods,
-    }
-    for field in (field for field, is_idle in idle.items() if is_idle):
-        value = getattr(options, field)
-        raise InputError(
-            f"`{field}`{'' if field == 'distill' else f' {value}'} works on float weights, and {source.origin.name} is"
-            " quantized already, its integers stay as they are: leave it out, or pass the float original",
-            field=field,
-            value=value,
-        )
-
-
 def way_to_kv_scales(options: QuantizeOptions, source: Weights, recipe: Recipe) -> str:
     """How to get the scales of an int8 KV cache where there will be none, as the end of an InputError's sentence."""
     if source.is_quantized:
@@ -236,6 +193,12 @@ def _within_budget(
 ) -> mixed.Mixed:
     if options.method is not None and options.method not in METHODS:
         raise InputError(field="method", value=options.method, allowed=METHODS)
+    if options.method in FIXED:
+        raise InputError(
+            f"`method` {options.method} makes {FIXED[options.method]} everywhere: `size` and `bpw` cannot be combined with it",
+            field="method",
+            value=options.method,
+        )
     quality = options.quality or DEFAULT_QUALITY
 
     def methods(config: QuantConfig) -> str:
@@ -243,17 +206,6 @@ def _within_budget(
 
     budget = mixed.Budget(options.size, options.bpw, sizes)
     return mixed.choose(source, budget, methods, options.calibration_text, progress)
-
-
-def _refuse_exclusive(options: QuantizeOptions) -> None:
-    for field, others in EXCLUSIVE.items():
-        beside = [f"`{other}`" for other in others if getattr(options, other) is not None]
-        if getattr(options, field) is not None and beside:
-            raise InputError(
-                f"`{field}` decides the integers of every weight: {', '.join(beside)} cannot be combined with it",
-                field=field,
-                value=getattr(options, field),
-            )
 
 
 def calibration_tokens(options: QuantizeOptions, source: Weights, recipe: Recipe) -> int:

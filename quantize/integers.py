@@ -1,7 +1,7 @@
 """Float weights to symmetric integers by the rules that every backend keeps: docs/export/quantization.md says why.
 
 There is no zero point. The scale is rounded to bfloat16 before the integers are found, and is never zero. Integers lie in -8..7
-with 4 bits, and in -127..127 with 8 bits.
+with 4 bits, and in -127..127 with 8 bits. The method q4_0 is the exception: it follows the rules of llama.cpp.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gemma_edge.errors import InputError
 from gemma_edge.model.quantized import QuantConfig
 from gemma_edge.model.quantized import QuantizedTensor as QuantizedTensor
 
@@ -26,11 +27,18 @@ def quantize(values: Tensor, config: QuantConfig, method: str) -> QuantizedTenso
         values: (rows, in) float32, finite; in is a multiple of the group size.
         config: bits and group.
         method: "rtn" takes the largest weight of a group as the end of the range; "mse" searches the scale that rounds
-            the group with the least squared error.
+            the group with the least squared error; "q4_0" is llama.cpp's.
     """
+    if method not in SCALES:
+        return OTHERS[method](values, config)
     groups = values.reshape(-1, config.group_size or values.shape[1])  # (rows * groups, G)
     scale = SCALES[method](groups, config.bits)  # (rows * groups, 1)
     return round_to(values, scale.view(len(values), -1), config)
+
+
+def scale_dtype(method: str) -> torch.dtype:
+    """The type of the scales that `quantize` gives."""
+    return torch.bfloat16 if method in SCALES else torch.float16
 
 
 def round_to(values: Tensor, scale: Tensor, config: QuantConfig) -> QuantizedTensor:
@@ -105,4 +113,30 @@ def searched_scale(groups: Tensor, bits: int, weights: Tensor) -> Tensor:
     return round_scale(best)
 
 
-SCALES = {"rtn": absmax_scale, "mse": mse_scale}
+def q4_0(values: Tensor, config: QuantConfig) -> QuantizedTensor:
+    """llama.cpp's Q4_0, bit for bit: the weight of largest magnitude becomes -8, so a scale has the sign that this needs.
+
+    Weights that were trained for that type (Google's `q4_0-unquantized` folders) lose nothing more by it. Source: `Q4_0` in
+    gguf/quants.py. Scales are stored as float16; the codes are found with the float32 scale before it is rounded.
+
+    Raises:
+        InputError: a weight is so large that its scale is infinite in float16.
+    """
+    groups = values.reshape(-1, config.group_size)  # (N, 32)
+    largest = groups.gather(1, groups.abs().argmax(1, keepdim=True))  # (N, 1)
+    scale = largest / -8
+    codes = (groups * (1 / scale) + 8.5).trunc_().clamp_(0, 15) - 8
+    codes = torch.where(scale.reciprocal().isfinite(), codes, 0.0)  # weights of nothing
+    stored = scale.to(torch.float16).view(len(values), -1)
+    if not stored.isfinite().all():
+        raise InputError(
+            f"a weight of {largest.abs().max().item():g} is too large for the scales of `method` q4_0, which are float16;"
+            " use another `method`",
+            field="method",
+            value="q4_0",
+        )
+    return QuantizedTensor(codes.to(torch.int8).view(values.shape), stored, config)
+
+
+SCALES = {"rtn": absmax_scale, "mse": mse_scale}  # methods that choose a scale and round to it
+OTHERS = {"q4_0": q4_0}

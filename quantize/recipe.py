@@ -18,9 +18,11 @@ from gemma_edge.model import patterns
 from gemma_edge.model.config import HEAD, TABLE
 from gemma_edge.model.quantized import QuantConfig as QuantConfig
 
-DATA_FREE = ("rtn", "mse")
+DATA_FREE = ("rtn", "mse", "q4_0")
 CALIBRATED = ("hscale", "gptq", "awq", "awq+gptq")
 METHODS = (*DATA_FREE, *CALIBRATED)
+# FIXED: methods that make integers of one kind only; their scales are those of llama.cpp, which may be below zero
+FIXED = {"q4_0": QuantConfig(bits=4, group_size=32)}
 BITS = (4, 8, 16, 32)
 FLOAT_BITS = 32  # bits of matrices that stay float beside quantized ones
 TABLE_PATTERN = re.escape(TABLE)
@@ -39,6 +41,13 @@ class QuantRule:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise InputError(f"method {self.method!r}", field="method", value=self.method, allowed=METHODS)
+        kind = FIXED.get(self.method)
+        if kind is not None and self.config is not None and self.config != kind:
+            raise InputError(
+                f"`method` {self.method} makes {kind}, not {self.config}; leave out `bits` and `group_size`",
+                field="method",
+                value=self.method,
+            )
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,11 @@ class Recipe:
     def calibrated(self) -> bool:
         """Whether a rule has a method that looks at text."""
         return any(rule.config is not None and rule.method in CALIBRATED for rule in self.rules)
+
+    @property
+    def fixed(self) -> str | None:
+        """A method of FIXED that a rule has; None: no rule has one."""
+        return next((rule.method for rule in self.rules if rule.config is not None and rule.method in FIXED), None)
 
     @property
     def folds(self) -> bool:
@@ -218,6 +232,8 @@ def make_recipe(
         group = group_size
     elif bits == 8:
         group = 0
+    elif method in FIXED:
+        group = FIXED[method].group_size
     elif method is not None:
         group = CALIBRATED_GROUP if method in CALIBRATED else UNCALIBRATED_GROUP
     else:

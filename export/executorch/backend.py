@@ -33,8 +33,9 @@ class ExecuTorchBackend(Backend):
         from gemma_edge.export.executorch.lowering import write_program
 
         checkpoint = task.checkpoint
-        four = [weight for weight, config in checkpoint.configs.items() if config and config.bits == 4]
-        checkpoint.warn_of_rounded_scales(four, torch.bfloat16, self.name)
+        for bits, dtype in ((4, torch.bfloat16), (8, torch.float32)):
+            weights = [weight for weight, config in checkpoint.configs.items() if config and config.bits == bits]
+            checkpoint.check_scales(weights, dtype, self.name)
         write_program(checkpoint, task.cache, task.out / FILE, METHODS, task.progress)
         return {"program": FILE, "methods": METHODS, "min_executorch": "1.5"}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from gemma_edge.export.backend import Backend, LoweringTask, StoredWeights
 from gemma_edge.export.onnx import weights as storage
@@ -17,6 +17,7 @@ FLOAT_ACTIVATIONS = 0
 class OnnxBackend(Backend):
     """Graphs for ONNX Runtime over one weights file."""
 
+    signed_scales: ClassVar[bool] = True
     name: str = "onnx"
     accuracy_level: int = INT8_ACTIVATIONS  # or FLOAT_ACTIVATIONS: exact, slower
 

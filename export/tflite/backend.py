@@ -62,8 +62,11 @@ class TFLiteBackend(Backend):
         from gemma_edge.export.tflite.lowering import build_model
 
         checkpoint, cache = task.checkpoint, task.cache
-        grouped = [weight for weight, config in checkpoint.configs.items() if config and config.group_size]
-        checkpoint.warn_of_rounded_scales(grouped, torch.float16, self.name)
+        for grouped, dtype in ((True, torch.float16), (False, torch.float32)):
+            weights = [
+                name for name, config in checkpoint.configs.items() if config and bool(config.group_size) == grouped
+            ]
+            checkpoint.check_scales(weights, dtype, self.name)
         model = build_model(checkpoint, cache, self.packing, variables=self.variables)
         write_model(model, self.packing, checkpoint, task.out / self.file, task.progress)
         return {

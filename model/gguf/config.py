@@ -33,6 +33,7 @@ KEYS = {
     "final_logit_softcapping": "final_logit_softcapping",
 }
 SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+IMAGES = "clip"  # the architecture of an image encoder, which llama.cpp keeps in a file of its own (mmproj)
 TABLE, HEAD = "token_embd.weight", "output.weight"
 
 
@@ -68,7 +69,8 @@ def config_json(path: Path, header: Header, tensors: Mapping[str, tuple[int, ...
     name = metadata.get("general.architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         supported = ", ".join(map(shown, ARCHITECTURES))
-        raise InputError(f"{path}: general.architecture is {shown(name)}; supported: {supported}")
+        way = "; it is an image encoder: pass the file of its decoder" if name == IMAGES else ""
+        raise InputError(f"{path}: general.architecture is {shown(name)}; supported: {supported}{way}")
     kind = ARCHITECTURES[name]
     for key, ours in KEYS.items():
         if f"{name}.{key}" not in metadata and ours not in (*SOFTCAPS, *kind.family.equal_to):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import re
 from pathlib import Path
 
@@ -17,16 +16,14 @@ from gemma_edge.errors import InputError
 from gemma_edge.files import label, write_whole
 from gemma_edge.model.config import GemmaConfig
 from gemma_edge.model.gguf.config import config_json
-from gemma_edge.model.gguf.reader import FLOAT_TYPES, HINT, Header, read_header
+from gemma_edge.model.gguf.reader import HINT, Header, read_header
 from gemma_edge.model.gguf.tokenizer import text_files
-from gemma_edge.reading import present, read_json
+from gemma_edge.reading import GGUF_SUFFIX, present, read_json
 
-logger = logging.getLogger(__name__)
-
-SUFFIX = ".gguf"
 POINTER = "gguf.json"  # {"files": absolute paths}
+KIND = "gguf"  # of the cache's folders
 CONFIG = "config.json"
-LAYOUT = 1  # of what is written: another number forgets older folders
+LAYOUT = 2  # of what is written: another number forgets older folders
 PART = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf")
 MAX_PARTS = 999
 
@@ -34,7 +31,7 @@ MAX_PARTS = 999
 def model_name(path: Path) -> str:
     """What a bundle made of the file is called after: its name without the ending and the part's number."""
     match = PART.fullmatch(path.name)
-    return match[1] if match else path.name.removesuffix(SUFFIX)
+    return match[1] if match else path.name.removesuffix(GGUF_SUFFIX)
 
 
 def prepare(path: Path) -> Path:
@@ -53,8 +50,15 @@ def prepare(path: Path) -> Path:
     folder = _cache(f"{label(model_name(paths[0]))}-{hashlib.sha256(key.encode()).hexdigest()[:32]}")
     if not present(folder / CONFIG):  # it is written last
         _write(folder, paths, headers)
-    _warn_of_integers(path, headers)
     return folder
+
+
+def is_prepared(folder: Path) -> bool:
+    """Whether `prepare` made a folder. One that came from elsewhere may hold a file called POINTER too, and its author would
+    choose which files of this machine are read: only in the user's own cache it means something.
+    """
+    home = user_cache.place(KIND)
+    return present(folder / POINTER) and folder.resolve().parent == home.resolve()
 
 
 def pointed(folder: Path) -> list[Path]:
@@ -75,7 +79,7 @@ def parts(path: Path) -> list[Path]:
     count = int(match[3])
     if not 1 <= int(match[2]) <= count <= MAX_PARTS:
         raise InputError(f"{path}: part {int(match[2])} of {count}; at most {MAX_PARTS} are read", hint=HINT)
-    return [path.with_name(f"{match[1]}-{number:05}-of-{match[3]}{SUFFIX}") for number in range(1, count + 1)]
+    return [path.with_name(f"{match[1]}-{number:05}-of-{match[3]}{GGUF_SUFFIX}") for number in range(1, count + 1)]
 
 
 def _check_parts(paths: list[Path], headers: list[Header]) -> None:
@@ -94,7 +98,7 @@ def _check_parts(paths: list[Path], headers: list[Header]) -> None:
 
 def _cache(key: str) -> Path:
     try:
-        return user_cache.folder("gguf", key)
+        return user_cache.folder(KIND, key)
     except (OSError, RuntimeError) as error:
         raise InputError(
             f"no place to keep the tokenizer of a GGUF file ({error}); set {user_cache.VARIABLE} to a folder that can be"
@@ -114,14 +118,3 @@ def _write(folder: Path, paths: list[Path], headers: list[Header]) -> None:
     except InputError as error:
         (folder / CONFIG).unlink()
         raise InputError(str(error).replace(str(folder / CONFIG), f"{paths[0]}, as a config.json")) from None
-
-
-def _warn_of_integers(path: Path, headers: list[Header]) -> None:
-    types = [place.type for header in headers for place in header.tensors.values()]
-    quantized = [f"{kind} x {types.count(kind)}" for kind in sorted({*types} - {*FLOAT_TYPES})]
-    if quantized:
-        logger.warning(
-            "%s: its weights are quantized already (%s), and integers are made from these: the original's would be better",
-            path,
-            ", ".join(quantized),
-        )

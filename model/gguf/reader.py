@@ -29,11 +29,12 @@ MAX_ENTRIES = 1 << 16  # pairs of metadata, and tensors
 MAX_NAME = 1024  # bytes of a key or of a tensor's name
 MAX_AXES = 4
 HINT = "download it again"
-# TYPES: the types of tensors that are read. The package dequantizes all but the first three.
+# TYPES: the types of tensors that are read: floats, and all that the package dequantizes
 FLOAT_TYPES = ("F32", "F16", "BF16")
 TYPES = (
     *FLOAT_TYPES,
     *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"),
+    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "TQ1_0", "TQ2_0", "MXFP4", "NVFP4"),
 )
 # SCALARS: by the number of a type of metadata, how NumPy calls it
 SCALARS = dict(enumerate(("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?")))

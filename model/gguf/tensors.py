@@ -1,6 +1,7 @@
 """The tensors of a GGUF file by their names in a Hugging Face folder, as float: what safetensors_reader.py is for safetensors.
 
-A quantized tensor is dequantized row by row when it is read, so memory holds the rows asked for and no more.
+A quantized tensor is dequantized row by row when it is read, so memory holds the rows asked for and no more. The integers of
+the types that are plain integers with a scale can be read, too.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from torch import Tensor
 from gemma_edge.errors import InputError
 from gemma_edge.model.families import BlockNorms
 from gemma_edge.model.gguf.reader import FLOAT_TYPES, HINT, Header, Place, file_status, opened, package, read_header
+from gemma_edge.model.quantized import QuantConfig, QuantizedTensor
 from gemma_edge.model.safetensors_reader import DTYPES, Entry
+
+Bytes = np.ndarray[tuple[int, int], np.dtype[np.uint8]]
 
 # NAMES: llama.cpp's names of a block's parts -> Hugging Face's; NORMS: of its norms -> fields of BlockNorms; OTHERS: of other
 # tensors -> Hugging Face's. Source: gguf/tensor_mapping.py.
@@ -44,6 +48,11 @@ OTHERS = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
+# IMAGES: what the names of an image encoder's tensors begin with, where a file holds one -> Hugging Face's
+IMAGES = {"v.": "vision_tower.", "mm.": "multi_modal_projector."}
+# INTEGERS: types whose blocks are a float16 scale and integers without a zero point -> how the quantizer calls such integers
+INTEGERS = {"Q4_0": ("q4_0", QuantConfig(4, 32)), "Q8_0": ("rtn", QuantConfig(8, 32))}
+SCALE_BYTES = 2
 
 
 def block_names(norms: BlockNorms) -> dict[str, str]:
@@ -54,6 +63,9 @@ def block_names(norms: BlockNorms) -> dict[str, str]:
 
 def hf_name(name: str, parts: Mapping[str, str]) -> str:
     """A tensor's name in a Hugging Face folder; a name that the model does not have stays as it is, and is refused later."""
+    for prefix, hf in IMAGES.items():
+        if name.startswith(prefix):
+            return hf + name.removeprefix(prefix)
     block = BLOCK.fullmatch(name)
     if block and block[2] in parts:
         return f"model.layers.{int(block[1])}.{parts[block[2]]}.weight"
@@ -92,16 +104,34 @@ class GgufFile:
             InputError: the file was changed since its header was read.
         """
         place, dtype = self._places[name], DTYPES[self.tensors[name].dtype]
-        whole = place.shape if len(place.shape) > 1 else (1, *place.shape)
         first, last, _ = slice(start, stop).indices(place.shape[0])
-        part = (first, last) if len(place.shape) > 1 else (0, 1)
-        stored = self._bytes(place, *(row * (place.stop - place.start) // whole[0] for row in part))
-        values = _floats(stored.reshape(-1, place.row_bytes), place.type)
-        values = values.reshape(part[1] - part[0], *whole[1:])
         if len(place.shape) == 1:
-            values = values[0, first:last]
+            values = _floats(self._rows(place, 0, 1), place.type)[0, first:last]
+        else:
+            values = _floats(self._rows(place, first, last), place.type).reshape(last - first, *place.shape[1:])
         # llama.cpp keeps 1 + w
         return (values.float() - 1 if _is_norm(name) else values).to(dtype)
+
+    def type(self, name: str) -> str:
+        """A tensor's type in the file."""
+        return self._places[name].type
+
+    def quantized(self, name: str, start: int, stop: int) -> QuantizedTensor:
+        """Rows of a matrix whose type is one of INTEGERS, as they are stored. Raises as `rows` does."""
+        place = self._places[name]
+        _, config = INTEGERS[place.type]
+        blocks = self._rows(place, start, stop).reshape(stop - start, -1, SCALE_BYTES + 32 * config.bits // 8)
+        scale = torch.from_numpy(blocks[:, :, :SCALE_BYTES].copy()).view(torch.float16).flatten(1)  # (rows, groups)
+        codes = torch.from_numpy(blocks[:, :, SCALE_BYTES:].copy())  # (rows, groups, bytes)
+        if config.bits == 4:  # the first half of a block in the low nibbles, the second in the high ones
+            codes = torch.cat((codes & 15, codes >> 4), dim=2).to(torch.int8) - 8
+        return QuantizedTensor(codes.view(torch.int8).flatten(1), scale, config)
+
+    def _rows(self, place: Place, start: int, stop: int) -> Bytes:
+        """The bytes of some rows along the first axis, a line for each row along the last one; a vector is one row."""
+        rows = place.shape[0] if len(place.shape) > 1 else 1
+        size = (place.stop - place.start) // rows
+        return self._bytes(place, start * size, stop * size).reshape(-1, place.row_bytes)
 
     def _bytes(self, place: Place, begin: int, end: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
         """A part of a tensor's bytes."""
@@ -123,7 +153,7 @@ def _dtype(name: str, place: Place) -> str:
     return place.type if place.type in FLOAT_TYPES and not _is_norm(name) else "F32"
 
 
-def _floats(stored: np.ndarray[tuple[int, int], np.dtype[np.uint8]], kind: str) -> Tensor:
+def _floats(stored: Bytes, kind: str) -> Tensor:
     """Values of whole rows of bytes."""
     if kind in FLOAT_TYPES:
         return torch.from_numpy(stored).view(DTYPES[kind])

@@ -97,12 +97,13 @@ def _piece(path: Path, metadata: Mapping[str, Any], pieces: Sequence[str], name:
 def merges(pieces: Sequence[str], scores: Sequence[float], types: Sequence[int]) -> list[tuple[str, str]]:
     """Every pair of pieces that join to a piece, the best first.
 
-    A piece that the user defined has the score 0, as in SentencePiece; llama.cpp stores -1000. Gemma's runs of blanks are such.
+    What the user defined comes before all scores, as in SentencePiece, which never merges it with anything. llama.cpp stores
+    the score -1000 for it. Gemma's runs of blanks are such pieces.
     """
     ids = {piece: index for index, piece in enumerate(pieces)}
     found = []
     for piece, score, kind in zip(pieces, scores, types, strict=True):
-        rank = 0.0 if kind in ADDED else score
+        rank = math.inf if kind in ADDED else score
         pairs = [
             (piece[:cut], piece[cut:]) for cut in range(1, len(piece)) if piece[:cut] in ids and piece[cut:] in ids
         ]

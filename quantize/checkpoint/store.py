@@ -137,9 +137,28 @@ class QuantizedCheckpoint(Weights):
         """The type in which a quantized matrix's scales are stored."""
         return FLOATS[self._holder(weight).header(f"{weight}.weight_scale")[1]]
 
-    def warn_of_rounded_scales(self, weights: Iterable[str], dtype: torch.dtype, backend: str) -> None:
-        """Log a warning if a backend stores the scales of some weights in a type with fewer digits than this folder's."""
-        coarser = [w for w in weights if torch.finfo(self.scale_dtype(w)).eps < torch.finfo(dtype).eps]
+    def check_scales(self, weights: Iterable[str], dtype: torch.dtype, backend: str) -> None:
+        """Check that a backend whose kernels take positive scales only can hold those of some weights.
+
+        Args:
+            weights: quantized matrices.
+            dtype: the type in which the backend stores their scales. A warning says if it has fewer digits than this folder's.
+            backend: its name.
+
+        Raises:
+            InputError: a scale is zero or below, or becomes zero in `dtype`.
+        """
+        coarser = []
+        for weight in weights:
+            if not (self.scale(weight, 0, self._shapes[weight][0]).to(dtype) > 0).all():
+                raise InputError(
+                    f"{self.folder}: {weight} has scales that are not above zero, which the {backend} backend's kernels do not"
+                    " take; use `backend` onnx, or pass the original float folder",
+                    field="backend",
+                    value=backend,
+                )
+            if torch.finfo(self.scale_dtype(weight)).eps < torch.finfo(dtype).eps:
+                coarser.append(weight)
         if coarser:
             logger.warning(
                 "%s stores such scales in %s: those of %d weights of %s are %s and are rounded (by %.2f %% at most);"

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from gemma_edge.quantize.checkpoint.kv_scales import KVScales, write_kv_scales
 from gemma_edge.quantize.checkpoint.packing import pack
 from gemma_edge.quantize.checkpoint.safetensors_writer import Spec, plain_spec, write_safetensors
 from gemma_edge.quantize.checkpoint.store import TABLE_FILE, QuantizedCheckpoint, final_configs
-from gemma_edge.quantize.integers import quantize
+from gemma_edge.quantize.integers import quantize, scale_dtype
 from gemma_edge.quantize.recipe import Recipe
 
 
@@ -134,7 +135,7 @@ def integer_specs(
     shape: tuple[int, int],
     config: QuantConfig,
     parts: Callable[[], Iterator[QuantizedTensor]],
-    scale_dtype: torch.dtype = torch.bfloat16,
+    scale_dtype: torch.dtype,
 ) -> list[Spec]:
     """Packed codes, scales and shape of one matrix (out, in), which comes in consecutive slices of rows.
 
@@ -182,7 +183,8 @@ def block_specs(
             values = block.get_parameter(f"{name.removeprefix(prefix)}.weight").data
             specs.append(plain_spec(f"{name}.weight", values.to(dtype(name))))
         else:
-            specs += integer_specs(name, shape, tensor.config, lambda tensor=tensor: iter([tensor]))  # type: ignore[misc]
+            parts = partial(iter, [tensor])
+            specs += integer_specs(name, shape, tensor.config, parts, tensor.scale.dtype)
     norms = [f"{name}.weight" for name, module in block.named_modules() if isinstance(module, RMSNorm)]
     return specs + [plain_spec(f"{prefix}{norm}", block.get_parameter(norm).data) for norm in norms]
 
@@ -253,16 +255,17 @@ def _integer_specs(work: _Work, weight: str) -> list[Spec]:
     """One matrix, slice by slice: the integers that the source has, or integers made without data."""
     source, shape, config = work.source, weight_shapes(work.source.config)[weight], work.configs[weight]
     assert config is not None
-    keeps = source.configs[weight] is not None
+    method = work.recipe.rule_for(weight).method
+    keeps = source.keeps(weight, config, method)
 
     def part(start: int, stop: int) -> QuantizedTensor:
         if keeps:
             return source.quantized(weight, start, stop)
-        return quantize(source.rows(weight, start, stop), config, work.recipe.rule_for(weight).method)
+        return quantize(source.rows(weight, start, stop), config, method)
 
     def parts() -> Iterator[QuantizedTensor]:
         for start, stop in row_slices(shape):
             yield part(start, stop)
             work.progress((stop - start) * shape[1])
 
-    return integer_specs(weight, shape, config, parts, source.scale_dtype(weight) if keeps else torch.bfloat16)
+    return integer_specs(weight, shape, config, parts, source.scale_dtype(weight) if keeps else scale_dtype(method))

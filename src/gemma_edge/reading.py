@@ -22,6 +22,7 @@ MAX_TOKENIZER = 256 << 20
 MAX_TEMPLATE = 256 << 10
 MAX_TEXT = 1 << 30
 MAX_DEPTH = 100  # levels of nested lists and objects
+GGUF_SUFFIX = ".gguf"
 MODEL_HINT = "pass a Hugging Face model folder"
 BOM = b"\xef\xbb\xbf"
 KINDS = {

@@ -28,6 +28,11 @@ def root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemma-edge"
 
 
+def place(kind: str) -> Path:
+    """Where the folders of a kind lie. Nothing is made or checked."""
+    return root() / kind
+
+
 def folder(kind: str, key: str) -> Path:
     """The folder of one thing, by hash of all that it depends on; forgets those of its kind that were not used for KEPT_DAYS.
 
@@ -38,13 +43,13 @@ def folder(kind: str, key: str) -> Path:
     top = root()
     if not top.exists():
         top.parent.mkdir(parents=True, exist_ok=True)
-    for made in (top, top / kind, top / kind / key):
+    result = place(kind) / key
+    for made in (top, result.parent, result):
         made.mkdir(mode=0o700, exist_ok=True)
         # the cache itself may be the user's own link to a larger disk; inside it nobody makes links
         _refuse_others(made, made.stat() if made == top else made.lstat())
         if made != top and made.stat().st_mode & 0o077:  # made by an earlier version
             made.chmod(0o700)
-    result = top / kind / key
     os.utime(result)
     oldest = time.time() - KEPT_DAYS * 24 * 3600
     for other in result.parent.iterdir():

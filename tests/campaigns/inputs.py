@@ -1,4 +1,5 @@
-"""The campaign against inputs: the files of a small checkpoint folder are damaged, then it is planned and exported.
+"""The campaign against inputs: the files of a small checkpoint folder are damaged, then it is planned and exported. The same
+model lies beside them as GGUF files, one and a split one, which are damaged and exported too.
 
 Each try damages one file, sometimes two. It must end in a bundle or in one line, in time, with nothing left beside OUT.
 """
@@ -19,6 +20,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 from support.checkpoints import DEMO
+from support.gguf_files import load_weights, mutated, write
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from campaigns.campaign import Campaign, Hang, main, outcome_of, time_limit
@@ -37,6 +39,7 @@ VALUES: tuple[Any, ...] = (
     "\0", "\ud800", "../../etc/passwd", "a" * 5000, [], [[]], [1], ["x"], [None], {}, {"a": 1}, {"content": 5}, "{% for %}",
     "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "{{ 'a' * 10 ** 12 }}", "\x1b[31m`bits`\n",
 )  # fmt: skip
+WHOLE, PARTS = "model.gguf", ("part-00001-of-00002.gguf", "part-00002-of-00002.gguf")
 Damage = Callable[[random.Random, Path], str]
 
 
@@ -69,6 +72,10 @@ def make_model(folder: Path) -> Path:
     integers = {"bits": 8, "group_size": 0, "symmetric": True}
     rules = [{"pattern": ".*", "config": integers, "method": "rtn"}]
     (folder / "recipe.json").write_text(json.dumps({"name": "mine", "rules": rules, "float_bits": 32}))
+    write(folder, folder / WHOLE, "Q8_0")
+    half = len(load_weights(folder)) // 2
+    for number, part in enumerate((slice(half), slice(half, None))):
+        write(folder, folder / PARTS[number], "Q4_0", part=part, split__no=number, split__count=2)
     return folder
 
 
@@ -109,6 +116,11 @@ def change_header(rng: random.Random, path: Path) -> str:
     length = rng.choice((len(text), len(text), len(text), 0, 1 << 63, len(text) + 9))
     path.write_bytes(struct.pack("<Q", length) + text + data[8 + size :])
     return f"header {what}, length {length}"
+
+
+def change_gguf(rng: random.Random, path: Path) -> str:
+    path.write_bytes(mutated(path.read_bytes(), rng))
+    return "header or tensors changed"
 
 
 def truncate(rng: random.Random, path: Path) -> str:
@@ -189,12 +201,17 @@ ANY_FILE: tuple[Damage, ...] = (
 def damage_one(rng: random.Random, folder: Path) -> str:
     """Damage one file. Returns in words what was done."""
     path = rng.choice(sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()))
-    own = {".json": change_json, ".safetensors": change_header}.get(path.suffix)
+    own = {".json": change_json, ".safetensors": change_header, ".gguf": change_gguf}.get(path.suffix)
     try:
         done = (own if own and rng.random() < 0.6 else rng.choice(ANY_FILE))(rng, path)
     except (ValueError, struct.error, RecursionError, MemoryError):  # damaged before
         done = truncate(rng, path) if path.stat().st_size else "nothing"
     return f"{path.relative_to(folder)}: {done}"
+
+
+def _given(what: str) -> str:
+    """What is exported after a damage: a GGUF file if one was damaged, else the folder."""
+    return next((name for name in (WHOLE, *PARTS) if name in what), ".")
 
 
 def one_try(rng: random.Random, model: Path, place: Path, damages: int | None = None) -> tuple[str, str]:
@@ -209,7 +226,8 @@ def one_try(rng: random.Random, model: Path, place: Path, damages: int | None = 
     folder, out = place / "model", place / "out"
     shutil.copytree(model, folder)
     what = "; ".join(damage_one(rng, folder) for _ in range(rng.choice((1, 1, 1, 2)) if damages is None else damages))
-    words = [str(folder)] if rng.random() < 0.7 else ["plan", str(folder)]
+    given = folder / _given(what)
+    words = [str(given)] if rng.random() < 0.7 else ["plan", str(given)]
     if words[0] != "plan":
         words += ["-o", str(out), "--verify", "none"]
     words += ["--backend", "onnx"]

@@ -1,7 +1,4 @@
-"""`gemma-export MODEL.gguf`: the same weights file as from a Hugging Face folder of the same values.
-
-The files are written by the gguf package's own writer, with the names and values that llama.cpp's converter gives them.
-"""
+"""`gemma-export MODEL.gguf`: the same weights file as from a Hugging Face folder of the same values."""
 
 from __future__ import annotations
 
@@ -18,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints import DEMO, ROOT, SHAPES, make_checkpoint
 from support.commands import refused, run
+from support.gguf_files import LLAMA_ARCHITECTURES, PIECES, dequantized, kinds, mutated, scores, write
 from tokenizers import Tokenizer
-from torch import Tensor
 from transformers.convert_slow_tokenizer import generate_merges
 
 from gemma_edge.bundle.entries import LOCAL
@@ -28,9 +25,9 @@ from gemma_edge.model.checkpoint import Checkpoint, norm_names, weight_shapes
 from gemma_edge.model.config import PRESETS, GemmaConfig
 from gemma_edge.model.families import GEMMA2
 from gemma_edge.model.gguf.config import KEYS, config_json
-from gemma_edge.model.gguf.folder import prepare
-from gemma_edge.model.gguf.reader import FLOAT_TYPES, TYPES, Header
-from gemma_edge.model.gguf.tensors import OTHERS, GgufFile, block_names
+from gemma_edge.model.gguf.folder import POINTER, prepare
+from gemma_edge.model.gguf.reader import FLOAT_TYPES, TYPES, Header, read_header
+from gemma_edge.model.gguf.tensors import GgufFile
 from gemma_edge.model.gguf.tokenizer import merges
 from gemma_edge.model.hub import COMPANIONS
 
@@ -50,123 +47,6 @@ FAST = (
     "--verify",
     "none",
 )
-LLAMA = {name: each for each, name in OTHERS.items()}
-RAW = json.loads((DEMO / "tokenizer.json").read_text())
-PIECES = sorted(RAW["model"]["vocab"], key=RAW["model"]["vocab"].get)
-BYTES = range(7, 263)  # the demo's tokens for single bytes
-
-
-def llama_name(name: str, config: GemmaConfig) -> str:
-    """llama.cpp's name of a tensor of a Hugging Face folder."""
-    if not name.startswith("model.layers."):
-        return LLAMA[name]
-    layer, part = name.removeprefix("model.layers.").removesuffix(".weight").split(".", 1)
-    llama = {ours: each for each, ours in block_names(config.norms).items()}
-    return f"blk.{layer}.{llama[part]}.weight"
-
-
-# llama.cpp's names of the architectures, by transformers'
-LLAMA_ARCHITECTURES = {"gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3"}
-
-
-def kinds() -> list[int]:
-    """llama.cpp's types of the demo's tokens."""
-    added = {token["id"]: 3 if token["special"] else 4 for token in RAW["added_tokens"]}
-    return [added.get(i, 6 if i in BYTES else 1) for i in range(len(PIECES))]
-
-
-def scores() -> list[float]:
-    """As llama.cpp stores them: -1000 for what is no piece of text."""
-    return [-float(i - BYTES.stop) if kind == 1 else 0.0 if kind == 6 else -1000.0 for i, kind in enumerate(kinds())]
-
-
-def write(folder: Path, path: Path, kind: str = "F16", *, skip: tuple[str, ...] = (), **changed: Any) -> Path:
-    """A GGUF file of a Hugging Face folder: matrices of one type, norms as float32 and 1 larger.
-
-    Args:
-        folder: the model's.
-        path: the file.
-        kind: the matrices' type.
-        skip: keys of the metadata to leave out.
-        changed: values of metadata, with `__` for a point.
-    """
-    config, weights = GemmaConfig.from_hf(folder), load_file(folder / "model.safetensors")
-    name = LLAMA_ARCHITECTURES[config.architecture]
-    values: dict[str, Any] = {
-        f"{name}.context_length": config.max_position_embeddings,
-        f"{name}.embedding_length": config.hidden_size,
-        f"{name}.block_count": config.num_hidden_layers,
-        f"{name}.feed_forward_length": config.intermediate_size,
-        f"{name}.attention.head_count": config.num_attention_heads,
-        f"{name}.attention.head_count_kv": config.num_key_value_heads,
-        f"{name}.attention.key_length": config.head_dim,
-        f"{name}.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        f"{name}.rope.freq_base": config.rope_theta,
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": PIECES,
-        "tokenizer.ggml.scores": scores(),
-        "tokenizer.ggml.token_type": kinds(),
-        "tokenizer.ggml.bos_token_id": 2,
-        "tokenizer.ggml.eos_token_id": 1,
-        "tokenizer.ggml.eot_token_id": 5,
-        "tokenizer.ggml.unknown_token_id": 3,
-        "tokenizer.ggml.padding_token_id": 0,
-        "tokenizer.chat_template": json.loads((DEMO / "tokenizer_config.json").read_text())["chat_template"],
-    }
-    if LOCAL in config.layer_types:
-        values |= {
-            f"{name}.attention.sliding_window": config.sliding_window,
-            f"{name}.rope.freq_base_swa": config.rotary(config.layer_types.index(LOCAL)).theta,
-            f"{name}.attention.sliding_window_pattern": [each == LOCAL for each in config.layer_types],
-        }
-    if config.attn_logit_softcapping is not None:
-        values[f"{name}.attn_logit_softcapping"] = config.attn_logit_softcapping
-        values[f"{name}.final_logit_softcapping"] = config.final_logit_softcapping
-    if config.rope_factor != 1:
-        values |= {f"{name}.rope.scaling.type": "linear", f"{name}.rope.scaling.factor": config.rope_factor}
-    values |= {key.replace("__", "."): value for key, value in changed.items()}
-    writer = gguf.GGUFWriter(path, values.pop("general.architecture", name))
-    for key, value in values.items():
-        if key not in skip:
-            add(writer, key, value)
-    for tensor, stored in weights.items():
-        add_tensor(writer, llama_name(tensor, config), stored, kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def add(writer: Any, key: str, value: Any) -> None:
-    """One pair of metadata, in the type that llama.cpp writes."""
-    kinds = {str: "string", int: "uint32", float: "float32", list: "array", bool: "bool"}
-    getattr(writer, f"add_{kinds[type(value)]}")(key, value)
-
-
-def add_tensor(writer: Any, name: str, stored: Tensor, kind: str) -> None:
-    values = stored.float().numpy()
-    kind = "F32" if "norm" in name else kind
-    quantized = gguf.quants.quantize(values + 1 if "norm" in name else values, gguf.GGMLQuantizationType[kind])
-    writer.add_tensor(name, quantized, raw_dtype=gguf.GGMLQuantizationType[kind])
-
-
-def dequantized(folder: Path, out: Path, kind: str) -> Path:
-    """A Hugging Face folder whose matrices hold what a type of GGUF's can hold, as float32 or as the float type itself."""
-    shutil.copytree(folder, out)
-    weights = load_file(folder / "model.safetensors")
-    quant, dtype = (
-        gguf.GGMLQuantizationType[kind],
-        {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind, torch.float32),
-    )
-    for name, stored in weights.items():
-        if "norm" not in name:
-            values = gguf.dequantize(gguf.quants.quantize(stored.float().numpy(), quant), quant)
-            weights[name] = torch.from_numpy(values.copy()).to(dtype)
-        else:
-            weights[name] = stored.float() + 1 - 1
-    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    return out
 
 
 def weights_files(bundle: Path) -> dict[str, bytes]:
@@ -299,8 +179,8 @@ def test_the_tokenizer_gives_the_same_ids(tmp_path: Path) -> None:
 
 def test_merges_are_those_of_transformers() -> None:
     """Runs of blanks among them: they are the user's own pieces, whose merges come before all others."""
-    pieces = [*PIECES, *("\u2581" * length for length in range(2, 9))]
-    kind, given = [*kinds(), *[4] * 7], [*scores(), *[-1000.0] * 7]
+    pieces = [*("\u2581" * length for length in range(2, 9)), *PIECES]
+    kind, given = [*[4] * 7, *kinds()], [*[-1000.0] * 7, *scores()]
     # SentencePiece's scores, which transformers reads
     triples = zip(pieces, given, kind, strict=True)
     originals = {piece: 0.0 if each in (3, 4) else score for piece, score, each in triples}
@@ -392,12 +272,30 @@ def test_what_is_not_a_gemma_is_refused_in_one_line(case: str, tmp_path: Path) -
     refused(run("plan", tmp_path / "model.gguf"), message)  # nothing that was left in the cache makes it pass
 
 
+@pytest.mark.parametrize("link", [False, True])
+def test_a_pointer_in_a_foreign_folder_is_not_followed(link: bool, tmp_path: Path) -> None:
+    """Whoever made a model folder could lay a gguf.json into it, which named the files of this machine that were read."""
+    prepared = prepare(write(DEMO, tmp_path / "model.gguf"))
+    foreign = shutil.copytree(prepared, tmp_path / "foreign")
+    if link:
+        (foreign / POINTER).unlink()
+        (foreign / POINTER).symlink_to(prepared / POINTER)
+    refused(run("plan", foreign), f"{foreign} has no model.safetensors")
+    shutil.copy(DEMO / "model.safetensors", foreign)
+    assert Checkpoint.open(foreign).files() == [foreign / "model.safetensors"]
+    assert Checkpoint.open(prepared).files() == [tmp_path / "model.gguf"]
+
+
+def test_every_type_that_the_package_dequantizes_is_read() -> None:
+    assert {*TYPES} == {*FLOAT_TYPES, *(kind.name for kind in gguf.quants._type_traits)}
+
+
 def test_a_type_that_is_not_read_is_named(tmp_path: Path) -> None:
     path = write(DEMO, tmp_path / "model.gguf")
     place = GgufFile(path, GEMMA2.norms)._header.tensors["token_embd.weight"]
     data = path.read_bytes()
     at = data.index(b"token_embd.weight") + len(b"token_embd.weight") + 4 + 8 * len(place.shape)
-    for number, name in ((16, "IQ2_XXS"), (24, "I8"), (999, "of the unknown type 999")):
+    for number, name in ((9, "Q8_1"), (24, "I8"), (999, "of the unknown type 999")):
         path.write_bytes(data[:at] + number.to_bytes(4, "little") + data[at + 4 :])
         refused(run("plan", path), f"{path}: tensor token_embd.weight is {name}; supported: F32, F16, BF16, Q4_0")
 
@@ -427,24 +325,11 @@ def test_the_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     refused(run("plan", tmp_path / "other.gguf"), "gguf")
 
 
-def mutated(data: bytes, header: int, draw: random.Random) -> bytes:
-    """Damage: mostly to the header, where sizes and types are; now and then the file ends early."""
-    if draw.random() < 0.1:
-        return data[: draw.randrange(len(data))]
-    out = bytearray(data)
-    for _ in range(draw.randint(1, 4)):
-        at, size = draw.randrange(header if draw.random() < 0.9 else len(data)), draw.choice((1, 4, 8))
-        out[at : at + size] = draw.choice((b"\xff" * size, b"\0" * size, draw.randbytes(size)))[: len(out) - at]
-    return bytes(out)
-
-
 @pytest.mark.parametrize("seed", range(100))
 def test_damage_is_one_line_or_harmless(seed: int, small: Path, tmp_path: Path) -> None:
     """Damage to a number of a tensor or to a letter of a token passes; all other damage is one line."""
-    draw, data = random.Random(seed), small.read_bytes()
-    places = GgufFile(small, GEMMA2.norms)._header.tensors.values()
     path = tmp_path / "model.gguf"
-    path.write_bytes(mutated(data, min(place.start for place in places), draw))
+    path.write_bytes(mutated(small.read_bytes(), random.Random(seed)))
     result = run("quantize", path, "-o", tmp_path / "out", *FAST[:6])
     if result.exit_code:
         refused(result)
@@ -462,3 +347,71 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(
         model, folder / "model.gguf", "Q8_0", **{f"tokenizer__ggml__{key}": value for key, value in few.items()}
     )
+
+
+VALUES: tuple[Any, ...] = (
+    0, 1, -1, 2**31, 2**63, True, False, 0.0, 2.5, -1.0, float("inf"), float("nan"), 1e38, "", "x", "\0", "{% for %}", "a" * 5000,
+    [1], [1.5], ["x"], [True], ["<bos>"] * 3, [7] * 5000,
+)  # fmt: skip
+
+
+def test_every_key_with_every_odd_value_is_one_line_or_harmless(tmp_path: Path) -> None:
+    """Types and values that llama.cpp's converter never writes."""
+    model, draw = make_checkpoint(tmp_path / "model", vocab_size=320), random.Random(0)
+    few: dict[str, Any] = {"tokens": PIECES[:320], "scores": scores()[:320], "token_type": kinds()[:320]}
+    plain: dict[str, Any] = {f"tokenizer__ggml__{key}": value for key, value in few.items()}
+    whole = read_header(write(model, tmp_path / "whole.gguf", **plain)).metadata
+    outcomes = []
+    for key in sorted(whole.keys() - {"general.architecture"}):
+        for value in draw.sample(VALUES, 6):
+            path = write(model, tmp_path / "model.gguf", **{**plain, key.replace(".", "__"): value})
+            try:
+                prepare(path)
+                outcomes.append("")
+            except InputError as error:
+                outcomes.append(str(error))
+            assert "\n" not in outcomes[-1]
+    refusals = [line for line in outcomes if line]
+    assert len(outcomes) > 100 and 20 < len(refusals) < len(outcomes) - 10
+    assert all(str(tmp_path / "model.gguf") in line for line in refusals)
+
+
+def test_an_image_encoder_in_the_file_is_left_out_and_one_alone_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ollama keeps both in one file, llama.cpp keeps the encoder in a file of its own."""
+    model = shutil.copytree(DEMO, tmp_path / "model")
+    tensors = load_file(DEMO / "model.safetensors")
+    more = {"v.blk.0.attn_q.weight": torch.zeros(32, 32), "mm.input_projection.weight": torch.zeros(32, 32)}
+    save_file({**tensors, **more}, model / "model.safetensors")
+    folder = prepare(write(model, tmp_path / "model.gguf"))
+    weights = Checkpoint.open(folder)
+    assert f"{tmp_path / 'model.gguf'}: 2 tensors of its image encoder are left out" in caplog.text
+    whole = Checkpoint.open(prepare(write(DEMO, tmp_path / "text.gguf")))
+    name = "model.layers.0.mlp.up_proj"
+    assert torch.equal(weights.matrix(name), whole.matrix(name))
+    alone = write(DEMO, tmp_path / "mmproj.gguf", general__architecture="clip")
+    refused(run("plan", alone), 'is "clip"; supported: "gemma', "; it is an image encoder")
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3n", "gemma-embedding"])
+def test_another_architecture_is_named(name: str, tmp_path: Path) -> None:
+    path = write(DEMO, tmp_path / "model.gguf", general__architecture=name)
+    refused(run("plan", path), f'{path}: general.architecture is "{name}"; supported: "gemma')
+
+
+def test_a_tensor_of_another_model_is_named(tmp_path: Path) -> None:
+    model = shutil.copytree(DEMO, tmp_path / "model")
+    save_file(
+        {**load_file(DEMO / "model.safetensors"), "rope_freqs.weight": torch.ones(32)}, model / "model.safetensors"
+    )
+    path = write(model, tmp_path / "model.gguf")
+    refused(run("plan", path), f"{path} holds rope_freqs.weight", "convert the model again")
+
+
+def test_a_file_is_no_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative path has the form of a hub id; the message named a folder of the cache."""
+    write(DEMO, tmp_path / "lora.gguf")
+    monkeypatch.chdir(tmp_path.parent)
+    path = f"{tmp_path.name}/lora.gguf"
+    refused(run("plan", DEMO, "--lora", path), f"--lora {path}; give a PEFT adapter's folder")

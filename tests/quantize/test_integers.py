@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from gemma_edge.quantize.integers import MIN_SCALE, SHRINKS, QuantizedTensor, quantize
-from gemma_edge.quantize.recipe import DATA_FREE, QuantConfig
+from gemma_edge.quantize.integers import MIN_SCALE, SCALES, SHRINKS, QuantizedTensor, quantize
+from gemma_edge.quantize.recipe import QuantConfig
 
 CONFIGS = [QuantConfig(4, 32), QuantConfig(4, 96), QuantConfig(4, 0), QuantConfig(8, 0), QuantConfig(8, 32)]
 IDS = [f"int{c.bits}-{c.group_size or 'channel'}" for c in CONFIGS]
@@ -38,7 +38,7 @@ def each_group(found: QuantizedTensor) -> tuple[Tensor, Tensor]:
     return groups(found.codes.float(), found.config), found.scale.float().reshape(-1, 1)
 
 
-@pytest.mark.parametrize("method", DATA_FREE)
+@pytest.mark.parametrize("method", SCALES)
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)
 def test_codes_and_scales_have_the_form_that_backends_take(config: QuantConfig, method: str) -> None:
     for seed in range(5):
@@ -52,7 +52,7 @@ def test_codes_and_scales_have_the_form_that_backends_take(config: QuantConfig, 
         assert found.config == config
 
 
-@pytest.mark.parametrize("method", DATA_FREE)
+@pytest.mark.parametrize("method", SCALES)
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)
 def test_codes_are_rounded_with_the_scale_that_is_stored(config: QuantConfig, method: str) -> None:
     """The scale is rounded to bfloat16 first: codes made with the unrounded one are off by one here and there, silently."""
@@ -132,7 +132,7 @@ def test_mse_is_clearly_better_on_bell_shaped_weights_in_groups(config: QuantCon
     assert mse < (1 - gain) * rtn
 
 
-@pytest.mark.parametrize("method", DATA_FREE)
+@pytest.mark.parametrize("method", SCALES)
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1e-12])
 def test_a_group_of_nothing_has_a_scale_and_becomes_zero(size: float, bits: int, method: str) -> None:
@@ -147,14 +147,14 @@ def test_a_group_of_nothing_has_a_scale_and_becomes_zero(size: float, bits: int,
     assert_close(found.dequantize()[:, 32:], values[:, 32:], rtol=BF16_ROUNDING, atol=0.0)
 
 
-@pytest.mark.parametrize("method", DATA_FREE)
+@pytest.mark.parametrize("method", SCALES)
 def test_a_tiny_group_keeps_what_half_of_the_smallest_scale_can_tell(method: str) -> None:
     values = torch.tensor([[3e-7, -1e-7] * 16])  # rtn's scale would be 4e-8, below the smallest of float16
     found = quantize(values, QuantConfig(4, 32), method)
     assert (found.dequantize() - values).abs().max() <= MIN_SCALE / 2
 
 
-@pytest.mark.parametrize("method", DATA_FREE)
+@pytest.mark.parametrize("method", SCALES)
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)
 def test_what_fits_the_grid_comes_back_unchanged(config: QuantConfig, method: str) -> None:
     draw = torch.Generator().manual_seed(2)
@@ -169,7 +169,7 @@ def test_what_fits_the_grid_comes_back_unchanged(config: QuantConfig, method: st
     assert_close(found.dequantize(), values, rtol=0.0, atol=0.0)
 
 
-@pytest.mark.parametrize("method", DATA_FREE)
+@pytest.mark.parametrize("method", SCALES)
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)
 def test_rows_do_not_know_of_each_other(config: QuantConfig, method: str) -> None:
     """So that a weight can be quantized slice by slice."""

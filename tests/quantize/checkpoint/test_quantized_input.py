@@ -106,9 +106,9 @@ def test_scales_with_more_digits_than_a_backend_keeps_are_named(
     given = open_weights(folder)
     assert isinstance(given, QuantizedCheckpoint)
     weight = "model.layers.0.mlp.up_proj"
-    given.warn_of_rounded_scales([weight], torch.float16, "tflite")
+    given.check_scales([weight], torch.float16, "tflite")
     assert not caplog.records
-    given.warn_of_rounded_scales([weight], torch.bfloat16, "executorch")
+    given.check_scales([weight], torch.bfloat16, "executorch")
     assert "executorch stores such scales in bfloat16: those of 1 weights" in caplog.text and "0.39 %" in caplog.text
 
 
