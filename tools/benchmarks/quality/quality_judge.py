@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import click
-import numpy as np
 import torch
 from quality_child import LINEAR
 from torch import Tensor
@@ -62,24 +60,23 @@ class Judge:
         """Make the model the float one again."""
         self.model.load_state_dict(self._original)
 
-    def _log_probs(self) -> Iterator[Tensor]:
-        for window in self.windows:
-            logits: Tensor = self.model(window[None, :-1], use_cache=False).logits[0]
-            yield logits.float().log_softmax(-1)  # (WINDOW, V)
-
     @cached_property
-    def reference(self) -> Tensor:
-        """Log probabilities of the float model, (N, WINDOW, V) on disk. To be called before the model is changed."""
-        shape = (*self.windows[:, 1:].shape, self.model.config.vocab_size)
-        saved = torch.from_numpy(np.memmap(tempfile.TemporaryFile(), np.float32, "w+", shape=shape))
-        for place, said in zip(saved, self._log_probs(), strict=True):
-            place.copy_(said)
-        return saved
+    def reference(self) -> list[Tensor]:
+        """What enters the float model's head, (WINDOW, hidden) each. To be called before the model is changed."""
+        return [self.model.model(window[None, :-1], use_cache=False)[0][0] for window in self.windows]
+
+    def _log_probs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Log probabilities (WINDOW, V) of the float model and of the model as it is now."""
+        head = {"weight": self._original["lm_head.weight"]}
+        for window, hidden in zip(self.windows, self.reference, strict=True):
+            logits: Tensor = self.model(window[None, :-1], use_cache=False).logits[0]
+            right: Tensor = torch.func.functional_call(self.model.lm_head, head, hidden)
+            yield right.float().log_softmax(-1), logits.float().log_softmax(-1)
 
     def score(self, made: Made) -> Score:
         """Compare the model as it is now with the float one."""
         kl = top1 = loss = 0.0
-        for window, right, said in zip(self.windows, self.reference, self._log_probs(), strict=True):
+        for window, (right, said) in zip(self.windows, self._log_probs(), strict=True):
             kl += float((right.exp() * (right - said)).sum())
             top1 += float((right.argmax(-1) == said.argmax(-1)).sum())
             loss -= float(said.gather(1, window[1:, None]).sum())
