@@ -99,5 +99,5 @@ sbom: setup
 -include tools/android.mk
 
 clean:
-	rm -rf out build android_demo/build android_demo/*/target *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf out build android_demo/build android_demo/*/target android_demo/doubles/*/target *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find model quantize export runtimes evaluate bench src tests tools -name __pycache__ -prune -exec rm -rf {} +

@@ -17,4 +17,4 @@ dependencyResolutionManagement {
 }
 
 rootProject.name = "gemma-edge"
-include(":gemma", ":app")
+include(":gemma", ":gemma-executorch", ":gemma-litert", ":gemma-onnx", ":app")

@@ -14,7 +14,7 @@ from support.checkpoints import ROOT
 ANDROID = ROOT / "android_demo"
 CATALOG = tomllib.loads((ANDROID / "gradle" / "libs.versions.toml").read_text(encoding="utf-8"))
 PINS = tomllib.loads((ROOT / "tools" / "apk" / "pins.toml").read_text(encoding="utf-8"))
-MODULES = ("app", "gemma")
+MODULES = ("app", "gemma", "gemma-executorch", "gemma-litert", "gemma-onnx")
 SCRIPTS = [ANDROID / "build.gradle.kts", *(ANDROID / module / "build.gradle.kts" for module in MODULES)]
 VERSIONS: dict[str, str] = CATALOG["versions"]
 
@@ -31,13 +31,22 @@ def said(text: str, pattern: str) -> list[str]:
 def pom_versions() -> dict[str, str]:
     """group:artifact -> version of the library's dependencies."""
     space = "{http://maven.apache.org/POM/4.0.0}"
-    root = ElementTree.parse(ANDROID / "gemma" / "pom.xml").getroot()
-    properties = {node.tag.removeprefix(space): node.text or "" for node in root.findall(f"{space}properties/*")}
+    parent = ElementTree.parse(ANDROID / "pom.xml").getroot()
+    properties = {node.tag.removeprefix(space): node.text or "" for node in parent.findall(f"{space}properties/*")}
     versions = {}
-    for node in root.findall(f"{space}dependencies/{space}dependency"):
-        group, artifact, version = (node.findtext(f"{space}{tag}", "") for tag in ("groupId", "artifactId", "version"))
-        versions[f"{group}:{artifact}"] = properties.get(version.strip("${}"), version)
+    for root in (parent, *(ElementTree.parse(path).getroot() for path in sorted(ANDROID.glob("*/pom.xml")))):
+        for node in root.findall(f"{space}dependencies/{space}dependency"):
+            group, artifact, version = (
+                node.findtext(f"{space}{tag}", "") for tag in ("groupId", "artifactId", "version")
+            )
+            versions[f"{group}:{artifact}"] = properties.get(version.strip("${}"), version)
     return versions
+
+
+def constraint(package: str) -> str:
+    """The version of a Python package that the tests have passed with."""
+    (version,) = said((ROOT / "constraints.txt").read_text(encoding="utf-8"), rf"(?m)^{package}==(\S+)")
+    return version
 
 
 def pinned_versions() -> dict[str, str]:
@@ -52,6 +61,9 @@ def test_every_library_of_the_catalog_has_the_version_that_is_built_and_tested()
         # npm's compiler has the version of the Kotlin plugin, and the desktop jar that of the AAR
         "org.jetbrains.kotlin:kotlin-gradle-plugin": PINS["npm"]["kotlin"].partition("@")[2],
         "com.microsoft.onnxruntime:onnxruntime-android": built["com.microsoft.onnxruntime:onnxruntime"],
+        # our build cannot download these; Python's packages of the same release made and verified the bundles
+        "org.pytorch:executorch-android": constraint("executorch"),
+        "com.google.ai.edge.litert:litert": constraint("ai-edge-litert"),
     }
     catalog = {entry["module"]: VERSIONS[entry["version"]["ref"]] for entry in CATALOG["libraries"].values()}
     assert catalog == {module: built[module] for module in catalog}
@@ -76,7 +88,7 @@ def test_sdk_versions_are_the_apks() -> None:
     )
     assert int(VERSIONS["compile-sdk"]) >= int(VERSIONS["target-sdk"])
     # Maven checks the library's classes against this version of Android
-    pom = (ANDROID / "gemma" / "pom.xml").read_text(encoding="utf-8")
+    pom = (ANDROID / "pom.xml").read_text(encoding="utf-8")
     assert f"<artifactId>gummy-bears-api-{VERSIONS['min-sdk']}</artifactId>" in pom
 
 
@@ -85,7 +97,7 @@ def test_modules_and_names_are_those_of_the_scripts(monkeypatch: pytest.MonkeyPa
     import build_apk
 
     settings = (ANDROID / "settings.gradle.kts").read_text(encoding="utf-8")
-    modules = said(settings, r'":(\w+)"')
+    modules = said(settings, r'":([\w-]+)"')
     assert sorted(modules) == sorted(MODULES)
     app = build_file("app")
     for key in ("namespace", "applicationId"):
@@ -94,10 +106,10 @@ def test_modules_and_names_are_those_of_the_scripts(monkeypatch: pytest.MonkeyPa
     assert said(app, r'versionName = "([\d.]+)"') == [build_apk.VERSION_NAME]
     abis = said(app, r"abiFilters \+= listOf\((.*?)\)")
     assert said(abis[0], r'"([\w-]+)"') == list(build_apk.ABIS)
-    assert said(app, r'project\(":(\w+)"\)') == ["gemma"]
-    for module, sources in (("app", "app/src/main/kotlin"), ("gemma", "gemma/src/main/kotlin")):
+    assert said(app, r'project\(":([\w-]+)"\)') == list(build_apk.MODULES)
+    for module in MODULES:
         (namespace,) = said(build_file(module), r'namespace = "([\w.]+)"')
-        root = ANDROID / sources
+        root = ANDROID / module / "src" / "main" / "kotlin"
         packages = {path: path.read_text(encoding="utf-8").split()[1] for path in root.rglob("*.kt")}
         assert packages == {path: ".".join(path.parent.relative_to(root).parts) for path in packages}
         assert all(f"{package}.".startswith(f"{namespace}.") for package in packages.values())
@@ -142,8 +154,10 @@ def test_every_entry_of_the_catalog_is_used_and_every_use_is_an_entry() -> None:
     assert refs <= VERSIONS.keys()
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_both_builds_shrink_by_the_same_rules(module: str) -> None:
+def test_both_builds_shrink_by_the_same_rules() -> None:
     scripts = (ROOT / "tools" / "apk" / "build_apk.py").read_text(encoding="utf-8")
-    for name in said(build_file(module), r'"([\w./-]+\.pro)"'):
-        assert f'ANDROID / "{module}" / "{name}"' in scripts
+    (rules,) = said(build_file("app"), r'"([\w./-]+\.pro)"')
+    assert f'ANDROID / "app" / "{rules}"' in scripts
+    for module in MODULES[1:]:
+        assert said(build_file(module), r'"([\w./-]+\.pro)"') == ["consumer-rules.pro"]
+    assert 'ANDROID / module / "consumer-rules.pro" for module in MODULES' in scripts

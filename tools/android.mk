@@ -12,20 +12,40 @@ FIXTURES := $(ANDROID_BUILD)/fixtures
 FIXTURE_BUNDLES := $(BUNDLE) $(addprefix $(ANDROID_BUILD)/bundles/,float-cache random random-gemma3)
 
 # Maven compiles the library's classes for the tests and for the APK.
-GEMMA := android_demo/gemma/target
+GEMMA := android_demo/build/classes
 
-.PHONY: android android-test android-screenshots
+.PHONY: android android-test android-native-test android-screenshots
 
-$(GEMMA)/.compiled: android_demo/gemma/pom.xml $(shell find android_demo/gemma/src/main -name '*.kt')
-	$(MVN) -f android_demo/gemma/pom.xml compile
+$(GEMMA)/.compiled: $(wildcard android_demo/pom.xml android_demo/*/pom.xml) $(shell find android_demo/gemma*/src/main -name '*.kt')
+	rm -rf android_demo/gemma*/target/classes # Maven leaves the classes of sources that are gone
+	$(MVN) -f android_demo/pom.xml compile
+	@mkdir -p $(@D)
 	@touch $@
 
-android-test: $(FIXTURES)/.made
+android-test: $(FIXTURES)/.made $(GEMMA)/.compiled
 	rm -rf $(FIXTURES)/from-kotlin
-	$(MVN) -f android_demo/gemma/pom.xml test
-	@touch $(GEMMA)/.compiled
+	$(MVN) -f android_demo/pom.xml test
 	PYTHONPATH=src $(FIXTURE_PYTHON)/bin/python tools/kotlin_fixtures/check_states.py $(FIXTURES)
 	$(BIN)/python tools/apk/test_app.py $(BUNDLE)
+
+# Tests all engines on Android's own x86_64 libraries. The Python packages of the .venv give the answers for ExecuTorch and LiteRT.
+NATIVE := $(ANDROID_BUILD)/native
+NATIVE_BUNDLES := $(NATIVE)/bundles/random $(NATIVE)/bundles/tiny-gemma2
+
+android-native-test: $(FIXTURES)/.made $(NATIVE)/fixtures/.made $(GEMMA)/.compiled
+	$(MVN) -f android_demo/pom.xml test-compile
+	PYTHONPATH=tools/apk $(BIN)/python tools/native/run_tests.py $(NATIVE)/fixtures $(BUNDLE)
+
+$(NATIVE)/fixtures/.made: $(NATIVE_BUNDLES:=/manifest.json) tools/kotlin_fixtures/native_fixtures.py tools/kotlin_fixtures/model_fixtures.py
+	$(BIN)/python tools/kotlin_fixtures/native_fixtures.py $(@D) $(NATIVE_BUNDLES)
+	@touch $@
+
+$(NATIVE)/bundles/tiny-gemma2/manifest.json: $(STAMP)
+	$(BIN)/gemma-export demo/tiny-gemma2 --backend executorch,tflite --target android --bits 4 --quality fast --verify none -o $(@D) --force
+
+$(NATIVE)/bundles/random/manifest.json: $(ANDROID_BUILD)/bundles/random/manifest.json
+	$(BIN)/gemma-export $(ANDROID_BUILD)/random --backend executorch,tflite --target android --bits 4 --method rtn --context 24 \
+		--prefill-chunk 5 --verify none -o $(@D) --force
 
 # Takes the screenshots of docs/android: the tests of the screens draw them.
 android-screenshots: $(FIXTURES)/.made $(GEMMA)/.compiled

@@ -37,6 +37,7 @@ android {
 
 dependencies {
     implementation(project(":gemma"))
+    implementation(project(":gemma-onnx"))
     implementation(libs.activity)
     implementation(libs.appcompat)
     implementation(libs.core)

@@ -1,4 +1,4 @@
-// The library as an Android module, from the same sources as pom.xml. CI does not run this file; see settings.gradle.kts.
+// Bundles, text and sessions, from the same sources as pom.xml. CI does not run this file; see settings.gradle.kts.
 plugins {
     alias(libs.plugins.android.library)
 }
@@ -18,10 +18,10 @@ android {
 
 kotlin {
     explicitApi()
+    compilerOptions { optIn.add("gemma.edge.engine.EngineApi") }
 }
 
 dependencies {
     api(libs.coroutines.core)
-    implementation(libs.onnxruntime.android)
     testImplementation(libs.junit) // the tests need the fixtures that `make android-test` writes
 }

@@ -60,9 +60,9 @@ def needs_phone() -> None:
         pytest.skip(reason)
 
 
-KOTLIN = ROOT / "android_demo" / "gemma"
+KOTLIN = ROOT / "android_demo"
 MAVEN = Path.home() / ".m2" / "repository"  # before HOME is another one
-JARS = {  # of the library's pom.xml: property of the version -> jar
+JARS = {  # of the modules' pom.xml: property of the version -> jar
     "kotlin.version": "org/jetbrains/kotlin/kotlin-stdlib/{0}/kotlin-stdlib-{0}.jar",
     "coroutines.version": "org/jetbrains/kotlinx/kotlinx-coroutines-core-jvm/{0}/kotlinx-coroutines-core-jvm-{0}.jar",
     "onnxruntime.version": "com/microsoft/onnxruntime/onnxruntime/{0}/onnxruntime-{0}.jar",
@@ -74,7 +74,7 @@ def kotlin_classpath() -> list[Path]:
     pom = (KOTLIN / "pom.xml").read_text(encoding="utf-8")
     versions = {name: re.search(f"<{name}>(.*?)</{name}>", pom) for name in JARS}
     jars = (MAVEN / JARS[name].format(version[1]) for name, version in versions.items() if version)
-    return [KOTLIN / "target" / "classes", *jars]
+    return [*(KOTLIN / module / "target" / "classes" for module in ("gemma", "gemma-onnx")), *jars]
 
 
 class Phone:

@@ -33,7 +33,8 @@ from toolchain import (
 )
 
 APP = ANDROID / "app" / "src" / "main"
-GEMMA_CLASSES = ANDROID / "gemma" / "target" / "classes"
+MODULES = ("gemma", "gemma-onnx")  # of the library, as far as the app uses them
+GEMMA_CLASSES = [ANDROID / module / "target" / "classes" for module in MODULES]
 PACKAGE = "gemma.edge.app"
 ABIS = ("arm64-v8a", "x86_64")
 MIN_SDK, TARGET_SDK = str(PINS["versions"]["min_sdk"]), str(PINS["versions"]["target_sdk"])
@@ -154,21 +155,31 @@ def link(linked: Libraries) -> Path:
 def compile_app(linked: Libraries, resources: Path) -> Path:
     """Compile the app's own sources into app.jar."""
     files = sources(APP / "kotlin")
-    jars = [*linked.jars, resources / "R.jar", GEMMA_CLASSES]
-    inputs = [*files, *sources(resources / "java"), *sources(GEMMA_CLASSES), PINS]
+    jars = [*linked.jars, resources / "R.jar", *GEMMA_CLASSES]
+    inputs = [*files, *sources(resources / "java"), *gemma_files(), PINS]
     return once("app-classes", inputs, lambda folder: kotlinc(files, jars, folder / "app.jar")) / "app.jar"
 
 
+def gemma_files() -> list[Path]:
+    """The library's class files, as Maven compiled and tested them.
+
+    Raises:
+        SystemExit: a module was not compiled.
+    """
+    for classes in GEMMA_CLASSES:
+        if not classes.is_dir():
+            raise SystemExit(f"no classes in {classes}: run make android, which compiles them")
+    return [path for classes in GEMMA_CLASSES for path in sources(classes)]
+
+
 def gemma_jar() -> Path:
-    """The library's classes, as Maven compiled and tested them."""
+    """The library's classes in one jar."""
 
     def pack(folder: Path) -> None:
-        run(["jar", "cf", folder / "gemma.jar", "-C", GEMMA_CLASSES, "gemma"])
+        parts = [part for classes in GEMMA_CLASSES for part in ("-C", classes, "gemma")]
+        run(["jar", "cf", folder / "gemma.jar", *parts])
 
-    inputs = sources(GEMMA_CLASSES)
-    if not inputs:
-        raise SystemExit(f"no classes in {GEMMA_CLASSES}: run make android, which compiles them")
-    return once("gemma", inputs, pack) / "gemma.jar"
+    return once("gemma", gemma_files(), pack) / "gemma.jar"
 
 
 def r8(tool: str, out: Path, arguments: list[object], heap: str) -> None:
@@ -193,7 +204,7 @@ def shrunk(jars: list[Path], linked: Libraries, resources: Path) -> list[Path]:
     rules = [aar / "proguard.txt" for aar in linked.aars] + [
         resources / "aapt.pro",
         ANDROID / "app" / "proguard-rules.pro",
-        ANDROID / "gemma" / "consumer-rules.pro",
+        *(ANDROID / module / "consumer-rules.pro" for module in MODULES),
     ]
 
     def make(folder: Path) -> None:

@@ -13,7 +13,7 @@ import subprocess
 from pathlib import Path
 
 from apk_zip import write_apk
-from build_apk import GEMMA_CLASSES, PACKAGE, asset_files, compile_app, libraries, link, sources
+from build_apk import GEMMA_CLASSES, PACKAGE, asset_files, compile_app, gemma_files, libraries, link, sources
 from toolchain import ANDROID, BUILD, class_path, framework, jars_of, kotlinc, maven, once, unpacked
 
 TESTS = ANDROID / "app" / "src" / "test" / "kotlin"
@@ -71,7 +71,7 @@ def main() -> None:
     test_aars = unpacked(sorted(test_libraries.glob("*.aar")), "test-aars")
     # ONNX Runtime's classes come from the desktop jar instead of the AAR: that one has native libraries for this machine
     app_jars = jars_of(linked.plain, [aar for aar in linked.aars if aar != linked.onnxruntime])
-    jars = [app, GEMMA_CLASSES, resources / "R.jar", *app_jars, *jars_of(test_libraries, test_aars)]
+    jars = [app, *GEMMA_CLASSES, resources / "R.jar", *app_jars, *jars_of(test_libraries, test_aars)]
     with_assets = BUILD / "test.ap_"
     write_apk(with_assets, resources / "app.ap_", asset_files(options.bundle))
 
@@ -81,7 +81,7 @@ def main() -> None:
         config.parent.mkdir(parents=True)
         config.write_text(properties(with_assets, resources), encoding="utf-8")
 
-    inputs = [*sources(TESTS), app, *sources(GEMMA_CLASSES), Path(__file__)]
+    inputs = [*sources(TESTS), app, *gemma_files(), Path(__file__)]
     classes = once("test-classes", inputs, compile_tests) / "classes"
     options.screenshots.mkdir(parents=True, exist_ok=True)
     flags = {

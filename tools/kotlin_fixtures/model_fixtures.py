@@ -1,4 +1,4 @@
-"""Write what the Python runtime computes from a bundle, on the ONNX Runtime version of the Kotlin library.
+"""Write what the Python runtime computes from one backend of a bundle, on the library's version that Kotlin runs.
 
 The Kotlin runtime must compute the logits in `runtime.f32` bit for bit, and those in `state.f32` after it has loaded
 `state.safetensors`. `answers.json` holds everything that is text.
@@ -61,13 +61,15 @@ def state_calls(calls: list[int]) -> int:
 
 
 def write_rewound_state(out: Path, runtime: Runtime, tokens: list[int], calls: list[int]) -> None:
-    """Write `state.safetensors`, the state after a token was taken back, and `state.f32`, the logits that follow it."""
+    """Write `state.safetensors`, the state after a token was taken back, and `state.f32`, the logits after it was restored."""
     before = state_calls(calls)
     at = sum(calls[:before])
     runtime.reset()
     logits_of(runtime, tokens, calls[: before + 1])
     runtime.rewind(1)
-    write_state(out / "state.safetensors", runtime.snapshot(), {"kept": "with it"})
+    state = runtime.snapshot()
+    write_state(out / "state.safetensors", state, {"kept": "with it"})
+    runtime.restore(state)
     logits_of(runtime, tokens[at:], calls[before:]).astype("<f4").tofile(out / "state.f32")
 
 
@@ -125,10 +127,10 @@ def filters() -> list[dict[str, Any]]:
     return rows
 
 
-def write_answers(out: Path, bundle: Path) -> None:
-    """Write all fixtures of a bundle into the folder `out`."""
+def write_answers(out: Path, bundle: Path, backend: str = "onnx") -> None:
+    """Write all fixtures of a bundle's backend into the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    runtime = gemma_edge.load(bundle, threads=1)
+    runtime = gemma_edge.load(bundle, backend=backend, threads=1)
     tokenizer = Tokenizer(bundle, runtime.manifest)
     tokens, calls = fed(runtime)
     logits_of(runtime, tokens, calls).astype("<f4").tofile(out / "runtime.f32")

@@ -1,6 +1,6 @@
 package gemma.edge
 
-import ai.onnxruntime.OrtEnvironment
+import gemma.edge.engine.sha256
 import java.io.File
 import java.time.Instant
 import java.time.temporal.ChronoUnit
@@ -9,6 +9,7 @@ import kotlin.random.Random
 /**
  * The settings of a benchmark.
  *
+ * @property backend the backend to measure; null takes the first one that has an engine on the class path.
  * @property threads number of threads; null takes one per big core, but no more than the bundle's target has.
  * @property prefill number of tokens in the prompt.
  * @property decode number of tokens to generate after the prompt.
@@ -24,6 +25,7 @@ public data class BenchmarkSettings(
     public val repeat: Int = 5,
     public val warmup: Int = 1,
     public val minutes: Double = 0.0,
+    public val backend: String? = null,
 ) {
     init {
         if (prefill < 1 || decode < 1 || repeat < 1) throw InputException("prefill $prefill, decode $decode and repeat $repeat must be at least 1")
@@ -50,7 +52,7 @@ public class Benchmark(private val system: BenchmarkSystem = BenchmarkSystem()) 
         val result = linkedMapOf<String, Any?>(
             "tool" to TOOL,
             "started" to Instant.now().truncatedTo(ChronoUnit.SECONDS).toString().replace("Z", "+00:00"),
-            "model" to mapOf("name" to folder.name, "backend" to "onnx"),
+            "model" to mapOf("name" to folder.name, "backend" to (settings.backend ?: "")),
             "settings" to described(settings, settings.threads ?: 0),
             "device" to system.device(),
         )
@@ -70,7 +72,7 @@ public class Benchmark(private val system: BenchmarkSystem = BenchmarkSystem()) 
         val bundle = Bundle.open(folder)
         val threads = settings.threads ?: Device.current().threadsFor(bundle)
         val start = System.nanoTime()
-        return OnnxRuntime.open(bundle, threads).use { runtime ->
+        return GemmaRuntime.open(bundle, settings.backend, threads).use { runtime ->
             val loadS = secondsSince(start)
             val loadedMib = system.residentMib()
             val times = Times(start)
@@ -86,9 +88,9 @@ public class Benchmark(private val system: BenchmarkSystem = BenchmarkSystem()) 
                 progress(number + settings.warmup)
             }
             times.lists + mapOf(
-                "model" to describe(bundle, settings),
+                "model" to describe(bundle, runtime.backend, settings),
                 "settings" to described(settings, threads),
-                "versions" to mapOf("gemma-edge" to VERSION, "onnxruntime" to OrtEnvironment.getEnvironment().version),
+                "versions" to mapOf("gemma-edge" to VERSION, runtime.library.name to runtime.library.version),
                 "load" to mapOf("warm_s" to loadS),
                 "memory" to mapOf(
                     "loaded_mib" to loadedMib,
@@ -118,15 +120,15 @@ public class Benchmark(private val system: BenchmarkSystem = BenchmarkSystem()) 
         times?.add(start, prefilled, ticks)
     }
 
-    private fun describe(bundle: Bundle, settings: BenchmarkSettings): Map<String, Any> {
+    private fun describe(bundle: Bundle, backend: Backend, settings: BenchmarkSettings): Map<String, Any> {
         val depth = settings.prefill + settings.decode / 2
         return mapOf(
             "name" to bundle.folder.name,
-            "backend" to "onnx",
-            "bytes" to bundle.backendBytes,
+            "backend" to backend.name,
+            "bytes" to backend.bytes,
             "manifest_sha256" to sha256 { update(File(bundle.folder, Bundle.MANIFEST).readBytes()) },
-            "context" to bundle.cache.context,
-            "read_bytes_per_token" to bundle.weightBytes + bundle.cache.bytesSeen(depth),
+            "context" to backend.cache.context,
+            "read_bytes_per_token" to backend.weightBytes + backend.cache.bytesSeen(depth),
         )
     }
 

@@ -1,5 +1,6 @@
 package gemma.edge
 
+import gemma.edge.engine.hashOf
 import java.io.File
 import java.io.IOException
 
@@ -13,10 +14,9 @@ import java.io.IOException
  * @property bosTokenId first token of every text.
  * @property eosTokenIds tokens that end a text, as the checkpoint says.
  * @property threads that its target takes by default.
- * @property cache geometry of the KV cache.
- * @property residentBytes estimate of what is resident while it generates.
+ * @property backends those that this library knows, in the order of the manifest.
+ * @property backendNames the names of all backends, also of those that this library does not know.
  * @property files every file's size and hash.
- * @property identity hash of all that a saved state of the ONNX backend depends on, as the exporter computed it.
  */
 public class Bundle private constructor(
     public val folder: File,
@@ -25,24 +25,20 @@ public class Bundle private constructor(
     public val bosTokenId: Int,
     public val eosTokenIds: Set<Int>,
     public val threads: Int,
-    public val cache: CacheGeometry,
-    public val residentBytes: Long,
+    public val backends: List<Backend>,
+    public val backendNames: List<String>,
     public val files: List<BundleFile>,
-    internal val identity: String,
-    private val graph: String,
-    private val backendFiles: Set<String>,
 ) {
-    /** The graph that generates. */
-    internal val generateGraph: File get() = file(graph)
-
     /** Bytes of all files but the manifest. */
     public val bytes: Long get() = files.sumOf { it.bytes }
 
-    /** Bytes of what the ONNX backend is made of. */
-    internal val backendBytes: Long get() = files.filter { it.name in backendFiles }.sumOf { it.bytes }
-
-    /** Bytes of the weights, which a token reads once. */
-    internal val weightBytes: Long get() = files.filter { it.name in backendFiles }.maxOf { it.bytes }
+    /**
+     * The backend of that name.
+     *
+     * @throws UnsupportedException the bundle does not hold it, or this library does not know it.
+     */
+    public fun backend(name: String): Backend = backends.firstOrNull { it.name == name }
+        ?: throw UnsupportedException("$folder holds no '$name' backend that this library can run; it holds ${backendNames.joinToString()}")
 
     /** Whether the bundle holds a file of that name. */
     internal fun has(name: String): Boolean = files.any { it.name == name }
@@ -69,15 +65,17 @@ public class Bundle private constructor(
      */
     public fun checkHashes(progress: (doneBytes: Long) -> Unit = {}) {
         var done = 0L
-        for (entry in files) {
-            val actual = hashOf(file(entry.name)) { read -> done += read; progress(done) }
-            if (actual != entry.sha256) {
-                throw BundleException(
-                    "$folder/${entry.name} was changed: sha256 ${actual.take(16)}..., " +
-                        "the manifest says ${entry.sha256.take(16)}...; import the bundle again",
-                )
-            }
-        }
+        for (entry in files) checkHash(entry) { read -> done += read; progress(done) }
+    }
+
+    /** Compare one file with the hash in the manifest; [progress] is called with the number of bytes of each block that was read. */
+    internal fun checkHash(entry: BundleFile, progress: (bytes: Int) -> Unit = {}) {
+        val actual = hashOf(file(entry.name), progress)
+        if (actual == entry.sha256) return
+        throw BundleException(
+            "$folder/${entry.name} was changed: sha256 ${actual.take(16)}..., " +
+                "the manifest says ${entry.sha256.take(16)}...; import the bundle again",
+        )
     }
 
     public companion object {
@@ -90,7 +88,7 @@ public class Bundle private constructor(
          * Read and check a bundle's manifest, and that every file is there with its size. Hashes: [checkHashes].
          *
          * @throws BundleException no bundle, another schema version, a file missing, truncated or outside the folder.
-         * @throws UnsupportedException the bundle holds no ONNX backend.
+         * @throws UnsupportedException its KV cache is of a type that this library does not know.
          */
         public fun open(folder: File): Bundle {
             val path = File(folder, MANIFEST)
@@ -114,23 +112,14 @@ public class Bundle private constructor(
                     throw BundleException("$folder/${entry.name}: $size bytes, the manifest says ${entry.bytes}; import it again")
                 }
             }
-            // a name that leads out of the folder is refused when it is opened
-            val unlisted = bundle.backendFiles.firstOrNull { !bundle.has(it) && isInside(folder, it) }
-            if (unlisted != null) throw BundleException("$path: backends.onnx.settings names '$unlisted', which is not in files; import the bundle again")
             return bundle
         }
 
         private fun read(folder: File, manifest: Node): Bundle {
-            val backends = manifest["backends"]
-            if ("onnx" !in backends) {
-                throw UnsupportedException("$folder holds no onnx backend, only ${backends.keys.joinToString()}; export with --backend onnx")
-            }
-            val onnx = manifest["backends"]["onnx"]
             val config = manifest["config"]
-            val settings = onnx["settings"]
             val vocabSize = config["vocab_size"].int(1..MAX_TOKENS)
             val files = manifest["files"].entries.map { (name, entry) -> BundleFile(name, entry["bytes"].long, entry["sha256"].sha256) }
-            val roles = ROLES.filter { settings[it].value != null }.associateWith { settings[it].string }
+            val names = manifest["backends"].keys
             return Bundle(
                 folder = folder,
                 name = manifest["model"]["name"].string,
@@ -138,25 +127,38 @@ public class Bundle private constructor(
                 bosTokenId = config["bos_token_id"].int(0 until vocabSize),
                 eosTokenIds = config["eos_token_id"].list.map { it.int(0 until vocabSize) }.toSet(),
                 threads = manifest["target"]["threads"].int(1..MAX_THREADS),
-                cache = CacheGeometry.read(onnx["cache"], config),
-                residentBytes = onnx["plan"]["device_ram_bytes"].long,
+                backends = names.filter { it in FILES_OF }.map { readBackend(it, manifest, files) },
+                backendNames = names,
                 files = files,
-                identity = onnx["identity"].sha256,
-                graph = settings["generate"].string,
-                backendFiles = roles.values.toSet(),
             )
         }
 
-        private fun hashOf(path: File, progress: (Int) -> Unit): String = sha256 {
-            val block = ByteArray(1 shl 20)
-            path.inputStream().use { input ->
-                while (true) {
-                    val read = input.read(block)
-                    if (read < 0) break
-                    update(block, 0, read)
-                    progress(read)
-                }
-            }
+        private fun readBackend(name: String, manifest: Node, files: List<BundleFile>): Backend {
+            val backend = manifest["backends"][name]
+            val settings = backend["settings"]
+            val plan = backend["plan"]
+            val roles = FILES_OF.getValue(name)
+            val names = roles.filter { it == roles.first() || settings[it].value != null }.map { settings[it].string }
+            val unlisted = names.firstOrNull { path -> files.none { it.name == path } }
+            if (unlisted != null) throw JsonException("backends: $name: settings names '$unlisted', which is not in files")
+            return Backend(
+                name = name,
+                cache = CacheGeometry.read(backend["cache"], manifest["config"]),
+                plan = MemoryPlan(plan["weights_bytes"].long, plan["kv_bytes"].long, plan["device_ram_bytes"].long),
+                files = files.filter { it.name in names },
+                program = names.first(),
+                signatures = if (name == TFLITE) settings["signatures"].list.mapNotNull(::readSignature) else emptyList(),
+                identity = backend["identity"].sha256,
+            )
+        }
+
+        /** A signature of a TFLite model; null if it is for scoring, which this library does not do. */
+        private fun readSignature(node: Node): Signature? {
+            val role = node["role"].string
+            if (role !in SIGNATURE_ROLES) node["role"].fail("one of ${SIGNATURE_ROLES.joinToString()}")
+            val longest = if (node["longest"].value == null) null else node["longest"].int(1..MAX_TOKENS)
+            val tokens = node["tokens"].int(1..MAX_CHUNK)
+            return if (role == "score") null else Signature(node["name"].string, role == "prefill", tokens, longest)
         }
     }
 }
@@ -170,68 +172,20 @@ public class Bundle private constructor(
  */
 public class BundleFile internal constructor(public val name: String, public val bytes: Long, public val sha256: String)
 
-/**
- * The KV cache of the whole model: fixed when the bundle is made, whatever is generated.
- *
- * @property context tokens that the model can look back on; beyond it the oldest fall out.
- * @property prefillChunk most tokens in one forward call.
- * @property kvHeads key and value heads of a layer.
- * @property headDim elements of a head.
- * @property int8 whether elements are int8 codes, else float32.
- * @property slots rows allocated, by layer.
- * @property windows keys that a query may see, by layer.
- */
-public class CacheGeometry internal constructor(
-    public val context: Int,
-    public val prefillChunk: Int,
-    public val kvHeads: Int,
-    public val headDim: Int,
-    public val int8: Boolean,
-    public val slots: List<Int>,
-    public val windows: List<Int>,
-) {
-    /** Bytes of all K and V buffers. */
-    public val bytes: Long get() = 2L * kvHeads * headDim * slots.sumOf { it.toLong() } * elementBytes
-
-    /** Tokens back that a cache can depend on: a layer's oldest key saw the window of the layer below, and so on. */
-    internal val reach: Int get() = 1 + windows.sumOf { it - 1 }
-
-    /** Bytes of the keys and values that a token sees at a depth of so many tokens. */
-    internal fun bytesSeen(depth: Int): Long = windows.sumOf { minOf(it, depth).toLong() } * 2 * kvHeads * headDim * elementBytes
-
-    private val elementBytes get() = if (int8) 1 else 4
-
-    internal companion object {
-        private val DTYPES = mapOf("int8" to true, "float32" to false)
-        private const val LOCAL = "sliding_attention"
-
-        /** The geometry in a manifest, as far as it agrees with the model's configuration. */
-        fun read(node: Node, config: Node): CacheGeometry {
-            val dtype = node["dtype"].string
-            val int8 = DTYPES[dtype] ?: throw UnsupportedException("a KV cache of $dtype; this library knows ${DTYPES.keys.joinToString()}")
-            val context = node["context"].int(1..MAX_TOKENS)
-            val chunk = node["prefill_chunk"].int(1..MAX_CHUNK)
-            val kvHeads = node["kv_heads"].equalTo(config["num_key_value_heads"].int(1..MAX_HEADS))
-            val headDim = node["head_dim"].equalTo(config["head_dim"].int(1..MAX_HEAD_DIM))
-            val layers = node["layers"].list
-            val kinds = config["layer_types"].list
-            if (layers.size != kinds.size || layers.isEmpty()) node["layers"].fail("a list of ${kinds.size} layers")
-            val local = minOf(config["sliding_window"].int(1..MAX_TOKENS), context)
-            val windows = layers.zip(kinds) { layer, kind -> layer["window"].equalTo(if (kind.string == LOCAL) local else context) }
-            // a buffer's bytes are an Int
-            val maxSlots = Int.MAX_VALUE / (Float.SIZE_BYTES * kvHeads * headDim)
-            val slots = layers.zip(windows) { layer, window -> layer["slots"].int(window + chunk - 1..minOf(maxSlots, window + 2 * chunk - 2)) }
-            return CacheGeometry(context, chunk, kvHeads, headDim, int8, slots, windows)
-        }
-    }
-}
-
-private const val MAX_TOKENS = 1 shl 24 // these ranges are those of bundle/ranges.py
-private const val MAX_CHUNK = 4096
-private const val MAX_HEADS = 1024
-private const val MAX_HEAD_DIM = 4096
+internal const val MAX_TOKENS = 1 shl 24 // these ranges are those of bundle/ranges.py
+internal const val MAX_CHUNK = 4096
+internal const val MAX_HEADS = 1024
+internal const val MAX_HEAD_DIM = 4096
 private const val MAX_THREADS = 1024
-private val ROLES = listOf("generate", "score", "genai", "weights")
+private const val TFLITE = "tflite"
+
+// FILES_OF: the keys of a backend's settings that name its files, the one of the file that its engine loads first
+private val FILES_OF = mapOf(
+    "onnx" to listOf("generate", "score", "genai", "weights"),
+    "executorch" to listOf("program"),
+    TFLITE to listOf("program"),
+)
+private val SIGNATURE_ROLES = listOf("prefill", "decode", "score")
 private val SHA256 = Regex("[0-9a-f]{64}")
 
 /** Whether a name stays below a folder; false for what is not a file name. */

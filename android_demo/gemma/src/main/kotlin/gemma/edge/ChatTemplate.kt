@@ -1,5 +1,6 @@
 package gemma.edge
 
+import gemma.edge.engine.sha256
 import java.io.IOException
 
 /**

@@ -11,12 +11,12 @@ import java.io.IOException
  */
 public data class Device(public val availableBytes: Long, public val bigCores: Int) {
     /**
-     * Check that a bundle fits into the free memory. If it did not fit, the system would kill the app.
+     * Check that a backend of a bundle fits into the free memory. If it did not fit, the system would kill the app.
      *
      * @throws NotEnoughMemoryException the bundle needs more memory than is free; the message has both numbers.
      */
-    public fun requireMemoryFor(bundle: Bundle) {
-        val needed = bundle.residentBytes
+    public fun requireMemoryFor(bundle: Bundle, backend: Backend) {
+        val needed = backend.plan.residentBytes
         if (availableBytes == UNKNOWN || needed <= availableBytes) return
         throw NotEnoughMemoryException(
             needed,

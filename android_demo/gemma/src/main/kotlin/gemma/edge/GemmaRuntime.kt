@@ -1,5 +1,9 @@
 package gemma.edge
 
+import gemma.edge.engine.EngineApi
+import gemma.edge.engine.EngineLibrary
+import gemma.edge.engine.EngineOptions
+import gemma.edge.engine.Engines
 import java.io.File
 
 /**
@@ -10,6 +14,12 @@ public interface GemmaRuntime : AutoCloseable {
     /** The loaded bundle. */
     public val bundle: Bundle
 
+    /** The backend that runs. */
+    public val backend: Backend
+
+    /** The library that runs it. */
+    public val library: EngineLibrary
+
     /** The number of tokens fed since the last reset, including those that have fallen out of the cache. */
     public val position: Int
 
@@ -17,7 +27,7 @@ public interface GemmaRuntime : AutoCloseable {
     public val ids: IntArray
 
     /**
-     * Append tokens at the current position, in chunks of at most the bundle's `prefillChunk`.
+     * Append tokens at the current position, in chunks of at most the backend's `prefillChunk`.
      *
      * @param ids at least one token, each below the vocabulary's size.
      * @return the logits after the last token, one for each token of the vocabulary. The next call overwrites this array.
@@ -32,8 +42,17 @@ public interface GemmaRuntime : AutoCloseable {
     public fun reset()
 
     /**
-     * Write the state, which is the tokens and the cache, to a file. The same bundle can [load] it again, here or in the Python runtime.
-     * The file holds only the rows of the cache that are in use, and is written whole or not at all.
+     * Take back the last [count] tokens: what follows is as if they had never been fed. This costs nothing as long as the cache holds
+     * every key that is needed from there on. If it does not, the remaining tokens are fed again.
+     *
+     * @throws InputException [count] is negative, or larger than the number of tokens that are remembered.
+     */
+    public fun rewind(count: Int)
+
+    /**
+     * Write the state to a file. The same backend of the same bundle can [load] it again, here or in the Python runtime. The ONNX backend
+     * saves the tokens and the rows of the cache that are in use; the other backends save the tokens only. The file is written whole or
+     * not at all.
      *
      * @param notes a JSON object that is saved with the state.
      * @throws java.io.IOException the file cannot be written.
@@ -41,11 +60,44 @@ public interface GemmaRuntime : AutoCloseable {
     public fun save(file: File, notes: String = "{}")
 
     /**
-     * Continue from a saved state; nothing is fed.
+     * Continue from a saved state. The ONNX backend feeds nothing; the other backends feed the saved tokens again.
      *
      * @return the notes that were saved with the state.
      * @throws StateException the file is missing, damaged or of another bundle. The runtime is unchanged, or empty if the file could
      *   not be read to its end.
      */
     public fun load(file: File): String
+
+    public companion object {
+        /**
+         * Load a bundle. This takes seconds, so do not call it on a main thread.
+         *
+         * @param backend the backend to run; null takes the first one that has an engine on the class path: ExecuTorch, LiteRT, ONNX.
+         * @param threads number of threads; null takes one per big core, but no more than the bundle's target has.
+         * @param cacheDir folder of the app for files that make the next start faster; null keeps none.
+         * @param device the device, whose free memory is compared with the backend's plan before anything is loaded.
+         * @throws BundleException the files are not what the manifest says.
+         * @throws NotEnoughMemoryException the device has too little free memory.
+         * @throws UnsupportedException the bundle does not hold the backend, its engine is not on the class path, or the engine does not
+         *   run on this device. The message names the dependency to add.
+         * @throws InputException [threads] is below 1.
+         */
+        @OptIn(EngineApi::class)
+        public fun open(
+            bundle: Bundle,
+            backend: String? = null,
+            threads: Int? = null,
+            cacheDir: File? = null,
+            device: Device = Device.current(),
+        ): GemmaRuntime {
+            if (threads != null && threads < 1) throw InputException("threads $threads is below 1")
+            val (chosen, engine) = Engines.choose(bundle, backend)
+            device.requireMemoryFor(bundle, chosen)
+            return engine.open(bundle, chosen, EngineOptions(threads ?: device.threadsFor(bundle), cacheDir))
+        }
+
+        /** The backends that have an engine on the class path, in the order in which [open] tries them. */
+        @OptIn(EngineApi::class)
+        public fun available(): List<String> = Engines.entries.filter { it.find() != null }.map { it.backend }
+    }
 }

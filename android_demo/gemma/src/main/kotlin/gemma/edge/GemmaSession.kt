@@ -235,9 +235,9 @@ public class GemmaSession(
     /** Feed tokens chunk by chunk, so that feeding can be cancelled between two chunks. */
     private suspend fun feed(ids: IntArray): FloatArray {
         var logits = FloatArray(0)
-        for (start in ids.indices step bundle.cache.prefillChunk) {
+        for (start in ids.indices step runtime.backend.cache.prefillChunk) {
             currentCoroutineContext().ensureActive()
-            logits = runtime.prefill(ids.copyOfRange(start, minOf(start + bundle.cache.prefillChunk, ids.size)))
+            logits = runtime.prefill(ids.copyOfRange(start, minOf(start + runtime.backend.cache.prefillChunk, ids.size)))
         }
         return logits
     }
@@ -247,17 +247,24 @@ public class GemmaSession(
          * Open a bundle and start a conversation. This takes seconds and does not block the caller's thread.
          *
          * @param folder the bundle's folder.
+         * @param backend the backend to run; null takes the first one that has an engine on the class path.
          * @param threads number of threads; null takes one per big core, but no more than the bundle's target has.
+         * @param cacheDir folder of the app for files that make the next start faster; null keeps none.
          * @param template the chat format; null takes the bundle's.
-         * @throws GemmaException the bundle cannot be used here; see [Bundle.open], [OnnxRuntime.open], [Tokenizer.open], [ChatTemplate.of].
+         * @throws GemmaException the bundle cannot be used here; see [Bundle.open], [GemmaRuntime.open], [Tokenizer.open], [ChatTemplate.of].
          */
-        public suspend fun open(folder: File, threads: Int? = null, template: ChatTemplate? = null): GemmaSession =
-            withContext(Dispatchers.IO) {
-                val bundle = Bundle.open(folder)
-                val format = template ?: ChatTemplate.of(bundle)
-                val tokenizer = Tokenizer.open(bundle)
-                GemmaSession(OnnxRuntime.open(bundle, threads), tokenizer, format)
-            }
+        public suspend fun open(
+            folder: File,
+            backend: String? = null,
+            threads: Int? = null,
+            cacheDir: File? = null,
+            template: ChatTemplate? = null,
+        ): GemmaSession = withContext(Dispatchers.IO) {
+            val bundle = Bundle.open(folder)
+            val format = template ?: ChatTemplate.of(bundle)
+            val tokenizer = Tokenizer.open(bundle)
+            GemmaSession(GemmaRuntime.open(bundle, backend, threads, cacheDir), tokenizer, format)
+        }
     }
 }
 

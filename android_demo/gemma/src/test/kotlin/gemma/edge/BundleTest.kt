@@ -26,12 +26,15 @@ class BundleTest {
         val bundle = Bundle.open(Fixtures.demoBundle)
         assertEquals("tiny-gemma2", bundle.name)
         assertEquals(4096, bundle.vocabSize)
-        assertEquals(512, bundle.cache.context)
         assertEquals(setOf(1, 5), bundle.eosTokenIds)
-        assertTrue(bundle.cache.int8)
-        assertTrue(bundle.residentBytes > bundle.cache.bytes)
+        val backend = bundle.backends.single()
+        assertEquals("onnx", backend.name)
+        assertEquals(512, backend.cache.context)
+        assertTrue(backend.cache.int8)
+        assertTrue(backend.plan.residentBytes > backend.cache.bytes)
+        assertEquals(listOf("genai.onnx", "generate.onnx", "model.onnx.data", "score.onnx"), backend.files.map { it.name }.sorted())
         val plan = Fixtures.json(File(Fixtures.demoBundle, Bundle.MANIFEST))["backends"]["onnx"]["plan"]
-        assertEquals(plan["kv_bytes"].long, bundle.cache.bytes)
+        assertEquals(plan["kv_bytes"].long, backend.cache.bytes)
     }
 
     @Test
@@ -73,8 +76,11 @@ class BundleTest {
     }
 
     @Test
-    fun another_backend_and_another_cache_are_refused() {
-        assertRefuses<UnsupportedException>("no onnx backend", "--backend onnx") { Bundle.open(changed("\"onnx\": {", "\"other\": {")) }
+    fun a_backend_of_another_kind_is_named_and_a_cache_of_another_kind_is_refused() {
+        val bundle = Bundle.open(changed("\"onnx\": {", "\"other\": {"))
+        assertEquals(emptyList<Backend>(), bundle.backends)
+        assertEquals(listOf("other"), bundle.backendNames)
+        assertRefuses<UnsupportedException>("no 'onnx' backend", "other") { bundle.backend("onnx") }
         assertRefuses<UnsupportedException>("float8") { Bundle.open(changed("\"dtype\": \"int8\"", "\"dtype\": \"float8\"")) }
     }
 
@@ -94,10 +100,9 @@ class BundleTest {
         File(temporary.root, "secret").writeText("x")
         for (path in listOf("../secret", "/etc/passwd", "a/../../secret")) {
             val folder = changed("\"generate\": \"generate.onnx\"", "\"generate\": \"$path\"")
-            val bundle = Bundle.open(folder)
-            assertRefuses<BundleException>("outside the bundle") { bundle.generateGraph }
+            assertRefuses<BundleException>("'$path', which is not in files") { Bundle.open(folder) }
         }
-        val listed = changed("\"generate.onnx\": {", "\"../secret\": {")
+        val listed = changed("\"tokenizer.json\": {", "\"../secret\": {")
         assertRefuses<BundleException>("outside the bundle") { Bundle.open(listed) }
     }
 

@@ -12,6 +12,7 @@ class DeviceTest {
     val temporary = TemporaryFolder()
 
     private val bundle get() = Bundle.open(Fixtures.demoBundle)
+    private val backend get() = bundle.backend("onnx")
 
     private fun write(path: String, text: String) = File(temporary.root, path).run { parentFile!!.mkdirs(); writeText(text) }
 
@@ -43,10 +44,10 @@ class DeviceTest {
 
     @Test
     fun a_bundle_that_does_not_fit_is_refused_with_both_numbers() {
-        val small = Device(availableBytes = bundle.residentBytes - 1, bigCores = 1)
-        assertRefuses<NotEnoughMemoryException>("${bundle.residentBytes shr 20} MiB", "close other apps") { OnnxRuntime.open(bundle, device = small) }
-        small.copy(availableBytes = bundle.residentBytes).requireMemoryFor(bundle)
-        small.copy(availableBytes = Device.UNKNOWN).requireMemoryFor(bundle)
+        val small = Device(availableBytes = backend.plan.residentBytes - 1, bigCores = 1)
+        assertRefuses<NotEnoughMemoryException>("${backend.plan.residentBytes shr 20} MiB", "close other apps") { small.requireMemoryFor(bundle, backend) }
+        small.copy(availableBytes = backend.plan.residentBytes).requireMemoryFor(bundle, backend)
+        small.copy(availableBytes = Device.UNKNOWN).requireMemoryFor(bundle, backend)
     }
 
     @Test

@@ -48,6 +48,9 @@ internal object Fixtures {
         /** The logits after every call, joined. */
         fun logits(): FloatArray = floats("runtime.f32")
 
+        /** The logits after every call from number [call] on, joined. */
+        fun logitsAfter(call: Int): FloatArray = logits().let { it.copyOfRange(it.size / calls.size * call, it.size) }
+
         /** The logits after every call that follows the state, joined. */
         fun logitsAfterState(): FloatArray = floats("state.f32")
 
@@ -76,7 +79,7 @@ internal inline fun <reified T : Throwable> assertRefuses(vararg parts: String, 
 internal val Node.double: Double get() = (value as Number).toDouble()
 
 /** Feed a model's tokens call by call, as Python did, and return the logits after each of [calls], joined. */
-internal fun OnnxRuntime.run(model: Fixtures.Model, calls: IntRange = model.calls.indices): FloatArray {
+internal fun GemmaRuntime.run(model: Fixtures.Model, calls: IntRange = model.calls.indices): FloatArray {
     val all = FloatArray(calls.count() * bundle.vocabSize)
     var start = model.calls.take(calls.first).sum()
     model.calls.slice(calls).forEachIndexed { row, length ->

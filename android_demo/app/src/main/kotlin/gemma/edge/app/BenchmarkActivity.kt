@@ -21,7 +21,7 @@ import java.util.Locale
 import kotlinx.coroutines.launch
 
 /**
- * The benchmark screen. `adb shell am start` can open it with the extras `bundle`, `result` and the numbers of docs/measure/benchmarking.md;
+ * The benchmark screen. `adb shell am start` can open it with the extras `bundle`, `backend`, `result` and the numbers of docs/measure/benchmarking.md;
  * then it starts to measure at once.
  */
 class BenchmarkActivity : AppCompatActivity() {
@@ -57,6 +57,7 @@ class BenchmarkActivity : AppCompatActivity() {
                 repeat = intent.getIntExtra("repeat", default.repeat),
                 warmup = intent.getIntExtra("warmup", default.warmup),
                 minutes = intent.getFloatExtra("minutes", 0f).toDouble(),
+                backend = intent.getStringExtra("backend"),
             )
             benchmark.run(File(bundle), settings, plainName(intent.getStringExtra("result") ?: timedName()))
         }

@@ -5,8 +5,8 @@ import android.content.Context
 import gemma.edge.Bundle
 import gemma.edge.ChatTemplate
 import gemma.edge.Device
+import gemma.edge.GemmaRuntime
 import gemma.edge.GemmaSession
-import gemma.edge.OnnxRuntime
 import gemma.edge.Tokenizer
 import java.io.File
 import kotlinx.coroutines.Dispatchers
@@ -43,7 +43,7 @@ class Engine(private val device: () -> Device = Device::current) {
             val bundle = Bundle.open(folder)
             val template = ChatTemplate.of(bundle)
             val tokenizer = Tokenizer.open(bundle)
-            GemmaSession(OnnxRuntime.open(bundle, device = device()), tokenizer, template).also { session = it }
+            GemmaSession(GemmaRuntime.open(bundle, device = device()), tokenizer, template).also { session = it }
         }
     }
 

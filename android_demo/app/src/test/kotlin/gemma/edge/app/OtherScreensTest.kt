@@ -153,6 +153,14 @@ class OtherScreensTest {
     }
 
     @Test
+    fun an_intent_chooses_the_backend() {
+        started("d.json", "bundle" to demoBundle.path, "backend" to "tflite")
+        val found = result("d.json")
+        assertTrue(found.getString("failure"), "no 'tflite' backend, only onnx" in found.getString("failure"))
+        assertEquals("tflite", found.getJSONObject("model").getString("backend"))
+    }
+
+    @Test
     fun an_intent_for_no_bundle_is_answered_and_one_that_leaves_the_folder_is_not() {
         started("b.json", "bundle" to "/nowhere")
         assertTrue("not a bundle" in result("b.json").getString("failure"))

@@ -4,8 +4,9 @@ import gemma.edge.JsonException
 import gemma.edge.JsonReader
 import gemma.edge.Node
 import gemma.edge.StateException
-import gemma.edge.onnx.goTo
-import gemma.edge.sha256
+import gemma.edge.engine.StateTensor
+import gemma.edge.engine.goTo
+import gemma.edge.engine.sha256
 import gemma.edge.toJson
 import java.io.File
 import java.io.IOException
@@ -17,16 +18,7 @@ import java.nio.file.Files
 import java.nio.file.StandardCopyOption
 
 /** The description of a state. `State` in runtimes/engines/state.py has the same fields. */
-internal class StateHeader(val identity: String, val position: Int, val written: Int, val notes: String)
-
-/** One tensor of a state; [dtype] is the type's name in safetensors. */
-internal data class StateTensor(val name: String, val dtype: String, val shape: List<Int>) {
-    val bytes: Long get() = shape.fold(ITEM_BYTES.getValue(dtype)) { product, size -> product * size }
-
-    companion object {
-        val ITEM_BYTES = mapOf("I8" to 1L, "I32" to 4L, "F32" to 4L)
-    }
-}
+internal data class StateHeader(val identity: String, val position: Int, val written: Int, val notes: String)
 
 /**
  * The state of a runtime in one safetensors file, in the format of the Python runtime (runtimes/engines/state.py). Tensors are read and

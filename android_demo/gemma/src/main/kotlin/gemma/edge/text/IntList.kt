@@ -3,7 +3,8 @@ package gemma.edge.text
 /** A growing list of unboxed ints. It keeps at least the last [keep] of them, and never more than about twice as many. */
 internal class IntList(private val keep: Int = Int.MAX_VALUE) {
     private var items = IntArray(16)
-    private var size = 0
+    var size = 0
+        private set
 
     fun add(item: Int) {
         if (size == items.size) items = items.copyOf(2 * size)
@@ -15,6 +16,10 @@ internal class IntList(private val keep: Int = Int.MAX_VALUE) {
 
     fun clear() {
         size = 0
+    }
+
+    fun removeLast(count: Int) {
+        size -= count
     }
 
     fun firstOrMinus1(): Int = if (size > 0) items[0] else -1

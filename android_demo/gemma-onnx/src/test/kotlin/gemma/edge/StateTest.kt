@@ -1,8 +1,8 @@
 package gemma.edge
 
+import gemma.edge.engine.StateTensor
 import gemma.edge.state.StateFile
 import gemma.edge.state.StateHeader
-import gemma.edge.state.StateTensor
 import java.io.File
 import java.io.IOException
 import kotlinx.coroutines.flow.toList
@@ -23,12 +23,12 @@ class StateTest {
     private val demo = Fixtures.models.first { it.name == "tiny-gemma2" }
     private val random = Fixtures.models.first { it.name == "random" }
 
-    private fun <T> withRuntime(model: Fixtures.Model, act: (OnnxRuntime) -> T): T =
-        OnnxRuntime.open(Bundle.open(model.bundle), threads = 1).use(act)
+    private fun <T> withRuntime(model: Fixtures.Model, act: (GemmaRuntime) -> T): T =
+        GemmaRuntime.open(Bundle.open(model.bundle), threads = 1).use(act)
 
     private fun <T> withSession(model: Fixtures.Model, act: suspend (GemmaSession, GemmaRuntime) -> T): T {
         val bundle = Bundle.open(model.bundle)
-        val runtime = OnnxRuntime.open(bundle, threads = 1)
+        val runtime = GemmaRuntime.open(bundle, threads = 1)
         return GemmaSession(runtime, Tokenizer.open(bundle), ChatTemplate.of(bundle)).use { runBlocking { act(it, runtime) } }
     }
 

@@ -44,7 +44,7 @@ class BundleEditsTest {
             File(folder, Bundle.MANIFEST).writeText(toJson(edited(manifest, path, to)))
             try {
                 val bundle = Bundle.open(folder)
-                if (accepted++ % RUNS_ONE_IN == 0) OnnxRuntime.open(bundle, threads = 1).use { it.prefill(intArrayOf(2, 3)) }
+                if (accepted++ % RUNS_ONE_IN == 0) GemmaRuntime.open(bundle, threads = 1).use { it.prefill(intArrayOf(2, 3)) }
             } catch (error: GemmaException) {
                 refused++
                 assertTrue("$path to $to: ${error.message}", '\n' !in error.message.orEmpty())

@@ -37,7 +37,7 @@ class GemmaSessionTest {
 
     private fun withSession(act: suspend CoroutineScope.(GemmaSession, Watched) -> Unit) = runBlocking {
         val bundle = Bundle.open(demo.bundle)
-        val runtime = Watched(OnnxRuntime.open(bundle, threads = 1))
+        val runtime = Watched(GemmaRuntime.open(bundle, threads = 1))
         GemmaSession(runtime, Tokenizer.open(bundle), ChatTemplate.of(bundle)).use { session -> act(session, runtime) }
     }
 
@@ -61,7 +61,7 @@ class GemmaSessionTest {
     fun a_conversation_is_pythons_turn_by_turn_and_feeds_only_what_is_new() {
         for (model in Fixtures.models) {
             val bundle = Bundle.open(model.bundle)
-            val runtime = OnnxRuntime.open(bundle, threads = 1)
+            val runtime = GemmaRuntime.open(bundle, threads = 1)
             GemmaSession(runtime, Tokenizer.open(bundle), ChatTemplate.of(bundle)).use { session ->
                 for (row in model.conversation) {
                     assertEquals(model.name, row["answer"].string, runBlocking { session.say(row["text"].string) })

@@ -4,13 +4,15 @@ import ai.onnxruntime.OnnxJavaType
 import ai.onnxruntime.OnnxTensor
 import ai.onnxruntime.OrtEnvironment
 import gemma.edge.CacheGeometry
-import gemma.edge.state.StateTensor
-import java.nio.Buffer
+import gemma.edge.engine.SavedCache
+import gemma.edge.engine.StateTensor
+import gemma.edge.engine.direct
+import gemma.edge.engine.endAt
+import gemma.edge.engine.goTo
 import java.nio.ByteBuffer
-import java.nio.ByteOrder
 
 /** The tensors of the KV cache, named `LAYER.key` and `LAYER.value`, each (1, kvHeads, slots, headDim), in native memory. */
-internal class OnnxCache(private val geometry: CacheGeometry, private val environment: OrtEnvironment) : AutoCloseable {
+internal class OnnxCache(private val geometry: CacheGeometry, private val environment: OrtEnvironment) : SavedCache, AutoCloseable {
     private val type = if (geometry.int8) OnnxJavaType.INT8 else OnnxJavaType.FLOAT
     private val rowBytes = geometry.headDim * type.size
     private val slots: Map<String, Int> =
@@ -32,21 +34,20 @@ internal class OnnxCache(private val geometry: CacheGeometry, private val enviro
         }
     }
 
-    /** The part of each tensor that a saved state holds after [written] positions: (1, kvHeads, rows in use, headDim). */
-    fun saved(written: Int): List<StateTensor> = slots.map { (name, count) ->
+    /** The part of each tensor that is in use: (1, kvHeads, rows, headDim). */
+    override fun saved(written: Int): List<StateTensor> = slots.map { (name, count) ->
         StateTensor(PREFIX + name, if (geometry.int8) "I8" else "F32", shape(minOf(count, written)).map { it.toInt() })
     }
 
-    /** The bytes of one saved part, head by head. */
-    fun rows(saved: StateTensor): List<ByteBuffer> {
+    /** See SavedCache; head by head. */
+    override fun rows(saved: StateTensor): List<ByteBuffer> {
         val name = saved.name.removePrefix(PREFIX)
         val all = byName.getValue(name).byteBuffer // a copy of the tensor
         val head = bytesOf(slots.getValue(name)) / geometry.kvHeads
         return List(geometry.kvHeads) { part(all, it * head, saved.bytes.toInt() / geometry.kvHeads) }
     }
 
-    /** Fill the cache with saved parts; [read] returns the bytes of one of them. */
-    fun fill(saved: List<StateTensor>, read: (StateTensor) -> ByteBuffer) {
+    override fun fill(saved: List<StateTensor>, read: (StateTensor) -> ByteBuffer) {
         // one buffer per size, because the memory of a direct buffer is freed only when the garbage collector finds it
         val whole = HashMap<Int, ByteBuffer>()
         NativeTensors(environment, type).use { memory ->
@@ -82,15 +83,3 @@ internal class OnnxCache(private val geometry: CacheGeometry, private val enviro
         const val PREFIX = "cache."
     }
 }
-
-// These are functions of Buffer, because ByteBuffer has no `position` and `limit` of its own before Android 9.
-
-internal fun Buffer.goTo(place: Int) {
-    position(place)
-}
-
-internal fun Buffer.endAt(end: Int) {
-    limit(end)
-}
-
-internal fun direct(bytes: Int): ByteBuffer = ByteBuffer.allocateDirect(bytes).order(ByteOrder.nativeOrder())

@@ -1,0 +1,151 @@
+package gemma.edge.litert
+
+import com.google.ai.edge.litert.Accelerator
+import com.google.ai.edge.litert.CompiledModel
+import com.google.ai.edge.litert.Environment
+import com.google.ai.edge.litert.LiteRtException
+import com.google.ai.edge.litert.Model
+import com.google.ai.edge.litert.TensorBuffer
+import gemma.edge.Backend
+import gemma.edge.Bundle
+import gemma.edge.BundleException
+import gemma.edge.GemmaException
+import gemma.edge.GemmaRuntime
+import gemma.edge.Signature
+import gemma.edge.UnsupportedException
+import gemma.edge.engine.ChunkedRuntime
+import gemma.edge.engine.Engine
+import gemma.edge.engine.EngineLibrary
+import gemma.edge.engine.EngineOptions
+import gemma.edge.engine.ProgramFile
+import gemma.edge.engine.SavedCache
+
+/** LiteRT, through its Kotlin API. */
+public class LiteRtEngine : Engine {
+    override fun open(bundle: Bundle, backend: Backend, options: EngineOptions): GemmaRuntime {
+        checkModel(ProgramFile(bundle, backend))
+        try {
+            return packedWeights(bundle, backend, options.cacheDir).use { weights -> LiteRtRuntime(bundle, backend, options.threads, weights.path) }
+        } catch (error: LinkageError) {
+            throw UnsupportedException(
+                "LiteRT has no native library for ${System.getProperty("os.arch")} here (${error.message?.lines()?.first()}); " +
+                    "use a device with arm64-v8a or x86_64",
+            )
+        }
+    }
+}
+
+/**
+ * Runs a bundle's TFLite backend on the CPU. Each tensor of the cache is one buffer that is input and output of every signature, so the
+ * model updates it in place. Each slot of a cache knows its position, so a reset clears nothing: tokens from position 0 on make the model
+ * forget the rest. The model is described in docs/export/tflite.md; [Signatures] chooses what is fed to which signature.
+ */
+internal class LiteRtRuntime(bundle: Bundle, backend: Backend, threads: Int, packedWeights: String?) : ChunkedRuntime(bundle, backend) {
+    private val path = bundle.file(backend.program)
+    private val open = ArrayList<AutoCloseable>()
+    private val signatures = Signatures(backend.signatures)
+    private val model: CompiledModel
+    private val inputs = HashMap<String, Map<String, TensorBuffer>>() // by signature
+    private val outputs = HashMap<String, Map<String, TensorBuffer>>()
+    private var logits = FloatArray(0)
+
+    /** Keys and values of each layer, and which position each slot holds, by kind of layer. */
+    private val cacheShapes: Map<String, List<Int>> = backend.cache.run {
+        val layers = slots.flatMapIndexed { layer, count -> listOf("k", "v").map { "kv_cache_${it}_$layer" to listOf(1, kvHeads, count, headDim) } }
+        val kinds = windows.zip(slots).distinct().mapIndexed { kind, (_, count) -> "$HELD$kind" to listOf(1, 1, 1, count) }
+        (layers + kinds).toMap()
+    }
+
+    /** What the logits are before a call: a call that failed without an error leaves them so. */
+    private val unknown = FloatArray(bundle.vocabSize) { Float.NaN }
+
+    override val library = EngineLibrary("litert", "")
+
+    override val savedCache: SavedCache? get() = null
+
+    override val atOnce: Int get() = Int.MAX_VALUE // `forward` splits by itself
+
+    init {
+        var complete = false
+        try {
+            val environment = keep(Environment.create(emptyMap()))
+            val file = keep(Model.load(path.path))
+            for (signature in backend.signatures) checkContract(file, signature)
+            val options = CompiledModel.Options(Accelerator.CPU)
+            options.cpuOptions = CompiledModel.CpuOptions(threads, null, packedWeights)
+            model = keep(CompiledModel.create(file, options, environment))
+            bindBuffers()
+            complete = true
+        } catch (error: LiteRtException) {
+            throw BundleException("$path is damaged or is not the model of this bundle: ${error.message}; import the bundle again", error)
+        } finally {
+            if (!complete) free()
+        }
+    }
+
+    override fun forward(ids: IntArray, start: Int, end: Int) {
+        try {
+            for (call in signatures.calls(position, end - start)) run(call, ids, start)
+        } catch (error: LiteRtException) {
+            throw BundleException("$path does not run: ${error.message}; import the bundle again", error)
+        }
+    }
+
+    override fun logits(): FloatArray = logits
+
+    override fun free() = open.asReversed().forEach { it.close() }
+
+    /** A chunk less one token of slots lies behind the ring, and the last call may have written as much padding over old keys. */
+    override fun holds(position: Int, written: Int): Boolean =
+        position == written || super.holds(position, written + 2 * (backend.cache.prefillChunk - 1))
+
+    private fun run(call: Call, ids: IntArray, start: Int) {
+        val name = call.signature.name
+        val from = inputs.getValue(name)
+        val to = outputs.getValue(name)
+        from.getValue("tokens").writeInt(IntArray(call.signature.tokens) { if (it < call.count) ids[start + call.start + it] else 0 })
+        from.getValue("input_pos").writeInt(IntArray(call.signature.tokens) { if (it < call.count) position + call.start + it else PADDING })
+        val last = to["logits"]
+        last?.writeFloat(unknown)
+        model.run(from, to, name)
+        if (last == null) return
+        logits = last.readFloat()
+        if (logits.any { it.isNaN() }) throw BundleException("$path does not run: $name gave no logits; import the bundle again")
+    }
+
+    private fun bindBuffers() {
+        val caches = HashMap<String, TensorBuffer>()
+        for (signature in backend.signatures) {
+            val name = signature.name
+            for ((key, shape) in cacheShapes) caches.getOrPut(key) { keep(model.createInputBuffer(key, name)).also { it.clear(key, shape) } }
+            inputs[name] = caches + listOf("tokens", "input_pos").associateWith { keep(model.createInputBuffer(it, name)) }
+            outputs[name] = if (signature.prefills) caches else caches + ("logits" to keep(model.createOutputBuffer("logits", name)))
+        }
+    }
+
+    private fun TensorBuffer.clear(key: String, shape: List<Int>) {
+        val elements = shape.fold(1, Int::times)
+        if (key.startsWith(HELD)) writeInt(IntArray(elements)) else writeFloat(FloatArray(elements))
+    }
+
+    /** Compare the shapes of a signature with the manifest. */
+    private fun checkContract(file: Model, signature: Signature) {
+        val named = mapOf("tokens" to listOf(1, signature.tokens), "input_pos" to listOf(signature.tokens)) + cacheShapes
+        for ((key, shape) in named) check(signature, key, shape, file.getInputTensorType(key, signature.name).layout?.dimensions)
+        if (signature.prefills) return
+        check(signature, "logits", listOf(1, signature.tokens, bundle.vocabSize), file.getOutputTensorType("logits", signature.name).layout?.dimensions)
+    }
+
+    private fun check(signature: Signature, key: String, expected: List<Int>, actual: IntArray?) {
+        if (actual?.asList() == expected) return
+        throw BundleException("$path: $key of ${signature.name} is ${actual?.asList()}, the manifest says $expected; export the bundle again")
+    }
+
+    private fun <T : AutoCloseable> keep(resource: T): T = resource.also { open.add(it) }
+
+    private companion object {
+        // PADDING: the position of a token that fills up a call.
+        const val PADDING = -1
+        const val HELD = "kv_cache_held_"
+    }
+}

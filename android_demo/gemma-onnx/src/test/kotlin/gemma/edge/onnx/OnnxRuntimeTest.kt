@@ -1,0 +1,43 @@
+package gemma.edge.onnx
+
+import ai.onnxruntime.OrtEnvironment
+import gemma.edge.Bundle
+import gemma.edge.BundleException
+import gemma.edge.Fixtures
+import gemma.edge.GemmaRuntime
+import gemma.edge.InputException
+import gemma.edge.assertRefuses
+import gemma.edge.engine.EngineTest
+import java.io.File
+import org.junit.Assert.assertEquals
+import org.junit.Test
+
+class OnnxRuntimeTest : EngineTest("onnx") {
+    @Test
+    fun the_fixtures_were_made_with_this_version() {
+        assertEquals("1.29.0", OrtEnvironment.getEnvironment().version)
+    }
+
+    @Test
+    fun the_engine_on_the_class_path_is_taken() {
+        assertEquals(listOf("onnx"), GemmaRuntime.available())
+        GemmaRuntime.open(Bundle.open(Fixtures.demoBundle), threads = 1).use { runtime ->
+            assertEquals("onnx", runtime.backend.name)
+            assertEquals("onnxruntime 1.29.0", "${runtime.library.name} ${runtime.library.version}")
+        }
+        assertRefuses<InputException>("threads 0") { GemmaRuntime.open(Bundle.open(Fixtures.demoBundle), threads = 0) }
+    }
+
+    @Test
+    fun a_graph_that_is_damaged_or_of_another_bundle_is_refused() {
+        val folder = Fixtures.copyOfDemo(temporary.root)
+        val graph = File(folder, "generate.onnx")
+        val bytes = graph.readBytes()
+        graph.writeBytes(ByteArray(bytes.size))
+        assertRefuses<BundleException>("generate.onnx is damaged") { open(folder) }
+        graph.writeBytes(bytes)
+        val manifest = File(folder, Bundle.MANIFEST)
+        manifest.writeText(manifest.readText().replace("\"slots\": 255", "\"slots\": 256"))
+        assertRefuses<BundleException>("past_key_values.0.key", "255", "256") { open(folder) }
+    }
+}

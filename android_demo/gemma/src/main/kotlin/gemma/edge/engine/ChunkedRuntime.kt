@@ -1,0 +1,203 @@
+package gemma.edge.engine
+
+import gemma.edge.Backend
+import gemma.edge.Bundle
+import gemma.edge.GemmaRuntime
+import gemma.edge.InputException
+import gemma.edge.JsonException
+import gemma.edge.StateException
+import gemma.edge.state.StateFile
+import gemma.edge.state.StateHeader
+import gemma.edge.text.IntList
+import java.io.File
+import java.nio.ByteBuffer
+import java.nio.ByteOrder
+
+/**
+ * What all engines share: checks, chunks, positions, rewinding and saved states. `Runtime` in runtimes/engines/base.py does the same.
+ * An engine runs one chunk in [forward], and hands out the logits of its last token in [logits].
+ */
+@EngineApi
+public abstract class ChunkedRuntime(final override val bundle: Bundle, final override val backend: Backend) : GemmaRuntime {
+    private val kept = IntList(keep = maxOf(MIN_KEPT_IDS, backend.cache.reach + backend.cache.context))
+    private var written = 0 // highest position written so far; larger than `position` after tokens were taken back
+    private var closed = false
+
+    final override var position: Int = 0
+        private set
+
+    final override val ids: IntArray
+        @Synchronized get() = kept.toArray()
+
+    /** The cache, if it can be read and written; null has states saved without it, and fed again. */
+    protected abstract val savedCache: SavedCache?
+
+    /** The largest number of tokens that [forward] takes. */
+    protected open val atOnce: Int get() = backend.cache.prefillChunk
+
+    /** Run the tokens from [start] until [end] of [ids] at [position]. At position 0 the cache must forget what it holds. */
+    protected abstract fun forward(ids: IntArray, start: Int, end: Int)
+
+    /** The logits after the last token of the last call of [forward], in an array that may be used again. */
+    protected abstract fun logits(): FloatArray
+
+    /** Free the model's memory; called once. */
+    protected abstract fun free()
+
+    /**
+     * Whether the cache still has every key that a text needs to go on at [position], if the highest position that was written is
+     * [written]. This is the answer for a ring, which has position p in slot p mod slots.
+     */
+    protected open fun holds(position: Int, written: Int): Boolean {
+        val layers = backend.cache.windows.zip(backend.cache.slots)
+        return layers.all { (window, slots) -> maxOf(0, position - window + 1) >= written - slots }
+    }
+
+    @Synchronized
+    final override fun prefill(ids: IntArray): FloatArray {
+        checkOpen()
+        if (ids.isEmpty()) throw InputException("there is no token to feed; give at least one token id")
+        val bad = ids.firstOrNull { it !in 0 until bundle.vocabSize }
+        if (bad != null) throw InputException("token id $bad is not below the vocabulary size ${bundle.vocabSize}")
+        feed(ids)
+        return logits()
+    }
+
+    @Synchronized
+    final override fun decode(token: Int): FloatArray = prefill(intArrayOf(token))
+
+    @Synchronized
+    final override fun reset() {
+        startAt(0)
+    }
+
+    @Synchronized
+    final override fun rewind(count: Int) {
+        checkOpen()
+        val target = position - count
+        val first = position - kept.size
+        if (count < 0 || count > kept.size) {
+            throw InputException("cannot rewind $count tokens: the last ${kept.size} of $position are remembered; give 0 to ${kept.size}")
+        }
+        val free = count == 0 || holds(target, written)
+        if (!free && first > maxOf(0, target - backend.cache.reach)) {
+            throw InputException("cannot rewind $count tokens: too few of the tokens before them are remembered; reset, and feed the text again")
+        }
+        kept.removeLast(count)
+        position = target
+        if (!free) feedAgain(kept.toArray())
+    }
+
+    @Synchronized
+    final override fun save(file: File, notes: String) {
+        checkOpen()
+        val last = kept.toArray()
+        val cache = savedCache
+        val tensors = listOf(StateTensor(StateFile.IDS, "I32", listOf(last.size))) + cache?.saved(written).orEmpty()
+        StateFile.write(file, StateHeader(backend.identity, position, written, notes), tensors) { tensor ->
+            if (tensor.name == StateFile.IDS) listOf(bytesOf(last)) else cache?.rows(tensor).orEmpty()
+        }
+    }
+
+    @Synchronized
+    final override fun load(file: File): String {
+        checkOpen()
+        StateFile.open(file).use { state ->
+            val header = state.header
+            val identity = backend.identity
+            if (header.identity != identity) {
+                throw StateException(
+                    "$file belongs to another bundle or backend (${header.identity.take(16)}...; this one is ${identity.take(16)}...); " +
+                        "feed its text again",
+                )
+            }
+            val last = idsIn(state)
+            val cache = savedCache
+            if (cache == null) {
+                position = header.position
+                feedAgain(last)
+            } else {
+                fill(cache, state)
+                kept.clear()
+                kept.addAll(last)
+                position = header.position
+                written = header.written
+            }
+            return header.notes
+        }
+    }
+
+    @Synchronized
+    final override fun close() {
+        if (closed) return
+        closed = true
+        free()
+    }
+
+    private fun checkOpen() = check(!closed) { "the runtime was closed" }
+
+    private fun feed(ids: IntArray) {
+        var done = false
+        try {
+            for (start in ids.indices step atOnce) {
+                val end = minOf(start + atOnce.toLong(), ids.size.toLong()).toInt()
+                forward(ids, start, end)
+                position += end - start
+                written = maxOf(written, position)
+                for (i in start until end) kept.add(ids[i])
+            }
+            done = true
+        } finally {
+            if (!done) startAt(0) // the contents of the cache are unknown
+        }
+    }
+
+    /** Write the cache anew with [last], the tokens before [position]. */
+    private fun feedAgain(last: IntArray) {
+        startAt(position - last.size)
+        if (last.isNotEmpty()) feed(last)
+    }
+
+    private fun startAt(start: Int) {
+        position = start
+        written = start
+        kept.clear()
+    }
+
+    private fun fill(cache: SavedCache, state: StateFile) {
+        val expected = cache.saved(state.header.written)
+        val saved = state.tensors.filter { it.name != StateFile.IDS }
+        val different = (saved - expected.toSet() + (expected - saved.toSet())).firstOrNull()
+        if (different != null) throw StateException("the state is damaged: ${different.name} is not what this bundle has; save it again")
+        var complete = false
+        try {
+            cache.fill(expected, state::read)
+            complete = true
+        } catch (error: JsonException) {
+            throw StateException("the state is damaged (${error.message}); save it again", error)
+        } finally {
+            if (!complete) startAt(0) // the contents of the cache are unknown
+        }
+    }
+
+    private fun idsIn(state: StateFile): IntArray {
+        val tensor = state.tensors.firstOrNull { it.name == StateFile.IDS && it.dtype == "I32" && it.shape.size == 1 }
+        val ids = tensor?.let { IntArray(it.shape[0]).also { ids -> state.read(tensor).asIntBuffer().get(ids) } }
+        val position = state.header.position
+        if (ids == null || ids.size > position || (position > 0 && ids.isEmpty()) || ids.any { it !in 0 until bundle.vocabSize }) {
+            throw StateException("the state is damaged: its token ids do not lead to position $position; save it again")
+        }
+        return ids
+    }
+
+    private fun bytesOf(ids: IntArray): ByteBuffer {
+        val bytes = ByteBuffer.allocate(Int.SIZE_BYTES * ids.size).order(ByteOrder.LITTLE_ENDIAN)
+        bytes.asIntBuffer().put(ids)
+        return bytes
+    }
+
+    private companion object {
+        // MIN_KEPT_IDS: how many of the last token ids are kept at least, as in the Python runtime.
+        const val MIN_KEPT_IDS = 1 shl 13
+    }
+}

@@ -1,0 +1,47 @@
+package gemma.edge.engine
+
+import java.nio.Buffer
+import java.nio.ByteBuffer
+import java.nio.ByteOrder
+
+/** A KV cache that can be read and written, so that its state can be saved. */
+@EngineApi
+public interface SavedCache {
+    /** The tensors of a state after [written] positions. */
+    public fun saved(written: Int): List<StateTensor>
+
+    /** The bytes of one of these tensors, in pieces. */
+    public fun rows(saved: StateTensor): List<ByteBuffer>
+
+    /** Fill the cache with saved tensors; [read] returns the bytes of one of them. */
+    public fun fill(saved: List<StateTensor>, read: (StateTensor) -> ByteBuffer)
+}
+
+/** One tensor of a state; [dtype] is the type's name in safetensors. */
+@EngineApi
+public data class StateTensor(public val name: String, public val dtype: String, public val shape: List<Int>) {
+    /** Its size in the file. */
+    public val bytes: Long get() = shape.fold(ITEM_BYTES.getValue(dtype)) { product, size -> product * size }
+
+    internal companion object {
+        val ITEM_BYTES = mapOf("I8" to 1L, "I32" to 4L, "F32" to 4L)
+    }
+}
+
+// These are functions of Buffer, because ByteBuffer has no `position` and `limit` of its own before Android 9.
+
+/** Set the position of a buffer. */
+@EngineApi
+public fun Buffer.goTo(place: Int) {
+    position(place)
+}
+
+/** Set the limit of a buffer. */
+@EngineApi
+public fun Buffer.endAt(end: Int) {
+    limit(end)
+}
+
+/** A direct buffer with the machine's order of bytes. */
+@EngineApi
+public fun direct(bytes: Int): ByteBuffer = ByteBuffer.allocateDirect(bytes).order(ByteOrder.nativeOrder())
