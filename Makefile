@@ -15,6 +15,7 @@ help:
 	@echo 'make real-model    only fetch it: with it the tests of a real model run'
 	@echo 'make test    ruff, mypy and pytest: what CI runs; ARGS="-k cache" is passed on to pytest'
 	@echo 'make android-test  the Kotlin library against Python, the app on the JVM; needs JDK 17, Maven and npm'
+	@echo 'make android-native-test  the Kotlin library on the engines of Android itself (x86_64); needs the same and a C compiler'
 	@echo 'make android       a signed APK of the app, without Android SDK and Gradle; needs the same'
 	@echo 'make phone   fetch Android'"'"'s adbd from Debian into out/phone: with it the tests of gemma-bench --device run'
 	@echo 'make tflite-runtime  an environment for tflite-runtime in out/tflite-runtime: with it its tests run; needs Python 3.11'
