@@ -75,9 +75,10 @@ $(ANDROID_BUILD)/bundles/float-cache/manifest.json: $(STAMP)
 # Bundles of another shape: three layers, windows of 8 and 24 tokens
 $(ANDROID_BUILD)/bundles/random/manifest.json: PRESET := gemma2-2b
 $(ANDROID_BUILD)/bundles/random-gemma3/manifest.json: PRESET := gemma3-4b
-$(ANDROID_BUILD)/bundles/random%/manifest.json: $(STAMP) tools/kotlin_fixtures/random_checkpoint.py
-	$(BIN)/python tools/kotlin_fixtures/random_checkpoint.py $(ANDROID_BUILD)/random$* $(PRESET)
-	$(BIN)/gemma-export $(ANDROID_BUILD)/random$* --target android --bits 4 --method rtn --kv-bits 32 --context 24 --prefill-chunk 5 \
+$(ANDROID_BUILD)/bundles/random/manifest.json $(ANDROID_BUILD)/bundles/random-gemma3/manifest.json: \
+		$(STAMP) tools/kotlin_fixtures/random_checkpoint.py
+	$(BIN)/python tools/kotlin_fixtures/random_checkpoint.py $(ANDROID_BUILD)/$(notdir $(@D)) $(PRESET)
+	$(BIN)/gemma-export $(ANDROID_BUILD)/$(notdir $(@D)) --target android --bits 4 --method rtn --kv-bits 32 --context 24 --prefill-chunk 5 \
 		--verify none -o $(@D) --force
 
 # The APK with the demo's bundle in it. ORT_AAR=FILE takes ONNX Runtime's official AAR; SHRINK=1 shrinks the app with R8.
