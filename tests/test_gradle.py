@@ -156,9 +156,10 @@ def test_every_entry_of_the_catalog_is_used_and_every_use_is_an_entry() -> None:
 
 def test_the_rules_keep_the_engines_that_the_library_finds_by_name() -> None:
     registry = ANDROID / "gemma" / "src" / "main" / "kotlin" / "gemma" / "edge" / "engine" / "Engine.kt"
-    engines = said(registry.read_text(encoding="utf-8"), r'"(gemma\.edge\.\w+\.\w+)", "gemma\.edge:([\w-]+)"')
-    assert sorted(module for _, module in engines) == [module for module in sorted(MODULES) if "gemma-" in module]
-    for name, module in engines:
+    source = registry.read_text(encoding="utf-8")
+    names, modules = said(source, r'"(gemma\.edge\.\w+\.\w+)", "gemma\.edge:'), said(source, r'"gemma\.edge:([\w-]+)"')
+    assert sorted(modules) == [module for module in sorted(MODULES) if "gemma-" in module]
+    for name, module in zip(names, modules, strict=True):
         package, _, class_name = name.rpartition(".")
         folder = ANDROID / module / "src" / "main" / "kotlin" / Path(*package.split("."))
         assert any(f"class {class_name} : Engine" in path.read_text(encoding="utf-8") for path in folder.glob("*.kt"))
