@@ -110,7 +110,7 @@ def refusal(base: Path, adapter: Path) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("base", ["tiny", "gemma3_scaled"])
+@pytest.mark.parametrize("base", ["tiny", "gemma1", "gemma3_scaled"])
 @pytest.mark.parametrize("options", KINDS.values(), ids=KINDS.keys())
 def test_merged_weights_are_those_of_peft(
     options: dict[str, Any], base: str, checkpoint: Callable[..., Path], tmp_path: Path
@@ -268,7 +268,7 @@ SAVED_WHOLE: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("base", ["tiny", "untied", "gemma3_scaled"])
+@pytest.mark.parametrize("base", ["tiny", "untied", "gemma1", "gemma3_scaled"])
 @pytest.mark.parametrize("options", SAVED_WHOLE.values(), ids=SAVED_WHOLE.keys())
 def test_modules_that_are_saved_whole_take_the_place_of_the_models(
     options: dict[str, Any], base: str, checkpoint: Callable[..., Path], tmp_path: Path

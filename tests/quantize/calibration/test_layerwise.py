@@ -145,7 +145,7 @@ def test_the_next_layer_was_fitted_to_what_the_checkpoint_computes(source: Check
         assert report.relative_error == pytest.approx(float(((x - y).norm(dim=-1) / y.norm(dim=-1)).mean()), rel=1e-3)
 
 
-@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text"])
+@pytest.mark.parametrize("model_type", ["gemma", "gemma2", "gemma3_text"])
 def test_scales_of_an_int8_cache_cover_the_keys_and_values_of_transformers(model_type: str, tmp_path: Path) -> None:
     """Keys as the cache holds them: normalised where the family does that, and rotated."""
     folder = make_checkpoint(tmp_path / "model", model_type=model_type, num_hidden_layers=6, initializer_range=0.1)

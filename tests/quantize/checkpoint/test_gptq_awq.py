@@ -104,7 +104,7 @@ ROUNDED: dict[str, tuple[dict[str, Any], bool]] = {
 }
 
 
-@pytest.mark.parametrize("shape", ["tiny", "untied", "gemma3_scaled"])
+@pytest.mark.parametrize("shape", ["tiny", "untied", "gemma1", "gemma3_scaled"])
 @pytest.mark.parametrize("quantization", KEPT.values(), ids=KEPT.keys())
 def test_integers_without_zero_points_stay_as_they_are(
     quantization: dict[str, Any], shape: str, checkpoint: Callable[..., Path], tmp_path: Path
@@ -134,7 +134,7 @@ def test_integers_without_zero_points_stay_as_they_are(
     assert_close(hf_logits(hf_model(tmp_path / "float"), IDS), expected, rtol=0.0, atol=0.0)
 
 
-@pytest.mark.parametrize("shape", ["tiny", "untied", "gemma3_scaled"])
+@pytest.mark.parametrize("shape", ["tiny", "untied", "gemma1", "gemma3_scaled"])
 @pytest.mark.parametrize(("quantization", "act_order"), ROUNDED.values(), ids=ROUNDED.keys())
 def test_other_integers_are_float_weights(
     quantization: dict[str, Any],
@@ -150,7 +150,7 @@ def test_other_integers_are_float_weights(
     assert not given.is_quantized and given.configs[WEIGHT] is None and given.dtype(WEIGHT) == torch.float32
     for name in weight_shapes(given.config):
         assert_close(given.matrix(name), meaning[f"{name}.weight"].float(), rtol=0.0, atol=0.0)
-    matrices = {"tiny": 28, "untied": 29, "gemma3_scaled": 21}[shape]
+    matrices = {"tiny": 28, "untied": 29, "gemma1": 28, "gemma3_scaled": 21}[shape]
     assert f"the integers of {matrices} matrices" in caplog.text and "rounded again" in caplog.text
 
 

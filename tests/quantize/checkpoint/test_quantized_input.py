@@ -52,6 +52,7 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
     "mixed groups": ("odd_sizes", make_recipe(4, group_size=64)),
     "int4 table": ("tiny", make_recipe(4, group_size=0, table_bits=4)),
     "int8": ("tiny", make_recipe(8)),
+    "gemma1": ("gemma1", make_recipe(8)),
     "gemma3": ("gemma3_scaled", make_recipe(8)),
     "some float": (
         "tiny",
@@ -66,6 +67,7 @@ NAMES = {
     "mixed groups": "int4-g32+int4-g64",
     "int4 table": "int4-channel-table4",
     "int8": "int8-channel",
+    "gemma1": "int8-channel",
     "gemma3": "int8-channel",
     "some float": "int4-g32+int8-channel",
 }
@@ -112,7 +114,7 @@ def test_scales_with_more_digits_than_a_backend_keeps_are_named(
     assert "executorch stores such scales in bfloat16: those of 1 weights" in caplog.text and "0.39 %" in caplog.text
 
 
-@pytest.mark.parametrize("shape", ["tiny", "gemma3_scaled"])
+@pytest.mark.parametrize("shape", ["tiny", "gemma1", "gemma3_scaled"])
 @pytest.mark.parametrize(("config", "scale_dtype"), GIVEN)
 def test_integers_of_llm_compressor_stay_bit_for_bit(
     config: QuantConfig, scale_dtype: torch.dtype, shape: str, checkpoint: Callable[..., Path], tmp_path: Path
@@ -135,7 +137,7 @@ def test_integers_of_llm_compressor_stay_bit_for_bit(
     )
 
 
-@pytest.mark.parametrize("shape", ["tiny", "gemma3_scaled"])
+@pytest.mark.parametrize("shape", ["tiny", "gemma1", "gemma3_scaled"])
 @pytest.mark.parametrize(("config", "scale_dtype"), GIVEN)
 def test_integers_of_llm_compressor_are_dequantized_as_transformers_does(
     config: QuantConfig, scale_dtype: torch.dtype, shape: str, checkpoint: Callable[..., Path], tmp_path: Path
