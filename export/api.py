@@ -82,7 +82,9 @@ def open_model(options: ExportOptions, progress: Progress = no_progress, *, plan
     calibrated = source.kv_scales is not None if source.is_quantized else recipe.calibrated
     hint = way_to_kv_scales(options.quantization, source, recipe)
     kv_dtypes = {
-        backend: planning.choose_kv_dtype(options.kv_bits, target, backend, calibrated=calibrated, hint=hint)
+        backend: planning.choose_kv_dtype(
+            options.kv_bits, target, backend, head_dim=source.config.head_dim, calibrated=calibrated, hint=hint
+        )
         for backend in backends
     }
     plans = _plan(options, source, recipe, target, kv_dtypes)

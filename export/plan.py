@@ -122,32 +122,43 @@ def make_plan(
     )
 
 
-def choose_kv_dtype(requested: int | None, target: Target, backend: str, *, calibrated: bool, hint: str) -> str:
-    """The element type of the KV cache: the requested one, else the target's where scales are calibrated, else float32.
+def choose_kv_dtype(
+    requested: int | None, target: Target, backend: str, *, head_dim: int, calibrated: bool, hint: str
+) -> str:
+    """The element type of the KV cache: the requested one, else the target's where it can be had, else float32.
 
     Args:
         requested: `kv_bits`.
         target: decides where nothing is requested.
         backend: the name of the backend that will hold the cache.
+        head_dim: the model's.
         calibrated: there will be scales.
         hint: how to get scales where there are none.
 
     Raises:
-        InputError: there is no such cache, or an int8 cache has no scales.
+        InputError: there is no such cache, not for this model, or an int8 cache has no scales.
     """
     if requested is not None and requested not in KV_DTYPES:
         raise InputError(field="kv_bits", value=requested, allowed=KV_DTYPES)
-    int8 = "int8" in registered()[backend].kv_dtypes
+    info = registered()[backend]
+    int8, fits = "int8" in info.kv_dtypes, head_dim % info.int8_kv_multiple == 0
     if requested == 8 and not int8:
         raise InputError(
             f"`kv_bits` 8: the {backend} backend keeps its cache in float32; use `kv_bits` 32", field="kv_bits", value=8
+        )
+    if requested == 8 and not fits:
+        raise InputError(
+            f"`kv_bits` 8: the model's head_dim is {head_dim}, and an int8 cache of the {backend} backend needs a multiple of"
+            f" {info.int8_kv_multiple}; use `kv_bits` 32",
+            field="kv_bits",
+            value=8,
         )
     if requested == 8 and not calibrated:
         raise InputError(
             f"`kv_bits` 8 needs calibration, which finds the cache's scales: {hint}", field="kv_bits", value=8
         )
     if requested is None:
-        requested = target.kv_bits if calibrated and int8 else 32
+        requested = target.kv_bits if calibrated and int8 and fits else 32
     return KV_DTYPES[requested]
 
 

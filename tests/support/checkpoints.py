@@ -79,14 +79,15 @@ SHAPES: dict[str, dict[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 200.0},
         },
     },
-    # nothing normalises Gemma 1's branches: with deviation 1 transformers is 2e-5 away from its own float64, with 0.3 it is 6e-6
+    # nothing normalises Gemma 1's branches: with deviation 1 transformers is 2e-5 away from its own float64, with 0.3 it is 6e-6.
+    # With an int8 cache such differences become steps of the rounding: that takes 0.1, where it is 2e-7.
     "gemma1": {"model_type": "gemma", "num_attention_heads": 8, "head_dim": 24, "initializer_range": 0.3},
     "gemma1_one_head": {
         "model_type": "gemma",
         "num_hidden_layers": 3,
         "num_key_value_heads": 1,
         "rms_norm_eps": 1e-3,
-        "initializer_range": 0.3,
+        "initializer_range": 0.1,
     },
     "gemma3_odd": {  # the pattern begins and ends in its middle; five query heads, which together are wider than the model
         "model_type": "gemma3_text",

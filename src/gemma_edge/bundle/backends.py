@@ -59,6 +59,7 @@ class BackendInfo:
     runs_with: Package
     made_with: Package | None = None  # None: what it runs with
     kv_dtypes: tuple[str, ...] = ("float32",)  # element types that its KV cache can have
+    int8_kv_multiple: int = 1  # an int8 cache needs a `head_dim` that is a multiple of it
     in_all: bool = False  # belongs to ALL
 
     @property
@@ -109,6 +110,7 @@ _BUILT_IN = (
         f"{_EXPORT}.onnx.backend:BACKEND",
         Package("onnxruntime", "gemma-edge[onnx]"),
         kv_dtypes=("int8", "float32"),
+        int8_kv_multiple=16,  # ONNX Runtime: "head_size must be a multiple of 16 for an 8-bit KV cache"
         in_all=True,
     ),
     BackendInfo(

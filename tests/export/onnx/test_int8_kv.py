@@ -226,7 +226,9 @@ def test_a_second_try_makes_and_judges_only_what_failed_by_the_same_references(
 def test_which_cache_is_taken() -> None:
     phone, desktop = TARGETS["android"], TARGETS["desktop"]
     found = {
-        (asked, target.name, calibrated): choose_kv_dtype(asked, target, "onnx", calibrated=calibrated, hint="")
+        (asked, target.name, calibrated): choose_kv_dtype(
+            asked, target, "onnx", head_dim=48, calibrated=calibrated, hint=""
+        )
         for asked in (None, 8, 32)
         for target in (phone, desktop, TARGETS["raspberry-pi"])
         for calibrated in (False, True)
@@ -244,6 +246,20 @@ def test_which_cache_is_taken() -> None:
 def test_a_cache_that_cannot_be_is_refused_in_one_line(bits: str, message: str) -> None:
     result = CliRunner().invoke(main, ["plan", str(DEMO), "--quality", "fast", "--kv-bits", bits])
     assert result.exit_code == 2 and result.stderr.startswith(message) and result.stderr.count("\n") == 1
+
+
+def test_a_head_that_the_kernel_cannot_take_gets_a_float32_cache(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """It was planned, lowered, and then refused by ONNX Runtime, by default too: its head_dim is 24."""
+    folder = tmp_path / "model"
+    quantized = write_quantized(Checkpoint.open(checkpoint("gemma1")), make_recipe(8), folder)
+    unit = torch.ones(quantized.config.num_key_value_heads, quantized.config.head_dim)
+    write_kv_scales(folder, {layer: (unit, unit) for layer in range(quantized.config.num_hidden_layers)})
+    options = ExportOptions(model=str(folder), prefill_chunk=7)
+    assert pipeline.open_model(options, plan_only=True).plans["onnx"].kv_dtype == "float32"
+    with pytest.raises(InputError, match="head_dim is 24, .* onnx backend needs a multiple of 16; use kv_bits 32"):
+        pipeline.open_model(replace(options, kv_bits=8), plan_only=True)
 
 
 def test_plan_of_an_int8_cache_is_a_quarter_and_lets_a_larger_context_fit(model: Path) -> None:

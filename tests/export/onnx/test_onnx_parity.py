@@ -187,6 +187,7 @@ def assert_equal_but_for_ties(found: torch.Tensor, expected: torch.Tensor, float
         ("heads_like_27b", 1.2),
         ("starts_global", 1.2),
         ("no_softcaps", 1.2),
+        ("gemma1_one_head", 1.2),
         ("gemma3_scaled", 1.2),
     ],
 )

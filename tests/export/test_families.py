@@ -1,4 +1,4 @@
-"""Gemma 3 through the ordinary pipeline: plan, bundle, gate, what the manifest says of it, and generation past its windows."""
+"""Gemma 1 and 3 through the ordinary pipeline: plan, bundle, gate, what the manifest says, and generation past windows."""
 
 from __future__ import annotations
 
@@ -27,14 +27,23 @@ from gemma_edge.runtimes.generation.sampling import Sampler, SamplingParams
 from gemma_edge.runtimes.generation.speculate import CLOSE, Speculation
 
 CONTEXT, CHUNK = 24, 7
-BACKENDS = ("onnx", "tflite")  # ExecuTorch takes a minute: export/executorch/ has its tests of Gemma 3
+BACKENDS = ("onnx", "tflite")  # ExecuTorch takes a minute: export/executorch/ has its tests of them
+
+
+WINDOWS = {"gemma1_one_head": [CONTEXT] * 3, "gemma3": [8, 8, 8, 8, 8, CONTEXT, 8]}  # of the layers' caches
+
+
+@pytest.fixture(scope="module", params=WINDOWS)
+def shape(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
 
 
 @pytest.fixture(scope="module")
-def made(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Export:
+def made(shape: str, checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Export:
     options = ExportOptions(
-        model=str(checkpoint("gemma3")),
-        out=tmp_path_factory.mktemp("gemma3") / "bundle",
+        model=str(checkpoint(shape)),
+        out=tmp_path_factory.mktemp(shape) / "bundle",
         quantization=QuantizeOptions(bits=32),
         context=CONTEXT,
         prefill_chunk=CHUNK,
@@ -55,26 +64,31 @@ def test_the_gate_passes_with_a_kl_of_nothing(backend: str, made: Export) -> Non
     assert result.quality.kl <= 1e-6 and result.quality.top1 == 1.0
 
 
-def test_the_manifest_and_genai_name_the_family(made: Export) -> None:
+NAMED = {"gemma1_one_head": ("gemma", False, 1e4, None), "gemma3": ("gemma3_text", True, 1e6, 1e4)}
+
+
+def test_the_manifest_and_genai_name_the_family(shape: str, made: Export) -> None:
+    architecture, qk_norm, theta, local_theta = NAMED[shape]
     config = made.manifest.config
-    assert made.manifest.model.architecture == config.architecture == "gemma3_text" and config.qk_norm
-    assert (config.rope_theta, config.rope_local_base_freq) == (1e6, 1e4)
-    assert json.loads((made.bundle / "genai_config.json").read_text())["model"]["type"] == "gemma3_text"
+    assert made.manifest.model.architecture == config.architecture == architecture and config.qk_norm == qk_norm
+    assert (config.rope_theta, config.rope_local_base_freq) == (theta, local_theta)
+    assert json.loads((made.bundle / "genai_config.json").read_text())["model"]["type"] == architecture
 
 
-def test_only_global_layers_have_a_cache_of_the_context(made: Export) -> None:
-    windows = [layer.window for layer in made.manifest.backends["onnx"].cache.layers]
-    assert windows == [8, 8, 8, 8, 8, CONTEXT, 8]
+def test_only_global_layers_have_a_cache_of_the_context(shape: str, made: Export) -> None:
+    assert [layer.window for layer in made.manifest.backends["onnx"].cache.layers] == WINDOWS[shape]
 
 
-def test_the_bundle_computes_what_transformers_computes(runtime: Runtime, checkpoint: Callable[..., Path]) -> None:
+def test_the_bundle_computes_what_transformers_computes(
+    runtime: Runtime, shape: str, checkpoint: Callable[..., Path]
+) -> None:
     ids = torch.arange(3, 3 + CONTEXT)
     found = torch.from_numpy(runtime.score(ids.tolist()))
-    assert relative_error(found, hf_logits(hf_model(checkpoint("gemma3")), ids)) <= 1e-4
+    assert relative_error(found, hf_logits(hf_model(checkpoint(shape)), ids)) <= 1e-4
 
 
 def test_every_rewind_past_windows_and_context_is_exact(runtime: Runtime) -> None:
-    """Six rings of a window of 8 and one of the context hold tokens for different times."""
+    """In Gemma 3 six rings of a window of 8 and one of the context hold tokens for different times."""
     ids = some_ids(60, runtime.vocab_size)
     span = float(np.ptp(runtime.score(ids)))
     worst, free, again = worst_error(runtime, ids, range(0, 50, 7), range(1, 20, 3))
