@@ -42,7 +42,7 @@ demo: setup
 	@ls -1 $(BUNDLE)
 	@echo 'Talk to it:      $(BIN)/gemma-run $(BUNDLE) --prompt "It is a truth universally acknowledged, that"'
 	@echo 'Look inside:     $(BIN)/gemma-export inspect $(BUNDLE)'
-	@echo 'A real model:    $(BIN)/gemma-export FOLDER --target android --bits 4   (FOLDER: Gemma 2 or 3 from Hugging Face)'
+	@echo 'A real model:    $(BIN)/gemma-export FOLDER --target android --bits 4   (FOLDER: Gemma 1, 2 or 3 from Hugging Face)'
 
 # A real Gemma from the package index to a bundle of every backend, an answer of each, and a report with plots.
 real-model: $(REAL)/gemma-3-270m.gguf
