@@ -184,7 +184,7 @@ def assert_equal_but_for_ties(found: torch.Tensor, expected: torch.Tensor, float
     [
         ("tiny", 1.2),
         ("tiny", 0.5),
-        ("heads_like_27b", 1.2),
+        ("heads_like_27b", 1.3),  # at 1.2 a key of an early position lies on a tie, and most later ones see it
         ("starts_global", 1.2),
         ("no_softcaps", 1.2),
         ("gemma1_one_head", 1.2),
