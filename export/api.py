@@ -213,17 +213,13 @@ def _failed_place(out: Path) -> Path:
 
 def _gate_failed(options: ExportOptions, out: Path, bundle: Path, failures: dict[str, list[str]]) -> InputError:
     figures = "; ".join(f"{name}: {figure}" for name, out_of_bounds in failures.items() for figure in out_of_bounds)
-    if not options.keep_failed:
-        return InputError(
-            f"{out} not made: it differs too much from the original ({figures})",
-            hint=f"{CLOSER}; `keep_failed` keeps it to look at",
-        )
-    kept = _failed_place(out)
-    refuse_existing(kept, options.force)  # somebody may have made it in the meantime
-    put(bundle, kept, aside=bundle.with_name("failed"))
-    return InputError(
-        f"{out} not made: it differs too much from the original ({figures})", hint=f"{CLOSER}; it lies in {kept}"
-    )
+    where = "`keep_failed` keeps it to look at"
+    if options.keep_failed:
+        kept = _failed_place(out)
+        refuse_existing(kept, options.force)  # somebody may have made it in the meantime
+        put(bundle, kept, aside=bundle.with_name("failed"))
+        where = f"it lies in {kept}"
+    return InputError(f"{out} not made: it differs too much from the original ({figures})", hint=f"{CLOSER}; {where}")
 
 
 def to_json(done: Export) -> dict[str, Any]:

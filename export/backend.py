@@ -53,9 +53,8 @@ class Backend(ABC):
     """The exporting half of a backend. Its integers are the quantizer's, unchanged."""
 
     name: str  # as in its BackendInfo
-    signed_scales: ClassVar[bool] = (
-        False  # whether its kernels multiply by scales below zero, which llama.cpp's Q4_0 has
-    )
+    # signed_scales: whether its kernels multiply by scales below zero, which llama.cpp's Q4_0 has
+    signed_scales: ClassVar[bool] = False
 
     def refuse_unsupported(self, config: GemmaConfig, configs: Configs, float_bits: int) -> None:
         """Refuse a model with a weight that the backend would compute wrongly, or not at all.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gemma_edge.errors import InputError
 from gemma_edge.files import link_home
-from gemma_edge.reading import GGUF_SUFFIX
+from gemma_edge.reading import is_gguf
 
 DEFAULT_MODEL = "google/gemma-2-2b-it"
 STOP_IDS = "generation_config.json"
@@ -77,7 +77,7 @@ def resolve_adapter(lora: str | Path) -> Path:
     Raises:
         InputError: as `resolve` does.
     """
-    is_id = re.fullmatch(ID, str(lora)) and not str(lora).lower().endswith(GGUF_SUFFIX)
+    is_id = re.fullmatch(ID, str(lora)) and not is_gguf(lora)
     if not Path(lora).is_dir() and not is_id:
         raise InputError(
             field="lora", value=lora, hint="give a PEFT adapter's folder with adapter_config.json, or a Hugging Face id"
@@ -94,7 +94,7 @@ def resolve(model: str) -> Path:
     """
     if Path(model).is_dir():
         return Path(model)
-    if model.lower().endswith(GGUF_SUFFIX):
+    if is_gguf(model):
         from gemma_edge.model.gguf.folder import prepare  # here: it imports NumPy, and `--help` does not wait for that
 
         return prepare(Path(model))

@@ -151,7 +151,8 @@ class Shards:
 def _opened(folder: Path, files: list[Path] | None) -> Sequence[TensorFile]:
     """The model's files, or those that are given."""
     if files is None and is_prepared(folder):
-        return [GgufFile(path, text_config(folder)[1].norms) for path in pointed(folder)]
+        _, family = text_config(folder)
+        return [GgufFile(path, family.norms) for path in pointed(folder)]
     return [SafetensorsFile(path) for path in files or _shard_paths(folder)]
 
 

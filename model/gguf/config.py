@@ -42,9 +42,8 @@ class _Architecture:
     """What llama.cpp knows of an architecture beside the metadata."""
 
     family: Family
-    layers_of_27b: int | None = (
-        None  # the size whose attention is scaled by hidden_size / heads; in the others it is head_dim
-    )
+    # layers_of_27b: the size whose attention is scaled by hidden_size / heads; in the others it is head_dim
+    layers_of_27b: int | None = None
 
 
 ARCHITECTURES = {

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from gemma_edge import user_cache
@@ -16,7 +18,7 @@ from gemma_edge.errors import InputError
 from gemma_edge.files import label, write_whole
 from gemma_edge.model.config import GemmaConfig
 from gemma_edge.model.gguf.config import config_json
-from gemma_edge.model.gguf.reader import HINT, Header, read_header
+from gemma_edge.model.gguf.reader import HINT, Header, file_status, opened, read_header
 from gemma_edge.model.gguf.tokenizer import text_files
 from gemma_edge.reading import GGUF_SUFFIX, present, read_json
 
@@ -44,21 +46,20 @@ def prepare(path: Path) -> Path:
         InputError: the file or one of its parts is missing, damaged or no Gemma, or there is no cache folder.
     """
     paths = parts(path)
-    headers = [read_header(part) for part in paths]
-    _check_parts(paths, headers)
-    key = json.dumps([LAYOUT, *((str(part), header.status) for part, header in zip(paths, headers, strict=True))])
-    folder = _cache(f"{label(model_name(paths[0]))}-{hashlib.sha256(key.encode()).hexdigest()[:32]}")
-    if not present(folder / CONFIG):  # it is written last
-        _write(folder, paths, headers)
-    return folder
+    key = hashlib.sha256(json.dumps([LAYOUT, *((str(part), _status(part)) for part in paths)]).encode())
+    name = f"{label(model_name(paths[0]))}-{key.hexdigest()[:32]}"
+    if not present(_home() / name / CONFIG):  # it is written last
+        headers = [read_header(part) for part in paths]
+        _check_parts(paths, headers)
+        _write(_cache(name), paths, headers)
+    return _cache(name)
 
 
 def is_prepared(folder: Path) -> bool:
     """Whether `prepare` made a folder. One that came from elsewhere may hold a file called POINTER too, and its author would
     choose which files of this machine are read: only in the user's own cache it means something.
     """
-    home = user_cache.place(KIND)
-    return present(folder / POINTER) and folder.resolve().parent == home.resolve()
+    return present(folder / POINTER) and folder.resolve().parent == _home().resolve()
 
 
 def pointed(folder: Path) -> list[Path]:
@@ -96,9 +97,27 @@ def _check_parts(paths: list[Path], headers: list[Header]) -> None:
         raise InputError(f"{paths[0]}: two of its parts hold the same tensor", hint=HINT)
 
 
-def _cache(key: str) -> Path:
+def _status(path: Path) -> tuple[int, ...]:
+    with opened(path) as file:
+        return file_status(file)
+
+
+def _home() -> Path:
+    """Where the prepared folders lie."""
+    with _no_cache_is_bad_input():
+        return user_cache.place(KIND)
+
+
+def _cache(name: str) -> Path:
+    """The folder of a name, which is made if it is not there."""
+    with _no_cache_is_bad_input():
+        return user_cache.folder(KIND, name)
+
+
+@contextmanager
+def _no_cache_is_bad_input() -> Iterator[None]:
     try:
-        return user_cache.folder(KIND, key)
+        yield
     except (OSError, RuntimeError) as error:
         raise InputError(
             f"no place to keep the tokenizer of a GGUF file ({error}); set {user_cache.VARIABLE} to a folder that can be"

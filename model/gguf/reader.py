@@ -178,7 +178,8 @@ def _header(cursor: _Cursor) -> Header:
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or not 0 < alignment <= 1 << 20:
         raise ValueError(f"general.alignment is {alignment!r}")
-    places = _unique(tensors, partial(_place, cursor))
+    sizes = {kind.value: (kind.name, *size) for kind, size in package().GGML_QUANT_SIZES.items()}
+    places = _unique(tensors, partial(_place, cursor, sizes))
     base = -(-cursor.position // alignment) * alignment
     moved = {name: Place(p.type, p.shape, base + p.start, p.row_bytes) for name, p in places.items()}
     for name, place in moved.items():
@@ -197,15 +198,17 @@ def _unique(count: int, read: Callable[[], tuple[str, T]]) -> dict[str, T]:
     return result
 
 
-def _place(cursor: _Cursor) -> tuple[str, Place]:
-    """A tensor's name and place, counted from the first byte of the data."""
-    gguf = package()
+def _place(cursor: _Cursor, sizes: Mapping[int, tuple[str, int, int]]) -> tuple[str, Place]:
+    """A tensor's name and place, counted from the first byte of the data.
+
+    Args:
+        sizes: by a type's number, its name, and the weights and bytes of a block.
+    """
     name, axes = cursor.text(MAX_NAME), cursor.u32()
     if not 0 < axes <= MAX_AXES:
         raise ValueError(f"{printable(name)} has {axes} axes")
     shape = tuple(reversed([cursor.count(cursor.size) for _ in range(axes)]))
     number, start = cursor.u32(), cursor.count(cursor.size)
-    sizes = {kind.value: (kind.name, *size) for kind, size in gguf.GGML_QUANT_SIZES.items()}
     kind, block, block_bytes = sizes.get(number, (f"of the unknown type {number}", 1, 0))
     if kind not in TYPES:
         raise InputError(f"{cursor.file.name}: tensor {printable(name)} is {kind}", allowed=TYPES)

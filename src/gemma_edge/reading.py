@@ -34,6 +34,11 @@ KINDS = {
 }
 
 
+def is_gguf(path: str | Path) -> bool:
+    """Whether a file is a GGUF file, by its name."""
+    return str(path).lower().endswith(GGUF_SUFFIX)
+
+
 def present(path: Path) -> bool:
     """Whether something lies at a path, even something that cannot be read."""
     return os.path.lexists(path)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
 from quality_child import LINEAR
 from quality_judge import Made
 from quality_ours import Bar, Contender
@@ -45,9 +45,8 @@ def by_the_tool(model: PreTrainedModel, windows: Tensor, *, options: QuantizeOpt
     calibration = Calibration(windows, quality.rounds, quality.refit) if quality.tokens else None
     work = Quantization(options, source, choose_recipe(options, source, None, no_progress)[0], calibration)
     with tempfile.TemporaryDirectory() as place:
-        os.environ[user_cache.VARIABLE] = (
-            place  # nothing may be there from a run before: its CPU seconds would be missing
-        )
+        # an empty cache: the CPU seconds of a run before would be missing
+        os.environ[user_cache.VARIABLE] = place
         start = time.process_time()
         quantized, _ = make_checkpoint(work, Path(place, "checkpoint"), no_progress, [])
         cpu_s = time.process_time() - start
@@ -66,16 +65,19 @@ def _put(model: PreTrainedModel, quantized: QuantizedCheckpoint) -> None:
 
 def _bits(quantized: QuantizedCheckpoint) -> tuple[float, float]:
     """Bits per weight of the linears and of the table, scales included."""
-    linears, table = [0.0, 0.0], 0.0
-    for name, (rows, columns) in weight_shapes(quantized.config).items():
+    stored = {}
+    for name, shape in weight_shapes(quantized.config).items():
         config = quantized.configs[name]
         assert config is not None, "every matrix becomes integers here"
-        bits = config.bits + 16 / (config.group_size or columns)
-        if LINEAR.fullmatch(f"{name}.weight"):
-            linears = [linears[0] + bits * rows * columns, linears[1] + rows * columns]
-        else:
-            table = bits
-    return linears[0] / linears[1], table
+        stored[f"{name}.weight"] = config.stored_bytes(*shape), shape[0] * shape[1]
+    return _bits_per_weight(stored)
+
+
+def _bits_per_weight(stored: Mapping[str, tuple[int, int]]) -> tuple[float, float]:
+    """Bits per weight of all linears together, and of the table, from each matrix's bytes and number of weights."""
+    linears = [sizes for name, sizes in stored.items() if LINEAR.fullmatch(name)]
+    table_bytes, table_weights = stored[TABLE]
+    return 8 * sum(size for size, _ in linears) / sum(count for _, count in linears), 8 * table_bytes / table_weights
 
 
 def by_llama_cpp(model: PreTrainedModel, windows: Tensor, *, peer: LlamaCpp, kind: str, imatrix: bool) -> Made:
@@ -98,18 +100,8 @@ def by_llama_cpp(model: PreTrainedModel, windows: Tensor, *, peer: LlamaCpp, kin
         file = GgufFile(out, GEMMA3.norms)
         for name in file.tensors:
             model.get_parameter(name).copy_(file.rows(name))
-        return Made(cpu_s, *_file_bits(file))
-
-
-def _file_bits(file: GgufFile) -> tuple[float, float]:
-    bits = weights = table = 0.0
-    for name, entry in file.tensors.items():
-        count = torch.Size(entry.shape).numel()
-        if LINEAR.fullmatch(name):
-            bits, weights = bits + 8 * (entry.stop - entry.start), weights + count
-        elif name == TABLE:
-            table = 8 * (entry.stop - entry.start) / count
-    return bits / weights, table
+        sizes = {name: (entry.stop - entry.start, math.prod(entry.shape)) for name, entry in file.tensors.items()}
+        return Made(cpu_s, *_bits_per_weight(sizes))
 
 
 def _run(command: Sequence[str | Path]) -> None:
