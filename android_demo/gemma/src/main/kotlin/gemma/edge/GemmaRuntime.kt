@@ -50,9 +50,9 @@ public interface GemmaRuntime : AutoCloseable {
     public fun rewind(count: Int)
 
     /**
-     * Write the state to a file. The same backend of the same bundle can [load] it again, here or in the Python runtime. The ONNX backend
-     * saves the tokens and the rows of the cache that are in use; the other backends save the tokens only. The file is written whole or
-     * not at all.
+     * Write the state to a file, which the same backend of the same bundle can [load] again. The ONNX backend saves the tokens and the
+     * rows of the cache that are in use, and the Python runtime can load them too; the other backends save the tokens only. The file is
+     * written whole or not at all.
      *
      * @param notes a JSON object that is saved with the state.
      * @throws java.io.IOException the file cannot be written.

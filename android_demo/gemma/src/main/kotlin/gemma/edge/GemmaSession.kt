@@ -92,8 +92,8 @@ public class GemmaSession(
     }
 
     /**
-     * Write the conversation and the runtime's state to one file, for [load] here and `Session.restore` in Python. If an answer is being given,
-     * this waits until it ends.
+     * Write the conversation and the runtime's state to one file, for [load] here and, with the ONNX backend, `Session.restore` in
+     * Python. If an answer is being given, this waits until it ends.
      *
      * @throws java.io.IOException the file cannot be written.
      */

@@ -4,13 +4,13 @@ import gemma.edge.Backend
 import gemma.edge.Bundle
 import gemma.edge.BundleException
 import gemma.edge.GemmaRuntime
-import gemma.edge.UnsupportedException
 import gemma.edge.engine.ChunkedRuntime
 import gemma.edge.engine.Engine
 import gemma.edge.engine.EngineLibrary
 import gemma.edge.engine.EngineOptions
 import gemma.edge.engine.ProgramFile
 import gemma.edge.engine.SavedCache
+import gemma.edge.engine.noNativeLibrary
 import java.io.File
 import org.pytorch.executorch.EValue
 import org.pytorch.executorch.Module
@@ -25,10 +25,7 @@ public class ExecuTorchEngine : Engine {
         try {
             return ExecuTorchRuntime(bundle, backend, loaded(file.path, options.threads))
         } catch (error: LinkageError) {
-            throw UnsupportedException(
-                "ExecuTorch has no native library for ${System.getProperty("os.arch")} here (${error.message?.lines()?.first()}); " +
-                    "use a device with arm64-v8a or x86_64",
-            )
+            throw noNativeLibrary("ExecuTorch", error)
         }
     }
 

@@ -9,16 +9,16 @@ import com.google.ai.edge.litert.TensorBuffer
 import gemma.edge.Backend
 import gemma.edge.Bundle
 import gemma.edge.BundleException
-import gemma.edge.GemmaException
 import gemma.edge.GemmaRuntime
 import gemma.edge.Signature
-import gemma.edge.UnsupportedException
 import gemma.edge.engine.ChunkedRuntime
 import gemma.edge.engine.Engine
 import gemma.edge.engine.EngineLibrary
 import gemma.edge.engine.EngineOptions
 import gemma.edge.engine.ProgramFile
+import gemma.edge.engine.Resources
 import gemma.edge.engine.SavedCache
+import gemma.edge.engine.noNativeLibrary
 
 /** LiteRT, through its Kotlin API. */
 public class LiteRtEngine : Engine {
@@ -27,10 +27,7 @@ public class LiteRtEngine : Engine {
         try {
             return packedWeights(bundle, backend, options.cacheDir).use { weights -> LiteRtRuntime(bundle, backend, options.threads, weights.path) }
         } catch (error: LinkageError) {
-            throw UnsupportedException(
-                "LiteRT has no native library for ${System.getProperty("os.arch")} here (${error.message?.lines()?.first()}); " +
-                    "use a device with arm64-v8a or x86_64",
-            )
+            throw noNativeLibrary("LiteRT", error)
         }
     }
 }
@@ -42,7 +39,7 @@ public class LiteRtEngine : Engine {
  */
 internal class LiteRtRuntime(bundle: Bundle, backend: Backend, threads: Int, packedWeights: String?) : ChunkedRuntime(bundle, backend) {
     private val path = bundle.file(backend.program)
-    private val open = ArrayList<AutoCloseable>()
+    private val resources = Resources()
     private val signatures = Signatures(backend.signatures)
     private val model: CompiledModel
     private val inputs = HashMap<String, Map<String, TensorBuffer>>() // by signature
@@ -68,12 +65,12 @@ internal class LiteRtRuntime(bundle: Bundle, backend: Backend, threads: Int, pac
     init {
         var complete = false
         try {
-            val environment = keep(Environment.create(emptyMap()))
-            val file = keep(Model.load(path.path))
+            val environment = resources.add(Environment.create(emptyMap()))
+            val file = resources.add(Model.load(path.path))
             for (signature in backend.signatures) checkContract(file, signature)
             val options = CompiledModel.Options(Accelerator.CPU)
             options.cpuOptions = CompiledModel.CpuOptions(threads, null, packedWeights)
-            model = keep(CompiledModel.create(file, options, environment))
+            model = resources.add(CompiledModel.create(file, options, environment))
             bindBuffers()
             complete = true
         } catch (error: LiteRtException) {
@@ -93,7 +90,7 @@ internal class LiteRtRuntime(bundle: Bundle, backend: Backend, threads: Int, pac
 
     override fun logits(): FloatArray = logits
 
-    override fun free() = open.asReversed().forEach { it.close() }
+    override fun free() = resources.close()
 
     /** A chunk less one token of slots lies behind the ring, and the last call may have written as much padding over old keys. */
     override fun holds(position: Int, written: Int): Boolean =
@@ -117,9 +114,9 @@ internal class LiteRtRuntime(bundle: Bundle, backend: Backend, threads: Int, pac
         val caches = HashMap<String, TensorBuffer>()
         for (signature in backend.signatures) {
             val name = signature.name
-            for ((key, shape) in cacheShapes) caches.getOrPut(key) { keep(model.createInputBuffer(key, name)).also { it.clear(key, shape) } }
-            inputs[name] = caches + listOf("tokens", "input_pos").associateWith { keep(model.createInputBuffer(it, name)) }
-            outputs[name] = if (signature.prefills) caches else caches + ("logits" to keep(model.createOutputBuffer("logits", name)))
+            for ((key, shape) in cacheShapes) caches.getOrPut(key) { resources.add(model.createInputBuffer(key, name)).also { it.clear(key, shape) } }
+            inputs[name] = caches + listOf("tokens", "input_pos").associateWith { resources.add(model.createInputBuffer(it, name)) }
+            outputs[name] = if (signature.prefills) caches else caches + ("logits" to resources.add(model.createOutputBuffer("logits", name)))
         }
     }
 
@@ -140,8 +137,6 @@ internal class LiteRtRuntime(bundle: Bundle, backend: Backend, threads: Int, pac
         if (actual?.asList() == expected) return
         throw BundleException("$path: $key of ${signature.name} is ${actual?.asList()}, the manifest says $expected; export the bundle again")
     }
-
-    private fun <T : AutoCloseable> keep(resource: T): T = resource.also { open.add(it) }
 
     private companion object {
         // PADDING: the position of a token that fills up a call.

@@ -10,10 +10,11 @@ internal class Signatures(private val all: List<Signature>) {
     /** The calls that feed [count] tokens from [position] on. The last one gives the logits of the last token. */
     fun calls(position: Int, count: Int): List<Call> {
         val calls = ArrayList<Call>()
-        while (calls.sumOf { it.count } < count - 1) {
-            val start = calls.sumOf { it.count }
+        var start = 0
+        while (start < count - 1) {
             val best = best(all, position + start, count - 1 - start)
             calls += Call(best, start, minOf(count - 1 - start, best.tokens))
+            start += calls.last().count
         }
         calls += Call(best(all.filter { !it.prefills }, position + count - 1, 1), count - 1, 1)
         return calls

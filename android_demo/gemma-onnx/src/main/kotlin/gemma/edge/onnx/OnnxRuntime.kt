@@ -12,16 +12,17 @@ import gemma.edge.Bundle
 import gemma.edge.BundleException
 import gemma.edge.GemmaException
 import gemma.edge.GemmaRuntime
-import gemma.edge.UnsupportedException
 import gemma.edge.engine.ChunkedRuntime
 import gemma.edge.engine.Engine
 import gemma.edge.engine.EngineLibrary
 import gemma.edge.engine.EngineOptions
+import gemma.edge.engine.Resources
 import gemma.edge.engine.SavedCache
 import gemma.edge.engine.StateTensor
 import gemma.edge.engine.direct
 import gemma.edge.engine.endAt
 import gemma.edge.engine.goTo
+import gemma.edge.engine.noNativeLibrary
 import java.io.File
 import java.nio.ByteBuffer
 import java.nio.FloatBuffer
@@ -40,11 +41,7 @@ public class OnnxEngine : Engine {
         thread.start()
         thread.join()
         val environment = made!!.getOrElse { error ->
-            if (error !is LinkageError) throw error
-            throw UnsupportedException(
-                "ONNX Runtime has no native library for ${System.getProperty("os.arch")} here (${error.message}); " +
-                    "use a device with arm64-v8a or x86_64",
-            )
+            throw if (error is LinkageError) noNativeLibrary("ONNX Runtime", error) else error
         }
         return environment.also { it.setTelemetry(false) }
     }
@@ -172,15 +169,6 @@ internal class OnnxRuntime(bundle: Bundle, backend: Backend, private val environ
                 )
             }
         }
-    }
-
-    /** Resources that are closed together, in the reverse order of their creation. */
-    private class Resources : AutoCloseable {
-        private val open = ArrayList<AutoCloseable>()
-
-        fun <T : AutoCloseable> add(resource: T): T = resource.also { open.add(it) }
-
-        override fun close() = open.asReversed().forEach { it.close() }
     }
 
     /** The cache, bound to the session again after its tensors were replaced. */

@@ -29,6 +29,13 @@ public interface Engine {
 @EngineApi
 public class EngineOptions(public val threads: Int, public val cacheDir: File?)
 
+/** The refusal of a device for which a library for inference has no native part; [name] is the library's. */
+@EngineApi
+public fun noNativeLibrary(name: String, error: LinkageError): UnsupportedException = UnsupportedException(
+    "$name has no native library for ${System.getProperty("os.arch")} here (${error.message?.lines()?.first()}); " +
+        "use a device with arm64-v8a or x86_64",
+)
+
 /**
  * A library for inference, and its version if it tells one.
  *
