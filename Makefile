@@ -6,6 +6,9 @@ BUNDLE := out/tiny-gemma2
 PROMPT := And the LORD said unto
 REAL := out/real
 
+# Python keeps what it has compiled, even where an image forbids it. Otherwise every process compiles torch again, for seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help setup demo real real-model phone tflite-runtime test campaign sbom clean
 
 help:
