@@ -40,6 +40,7 @@ QUANTIZERS = {
         "transformers>=5.10,<6", "accelerate", "safetensors", "click", "pip",
     ),
     "llm-compressor": (TORCH, "llmcompressor==0.14.0.1"),
+    "auto-round": (TORCH, "auto-round==0.16.1"),
 }  # fmt: skip
 CMAKE_OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release",  # -O3

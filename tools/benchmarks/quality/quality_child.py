@@ -130,6 +130,30 @@ def llm_compressor(settings: dict[str, Any], folder: Path, windows: Tensor | Non
     return {n: p.detach().float().contiguous() for n, p in model.named_parameters() if LINEAR.fullmatch(n)}
 
 
+def auto_round(folder: Path, windows: Tensor | None) -> dict[str, Tensor]:
+    """Rounding learned by signed gradients, over the whole model, with AutoRound's own number of steps."""
+    from auto_round import AutoRound  # type: ignore[import-not-found]
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if windows is None:
+        raise RuntimeError("AutoRound needs calibration windows")
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    data = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in windows]
+    with torch.enable_grad():
+        changed, _ = AutoRound(
+            model,
+            tokenizer=tokenizer,
+            scheme="W4A16",
+            group_size=GROUP,
+            dataset=data,
+            nsamples=len(data),
+            seqlen=windows.shape[1],
+            device_map="cpu",
+        ).quantize()
+    return {n: p.detach().float().contiguous() for n, p in changed.named_parameters() if LINEAR.fullmatch(n)}
+
+
 @dataclass(frozen=True)
 class Peer:
     """One row of the table."""
@@ -161,6 +185,7 @@ PEERS = {
     "llm-compressor GPTQ, actorder static": Peer(
         _COMPRESSOR, "llm-compressor", SYMMETRIC, partial(llm_compressor, {"actorder": "static"}), calibrated=True
     ),
+    "AutoRound": Peer(("auto-round", "transformers", "torch"), "auto-round", SYMMETRIC, auto_round, calibrated=True),
 }
 
 
