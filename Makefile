@@ -9,7 +9,7 @@ REAL := out/real
 # Python keeps what it has compiled, even where an image forbids it. Otherwise every process compiles torch again, for seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo real real-model phone tflite-runtime test campaign sbom clean
+.PHONY: help setup demo real real-model web phone tflite-runtime test campaign sbom clean
 
 help:
 	@echo 'make setup   make .venv and install everything into it (the other targets do it when needed)'
@@ -20,6 +20,7 @@ help:
 	@echo 'make android-test  the Kotlin library against Python, the app on the JVM; needs JDK 17, Maven and npm'
 	@echo 'make android-native-test  the Kotlin library on the engines of Android itself (x86_64); needs the same and a C compiler'
 	@echo 'make android       a signed APK of the app, without Android SDK and Gradle; needs the same'
+	@echo 'make web     make a static site of the demo into out/web, whose page runs the model; with it the tests of pages run; needs npm'
 	@echo 'make phone   fetch Android'"'"'s adbd from Debian into out/phone: with it the tests of gemma-bench --device run'
 	@echo 'make tflite-runtime  an environment for tflite-runtime in out/tflite-runtime: with it its tests run; needs Python 3.11'
 	@echo 'make campaign      try thousands of damaged inputs, bundles and requests, for about an hour; ARGS="--seed 7" is passed on'
@@ -61,6 +62,11 @@ real: real-model
 	$(BIN)/gemma-eval $(REAL)/bundle --reference $(REAL)/gemma-3-270m.gguf --html $(REAL)/report.html
 	@$(BIN)/python -m webbrowser $(abspath $(REAL))/report.html > /dev/null 2>&1 || true
 	@echo 'Plots of the last table: $(REAL)/report.html'
+
+# A static site: also for the tests that open it in a browser.
+web: setup
+	$(BIN)/gemma-export demo/tiny-gemma2 --target web --bits 4 -o out/web --force
+	@echo 'Look at it:   python3 -m http.server --directory out/web 8000   and open http://localhost:8000'
 
 # For tests of phones; needs apt, but nobody's password: nothing is installed.
 phone: out/phone/.made

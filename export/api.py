@@ -30,6 +30,7 @@ from gemma_edge.model.gguf.folder import model_name
 from gemma_edge.progress import Progress, Stage, no_progress
 from gemma_edge.quantize.api import (
     CHECKPOINT,
+    DEFAULT_BITS,
     Quantization,
     calibration_tokens,
     choose_calibration,
@@ -39,7 +40,8 @@ from gemma_edge.quantize.api import (
     way_to_kv_scales,
 )
 from gemma_edge.quantize.mixed.choose import parse_size
-from gemma_edge.quantize.recipe import Recipe
+from gemma_edge.quantize.options import QuantizeOptions
+from gemma_edge.quantize.recipe import FIXED, Recipe
 
 __all__ = ["Export", "Opened", "export", "open_model", "to_json"]
 
@@ -77,6 +79,7 @@ def open_model(options: ExportOptions, progress: Progress = no_progress, *, plan
     gated = backends if options.verify != "none" and not plan_only else []
     pythons = gate_pythons(gated, options.runtime_python)
     source = open_source(options.model, options.lora)
+    options = replace(options, quantization=_for_target(options.quantization, target, source))
     typed_config(source.config.to_json())  # refuses, before any work, what no bundle could hold
     recipe, choice = choose_recipe(options.quantization, source, onnx_weights, progress)
     calibrated = source.kv_scales is not None if source.is_quantized else recipe.calibrated
@@ -94,6 +97,15 @@ def open_model(options: ExportOptions, progress: Progress = no_progress, *, plan
     name = path.resolve().name if path.is_dir() else model_name(Path(path.name))
     seen = None if plan_only else choose_calibration(options.quantization, source, recipe)
     return Opened(name, source, recipe, target, plans, seen, choice, pythons)
+
+
+def _for_target(quantization: QuantizeOptions, target: Target, source: Weights) -> QuantizeOptions:
+    """The options with the target's group size, where they leave it open and it applies."""
+    decided = (quantization.group_size, quantization.recipe, quantization.size, quantization.bpw)
+    open_still = all(choice is None for choice in decided) and quantization.bits in (None, DEFAULT_BITS)
+    if target.group_size is None or not open_still or quantization.method in FIXED or source.is_quantized:
+        return quantization
+    return replace(quantization, group_size=target.group_size)
 
 
 def _plan(

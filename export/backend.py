@@ -131,6 +131,7 @@ class Kernels:
     owner: str  # the library that they are part of
     bits: tuple[int, ...] = (4, 8)  # of integers
     multiple: int = 2  # columns of a 4-bit group, or of a row without groups, are a multiple of it
+    groups: bool = True  # whether they multiply by a scale per group
 
     def refuse_weight(self, weight: str, config: QuantConfig | None, columns: int, float_bits: int) -> None:
         """Refuse what they would compute wrongly, or not at all.
@@ -152,6 +153,13 @@ class Kernels:
                 f"{weight} has {config.bits} bits: {self.owner} multiplies 8 only; use `{field}` 8",
                 field=field,
                 value=config.bits,
+            )
+        if config.group_size and not self.groups:
+            raise InputError(
+                f"{weight} has groups of {config.group_size}: the {self.backend} backend computes them wrongly; use"
+                " `group_size` 0, or another `backend`",
+                field="group_size",
+                value=config.group_size,
             )
         if config.bits == 8 and config.group_size:
             raise InputError(

@@ -114,7 +114,12 @@ def contents(folder: Path) -> set[str]:
 def test_wheel_holds_the_packages_their_data_and_the_licences(built: Path) -> None:
     files = [*LINKS.glob("**/*.py"), *(path for top in TOPS for path in (ROOT / top).rglob("*.py"))]
     files += [LINKS / "py.typed", *(LINKS / "text" / "data").iterdir(), *LINKS.glob("**/*.j2")]
-    files += [path for top in TOPS for kind in ("*.j2", "*.html") for path in (ROOT / top).rglob(kind)]
+    files += [
+        path
+        for top in TOPS
+        for kind in ("*.j2", "*.html", "*.js", "*.d.ts", "package.json")
+        for path in (ROOT / top).rglob(kind)
+    ]
     expected = {path.relative_to(LINKS if path.is_relative_to(LINKS) else ROOT).as_posix() for path in files}
     found = contents(built)
     assert {name for name in found if ".dist-info/" not in name} == {f"gemma_edge/{path}" for path in expected}

@@ -8,12 +8,14 @@ inside the model.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from gemma_edge.bundle.geometry import CacheGeometry
+from gemma_edge.bundle.signature import Signature
 from gemma_edge.export.backend import Backend, Kernels, LoweringTask, StoredWeights
 from gemma_edge.export.tflite import packing
 from gemma_edge.export.tflite.packing import Packing
@@ -35,6 +37,7 @@ class TFLiteBackend(Backend):
     packing: Packing
     variables: bool = False  # caches are variables made by `reset`; False: inputs that come back as outputs
     needs: dict[str, str] = field(default_factory=dict)  # oldest version that runs it, for the manifest
+    signatures: Callable[[CacheGeometry], list[Signature]] = signatures  # of the model
 
     def refuse_weight(self, weight: str, config: QuantConfig | None, columns: int, float_bits: int) -> None:
         """See Kernels."""
@@ -47,7 +50,7 @@ class TFLiteBackend(Backend):
     def own_ram(self, config: GemmaConfig, cache: CacheGeometry) -> int:
         """What each signature holds for itself: its graph, and what goes from layer to layer around the caches."""
         passed = config.hidden_size + (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
-        every = signatures(cache)
+        every = self.signatures(cache)
         tokens = sum(each.tokens for each in every if each.role == PREFILL)
         rows = sum(rows for rows, _ in weight_shapes(config).values())
         return len(every) * GRAPH_PER_ROW * rows + 4 * tokens * passed * config.num_hidden_layers
@@ -67,11 +70,11 @@ class TFLiteBackend(Backend):
                 name for name, config in checkpoint.configs.items() if config and bool(config.group_size) == grouped
             ]
             checkpoint.check_scales(weights, dtype, self.name)
-        model = build_model(checkpoint, cache, self.packing, variables=self.variables)
+        model = build_model(checkpoint, cache, self.packing, self.signatures(cache), variables=self.variables)
         write_model(model, self.packing, checkpoint, task.out / self.file, task.progress)
         return {
             "program": self.file,
-            "signatures": [asdict(each) for each in signatures(cache)],
+            "signatures": [asdict(each) for each in self.signatures(cache)],
             **self.needs,
         }
 
@@ -80,9 +83,8 @@ class TFLiteBackend(Backend):
         from gemma_edge.export.tflite.check import check_tflite
 
         checkpoint, cache = task.checkpoint, task.cache
-        check_tflite(
-            task.out / self.file, self.packing, checkpoint.config, checkpoint.configs, cache, signatures(cache)
-        )
+        signed = self.signatures(cache)
+        check_tflite(task.out / self.file, self.packing, checkpoint.config, checkpoint.configs, cache, signed)
 
 
 LITERT = TFLiteBackend(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from gemma_edge.export.hollow import hollow
 from gemma_edge.export.tflite.graph import Model, Subgraph
 from gemma_edge.export.tflite.operators import Lowering, Variable, Weight
 from gemma_edge.export.tflite.packing import Packing
-from gemma_edge.export.tflite.seams import Step, signatures, states
+from gemma_edge.export.tflite.seams import Step, states
 from gemma_edge.model.gemma import Gemma, inverse_frequencies
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
 
@@ -26,20 +26,26 @@ MODULE = "decoder."  # prefix of the decoder's names inside a traced signature
 
 
 def build_model(
-    checkpoint: QuantizedCheckpoint, geometry: CacheGeometry, packing: Packing, *, variables: bool
+    checkpoint: QuantizedCheckpoint,
+    geometry: CacheGeometry,
+    packing: Packing,
+    signatures: Sequence[Signature],
+    *,
+    variables: bool,
 ) -> Model:
     """The graphs of every signature, their weights still missing.
 
     Args:
         checkpoint, geometry: the model, and the geometry of its caches.
         packing: how weights will lie in the file.
+        signatures: what the model can compute.
         variables: caches are variables made by `reset`; False: inputs that come back as outputs.
     """
     model = Model(packing.stored_weights(checkpoint))
     with torch.device("meta"):
         decoder = Gemma(checkpoint.config).eval()
     decoder.load_state_dict({name: hollow(value) for name, value in decoder.state_dict().items()}, assign=True)
-    for signature in signatures(geometry):
+    for signature in signatures:
         program = trace(decoder, geometry, signature)
         add_signature(model, signature.name, program, checkpoint, states(geometry) if variables else {})
     if variables:

@@ -181,6 +181,12 @@ def signatures(geometry: CacheGeometry) -> list[Signature]:
     ]
 
 
+def two_signatures(geometry: CacheGeometry) -> list[Signature]:
+    """One signature for prompts and one for answers: for an engine that packs the weights anew for each."""
+    chunk = geometry.prefill_chunk
+    return [Signature(f"{PREFILL}_{chunk}", PREFILL, chunk), Signature(DECODE, DECODE, 1)]
+
+
 class Step(nn.Module):
     """One signature: a chunk through the decoder."""
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from ai_edge_litert.compiled_model import CompiledModel
@@ -34,13 +35,15 @@ Named = Mapping[str, TensorBuffer]
 class TFLiteRuntime(SignatureRuntime):
     """A bundle's TFLite backend."""
 
+    backend: ClassVar[str] = "tflite"
+
     def __init__(self, bundle: Path, manifest: Manifest, *, threads: int | None) -> None:
         """Load the model and make the caches; arguments as SignatureRuntime's.
 
         Raises:
             InputError: LiteRT is too old, or the file is not what the manifest says.
         """
-        super().__init__(bundle, manifest, "tflite", threads, package="ai-edge-litert", oldest=OLDEST_LITERT)
+        super().__init__(bundle, manifest, self.backend, threads, package="ai-edge-litert", oldest=OLDEST_LITERT)
         self._caches: dict[str, TensorBuffer] = {}  # each is an input and an output of every signature
         self._io: dict[str, tuple[Named, Named]] = {}
         with self._loading():
@@ -98,6 +101,12 @@ class TFLiteRuntime(SignatureRuntime):
         flat = outputs["logits"].read(signature.tokens * self.vocab_size, np.float32)
         logits: Logits = flat.reshape(signature.tokens, self.vocab_size)
         return logits
+
+
+class WebRuntime(TFLiteRuntime):
+    """A bundle's web backend, which browsers run by LiteRT.js."""
+
+    backend = "web"
 
 
 @lru_cache(1)

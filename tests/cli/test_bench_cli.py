@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from support.browser import look_at, needs_browser
+from support.browsing.browser import look_at, needs_browser
 from support.toys import edit_json, write_toy_bundle
 
 from gemma_edge.bench.cli import main

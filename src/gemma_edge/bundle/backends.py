@@ -121,6 +121,8 @@ _BUILT_IN = (
         in_all=True,
     ),
     BackendInfo("tflite", f"{_ENGINES}.litert:TFLiteRuntime", f"{_EXPORT}.tflite.backend:LITERT", _LITERT, in_all=True),
+    # a static site around a model for LiteRT.js; here LiteRT runs the same file
+    BackendInfo("web", f"{_ENGINES}.litert:WebRuntime", f"{_EXPORT}.web.backend:BACKEND", _LITERT),
     BackendInfo(
         "tflite-runtime",
         f"{_ENGINES}.tflite_runtime:InterpreterRuntime",

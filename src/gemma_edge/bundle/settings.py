@@ -68,7 +68,7 @@ class SignatureSettings(_ProgramSettings):
 
 @dataclass(frozen=True)
 class TFLiteSettings(SignatureSettings):
-    """The model of the TFLite backend."""
+    """The model of the TFLite backend, and of the web backend."""
 
     min_litert: Version
 
@@ -86,6 +86,7 @@ SETTINGS: dict[str, Any] = {
     "executorch": ExecuTorchSettings,
     "tflite": TFLiteSettings,
     "tflite-runtime": TFLiteRuntimeSettings,
+    "web": TFLiteSettings,
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
-from support.browser import needs_browser, wait_on
+from support.browsing.browser import needs_browser, wait_on
 from support.serving import send, until
 
 pytest.importorskip("starlette", reason="starlette is not installed: pip install 'gemma-edge[serve]'")

@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 import random
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from corpora import EVALUATION
 
 CONTEXT, ENDING, CHOICES = 40, 12, 4  # words before, words of a passage, passages

@@ -20,14 +20,16 @@ from statistics import median
 from typing import Any
 
 import click
-from corpora import CALIBRATION, EVALUATION
-from gemma3_270m import FILE, FOLDER
-from measure import describe, machine, spread, table, versions, write_json
-from peers import LlamaCpp
 from plots import Point, write_plot
 
 from gemma_edge.bench.result import load
 from gemma_edge.bench.stats import METRICS, groups
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from corpora import CALIBRATION, EVALUATION
+from gemma3_270m import FILE, FOLDER
+from measure import describe, machine, spread, table, versions, write_json
+from peers import LlamaCpp
 
 WINDOW = 512
 # KINDS: type of file -> whether llama-quantize is given an importance matrix.

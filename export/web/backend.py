@@ -1,0 +1,85 @@
+"""The backend web: the model for LiteRT.js, with the page and the libraries that run it, all in the bundle's folder.
+
+LiteRT.js computes groups wrongly, so there is one scale per channel. Each signature packs the weights anew in WebAssembly's
+memory, of which there are 4 GiB, so there is one signature for prompts and one for answers.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gemma_edge.export.backend import Configs, Kernels, LoweringTask, StoredWeights
+from gemma_edge.export.tflite import packing
+from gemma_edge.export.tflite.backend import TFLiteBackend
+from gemma_edge.export.tflite.seams import two_signatures
+from gemma_edge.export.web.packages import PACKAGES, check_npm, fetched
+from gemma_edge.model.config import GemmaConfig
+from gemma_edge.runtimes import web
+
+SITE = (
+    "index.html",
+    "page.js",
+    "gemma-edge.js",
+    "gemma-edge.d.ts",
+    "worker.js",
+    "engine.js",
+    "sampling.js",
+    "store.js",
+    "sw.js",
+)
+BARE, RELATIVE = '"@litertjs/wasm-utils"', '"./litert-wasm-utils.js"'  # a worker resolves no names of packages
+COPIES = 3  # of the weights in memory while it starts: the file, and one for each signature
+
+
+@dataclass(frozen=True)
+class WebBackend(TFLiteBackend):
+    """A `.tflite` and a static site around it."""
+
+    def refuse_unsupported(self, config: GemmaConfig, configs: Configs, float_bits: int) -> None:
+        """See Backend."""
+        super().refuse_unsupported(config, configs, float_bits)
+        check_npm()
+
+    def resident_bytes(self, weights: StoredWeights) -> int:
+        """See Backend."""
+        return COPIES * self.weights_bytes(weights)
+
+    def write(self, task: LoweringTask) -> dict[str, Any]:
+        """See Backend."""
+        write_site(task.out)
+        return super().write(task)
+
+
+def write_site(out: Path) -> None:
+    """Put page and libraries into a folder.
+
+    Raises:
+        InputError: a library cannot be fetched.
+        RuntimeError: a library is not as expected.
+    """
+    for name in SITE:
+        shutil.copyfile(Path(web.__file__).parent / name, out / name)
+    for package in PACKAGES:
+        folder = fetched(package)
+        for name in package.files.values():
+            shutil.copyfile(folder / name, out / name)
+    litert = out / "litert.js"
+    code = litert.read_text(encoding="utf-8")
+    if code.count(BARE) != 1:
+        raise RuntimeError(f"{litert.name} does not import {BARE} once: another LiteRT.js")
+    litert.write_text(code.replace(BARE, RELATIVE), encoding="utf-8")
+    lines = [f"{each.name} {each.version}: {each.licence}\n" for each in PACKAGES]
+    (out / "THIRD_PARTY.txt").write_text("Libraries of this site, from npm:\n" + "".join(lines), encoding="utf-8")
+
+
+BACKEND = WebBackend(
+    "web",
+    "model.web.tflite",
+    Kernels("web", "LiteRT.js", groups=False),
+    packing.LITERT,
+    needs={"min_litert": "2.3"},
+    signatures=two_signatures,
+)

@@ -1,0 +1,246 @@
+"""The site that `--target web` makes, in a real browser: Chromium without a window runs the model by LiteRT.js."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.browsing.browser import needs_browser, wait_on
+from support.browsing.site import Site, served
+from support.checkpoints import ROOT
+from support.lowered import prefilled, some_ids
+from support.tflite_bundles import UNEVEN, make_bundle
+
+pytest.importorskip("ai_edge_litert", reason="ai-edge-litert is not installed: pip install 'gemma-edge[tflite]'")
+
+import gemma_edge
+from gemma_edge.quantize.recipe import make_recipe
+from gemma_edge.runtimes.generation.generate import GenerationOptions, generate
+from gemma_edge.text.tokenizer import Tokenizer
+
+MADE = ROOT / "out/web"
+PROMPT = (
+    "And the LORD said unto Moses, Speak unto the children of Israel, and say unto them, When ye be come into the land"
+)
+NEW = 40
+
+pytestmark = [
+    needs_browser,
+    pytest.mark.skipif(not (MADE / "manifest.json").is_file(), reason="no site: make web makes one, with npm"),
+]
+
+# ASK: a page that runs a piece of JavaScript with `load`, and shows what it returns, or the error.
+ASK = """<!doctype html><body><script type="module">
+import {{ load }} from "./gemma-edge.js";
+const options = {{ maxTokens: {new} }};
+const all = async (pieces) => {{ let text = ""; for await (const piece of pieces) text += piece; return text; }};
+let shown;
+try {{ shown = await (async () => {{ {script} }})(); }} catch (error) {{ shown = {{ error: error.message }}; }}
+const result = document.createElement("pre");
+result.id = "result";
+result.textContent = JSON.stringify(shown);
+document.body.append(result);
+</script></body>"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of the site."""
+    return Path(shutil.copytree(MADE, tmp_path / "site"))
+
+
+def ask(site: Site, home: Path, script: str, page: str = "ask.html") -> Any:
+    """What a script returns in the browser."""
+    (site.folder / page).write_text(ASK.format(script=script, new=NEW), encoding="utf-8")
+    document, console = wait_on(site.url + page, home, 'document.getElementById("result") !== null')
+    found = re.search(r'<pre id="result">(.*?)</pre>', document, re.DOTALL)
+    assert found, console
+    answer = json.loads(unescape(found[1]))
+    return {**answer, "console": console} if "error" in answer else answer
+
+
+COMPLETE = "const model = await load('./'), session = model.session(); "
+COMPLETE += f"const text = await all(session.complete({json.dumps(PROMPT)}, options)); "
+COMPLETE += "return {text, stats: session.stats, threads: model.threads, name: model.name, context: model.context};"
+
+
+def native() -> tuple[list[int], str]:
+    """What LiteRT itself says to PROMPT: ids and text."""
+    runtime = gemma_edge.load(MADE)
+    tokenizer = Tokenizer(MADE, runtime.manifest)
+    options = GenerationOptions(max_tokens=NEW)
+    ids = list(generate(runtime, tokenizer.encode(PROMPT), options, stop_ids=runtime.manifest.config.eos_token_id))
+    return ids, tokenizer.decode(ids)
+
+
+def test_it_answers_as_gemma_run_does_and_fetches_the_weights_once(folder: Path, tmp_path: Path) -> None:
+    ids, text = native()
+    with served(folder) as site:
+        for _visit in ("first", "second"):
+            said = ask(site, tmp_path, COMPLETE)
+            assert "error" not in said, said
+            assert said["stats"]["tokens"] == ids and said["text"] == text
+    assert [path for path, _ in site.requests].count("/model.web.tflite") == 1
+
+
+def test_the_page_talks_and_does_so_without_a_network_from_the_second_visit_on(folder: Path, tmp_path: Path) -> None:
+    """The service worker isolates the page after its first visit, so the second one has threads."""
+    ready = 'document.getElementById("state")?.textContent.startsWith("Ready") === true'
+    with served(folder) as site:
+        wait_on(site.url, tmp_path, ready)
+        (folder / "talk.html").write_text(
+            (folder / "index.html").read_text(encoding="utf-8").replace("</body>", f"<script>{TALK}</script></body>"),
+            encoding="utf-8",
+        )
+        wait_on(f"{site.url}talk.html", tmp_path, 'document.title === "talked"')
+    document, _ = wait_on(f"{site.url}talk.html", tmp_path, 'document.title === "talked"')
+    (turn,) = re.findall(r'<p class="model">(.*?)</p>', document, re.DOTALL)
+    assert [unescape(turn)] == chatted(PROMPT)
+    assert "1 thread." not in document
+
+
+# TALK: writes PROMPT into the page's form as soon as it is there, and says when the answer is complete.
+TALK = f"""
+const wait = setInterval(() => {{
+  const form = document.getElementById("form");
+  if (form.hidden || document.querySelector("#turns p")) return;
+  document.getElementById("text").value = {json.dumps(PROMPT)};
+  form.requestSubmit();
+  const done = setInterval(() => {{
+    if (!document.getElementById("send").hidden) {{ clearInterval(done); document.title = "talked"; }}
+  }}, 50);
+}}, 50);
+"""
+
+
+def chatted(*messages: str, tokens: int = 256) -> list[str]:
+    """What gemma-run's chat answers to messages."""
+    session = gemma_edge.Session.open(MADE, GenerationOptions(max_tokens=tokens))
+    return ["".join(session.send(message)) for message in messages]
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_download_that_broke_off_goes_on_there(folder: Path, tmp_path: Path, ranges: bool) -> None:
+    """A server that knows no ranges sends the whole file again."""
+    ids, _ = native()
+    with served(folder) as site:
+        site.ranges, site.break_off["model.web.tflite"] = ranges, 3_000_000
+        broken = ask(site, tmp_path, COMPLETE)
+        assert "model.web.tflite broke off" in broken["error"] and "load the page again" in broken["error"]
+        assert ask(site, tmp_path, COMPLETE)["stats"]["tokens"] == ids
+        asked = [part for path, part in site.requests if path == "/model.web.tflite"]
+    assert asked[0] is None and int(re.sub(r"\D", "", str(asked[1]))) > 0
+
+
+def test_another_file_than_the_manifests_is_refused_and_forgotten(folder: Path, tmp_path: Path) -> None:
+    ids, _ = native()
+    good = (folder / "model.web.tflite").read_bytes()
+    with served(folder) as site:
+        (folder / "model.web.tflite").write_bytes(good[:-100] + bytes(100))
+        assert "is not the file that the manifest names" in ask(site, tmp_path, COMPLETE)["error"]
+        (folder / "model.web.tflite").write_bytes(good + bytes(1))
+        assert "has more than" in ask(site, tmp_path, COMPLETE)["error"]
+        (folder / "model.web.tflite").write_bytes(good)
+        assert ask(site, tmp_path, COMPLETE)["stats"]["tokens"] == ids
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [("manifest.json", "manifest.json: the server answered 404"), ("tokenizer.json", "has no tokenizer.json")],
+)
+def test_a_missing_file_is_named(folder: Path, tmp_path: Path, file: str, said: str) -> None:
+    (folder / file).unlink()
+    with served(folder) as site:
+        assert said in ask(site, tmp_path, COMPLETE)["error"]
+
+
+def test_a_conversation_is_gemma_runs(folder: Path, tmp_path: Path) -> None:
+    """The second message goes on in the caches of the first one."""
+    script = (
+        "const session = (await load('./')).session(), said = []; for (const message of ['Who art thou?', 'Go on.']) "
+    )
+    script += "said.push([await all(session.chat(message, options)), session.stats.promptTokens]); return {said};"
+    with served(folder) as site:
+        (first, fed), (second, more) = ask(site, tmp_path, script)["said"]
+    assert [first, second] == chatted("Who art thou?", "Go on.", tokens=NEW)
+    assert more <= fed + 5
+
+
+# PROBE: a worker that feeds texts chunk by chunk and posts the logits after each chunk.
+PROBE = """
+importScripts("sha256.js");
+(async () => {{
+  const {{ open }} = await import("./engine.js");
+  const engine = await open({{ url: new URL("./", location.href).href }}, () => {{}});
+  const ids = {ids}, rows = [];
+  for (const end of {ends}) rows.push([...(await engine.feed(ids.slice(0, end))).logits]);
+  postMessage({{ rows }});
+}})().catch((error) => postMessage({{ error: error.message }}));
+"""
+
+
+@pytest.mark.parametrize("shape", ["tiny", "gemma3_odd"])
+def test_logits_of_a_random_model_past_window_and_context_in_uneven_chunks(
+    shape: str, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every weight is random and different. The browser's logits are compared with LiteRT's for the same file."""
+    monkeypatch.setattr("gemma_edge.export.web.backend.check_npm", lambda: None)
+    monkeypatch.setattr("gemma_edge.export.web.backend.write_site", copy_site)
+    recipe = make_recipe(4, group_size=0, method="rtn")
+    quantized, bundle = make_bundle(checkpoint(shape), tmp_path, recipe, context=24, name="web")
+    ids, ends = some_ids(sum(UNEVEN), quantized.config.vocab_size), np.cumsum(UNEVEN)
+    expected = prefilled(gemma_edge.load(bundle), ids, UNEVEN)
+    shutil.copyfile(MADE / "tokenizer.json", bundle / "tokenizer.json")
+    (bundle / "probe.js").write_text(PROBE.format(ids=ids, ends=ends.tolist()), encoding="utf-8")
+    script = "return new Promise((resolve) => { new Worker('probe.js').onmessage = ({ data }) => resolve(data); });"
+    with served(bundle) as site:
+        said = ask(site, tmp_path, script)
+    assert "error" not in said, said
+    found = torch.tensor(said["rows"])
+    kl = torch.nn.functional.kl_div(
+        found.log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="batchmean"
+    )
+    assert kl <= 2e-3
+    assert torch.equal(found.argmax(-1), expected.argmax(-1))
+
+
+def copy_site(out: Path) -> None:
+    for file in MADE.iterdir():
+        if file.suffix in (".js", ".wasm", ".html", ".ts"):
+            shutil.copyfile(file, out / file.name)
+
+
+STOPPED = """
+const model = await load('./'), session = model.session(), pieces = [];
+const say = (choices) => all(session.complete('And', choices));
+for await (const piece of session.complete('And', {maxTokens: 400})) {
+  pieces.push(piece);
+  if (pieces.length === 3) session.stop();
+}
+const first = session.stats;
+for await (const piece of session.complete('And', {maxTokens: 400})) break;
+await say({maxTokens: 2});
+const after = session.stats, seeded = [];
+for (const seed of [7, 7, 8]) seeded.push(await say({maxTokens: 12, temperature: 1, topK: 20, topP: 0.9, seed}));
+const refused = await say({topP: 2}).catch((error) => error.message);
+return {first, after, seeded, refused};
+"""
+
+
+def test_stop_within_a_token_seeds_and_a_wrong_option(folder: Path, tmp_path: Path) -> None:
+    with served(folder) as site:
+        said = ask(site, tmp_path, STOPPED)
+    assert "error" not in said, said
+    assert said["first"]["stopped"] and 3 <= len(said["first"]["tokens"]) < 20
+    assert not said["after"]["stopped"] and len(said["after"]["tokens"]) == 2
+    same, again, other = said["seeded"]
+    assert same == again != other
+    assert "topP 2" in said["refused"]
