@@ -33,6 +33,7 @@ import quality_gemma
 import quality_judge
 import quality_ours
 import torch
+from plots import Point, write_plot
 from quality_child import PEERS, Peer
 from quality_judge import WINDOW, Judge, Made, Score, cut, linears
 from quality_ours import Bar, Contender
@@ -203,11 +204,16 @@ def _mean_and_range(values: Sequence[float]) -> str:
     return text if len(values) == 1 else f"{text} ({min(values):.4f}-{max(values):.4f})"
 
 
+def weight_counts(judge: Judge) -> tuple[int, int]:
+    """How many weights the linears have together, and the table."""
+    weights = sum(weight.numel() for weight in linears(judge.model).values())
+    return weights, judge.model.get_parameter("model.embed_tokens.weight").numel()
+
+
 def as_table(rows: Mapping[str, Row], judge: Judge, title: str) -> str:
     """A table of the rows, the best first, ours in bold."""
     peers = [row.kl for row in rows.values() if row.peer]
-    weights = sum(weight.numel() for weight in linears(judge.model).values())
-    embedding = judge.model.get_parameter("model.embed_tokens.weight").numel()
+    sizes = weight_counts(judge)
     header = (
         title,
         "bits/weight",
@@ -224,7 +230,7 @@ def as_table(rows: Mapping[str, Row], judge: Judge, title: str) -> str:
             name if row.peer else f"**{name}**",
             f"{row.scores[0].made.weight_bits:.2f}",
             f"{row.scores[0].made.table_bits:.2f}",
-            f"{row.megabytes(weights, embedding):.1f}",
+            f"{row.megabytes(*sizes):.1f}",
             _mean_and_range([score.kl for score in row.scores]),
             f"{row.kl / min(peers):.2f}" if peers else "-",
             f"{mean(score.top1 for score in row.scores):.1%}",
@@ -293,12 +299,21 @@ def prepare(
     show_default=True,
     help=f"Number of calibration windows of {WINDOW} tokens in each draw.",
 )
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw KL over bytes into this SVG file.")
 @click.option("--fresh", is_flag=True, help="Measure again what has a saved score.")
 @click.option(
     "--json", "out", type=click.Path(path_type=Path, dir_okay=False), help="Write the figures to this JSON file, too."
 )
 @torch.no_grad()
-def main(work: Path, model: str, peers: Path | None, only: tuple[str, ...], out: Path | None, **settings: Any) -> None:
+def main(
+    work: Path,
+    model: str,
+    peers: Path | None,
+    only: tuple[str, ...],
+    out: Path | None,
+    plot: Path | None,
+    **settings: Any,
+) -> None:
     """Print one table of our contenders and the peers."""
     subject = SUBJECTS[model]
     bench = prepare(work, subject, peers, **settings)
@@ -321,6 +336,10 @@ def main(work: Path, model: str, peers: Path | None, only: tuple[str, ...], out:
     for line in verdicts(rows):
         click.echo(line)
     write_json(out, {"facts": facts, "rows": {name: asdict(row) for name, row in rows.items()}})
+    if plot is not None:
+        sizes = weight_counts(bench.judge)
+        points = [Point(name, not row.peer, row.megabytes(*sizes), row.kl) for name, row in rows.items()]
+        write_plot(plot, points, "linears and table, MB")
 
 
 if __name__ == "__main__":
