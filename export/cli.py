@@ -51,6 +51,16 @@ INTEGERS = (
         "--table-bits", type=click.Choice(["4", "8"]), help="Bits of the embedding table and the head. Default: 8."
     ),
     click.option(
+        "--head-bits",
+        type=click.Choice(["4", "8"]),
+        help="Bits of the head alone, in integers of its own; the table keeps --embedding-bits. Default: 8.",
+    ),
+    click.option(
+        "--embedding-bits",
+        type=click.Choice(["4", "8"]),
+        help="Bits of the table's rows that tokens look up, beside a head of its own. Default: 8.",
+    ),
+    click.option(
         "--bpw",
         type=float,
         help="Mixed precision: bits per weight of all matrices, the table among them; a scale counts 16 bits.",
@@ -230,7 +240,7 @@ def plan(as_json: bool, save_recipe: Path | None, plot: Path | None, **choices: 
         plans = {backend: plan.to_json() for backend, plan in opened.plans.items()}
         click.echo(json.dumps({"plans": plans, **choice}, indent=1))
         return
-    console.OUT.print(report.plan_table(list(opened.plans.values()), opened.source.config.num_parameters))
+    console.OUT.print(report.plan_table(list(opened.plans.values()), opened.source.num_parameters))
     if opened.choice or options.quantization.recipe:
         console.OUT.print(layers.bits_table(configs))
     if opened.choice:
@@ -295,9 +305,10 @@ def _quantize_options(choices: dict[str, Any]) -> QuantizeOptions:
         chat=choices.pop("calibration_chat"),
         seed=choices.pop("seed"),
     )
-    table_bits = choices.pop("table_bits")
+    tables = {name: choices.pop(name) for name in ("table_bits", "head_bits", "embedding_bits")}
     rest = {field.name: choices.pop(field.name) for field in fields(QuantizeOptions) if field.name in choices}
-    return QuantizeOptions(**{**rest, "table_bits": table_bits and int(table_bits), "calibration_text": text})
+    bits = {name: value and int(value) for name, value in tables.items()}
+    return QuantizeOptions(**{**rest, **bits, "calibration_text": text})
 
 
 def _options(choices: dict[str, Any]) -> ExportOptions:

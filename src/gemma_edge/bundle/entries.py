@@ -184,6 +184,7 @@ class PlanEntry:
     device_ram_limit_bytes: Bytes
     export_ram_bytes: Bytes
     export_disk_bytes: Bytes
+    token_bytes: Bytes | None = None  # of the weights that a decoded token reads; None: made before this was predicted
 
 
 @dataclass(frozen=True)
