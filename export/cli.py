@@ -41,6 +41,11 @@ SOURCE = (
         multiple=True,
         help="PEFT adapter to merge into the weights first: a folder or a Hugging Face id.",
     ),
+    click.option(
+        "--vocab",
+        metavar="FILE|auto:FILE",
+        help="Keep only the tokens that this text needs; auto: also keeps every token of ASCII and the text's characters.",
+    ),
 )
 INTEGERS = (
     click.option(
@@ -184,7 +189,7 @@ def make(as_json: bool, **choices: Any) -> None:
 @click.option("-o", "--out", type=PATH, required=True, help="The folder of the quantized checkpoint.")
 @click.option("--force", is_flag=True, help="Replace an existing quantized checkpoint.")
 @JSON
-def quantize_command(model: str, lora: tuple[str, ...], out: Path, force: bool, as_json: bool, **choices: Any) -> None:
+def quantize_command(model: str, lora: tuple[str, ...], out: Path, as_json: bool, **choices: Any) -> None:
     """Quantize MODEL alone: a Hugging Face folder of integers, without a bundle.
 
     transformers and vLLM load the folder, and gemma-export takes it as a model.
@@ -195,8 +200,8 @@ def quantize_command(model: str, lora: tuple[str, ...], out: Path, force: bool, 
     from gemma_edge.export import report
     from gemma_edge.quantize import api
 
-    options = _quantize_options(choices)
-    made = api.quantize(model, out, options, lora=_one_adapter(lora), force=force, progress=report.progress_bar)
+    options, adapter = _quantize_options(choices), _one_adapter(lora)
+    made = api.quantize(model, out, options, lora=adapter, progress=report.progress_bar, **choices)
     if as_json:
         click.echo(json.dumps(report.quantized_to_json(made), indent=1))
     else:

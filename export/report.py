@@ -145,6 +145,13 @@ def print_inspect(manifest: Manifest) -> None:
         f"{model.name}: {model.parameters / 1e9:.3f} billion parameters, made {manifest.created} for"
         f" {manifest.target.name}, backends: {', '.join(manifest.backends)}",
     )
+    if model.vocabulary is not None:
+        kept, also = model.vocabulary, ", and every other token of the same characters"
+        say(
+            OUT,
+            f"vocabulary: {kept.kept} of {kept.tokens} tokens, those of {', '.join(kept.text)}"
+            f"{also if kept.by_characters else ''}",
+        )
     for name, entry in manifest.backends.items():
         cache = entry.cache
         say(

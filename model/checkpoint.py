@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gemma_edge.bundle.entries import VocabularyEntry
 from gemma_edge.errors import InputError
 from gemma_edge.model.config import HEAD as HEAD
 from gemma_edge.model.config import TABLE as TABLE
@@ -98,6 +99,7 @@ class Weights(ABC):
     split_table = (
         False  # whether the head is another rounding of the table, and not a matrix of its own in the original
     )
+    vocabulary: VocabularyEntry | None = None  # which tokens of the original are left; None: all
     configs: dict[str, QuantConfig | None]  # the integers of every matrix; None: it is float
     kv_scales: dict[int, tuple[Tensor, Tensor]] | None = (
         None  # by layer: scales of an int8 cache's K and V, (K, D) each

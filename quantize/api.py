@@ -45,6 +45,7 @@ from gemma_edge.quantize.recipe import (
     default_method,
     make_recipe,
 )
+from gemma_edge.quantize.vocabulary.trimmed import trim
 from gemma_edge.reading import present
 from gemma_edge.text import corpus
 from gemma_edge.text.check import check_text_files
@@ -86,6 +87,7 @@ def quantize(
     options: QuantizeOptions = QuantizeOptions(),  # noqa: B008, it is frozen
     *,
     lora: str | Path | None = None,
+    vocab: str | None = None,
     force: bool = False,
     progress: Progress = no_progress,
 ) -> QuantizedModel:
@@ -98,6 +100,7 @@ def quantize(
         out: the checkpoint's folder.
         options: how the weights become integers.
         lora: a PEFT adapter to merge first, a folder or a Hugging Face id.
+        vocab: a text whose tokens alone are kept, or auto: and a text.
         force: replace a quantized checkpoint that is already at `out`.
         progress: is told how far each stage is.
 
@@ -105,8 +108,8 @@ def quantize(
         InputError: the model or an option cannot be used, or `out` exists.
     """
     refuse_existing(out, force, CHECKPOINT)
-    source = open_source(str(model), lora)
-    if out.resolve() == source.folder.resolve():
+    source = open_source(str(model), lora, vocab)
+    if out.resolve() == source.origin.resolve():
         raise InputError(f"{out} is the model itself", field="out", value=out, hint="pass another folder to `out`")
     source, recipe, _ = choose_recipe(options, source, None, progress)
     work = Quantization(options, source, recipe, choose_calibration(options, source, recipe))
@@ -116,12 +119,13 @@ def quantize(
     return QuantizedModel(out, recipe, quantized.configs, tuple(stages), learnt)
 
 
-def open_source(model: str, lora: str | Path | None) -> Weights:
+def open_source(model: str, lora: str | Path | None, vocab: str | None = None) -> Weights:
     """Find and open a model that a checkpoint or a bundle will be made of. It reads only the headers of the weights.
 
     Args:
         model: a Hugging Face folder or id, or a GGUF file.
         lora: a PEFT adapter to merge, a folder or a Hugging Face id.
+        vocab: a text whose tokens alone are kept, or auto: and a text.
 
     Raises:
         InputError: the model or the adapter cannot be used, or one of its files could not be copied in the end.
@@ -131,7 +135,7 @@ def open_source(model: str, lora: str | Path | None) -> Weights:
     source = open_weights(folder, lora=hub.resolve_adapter(lora) if lora is not None else None)
     hub.companions(source.text_folder)
     source.config = replace(source.config, eos_token_id=check_text_files(source.text_folder, source.config))
-    return source
+    return source if vocab is None else trim(source, vocab)
 
 
 def choose_recipe(

@@ -7,73 +7,26 @@ table, which then lies in a mapped file and is hardly ever in memory.
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from gemma_edge.errors import InputError
 from gemma_edge.model.checkpoint import HEAD, TABLE, Weights
-from gemma_edge.model.quantized import QuantConfig, QuantizedTensor
+from gemma_edge.quantize.checkpoint.view import View
 from gemma_edge.quantize.recipe import Recipe
 
 
-class SplitTable(Weights):
+class SplitTable(View):
     """The weights of a tied model, with the table under both names."""
 
-    split_table = True
-
     def __init__(self, source: Weights) -> None:
-        self.source = source
-        self.folder, self.origin, self.text_folder = source.folder, source.origin, source.text_folder
+        super().__init__(source)
+        self.split_table = True
         self.config = replace(source.config, tie_word_embeddings=False)
-        self.is_quantized, self.kv_scales = source.is_quantized, source.kv_scales
         table, *others = source.configs
-        self.configs = {name: source.configs[_stored(name)] for name in (table, HEAD, *others)}
+        self.configs = {name: source.configs[self.stored(name)] for name in (table, HEAD, *others)}
 
-    def files(self) -> list[Path]:
-        """See Weights."""
-        return self.source.files()
-
-    def dtype(self, weight: str) -> torch.dtype:
-        """See Weights."""
-        return self.source.dtype(_stored(weight))
-
-    def float_bytes(self, weight: str) -> int:
-        """See Weights."""
-        return self.source.float_bytes(_stored(weight))
-
-    def rows(self, weight: str, start: int, stop: int) -> Tensor:
-        """See Weights."""
-        return self.source.rows(_stored(weight), start, stop)
-
-    def plain_rows(self, weight: str, start: int, stop: int) -> Tensor:
-        """See Weights."""
-        return self.source.plain_rows(_stored(weight), start, stop)
-
-    def vector(self, name: str) -> Tensor:
-        """See Weights."""
-        return self.source.vector(name)
-
-    def keeps(self, weight: str, config: QuantConfig, method: str) -> bool:
-        """See Weights."""
-        return self.source.keeps(_stored(weight), config, method)
-
-    def rounded(self, weight: str) -> str | None:
-        """See Weights."""
-        return self.source.rounded(_stored(weight))
-
-    def quantized(self, weight: str, start: int, stop: int) -> QuantizedTensor:
-        """See Weights."""
-        return self.source.quantized(_stored(weight), start, stop)
-
-    def scale_dtype(self, weight: str) -> torch.dtype:
-        """See Weights."""
-        return self.source.scale_dtype(_stored(weight))
-
-
-def _stored(weight: str) -> str:
-    return TABLE if weight == HEAD else weight
+    def stored(self, weight: str) -> str:
+        """See View."""
+        return TABLE if weight == HEAD else weight
 
 
 def split_where_needed(source: Weights, recipe: Recipe) -> Weights:
