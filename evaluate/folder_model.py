@@ -150,7 +150,7 @@ def _manifest(weights: Weights) -> Manifest:
     """The parts of a manifest that a runtime reads."""
     config = weights.config
     return Manifest(
-        model=ModelEntry(weights.folder.name, config.architecture, config.num_parameters, lora=None),
+        model=ModelEntry(weights.folder.name, config.architecture, weights.num_parameters, lora=None),
         config=typed_config(config.to_json()),
         recipe=RecipeEntry("folder", (), 32, (), CalibrationEntry()),
         target=TargetEntry("torch", ram_bytes=0, threads=1),

@@ -78,10 +78,10 @@ def open_model(options: ExportOptions, progress: Progress = no_progress, *, plan
         target = replace(target, ram_bytes=int(options.ram_gib * GIB))
     gated = backends if options.verify != "none" and not plan_only else []
     pythons = gate_pythons(gated, options.runtime_python)
-    source = open_source(options.model, options.lora)
+    source = open_source(options.model, options.lora, options.vocab)
     options = replace(options, quantization=_for_target(options.quantization, target, source))
     typed_config(source.config.to_json())  # refuses, before any work, what no bundle could hold
-    recipe, choice = choose_recipe(options.quantization, source, onnx_weights, progress)
+    source, recipe, choice = choose_recipe(options.quantization, source, onnx_weights, progress)
     calibrated = source.kv_scales is not None if source.is_quantized else recipe.calibrated
     hint = way_to_kv_scales(options.quantization, source, recipe)
     kv_dtypes = {

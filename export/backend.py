@@ -15,12 +15,15 @@ from typing import Any, ClassVar
 from gemma_edge.bundle.backends import ALL, registered
 from gemma_edge.bundle.geometry import CacheGeometry
 from gemma_edge.errors import InputError
-from gemma_edge.model.checkpoint import TABLES, Weights, weight_shapes
+from gemma_edge.model.checkpoint import HEAD, TABLE, Weights, weight_shapes
 from gemma_edge.model.config import GemmaConfig
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
 from gemma_edge.quantize.recipe import QuantConfig, Recipe
 
 Configs = Mapping[str, QuantConfig | None]  # weight -> its integers; None: it stays float
+
+
+TABLE_FIELDS = {TABLE: "table_bits", HEAD: "head_bits"}  # options that decide the bits of these matrices
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,12 @@ class Backend(ABC):
         """Bytes of the weights in the engine's memory. As many as in the file, unless this is overridden."""
         return self.weights_bytes(weights)
 
+    def looked_up_bytes(self, weights: StoredWeights) -> int:
+        """Bytes of the file that only look-ups read, a row for each token. They stay in the mapped file. There are none here: a
+        table that is also the head is multiplied whole.
+        """
+        return 0
+
     def own_ram(self, config: GemmaConfig, cache: CacheGeometry) -> int:
         """Bytes that the engine takes beside weights, KV cache, activations and logits."""
         return 0
@@ -148,7 +157,7 @@ class Kernels:
                 )
             return
         if config.bits not in self.bits:
-            field = "table_bits" if weight in TABLES else "bits"
+            field = TABLE_FIELDS.get(weight, "bits")
             raise InputError(
                 f"{weight} has {config.bits} bits: {self.owner} multiplies 8 only; use `{field}` 8",
                 field=field,

@@ -41,6 +41,11 @@ SOURCE = (
         multiple=True,
         help="PEFT adapter to merge into the weights first: a folder or a Hugging Face id.",
     ),
+    click.option(
+        "--vocab",
+        metavar="FILE|auto:FILE",
+        help="Keep only the tokens that this text needs; auto: also keeps every token of ASCII and the text's characters.",
+    ),
 )
 INTEGERS = (
     click.option(
@@ -49,6 +54,16 @@ INTEGERS = (
     click.option("--group-size", type=int, help="Weights per scale, a multiple of 32; 0 means one scale per channel."),
     click.option(
         "--table-bits", type=click.Choice(["4", "8"]), help="Bits of the embedding table and the head. Default: 8."
+    ),
+    click.option(
+        "--head-bits",
+        type=click.Choice(["4", "8"]),
+        help="Bits of the head alone, in integers of its own; the table keeps --embedding-bits. Default: 8.",
+    ),
+    click.option(
+        "--embedding-bits",
+        type=click.Choice(["4", "8"]),
+        help="Bits of the table's rows that tokens look up, beside a head of its own. Default: 8.",
     ),
     click.option(
         "--bpw",
@@ -174,7 +189,7 @@ def make(as_json: bool, **choices: Any) -> None:
 @click.option("-o", "--out", type=PATH, required=True, help="The folder of the quantized checkpoint.")
 @click.option("--force", is_flag=True, help="Replace an existing quantized checkpoint.")
 @JSON
-def quantize_command(model: str, lora: tuple[str, ...], out: Path, force: bool, as_json: bool, **choices: Any) -> None:
+def quantize_command(model: str, lora: tuple[str, ...], out: Path, as_json: bool, **choices: Any) -> None:
     """Quantize MODEL alone: a Hugging Face folder of integers, without a bundle.
 
     transformers and vLLM load the folder, and gemma-export takes it as a model.
@@ -185,8 +200,8 @@ def quantize_command(model: str, lora: tuple[str, ...], out: Path, force: bool, 
     from gemma_edge.export import report
     from gemma_edge.quantize import api
 
-    options = _quantize_options(choices)
-    made = api.quantize(model, out, options, lora=_one_adapter(lora), force=force, progress=report.progress_bar)
+    options, adapter = _quantize_options(choices), _one_adapter(lora)
+    made = api.quantize(model, out, options, lora=adapter, progress=report.progress_bar, **choices)
     if as_json:
         click.echo(json.dumps(report.quantized_to_json(made), indent=1))
     else:
@@ -230,7 +245,7 @@ def plan(as_json: bool, save_recipe: Path | None, plot: Path | None, **choices: 
         plans = {backend: plan.to_json() for backend, plan in opened.plans.items()}
         click.echo(json.dumps({"plans": plans, **choice}, indent=1))
         return
-    console.OUT.print(report.plan_table(list(opened.plans.values()), opened.source.config.num_parameters))
+    console.OUT.print(report.plan_table(list(opened.plans.values()), opened.source.num_parameters))
     if opened.choice or options.quantization.recipe:
         console.OUT.print(layers.bits_table(configs))
     if opened.choice:
@@ -295,9 +310,10 @@ def _quantize_options(choices: dict[str, Any]) -> QuantizeOptions:
         chat=choices.pop("calibration_chat"),
         seed=choices.pop("seed"),
     )
-    table_bits = choices.pop("table_bits")
+    tables = {name: choices.pop(name) for name in ("table_bits", "head_bits", "embedding_bits")}
     rest = {field.name: choices.pop(field.name) for field in fields(QuantizeOptions) if field.name in choices}
-    return QuantizeOptions(**{**rest, "table_bits": table_bits and int(table_bits), "calibration_text": text})
+    bits = {name: value and int(value) for name, value in tables.items()}
+    return QuantizeOptions(**{**rest, **bits, "calibration_text": text})
 
 
 def _options(choices: dict[str, Any]) -> ExportOptions:

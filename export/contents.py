@@ -65,7 +65,13 @@ def make_manifest(
         "calibration": dict(integers.learnt),
     }
     manifest = Manifest(
-        model=ModelEntry(opened.name, config.architecture, config.num_parameters, integers.lora),
+        model=ModelEntry(
+            opened.name,
+            config.architecture,
+            opened.source.num_parameters,
+            integers.lora,
+            opened.source.vocabulary,
+        ),
         config=typed_config(config.to_json()),
         recipe=convert(made, RecipeEntry),
         target=TargetEntry(target.name, target.ram_bytes, target.threads),

@@ -22,6 +22,7 @@ class ExportOptions:
     kv_bits: int | None = None
     backend: str | None = None
     lora: str | Path | None = None  # a folder, or a Hugging Face id
+    vocab: str | None = None  # FILE or auto:FILE: a text whose tokens are kept; None: all tokens
     ram_gib: float | None = None
     verify: str = "quick"
     runtime_python: Path | None = None  # runs the gate of backends that this Python does not have

@@ -50,6 +50,7 @@ class Plan:
     prefill_chunk: int  # tokens
     kv_dtype: str  # element type of the KV cache, a value of KV_DTYPES
     weights_bytes: int  # weights file, exact; a backend's other files take under 5 MB
+    token_bytes: int  # of the weights file that a decoded token reads: all of it but a table that is only looked up in
     kv_bytes: int  # KV cache, exact
     device_ram_bytes: int  # resident while generating
     device_ram_limit_bytes: int  # the target's
@@ -186,6 +187,7 @@ class _Prediction:
     kv_dtype: str
     file_bytes: int  # weights on disk
     resident_bytes: int  # weights in the engine's memory
+    looked_up_bytes: int  # of the weights on disk: a table that is only looked up in
 
     @classmethod
     def of(cls, source: Weights, recipe: Recipe, target: Target, backend: str, kv_dtype: str) -> _Prediction:
@@ -198,7 +200,16 @@ class _Prediction:
         half.refuse_recipe(recipe, source)
         half.refuse_unsupported(source.config, configs, recipe.float_bits)
         weights = StoredWeights(source, configs, recipe.float_bits, kv_dtype)
-        return cls(source, recipe, target, half, kv_dtype, half.weights_bytes(weights), half.resident_bytes(weights))
+        return cls(
+            source,
+            recipe,
+            target,
+            half,
+            kv_dtype,
+            file_bytes=half.weights_bytes(weights),
+            resident_bytes=half.resident_bytes(weights),
+            looked_up_bytes=half.looked_up_bytes(weights),
+        )
 
     def cache(self, context: int, chunk: int) -> CacheGeometry:
         """Geometry of the KV cache of a context."""
@@ -227,6 +238,7 @@ class _Prediction:
             context=context,
             prefill_chunk=chunk,
             weights_bytes=self.file_bytes,
+            token_bytes=self.file_bytes - self.looked_up_bytes + self.looked_up_bytes // config.vocab_size,
             kv_dtype=cache.dtype,
             kv_bytes=cache.bytes,
             device_ram_bytes=self.device_ram(cache),

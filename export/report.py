@@ -25,6 +25,7 @@ PLAN_ROWS: dict[str, Callable[[Plan], str]] = {
     "context": lambda plan: f"{plan.context} tokens",
     "prefill chunk": lambda plan: f"{plan.prefill_chunk} tokens",
     "weights file": lambda plan: f"{size(plan.weights_bytes)} ({plan.weights_bytes} bytes)",
+    "weights read per token": lambda plan: f"{size(plan.token_bytes)} ({plan.token_bytes} bytes)",
     "KV cache": lambda plan: f"{size(plan.kv_bytes)} ({plan.kv_bytes} bytes), {plan.kv_dtype}, never grows",
     "RAM on the device": lambda plan: f"about {size(plan.device_ram_bytes)} of {size(plan.device_ram_limit_bytes)}",
     "RAM for the export": lambda plan: f"about {size(plan.export_ram_bytes)}",
@@ -144,12 +145,20 @@ def print_inspect(manifest: Manifest) -> None:
         f"{model.name}: {model.parameters / 1e9:.3f} billion parameters, made {manifest.created} for"
         f" {manifest.target.name}, backends: {', '.join(manifest.backends)}",
     )
+    if model.vocabulary is not None:
+        kept, also = model.vocabulary, ", and every other token of the same characters"
+        say(
+            OUT,
+            f"vocabulary: {kept.kept} of {kept.tokens} tokens, those of {', '.join(kept.text)}"
+            f"{also if kept.by_characters else ''}",
+        )
     for name, entry in manifest.backends.items():
         cache = entry.cache
         say(
             OUT,
             f"{name}: context {cache.context} tokens, chunks of {cache.prefill_chunk},"
-            f" KV cache {size(cache.bytes)} ({cache.dtype})",
+            f" KV cache {size(cache.bytes)} ({cache.dtype})"
+            + (f", {size(entry.plan.token_bytes)} of weights read per token" if entry.plan.token_bytes else ""),
         )
     OUT.print(files_table(manifest))
     OUT.print(parts_table(manifest))

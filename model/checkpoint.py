@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gemma_edge.bundle.entries import VocabularyEntry
 from gemma_edge.errors import InputError
 from gemma_edge.model.config import HEAD as HEAD
 from gemma_edge.model.config import TABLE as TABLE
@@ -95,6 +96,10 @@ class Weights(ABC):
     """
 
     is_quantized = False  # whether the folder is a quantized checkpoint
+    split_table = (
+        False  # whether the head is another rounding of the table, and not a matrix of its own in the original
+    )
+    vocabulary: VocabularyEntry | None = None  # which tokens of the original are left; None: all
     configs: dict[str, QuantConfig | None]  # the integers of every matrix; None: it is float
     kv_scales: dict[int, tuple[Tensor, Tensor]] | None = (
         None  # by layer: scales of an int8 cache's K and V, (K, D) each
@@ -105,6 +110,12 @@ class Weights(ABC):
         self.origin = shards.origin  # what messages name: the folder, or a GGUF file
         self.text_folder = folder  # where tokenizer and chat template are; an adapter may bring its own
         self.configs = dict.fromkeys(weight_shapes(config))
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of the original, in which a split table is one matrix."""
+        config = self.config
+        return config.num_parameters - self.split_table * config.vocab_size * config.hidden_size
 
     @abstractmethod
     def files(self) -> list[Path]:
@@ -187,10 +198,10 @@ class Weights(ABC):
         return model
 
 
-def row_slices(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
-    """(start, stop) of consecutive row slices of about SLICE_BYTES in float32."""
+def row_slices(shape: tuple[int, int], slice_bytes: int | None = None) -> Iterator[tuple[int, int]]:
+    """(start, stop) of consecutive row slices of about `slice_bytes` in float32, or SLICE_BYTES."""
     rows, columns = shape
-    step = max(1, SLICE_BYTES // (4 * columns))
+    step = max(1, (slice_bytes or SLICE_BYTES) // (4 * columns))
     for start in range(0, rows, step):
         yield start, min(rows, start + step)
 

@@ -22,14 +22,15 @@ from gemma_edge.model.quantized import QuantConfig
 from gemma_edge.progress import Progress, Stage, no_progress, stage
 from gemma_edge.quantize.calibration import cache, layerwise
 from gemma_edge.quantize.calibration import text as calibration
-from gemma_edge.quantize.checkpoint.kv_scales import KVScales
+from gemma_edge.quantize.calibration.head import calibrates_head, head_quantizer
+from gemma_edge.quantize.checkpoint.split_table import split_where_needed
 from gemma_edge.quantize.checkpoint.store import (
     QuantizedCheckpoint,
     is_quantized_folder,
     named_by_content,
     open_weights,
 )
-from gemma_edge.quantize.checkpoint.writer import write_quantized
+from gemma_edge.quantize.checkpoint.writer import Fitted, write_quantized
 from gemma_edge.quantize.checks import refuse_exclusive, refuse_idle, warn_of_rounded
 from gemma_edge.quantize.distillation.distill import Schedule
 from gemma_edge.quantize.distillation.recovery import recover
@@ -44,6 +45,7 @@ from gemma_edge.quantize.recipe import (
     default_method,
     make_recipe,
 )
+from gemma_edge.quantize.vocabulary.trimmed import trim
 from gemma_edge.reading import present
 from gemma_edge.text import corpus
 from gemma_edge.text.check import check_text_files
@@ -85,6 +87,7 @@ def quantize(
     options: QuantizeOptions = QuantizeOptions(),  # noqa: B008, it is frozen
     *,
     lora: str | Path | None = None,
+    vocab: str | None = None,
     force: bool = False,
     progress: Progress = no_progress,
 ) -> QuantizedModel:
@@ -97,6 +100,7 @@ def quantize(
         out: the checkpoint's folder.
         options: how the weights become integers.
         lora: a PEFT adapter to merge first, a folder or a Hugging Face id.
+        vocab: a text whose tokens alone are kept, or auto: and a text.
         force: replace a quantized checkpoint that is already at `out`.
         progress: is told how far each stage is.
 
@@ -104,10 +108,10 @@ def quantize(
         InputError: the model or an option cannot be used, or `out` exists.
     """
     refuse_existing(out, force, CHECKPOINT)
-    source = open_source(str(model), lora)
-    if out.resolve() == source.folder.resolve():
+    source = open_source(str(model), lora, vocab)
+    if out.resolve() == source.origin.resolve():
         raise InputError(f"{out} is the model itself", field="out", value=out, hint="pass another folder to `out`")
-    recipe, _ = choose_recipe(options, source, None, progress)
+    source, recipe, _ = choose_recipe(options, source, None, progress)
     work = Quantization(options, source, recipe, choose_calibration(options, source, recipe))
     stages: list[Stage] = []
     with staged(out, force=force, kind=CHECKPOINT) as folder:
@@ -115,12 +119,13 @@ def quantize(
     return QuantizedModel(out, recipe, quantized.configs, tuple(stages), learnt)
 
 
-def open_source(model: str, lora: str | Path | None) -> Weights:
+def open_source(model: str, lora: str | Path | None, vocab: str | None = None) -> Weights:
     """Find and open a model that a checkpoint or a bundle will be made of. It reads only the headers of the weights.
 
     Args:
         model: a Hugging Face folder or id, or a GGUF file.
         lora: a PEFT adapter to merge, a folder or a Hugging Face id.
+        vocab: a text whose tokens alone are kept, or auto: and a text.
 
     Raises:
         InputError: the model or the adapter cannot be used, or one of its files could not be copied in the end.
@@ -130,15 +135,17 @@ def open_source(model: str, lora: str | Path | None) -> Weights:
     source = open_weights(folder, lora=hub.resolve_adapter(lora) if lora is not None else None)
     hub.companions(source.text_folder)
     source.config = replace(source.config, eos_token_id=check_text_files(source.text_folder, source.config))
-    return source
+    return source if vocab is None else trim(source, vocab)
 
 
 def choose_recipe(
     options: QuantizeOptions, source: Weights, sizes: mixed.FileSizes | None, progress: Progress
-) -> tuple[Recipe, mixed.Mixed | None]:
-    """The recipe that the options describe, named by what the weights will be, and the choice behind it under a budget.
+) -> tuple[Weights, Recipe, mixed.Mixed | None]:
+    """The weights as they will be made into integers, the recipe that the options describe, named by what they will be, and the
+    choice behind it under a budget.
 
     Args:
+        source: a tied model gets a head of its own where the recipe makes other integers of it than of the table.
         sizes: of the weights file that `options.size` limits; None: there is no such file, and `size` is refused.
 
     Raises:
@@ -154,9 +161,10 @@ def choose_recipe(
         recipe = choice.recipe
     else:
         recipe = mixed.read_recipe(options.recipe, source) if options.recipe is not None else _made(options, source)
+        source = split_where_needed(source, recipe)
         refuse_idle(options, source, recipe)
     warn_of_rounded(source, recipe)
-    return named_by_content(source, recipe), choice
+    return source, named_by_content(source, recipe), choice
 
 
 def _made(options: QuantizeOptions, source: Weights) -> Recipe:
@@ -169,11 +177,16 @@ def _made(options: QuantizeOptions, source: Weights) -> Recipe:
         quality = DEFAULT_QUALITY if has_text and not source.is_quantized else "fast"
         if not has_text and not source.is_quantized and options.method is None and bits == DEFAULT_BITS:
             logger.warning("%s has no tokenizer, so nothing to calibrate on: `quality` fast", source.origin)
+    table, head = options.table_bits, options.head_bits
+    if options.embedding_bits is not None or head is not None:
+        table = options.embedding_bits
+        head = DEFAULT_TABLE_BITS if head is None else head
     return make_recipe(
         bits,
         group_size=options.group_size,
         method=options.method,
-        table_bits=DEFAULT_TABLE_BITS if options.table_bits is None else options.table_bits,
+        table_bits=DEFAULT_TABLE_BITS if table is None else table,
+        head_bits=head,
         quality=quality,
     )
 
@@ -247,8 +260,7 @@ def make_checkpoint(
     Returns:
         the checkpoint, and what the manifest says of its calibration.
     """
-    source, layers = work.source, None
-    kv_scales: KVScales | None = None
+    source, fitted = work.source, None
     learnt: dict[str, Any] = {}
     if work.calibration is not None:
         folder = cache.calibration_folder(layerwise.key_of(source, work.recipe, work.calibration))
@@ -258,12 +270,11 @@ def make_checkpoint(
             progress("calibrate, layers", source.config.num_hidden_layers, False) as advance,
         ):
             reports, kv_scales = layerwise.calibrate(source, work.recipe, work.calibration, folder, advance)
-        layers = partial(layerwise.layer_file, folder)
+        head = head_quantizer(folder, work.recipe) if calibrates_head(source, work.recipe) else None
+        fitted = Fitted(partial(layerwise.layer_file, folder), head, kv_scales)
         learnt = _learnt(work.options.calibration_text, work.calibration, reports)
     with stage(stages, "quantize"), progress("quantize", SOURCE_BYTES * source.config.num_parameters, True) as advance:
-        quantized = write_quantized(
-            source, work.recipe, out, lambda done: advance(SOURCE_BYTES * done), layers=layers, kv_scales=kv_scales
-        )
+        quantized = write_quantized(source, work.recipe, out, lambda done: advance(SOURCE_BYTES * done), fitted=fitted)
     if work.options.distill:
         learnt["distilled"] = _distill(work, quantized, progress, stages)
         quantized = QuantizedCheckpoint.open(out)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 
 from gemma_edge.errors import InputError
-from gemma_edge.model.checkpoint import TABLES, Weights, weight_shapes
+from gemma_edge.model.checkpoint import TABLE, TABLES, Weights, weight_shapes
 from gemma_edge.quantize.checkpoint.store import final_configs
 from gemma_edge.quantize.options import QuantizeOptions
 from gemma_edge.quantize.recipe import CALIBRATED, Recipe
@@ -15,10 +15,11 @@ from gemma_edge.quantize.recipe import CALIBRATED, Recipe
 logger = logging.getLogger(__name__)
 
 # EXCLUSIVE: options that decide the integers of every weight, and the options that may not stand beside them
+TABLE_OPTIONS = ("table_bits", "embedding_bits", "head_bits")
 EXCLUSIVE = {
-    "recipe": ("size", "bpw", "bits", "group_size", "table_bits", "method"),
-    "size": ("bpw", "bits", "group_size", "table_bits"),
-    "bpw": ("bits", "group_size", "table_bits"),
+    "recipe": ("size", "bpw", "bits", "group_size", *TABLE_OPTIONS, "method"),
+    "size": ("bpw", "bits", "group_size", *TABLE_OPTIONS),
+    "bpw": ("bits", "group_size", *TABLE_OPTIONS),
 }
 
 
@@ -36,6 +37,13 @@ def refuse_exclusive(options: QuantizeOptions) -> None:
                 field=field,
                 value=getattr(options, field),
             )
+    for field in TABLE_OPTIONS[1:]:
+        if getattr(options, field) is not None and options.table_bits is not None:
+            raise InputError(
+                f"`table_bits` gives table and head the same bits: `{field}` cannot be combined with it",
+                field="table_bits",
+                value=options.table_bits,
+            )
 
 
 def refuse_idle(options: QuantizeOptions, source: Weights, recipe: Recipe) -> None:
@@ -47,6 +55,7 @@ def refuse_idle(options: QuantizeOptions, source: Weights, recipe: Recipe) -> No
     name, searched = source.origin.name, options.quality not in (None, "fast")
     if source.is_quantized:
         _refuse_float_only(options, source, recipe)
+        _refuse_other_tables(options, source)
     linears = [config for weight, config in final_configs(source, recipe).items() if weight not in TABLES]
     if options.distill and not any(linears):
         raise InputError(
@@ -86,6 +95,20 @@ def _refuse_float_only(options: QuantizeOptions, source: Weights, recipe: Recipe
             field=field,
             value=value,
         )
+
+
+def _refuse_other_tables(options: QuantizeOptions, source: Weights) -> None:
+    """Refuse bits of a table or a head that is there in other integers already."""
+    weights = {"table_bits": TABLE, "embedding_bits": TABLE, "head_bits": source.config.head}
+    for field, weight in weights.items():
+        value, config = getattr(options, field), source.configs[weight]
+        if value is not None and config is not None and config.bits != value:
+            raise InputError(
+                f"`{field}` {value} works on float weights, and {weight} of {source.origin.name} has {config} already: leave it"
+                " out, or pass the float original",
+                field=field,
+                value=value,
+            )
 
 
 def warn_of_rounded(source: Weights, recipe: Recipe) -> None:

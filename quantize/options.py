@@ -20,12 +20,14 @@ class CalibrationText:
 class QuantizeOptions:
     """How a model's weights become integers. None means the default that suits the model and the other options.
 
-    Three groups of options exclude each other: `recipe`; `size` or `bpw`; `bits`, `group_size` and `table_bits`.
+    Three groups of options exclude each other: `recipe`; `size` or `bpw`; `bits`, `group_size` and those of the table.
     """
 
     bits: int | None = None  # bits of the linears, one of recipe.BITS; with 16 and 32 they stay float
     group_size: int | None = None  # weights per scale, a multiple of 32; 0: one scale per output channel
-    table_bits: int | None = None  # bits of the tied embedding table: 4 or 8
+    table_bits: int | None = None  # bits of the embedding table, and of the head as the same integers: 4 or 8
+    embedding_bits: int | None = None  # bits of the table where rows are looked up, beside a head of other integers
+    head_bits: int | None = None  # bits of the head where it is multiplied, beside a table of other integers
     size: str | None = None  # mixed precision: largest size of the weights file, such as "1.4GB"
     bpw: float | None = None  # mixed precision: bits per weight of all matrices, a scale counted as 16 bits
     recipe: Path | None = None  # file with a saved recipe, or a bundle's manifest.json

@@ -15,7 +15,7 @@ from gemma_edge.bundle.codec import typed_value
 from gemma_edge.bundle.ranges import Count, Name
 from gemma_edge.errors import InputError, one_line
 from gemma_edge.model import patterns
-from gemma_edge.model.config import HEAD, TABLE
+from gemma_edge.model.config import HEAD, TABLE, TABLES
 from gemma_edge.model.quantized import QuantConfig as QuantConfig
 
 DATA_FREE = ("rtn", "mse", "q4_0")
@@ -25,7 +25,7 @@ METHODS = (*DATA_FREE, *CALIBRATED)
 FIXED = {"q4_0": QuantConfig(bits=4, group_size=32)}
 BITS = (4, 8, 16, 32)
 FLOAT_BITS = 32  # bits of matrices that stay float beside quantized ones
-TABLE_PATTERN = re.escape(TABLE)
+TABLE_PATTERN, HEAD_PATTERN = map(re.escape, TABLES)
 ANY = r".*"
 RECIPE_HINT = "`plan --save-recipe` writes one"
 
@@ -67,9 +67,9 @@ class Recipe:
         return any(self._matching(weight))
 
     def _matching(self, weight: str) -> Iterator[QuantRule]:
-        """The rules that match, in order. A head of its own becomes what the table becomes."""
-        name = TABLE if weight == HEAD else weight
-        return (rule for rule in self.rules if patterns.matches(rule.pattern, name))
+        """The rules that match, in order. A head becomes what the table becomes, unless a rule names it before."""
+        names = (HEAD, TABLE) if weight == HEAD else (weight,)
+        return (rule for rule in self.rules if any(patterns.matches(rule.pattern, name) for name in names))
 
     def config_for(self, weight: str, in_features: int) -> QuantConfig | None:
         """The fitted configuration of one weight; None = float."""
@@ -179,8 +179,12 @@ QUALITIES = {
 DEFAULT_QUALITY = "balanced"
 
 
-def recipe_name(linears: Iterable[QuantConfig | None], table: QuantConfig | None, float_bits: int) -> str:
-    """What the linears are, the most frequent kind first: int4-g32, int4-g32+int8-channel. An unusual table is named too."""
+def recipe_name(
+    linears: Iterable[QuantConfig | None], table: QuantConfig | None, head: QuantConfig | None, float_bits: int
+) -> str:
+    """What the linears are, the most frequent kind first: int4-g32, int4-g32+int8-channel. An unusual table is named too, and a
+    head that has other integers than the table.
+    """
     kinds = [kind for kind, _ in Counter(linears).most_common()]
     tags = [
         f"float{float_bits}"
@@ -189,12 +193,21 @@ def recipe_name(linears: Iterable[QuantConfig | None], table: QuantConfig | None
         for kind in kinds
     ]
     usual = None if kinds == [None] else INT8_ROW  # table
-    return "+".join(tags) + ("" if table == usual else f"-table{table.bits if table else float_bits}")
+    unusual = [
+        f"-{what}{config.bits if config else float_bits}"
+        for what, config, other in (("table", table, usual), ("head", head, table))
+        if config != other
+    ]
+    return "+".join(tags) + "".join(unusual)
 
 
 def default_method(config: QuantConfig, quality: str) -> str:
     """The method of a linear when none is chosen; 8 bits need no calibration."""
     return "rtn" if config.bits == 8 else QUALITIES[quality].method(config.group_size)
+
+
+# HEAD_METHODS: how a head of 4 bits is rounded where that is not as the linears are: nothing folds scales into its inputs
+HEAD_METHODS = {"awq": "hscale", "awq+gptq": "gptq"}
 
 
 def make_recipe(
@@ -203,6 +216,7 @@ def make_recipe(
     group_size: int | None = None,
     method: str | None = None,
     table_bits: int = 8,
+    head_bits: int | None = None,
     quality: str = "fast",
 ) -> Recipe:
     """The recipe that the options of a quantization describe.
@@ -211,8 +225,10 @@ def make_recipe(
         bits: 4 or 8 for the linears; 16 or 32 leaves the whole model float.
         group_size: weights per scale, 0: one scale per channel; None takes the default of bits and method.
         method: one of METHODS; None takes the default of bits, group size and quality.
-        table_bits: bits of the table and of a head of its own; 8: one scale per row, 4: groups as in the linears. Their method
+        table_bits: bits of the table, and of a head of its own; 8: one scale per row, 4: groups as in the linears. Their method
             needs no data.
+        head_bits: bits of the head where it has integers of its own; 4: rounded as the linears of 4 bits are. None: the head
+            becomes what the table becomes.
         quality: one of QUALITIES; 8 bits need no calibration.
 
     Raises:
@@ -221,28 +237,54 @@ def make_recipe(
     if bits not in BITS:
         raise InputError(field="bits", value=bits, allowed=BITS)
     if bits >= 16:
-        if group_size is not None or method is not None or table_bits != 8:
+        if group_size is not None or method is not None or table_bits != 8 or head_bits is not None:
             raise InputError(
-                f"`bits` {bits} leaves the weights float: `group_size`, `method` and `table_bits` do not apply",
+                f"`bits` {bits} leaves the weights float: `group_size`, `method`, `table_bits`, `embedding_bits` and"
+                " `head_bits` do not apply",
                 field="bits",
                 value=bits,
             )
-        return Recipe(recipe_name([None], None, bits), (QuantRule(ANY, None),), bits)
-    if group_size is not None:
-        group = group_size
-    elif bits == 8:
-        group = 0
-    elif method in FIXED:
-        group = FIXED[method].group_size
-    elif method is not None:
-        group = CALIBRATED_GROUP if method in CALIBRATED else UNCALIBRATED_GROUP
-    else:
-        group = QUALITIES[quality].group_size
+        return Recipe(recipe_name([None], None, None, bits), (QuantRule(ANY, None),), bits)
+    group = _group_size(bits, group_size, method, quality)
     config = QuantConfig(bits, group)
     chosen = method or default_method(config, quality)
     body = QuantRule(ANY, config, chosen)
-    table = QuantRule(TABLE_PATTERN, INT8_ROW)
-    if table_bits != 8:
-        config = QuantConfig(table_bits, group or UNCALIBRATED_GROUP)
-        table = QuantRule(TABLE_PATTERN, config, chosen if chosen in DATA_FREE else QUALITIES["fast"].in_groups)
-    return Recipe(recipe_name([body.config], table.config, FLOAT_BITS), (table, body), FLOAT_BITS)
+    table = _table_rule(table_bits, group, chosen)
+    rules: tuple[QuantRule, ...] = (table, body)
+    if head_bits is not None:
+        head = _head_rule(head_bits, _group_size(head_bits, group_size, method, quality), method, quality)
+        rules = (head, *rules)
+    name = recipe_name([body.config], table.config, rules[0].config, FLOAT_BITS)
+    return Recipe(name, rules, FLOAT_BITS)
+
+
+def _group_size(bits: int, requested: int | None, method: str | None, quality: str) -> int:
+    """Weights per scale of a linear: the requested number, or what suits bits and method."""
+    if requested is not None:
+        return requested
+    if bits == 8:
+        return 0
+    if method in FIXED:
+        return FIXED[method].group_size
+    if method is not None:
+        return CALIBRATED_GROUP if method in CALIBRATED else UNCALIBRATED_GROUP
+    return QUALITIES[quality].group_size
+
+
+def _table_rule(bits: int, group: int, method: str) -> QuantRule:
+    """The rule of the table; `group` and `method` are those of the linears."""
+    if bits == 8:
+        return QuantRule(TABLE_PATTERN, INT8_ROW)
+    config = QuantConfig(bits, group or UNCALIBRATED_GROUP)
+    return QuantRule(TABLE_PATTERN, config, method if method in DATA_FREE else QUALITIES["fast"].in_groups)
+
+
+def _head_rule(bits: int, group: int, method: str | None, quality: str) -> QuantRule:
+    """The rule of a head with integers of its own."""
+    if bits == 8:
+        return QuantRule(HEAD_PATTERN, INT8_ROW)
+    config = QuantConfig(bits, group)
+    chosen = method or default_method(config, quality)
+    if chosen in DATA_FREE:  # without data, one scale for a row of four bits is too few
+        return QuantRule(HEAD_PATTERN, QuantConfig(bits, group or UNCALIBRATED_GROUP), chosen)
+    return QuantRule(HEAD_PATTERN, config, HEAD_METHODS.get(chosen, chosen))

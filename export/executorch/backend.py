@@ -8,6 +8,7 @@ import torch
 
 from gemma_edge.export.backend import Backend, Kernels, LoweringTask, StoredWeights
 from gemma_edge.export.executorch import packing
+from gemma_edge.model.checkpoint import TABLE
 from gemma_edge.quantize.recipe import QuantConfig
 
 FILE = "model.pte"
@@ -25,8 +26,21 @@ class ExecuTorchBackend(Backend):
         KERNELS.refuse_weight(weight, config, columns, float_bits)
 
     def weights_bytes(self, weights: StoredWeights) -> int:
-        """What the weights take of the file. XNNPACK packs them into as many bytes of memory."""
+        """What the weights take of the file."""
         return packing.weights_bytes(weights.config, weights.configs)
+
+    def resident_bytes(self, weights: StoredWeights) -> int:
+        """XNNPACK packs what it multiplies by into as many bytes of memory."""
+        return self.weights_bytes(weights) - self.looked_up_bytes(weights)
+
+    def looked_up_bytes(self, weights: StoredWeights) -> int:
+        """The table as the embedding reads it, unless the head reads the same bytes."""
+        quant = weights.configs[TABLE]
+        return (
+            0
+            if packing.shares_table(weights.config, quant)
+            else sum(packing.embedding_bytes(weights.config, quant).values())
+        )
 
     def write(self, task: LoweringTask) -> dict[str, Any]:
         """See Backend."""

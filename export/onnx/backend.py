@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from gemma_edge.export.backend import Backend, LoweringTask, StoredWeights
 from gemma_edge.export.onnx import weights as storage
+from gemma_edge.model.checkpoint import TABLE
 from gemma_edge.quantize.recipe import QuantConfig
 
 INT8_ACTIVATIONS = 4  # accuracy_level of MatMulNBits: activations are rounded to int8 per block
@@ -32,7 +33,11 @@ class OnnxBackend(Backend):
 
     def resident_bytes(self, weights: StoredWeights) -> int:
         """See weights.py: scales are there three times, float matrices are widened."""
-        return storage.resident_bytes(_blobs(weights))
+        return storage.resident_bytes(_multiplied(weights))
+
+    def looked_up_bytes(self, weights: StoredWeights) -> int:
+        """Codes and scales of a table beside a head of its own."""
+        return sum(blob.nbytes for blob in _blobs(weights)) - sum(blob.nbytes for blob in _multiplied(weights))
 
     def write(self, task: LoweringTask) -> dict[str, Any]:
         """See Backend."""
@@ -59,6 +64,12 @@ def _stored(task: LoweringTask) -> StoredWeights:
 def _blobs(weights: StoredWeights) -> list[storage.Blob]:
     """The weights file's layout."""
     return storage.blobs_of(weights.source, weights.configs, weights.float_bits, int8_kv=weights.kv_dtype == "int8")
+
+
+def _multiplied(weights: StoredWeights) -> list[storage.Blob]:
+    """The tensors of the file but for a table that is only looked up in: ONNX Runtime leaves that one where it is mapped."""
+    blobs = _blobs(weights)
+    return blobs if weights.config.tie_word_embeddings else [b for b in blobs if not b.name.startswith(f"{TABLE}.")]
 
 
 BACKEND = OnnxBackend()

@@ -20,7 +20,7 @@ from gemma_edge.export.backend import Backend, Kernels, LoweringTask, StoredWeig
 from gemma_edge.export.tflite import packing
 from gemma_edge.export.tflite.packing import Packing
 from gemma_edge.export.tflite.seams import PREFILL, signatures
-from gemma_edge.model.checkpoint import weight_shapes
+from gemma_edge.model.checkpoint import TABLE, weight_shapes
 from gemma_edge.model.config import GemmaConfig
 from gemma_edge.quantize.recipe import QuantConfig
 
@@ -44,8 +44,17 @@ class TFLiteBackend(Backend):
         self.kernels.refuse_weight(weight, config, columns, float_bits)
 
     def weights_bytes(self, weights: StoredWeights) -> int:
-        """What the weights take of the file. They are mapped, or packed into as many bytes of memory."""
+        """What the weights take of the file."""
         return self.packing.weights_bytes(weights.config, weights.configs)
+
+    def resident_bytes(self, weights: StoredWeights) -> int:
+        """What is multiplied by is mapped and read whole, or packed into as many bytes of memory."""
+        return self.weights_bytes(weights) - self.looked_up_bytes(weights)
+
+    def looked_up_bytes(self, weights: StoredWeights) -> int:
+        """The buffers behind the graph of a table beside a head of its own."""
+        parts = {} if weights.config.tie_word_embeddings else self.packing.parts(weights.config, weights.configs)
+        return sum(size for part, size in parts.items() if part.startswith(f"{TABLE}."))
 
     def own_ram(self, config: GemmaConfig, cache: CacheGeometry) -> int:
         """What each signature holds for itself: its graph, and what goes from layer to layer around the caches."""

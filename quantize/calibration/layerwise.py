@@ -29,6 +29,7 @@ from gemma_edge.model.kv_cache import RingCache
 from gemma_edge.model.safetensors_reader import SafetensorsFile
 from gemma_edge.quantize.calibration.awq import EXPONENTS, SAMPLED_ROWS
 from gemma_edge.quantize.calibration.block import Choice, gemma_topology, quantize_block, second_moments
+from gemma_edge.quantize.calibration.head import HEAD_FILE, calibrates_head, write_moment
 from gemma_edge.quantize.calibration.refit import refit_post_norms
 from gemma_edge.quantize.checkpoint.kv_scales import KVRanges, KVScales
 from gemma_edge.quantize.checkpoint.safetensors_writer import plain_spec, write_safetensors
@@ -36,7 +37,7 @@ from gemma_edge.quantize.checkpoint.writer import block_specs, float_type
 from gemma_edge.quantize.integers import QuantizedTensor, quantize
 from gemma_edge.quantize.recipe import Recipe
 
-VERSION = 4  # version of what this pass computes; a pass does not go on with files of another version
+VERSION = 5  # version of what this pass computes; a pass does not go on with files of another version
 STATE = "state.safetensors"
 SAMPLES, SAMPLE_BYTES = 256, 64  # number and size of the pieces of each model file that go into the key
 HEADER_BYTES = 8192  # bytes of a layer's file beside its tensors, with what packing rounds up
@@ -150,12 +151,15 @@ def calibrate(
         InputError: the weights or the activations are NaN or infinite.
     """
     layers = source.config.num_hidden_layers
-    streams = _load(folder) or _embedded(source, recipe, calibration.windows)
+    last = [folder / HEAD_FILE] if calibrates_head(source, recipe) else []
+    streams = _load(folder, last) or _embedded(source, recipe, calibration.windows)
     progress(streams.done)
     for layer in range(streams.done, layers):
         block, integers = _quantize_layer(source, recipe, calibration, layer, streams)
         streams.reports.append(Report(layer, stream_error(streams.quantized, streams.original)))
         streams.done = layer + 1
+        if streams.done == layers and calibrates_head(source, recipe):
+            write_moment(source, streams.quantized, folder)
         if streams.done == layers:  # nothing goes on from here: this saves hundreds of MB on disk
             streams.quantized = streams.original = torch.empty(0)
         _write_layer(folder, source, recipe, layer, block, integers)
@@ -273,8 +277,8 @@ def missing_bytes(folder: Path, config: GemmaConfig, recipe: Recipe, calibration
 
 
 def folder_bytes(config: GemmaConfig, recipe: Recipe, calibration: Calibration) -> int:
-    """The most bytes that a pass has in its folder: the layers, and both streams, twice while the state is replaced."""
-    total = 4 * 4 * calibration.windows.numel() * config.hidden_size
+    """The most bytes that a pass has in its folder: layers, a moment, and both streams, twice while the state is replaced."""
+    total = 4 * 4 * calibration.windows.numel() * config.hidden_size + 4 * config.hidden_size**2 + HEADER_BYTES
     for layer in range(config.num_hidden_layers):
         total += 4 * sum(layer_norms(config).values()) + HEADER_BYTES
         for name, (rows, columns) in linear_shapes(config, layer).items():
@@ -311,14 +315,20 @@ def _save(path: Path, streams: _Streams) -> None:
     write_safetensors(path, specs, {"done": str(streams.done), "reports": reports})
 
 
-def _load(folder: Path) -> _Streams | None:
-    """How far an earlier pass came; None: there was none, or one of its files is lost or damaged, and the pass begins again."""
+def _load(folder: Path, last: Sequence[Path]) -> _Streams | None:
+    """How far an earlier pass came; None: there was none, or one of its files is lost or damaged, and the pass begins again.
+
+    Args:
+        folder: the pass's.
+        last: files that it writes once its last layer is finished, and the streams are no longer needed.
+    """
     try:
         file = SafetensorsFile(folder / STATE)
         metadata, tensors = file.metadata, file.whole()
         reports = [Report(**report) for report in json.loads(metadata["reports"])]
-        for report in reports:
-            SafetensorsFile(layer_file(folder, report.layer))  # opens it
+        finished = [layer_file(folder, report.layer) for report in reports]
+        for path in finished if tensors["quantized"].numel() else [*finished, *last]:
+            SafetensorsFile(path)  # opens it
     except InputError:
         return None
     ranges = KVRanges(

@@ -20,6 +20,7 @@ from gemma_edge.bundle.codec import shown, typed_value
 from gemma_edge.errors import InputError
 from gemma_edge.model.checkpoint import (
     FLOATS,
+    HEAD,
     TABLE,
     TABLES,
     Checkpoint,
@@ -53,9 +54,12 @@ class QuantizedCheckpoint(Weights):
     is_quantized = True
 
     def __init__(self, folder: Path, config: GemmaConfig, shards: Shards) -> None:
-        super().__init__(folder, config, shards)
         table = folder / TABLE_FILE
         self._table = Shards(folder, [table]) if present(table) else shards
+        # a head that only our own file has: to other programs the model is tied
+        self.split_table = config.tie_word_embeddings and f"{HEAD}.weight_packed" in self._table
+        super().__init__(folder, replace(config, tie_word_embeddings=False) if self.split_table else config, shards)
+        config = self.config
         self._shapes = weight_shapes(config)
         self.configs = {name: self._config_of(name) for name in self._shapes}
         self.kv_scales = read_kv_scales(folder, config)
@@ -285,4 +289,5 @@ def named_by_content(source: Weights, recipe: Recipe) -> Recipe:
         return recipe
     configs = final_configs(source, recipe)
     linears = [config for weight, config in configs.items() if weight not in TABLES]
-    return replace(recipe, name=recipe_name(linears, configs[TABLE], recipe.float_bits))
+    head = configs.get(HEAD, configs[TABLE])
+    return replace(recipe, name=recipe_name(linears, configs[TABLE], head, recipe.float_bits))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,17 @@ from gemma_edge.quantize.checkpoint.store import TABLE_FILE, QuantizedCheckpoint
 from gemma_edge.quantize.integers import quantize, scale_dtype
 from gemma_edge.quantize.recipe import Recipe
 
+HEAD_SLICE_BYTES = 32 << 20  # float32 bytes of the head that are fitted at once: a slice costs a step for each column
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What calibration found."""
+
+    layer_file: Callable[[int], Path]  # a layer's finished shard
+    head: Callable[[Tensor], QuantizedTensor] | None = None  # the integers of rows of the head; None: they need no data
+    kv_scales: KVScales | None = None  # of an int8 KV cache
+
 
 def write_quantized(
     source: Weights,
@@ -44,8 +55,7 @@ def write_quantized(
     out: Path,
     progress: Callable[[int], None] = lambda done: None,
     *,
-    layers: Callable[[int], Path] | None = None,
-    kv_scales: KVScales | None = None,
+    fitted: Fitted | None = None,
 ) -> QuantizedCheckpoint:
     """Quantize a checkpoint slice by slice into a new folder, one shard per layer.
 
@@ -54,20 +64,20 @@ def write_quantized(
         recipe: what each float weight becomes.
         out: an empty or new folder.
         progress: called with the number of weights just finished.
-        layers: finished shards of the layers, from calibration/layerwise.py; None: they are made here, without data.
-        kv_scales: scales of an int8 KV cache; None takes those that the source has.
+        fitted: from calibration/layerwise.py; None: everything is made here, without data, and the scales of an int8 KV cache
+            are those that the source has.
     """
     out.mkdir(parents=True, exist_ok=True)
-    work = _Work(source, recipe, final_configs(source, recipe), progress)
+    work = _Work(source, recipe, final_configs(source, recipe), progress, fitted.head if fitted else None)
     names = shard_names(source.config)
     _write_table(work, out, names[0])
     for layer, name in enumerate(names[1:]):
-        if layers is not None:
-            shutil.copyfile(layers(layer), out / name)
+        if fitted is not None:
+            shutil.copyfile(fitted.layer_file(layer), out / name)
             progress(sum(rows * columns for rows, columns in linear_shapes(source.config, layer).values()))
         else:
             write_safetensors(out / name, list(_layer_shard(work, layer)))
-    kv_scales = source.kv_scales if kv_scales is None else kv_scales
+    kv_scales = fitted.kv_scales if fitted and fitted.kv_scales is not None else source.kv_scales
     if kv_scales is not None:
         write_kv_scales(out, kv_scales)
     index = {tensor: name for name in names for tensor in sorted(SafetensorsFile(out / name).tensors)}
@@ -197,6 +207,7 @@ class _Work:
     recipe: Recipe
     configs: Mapping[str, QuantConfig | None]  # what every weight becomes
     progress: Callable[[int], None]  # called with the number of weights just finished
+    head: Callable[[Tensor], QuantizedTensor] | None  # see Fitted
 
 
 def _write_table(work: _Work, out: Path, name: str) -> None:
@@ -204,9 +215,13 @@ def _write_table(work: _Work, out: Path, name: str) -> None:
     matrices = dict.fromkeys((TABLE, work.source.config.head))
     quantized = [weight for weight in matrices if work.configs[weight] is not None]
     # a matrix counts once: here where it stays float, else when its integers are made
-    uncounted = _Work(work.source, work.recipe, work.configs, lambda done: None)
+    uncounted = replace(work, progress=lambda done: None)
     # written float even where ours is quantized: transformers and vLLM use this one
-    floats = [_float_spec(uncounted if weight in quantized else work, weight) for weight in matrices]
+    floats = [
+        _float_spec(uncounted if weight in quantized else work, weight)
+        for weight in matrices
+        if weight == TABLE or not work.source.split_table
+    ]
     write_safetensors(out / name, [*floats, _norm_spec(work.source, FINAL_NORM)])
     if quantized:
         write_safetensors(out / TABLE_FILE, [spec for weight in quantized for spec in _integer_specs(work, weight)])
@@ -216,10 +231,11 @@ def _write_config(work: _Work, out: Path) -> None:
     raw, family = text_config(work.source.folder)
     raw.pop("quantization_config", None)
     config = work.source.config
+    tied = config.tie_word_embeddings or work.source.split_table
     # other programs go by these keys, not by the tensors; an adapter can change both
-    for key in ("tie_word_embeddings", "vocab_size"):
-        if raw.get(key, family.defaults[key]) != getattr(config, key):
-            raw[key] = getattr(config, key)
+    for key, value in {"tie_word_embeddings": tied, "vocab_size": config.vocab_size}.items():
+        if raw.get(key, family.defaults[key]) != value:
+            raw[key] = value
     if any(config for name, config in work.configs.items() if name not in TABLES):
         raw["quantization_config"] = quantization_config(work.configs)
     write_whole(out / "config.json", json.dumps(raw, indent=1) + "\n")
@@ -252,20 +268,24 @@ def _float_spec(work: _Work, weight: str) -> Spec:
 
 
 def _integer_specs(work: _Work, weight: str) -> list[Spec]:
-    """One matrix, slice by slice: the integers that the source has, or integers made without data."""
+    """One matrix, slice by slice: the integers that the source has, those of a fitted head, or integers made without data."""
     source, shape, config = work.source, weight_shapes(work.source.config)[weight], work.configs[weight]
     assert config is not None
     method = work.recipe.rule_for(weight).method
     keeps = source.keeps(weight, config, method)
+    fit = work.head if weight == HEAD and not keeps else None
 
     def part(start: int, stop: int) -> QuantizedTensor:
         if keeps:
             return source.quantized(weight, start, stop)
+        if fit is not None:
+            return fit(source.rows(weight, start, stop))
         return quantize(source.rows(weight, start, stop), config, method)
 
     def parts() -> Iterator[QuantizedTensor]:
-        for start, stop in row_slices(shape):
+        for start, stop in row_slices(shape, HEAD_SLICE_BYTES if fit else None):
             yield part(start, stop)
             work.progress((stop - start) * shape[1])
 
-    return integer_specs(weight, shape, config, parts, source.scale_dtype(weight) if keeps else scale_dtype(method))
+    kind = source.scale_dtype(weight) if keeps else torch.bfloat16 if fit else scale_dtype(method)
+    return integer_specs(weight, shape, config, parts, kind)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gemma_edge.errors import InputError
-from gemma_edge.model.checkpoint import TABLE, Weights, weight_shapes
+from gemma_edge.model.checkpoint import HEAD, TABLE, Weights, weight_shapes
 from gemma_edge.model.config import GemmaConfig
 from gemma_edge.model.quantized import QuantConfig
 from gemma_edge.progress import Progress
@@ -24,7 +24,7 @@ from gemma_edge.quantize.calibration.layerwise import only_here
 from gemma_edge.quantize.mixed import sensitivity
 from gemma_edge.quantize.mixed.budget import Option, as_recipe, solve
 from gemma_edge.quantize.options import CalibrationText
-from gemma_edge.quantize.recipe import DATA_FREE, FLOAT_BITS, Recipe
+from gemma_edge.quantize.recipe import DATA_FREE, FLOAT_BITS, HEAD_METHODS, METHODS, Recipe
 from gemma_edge.reading import present, read_json
 from gemma_edge.text.tokenizer import TOKENIZER_FILE
 
@@ -248,4 +248,8 @@ def read_recipe(path: Path, source: Weights) -> Recipe:
     table = recipe.rule_for(TABLE)
     if table.config is not None and table.method not in DATA_FREE:
         raise refused(f"`recipe` {path}: the table is quantized by {table.method}; supported: {', '.join(DATA_FREE)}")
+    head = recipe.rule_for(HEAD)
+    if head.config is not None and head.method in HEAD_METHODS:
+        supported = [method for method in METHODS if method not in HEAD_METHODS]
+        raise refused(f"`recipe` {path}: the head is quantized by {head.method}; supported: {', '.join(supported)}")
     return recipe

@@ -95,6 +95,7 @@ def quantize(
     options: QuantizeOptions | None = None,
     *,
     lora: str | Path | None = None,
+    vocab: str | None = None,
     force: bool = False,
     progress: Progress = no_progress,
 ) -> QuantizedModel:
@@ -105,6 +106,7 @@ def quantize(
         out: the new folder; it appears complete, or not at all.
         options: bits, group size, method, calibration text; None takes the defaults.
         lora: a PEFT adapter, a folder or a Hugging Face id, merged before the weights are quantized.
+        vocab: a text whose tokens alone are kept, or auto: and a text.
         force: replace a quantized checkpoint that is there.
         progress: as for `export`.
 
@@ -114,7 +116,8 @@ def quantize(
     from gemma_edge.quantize import api
     from gemma_edge.quantize.options import QuantizeOptions
 
-    return api.quantize(str(model), Path(out), options or QuantizeOptions(), lora=lora, force=force, progress=progress)
+    chosen = options or QuantizeOptions()
+    return api.quantize(str(model), Path(out), chosen, lora=lora, vocab=vocab, force=force, progress=progress)
 
 
 def evaluate(options: EvaluationOptions, progress: Progress = no_progress) -> Evaluation:

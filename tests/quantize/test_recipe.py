@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,8 @@ from gemma_edge.model.checkpoint import weight_shapes
 from gemma_edge.model.config import GEMMA2_2B, PRESETS
 from gemma_edge.quantize.recipe import ANY, QuantConfig, QuantRule, Recipe, make_recipe
 
-TABLE, Q_PROJ, DOWN_PROJ = "model.embed_tokens", "model.layers.0.self_attn.q_proj", "model.layers.11.mlp.down_proj"
+TABLE, HEAD, Q_PROJ = "model.embed_tokens", "lm_head", "model.layers.0.self_attn.q_proj"
+DOWN_PROJ = "model.layers.11.mlp.down_proj"
 INT4, INT8 = QuantConfig(4, 32), QuantConfig(8, 0)
 
 
@@ -126,6 +128,34 @@ def test_a_table_of_four_bits_takes_the_groups_of_the_body() -> None:
     assert make_recipe(4, table_bits=4).name == "int4-g32-table4"
 
 
+@pytest.mark.parametrize(
+    ("options", "head", "method", "name"),
+    [
+        ({"quality": "balanced"}, QuantConfig(4, 128), "gptq", "int4-g128-head4"),
+        ({"quality": "best"}, QuantConfig(4, 128), "gptq", "int4-g128-head4"),  # no fold reaches the final norm
+        ({"quality": "best", "group_size": 0}, QuantConfig(4, 0), "gptq", "int4-channel-head4"),
+        ({"quality": "fast"}, QuantConfig(4, 32), "mse", "int4-g32-head4"),
+        ({"quality": "fast", "group_size": 0}, QuantConfig(4, 32), "rtn", "int4-channel-head4"),
+        ({"method": "awq"}, QuantConfig(4, 128), "hscale", "int4-g128-head4"),
+        ({"table_bits": 4, "quality": "balanced"}, QuantConfig(4, 128), "gptq", "int4-g128-table4"),
+    ],
+    ids=str,
+)
+def test_a_head_of_four_bits_has_a_rule_of_its_own(
+    options: dict[str, Any], head: QuantConfig, method: str, name: str
+) -> None:
+    """A head became whatever the table became, whichever rule named it."""
+    recipe = make_recipe(4, head_bits=4, **options)
+    assert (recipe.config_for(HEAD, 2304), recipe.rule_for(HEAD).method, recipe.name) == (head, method, name)
+    assert recipe.rule_for(TABLE) == make_recipe(4, **options).rule_for(TABLE)
+
+
+def test_a_head_beside_int8_linears_is_calibrated_in_groups() -> None:
+    recipe = make_recipe(8, head_bits=4, quality="balanced")
+    assert recipe.rule_for(HEAD) == QuantRule("lm_head", QuantConfig(4, 128), "gptq") and recipe.calibrated
+    assert recipe.rule_for(Q_PROJ).config == INT8
+
+
 @pytest.mark.parametrize("bits", [16, 32])
 def test_16_and_32_bits_leave_everything_float(bits: int) -> None:
     recipe = make_recipe(bits)
@@ -135,7 +165,7 @@ def test_16_and_32_bits_leave_everything_float(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [16, 32])
 def test_options_of_integers_do_not_go_with_floats(bits: int) -> None:
-    words = f"bits {bits} leaves the weights float: group_size, method and table_bits do not apply"
+    words = f"bits {bits} leaves the weights float: group_size, method, table_bits, embedding_bits and head_bits"
     with pytest.raises(InputError, match=words):
         make_recipe(bits, group_size=32)
     with pytest.raises(InputError, match=words):

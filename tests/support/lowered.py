@@ -9,6 +9,7 @@ import torch
 
 from gemma_edge.export.backend import Backend, LoweringTask
 from gemma_edge.export.plan import geometry
+from gemma_edge.quantize.checkpoint.split_table import split_where_needed
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint, open_weights
 from gemma_edge.quantize.checkpoint.writer import write_quantized
 from gemma_edge.quantize.recipe import Recipe
@@ -20,7 +21,7 @@ def lower_bundle(
     backend: Backend, folder: Path, out: Path, recipe: Recipe, context: int, chunk: int
 ) -> tuple[QuantizedCheckpoint, Path]:
     """Quantize, lower and check a checkpoint for a backend; the bundle lies in `out`."""
-    source = open_weights(folder)
+    source = split_where_needed(open_weights(folder), recipe)
     quantized = write_quantized(source, recipe, out / "checkpoint")
     bundle = out / "bundle"
     bundle.mkdir()

@@ -1,7 +1,7 @@
 """Write the token ids of Hugging Face tokenizers for many texts; the Kotlin tokenizer must give the same ids.
 
-There are three tokenizers: the demo's, one of 256,000 tokens with random merges, and the one without merges of
-tools/benchmarks/synthetic_tokenizer.py. Gemma's own is the fourth if its folder is given. The texts mix many scripts,
+There are four tokenizers: the demo's, what `--vocab` leaves of it, one of 256,000 tokens with random merges, and the one without
+merges of tools/benchmarks/synthetic_tokenizer.py. Gemma's own is the fifth if its folder is given. The texts mix many scripts,
 code, emoji, control tokens and bytes; most of them are random strings of these parts.
 """
 
@@ -19,6 +19,8 @@ import tokenizers
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from synthetic_tokenizer import write_tokenizer
+
+from gemma_edge.quantize.vocabulary.kept import kept_ids, rewritten
 
 VOCAB = 256_000
 FUZZED = 10_000
@@ -95,6 +97,13 @@ def write_random_bpe(folder: Path) -> None:
     path.write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
 
 
+def write_trimmed(folder: Path, demo: Path) -> None:
+    """Write the demo's tokenizer with the tokens of a few sentences alone."""
+    data = json.loads((demo / "tokenizer.json").read_text(encoding="utf-8"))
+    ids = kept_ids(data, [" ".join(WORDS[:16])], len(data["model"]["vocab"]), (), by_characters=False)
+    (folder / "tokenizer.json").write_text(json.dumps(rewritten(data, ids), ensure_ascii=False), encoding="utf-8")
+
+
 def write_answers(folder: Path) -> None:
     """Write `texts.json` beside a tokenizer.json: each text, its ids without BOS, and the text of these ids."""
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -122,9 +131,10 @@ def write_tokenizers(out: Path, demo: Path, gemma: Path | None) -> None:
         gemma: a folder with Gemma's own tokenizer.json, or None.
     """
     shutil.rmtree(out, ignore_errors=True)
-    for name in ("demo", "random", "plain"):
+    for name in ("demo", "trimmed", "random", "plain"):
         (out / name).mkdir(parents=True)
     shutil.copy(demo / "tokenizer.json", out / "demo")
+    write_trimmed(out / "trimmed", demo)
     write_random_bpe(out / "random")
     write_tokenizer(out / "plain", VOCAB)
     if gemma:

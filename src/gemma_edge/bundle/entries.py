@@ -50,13 +50,24 @@ class _Figures:
 
 
 @dataclass(frozen=True)
+class VocabularyEntry:
+    """What `vocab` left of the original's tokens."""
+
+    tokens: Tokens  # rows that the original's table has
+    kept: Tokens
+    text: tuple[str, ...]  # names of the files whose tokens are kept
+    by_characters: bool  # whether every other token of the same characters is kept, too
+
+
+@dataclass(frozen=True)
 class ModelEntry:
     """The checkpoint."""
 
     name: Name  # its folder
     architecture: Architecture
-    parameters: Count
+    parameters: Count  # of the original, with the rows that are kept
     lora: str | None  # folder of the adapter that was merged; None: no adapter
+    vocabulary: VocabularyEntry | None = None  # None: every token is kept
 
 
 @dataclass(frozen=True)
@@ -184,6 +195,7 @@ class PlanEntry:
     device_ram_limit_bytes: Bytes
     export_ram_bytes: Bytes
     export_disk_bytes: Bytes
+    token_bytes: Bytes | None = None  # of the weights that a decoded token reads; None: made before this was predicted
 
 
 @dataclass(frozen=True)

@@ -76,10 +76,16 @@ def test_program_holds_the_checkpoints_integers_bit_for_bit(int4: tuple[Quantize
     assert_holds_integers(runtime, quantized, list(weight_shapes(quantized.config)))
 
 
-@pytest.mark.parametrize("table_bits", [4, 8])
-def test_a_head_of_its_own_is_multiplied_and_the_table_only_looked_up(table_bits: int, tmp_path: Path) -> None:
-    folder = make_checkpoint(tmp_path / "float", num_hidden_layers=2, tie_word_embeddings=False)
-    recipe = make_recipe(4, group_size=32, method="rtn", table_bits=table_bits)
+@pytest.mark.parametrize(
+    ("tied", "table_bits", "head_bits"),
+    [(False, 4, None), (False, 8, None), (True, 8, 4)],
+    ids=["int4", "int8", "split"],
+)
+def test_a_head_of_its_own_is_multiplied_and_the_table_only_looked_up(
+    tied: bool, table_bits: int, head_bits: int | None, tmp_path: Path
+) -> None:
+    folder = make_checkpoint(tmp_path / "float", num_hidden_layers=2, tie_word_embeddings=tied)
+    recipe = make_recipe(4, group_size=32, method="rtn", table_bits=table_bits, head_bits=head_bits)
     quantized, runtime = make_bundle(folder, tmp_path / "int4", recipe, context=48)
     assert_holds_integers(runtime, quantized, [weight for weight in weight_shapes(quantized.config) if weight != TABLE])
     ids = some_ids(24, quantized.config.vocab_size)
@@ -88,9 +94,9 @@ def test_a_head_of_its_own_is_multiplied_and_the_table_only_looked_up(table_bits
     assert relative_error(torch.from_numpy(runtime.score(ids)), expected) < 0.15
     planned = BACKEND.weights_bytes(StoredWeights(quantized, quantized.configs, 32))
     assert 0 < (runtime.bundle / FILE).stat().st_size - planned < 400_000
-    tied = replace(quantized.config, tie_word_embeddings=True)
-    with pytest.raises(RuntimeError, match="are not multiplied|of no weight"):
-        check.check_pte(runtime.bundle / FILE, tied, quantized.configs, runtime.cache, list(METHODS.values()))
+    other = replace(quantized.config, tie_word_embeddings=True)
+    with pytest.raises(RuntimeError, match="are not multiplied|of no weight|computed by"):
+        check.check_pte(runtime.bundle / FILE, other, quantized.configs, runtime.cache, list(METHODS.values()))
 
 
 def assert_holds_integers(runtime: Runtime, quantized: QuantizedCheckpoint, weights: list[str]) -> None:

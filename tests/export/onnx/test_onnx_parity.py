@@ -17,6 +17,7 @@ from gemma_edge.export.backend import LoweringTask
 from gemma_edge.export.onnx.backend import FLOAT_ACTIVATIONS, OnnxBackend
 from gemma_edge.export.plan import geometry
 from gemma_edge.quantize.checkpoint.kv_scales import KVScales, write_kv_scales
+from gemma_edge.quantize.checkpoint.split_table import split_where_needed
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint, open_weights
 from gemma_edge.quantize.checkpoint.writer import write_quantized
 from gemma_edge.quantize.recipe import Recipe, make_recipe
@@ -33,7 +34,7 @@ def make_bundle(folder: Path, out: Path, recipe: Recipe, kv_margin: float | None
 
     With a margin its KV cache is int8, calibrated on other tokens than `some_ids`.
     """
-    source = open_weights(folder)
+    source = split_where_needed(open_weights(folder), recipe)
     quantized = write_quantized(source, recipe, out / "checkpoint")
     dtype = "float32"
     if kv_margin is not None:
@@ -119,6 +120,8 @@ def test_reference_masks_equal_transformers_own_inside_the_context(
     [
         ("tiny", make_recipe(4)),
         ("tiny", make_recipe(4, table_bits=4)),
+        ("tiny", make_recipe(4, head_bits=4)),
+        ("odd_sizes", make_recipe(4, head_bits=8, table_bits=4)),
         ("tiny", make_recipe(8)),
         ("tiny", make_recipe(16)),
         ("odd_sizes", make_recipe(4, group_size=128)),  # rows of 96 and 160: groups of 96 and 32 or 160 by rows

@@ -110,6 +110,7 @@ INTEGERS = {
     "int4-channel": ("tiny", make_recipe(4, group_size=0, method="rtn")),
     "int8": ("tiny", make_recipe(8, method="rtn")),
     "untied-int4": ("untied", make_recipe(4, group_size=32, method="rtn", table_bits=4)),
+    "split": ("tiny", make_recipe(4, group_size=32, method="rtn", head_bits=4)),
     "untied-int8": ("untied", make_recipe(8, method="rtn")),
 }
 

@@ -21,7 +21,7 @@ from gemma_edge.quantize.calibration import text as calibration
 from gemma_edge.quantize.calibration.block import Choice, gemma_topology, quantize_block, second_moments
 from gemma_edge.quantize.calibration.gptq import Inputs, gptq
 from gemma_edge.quantize.calibration.layerwise import Calibration, calibrate, layer_file, runner
-from gemma_edge.quantize.checkpoint.writer import write_quantized
+from gemma_edge.quantize.checkpoint.writer import Fitted, write_quantized
 from gemma_edge.quantize.integers import QuantizedTensor, absmax_scale, quantize
 from gemma_edge.quantize.options import CalibrationText
 from gemma_edge.quantize.recipe import ANY, INT8_ROW, QUALITIES, TABLE_PATTERN, QuantConfig, QuantRule, Recipe
@@ -75,7 +75,7 @@ class Judge:
             return write_quantized(source, recipe, out).load()
         (out / "layers").mkdir(parents=True)
         calibrate(source, recipe, Calibration(shipped(), rounds, refit), out / "layers")
-        return write_quantized(source, recipe, out / "q", layers=partial(layer_file, out / "layers")).load()
+        return write_quantized(source, recipe, out / "q", fitted=Fitted(partial(layer_file, out / "layers"))).load()
 
     def of_quality(self, group_size: int) -> float:
         """`--quality best`, but for how much text it looks at."""

@@ -38,7 +38,7 @@ from gemma_edge.quantize.calibration.layerwise import (
 )
 from gemma_edge.quantize.checkpoint.kv_scales import KVRanges
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint, open_weights
-from gemma_edge.quantize.checkpoint.writer import shard_names, write_quantized
+from gemma_edge.quantize.checkpoint.writer import Fitted, shard_names, write_quantized
 from gemma_edge.quantize.recipe import ANY, TABLE_PATTERN, QuantConfig, QuantRule, Recipe, make_recipe
 
 LAYERS = 4
@@ -97,7 +97,9 @@ def whole(source: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 def written(source: Checkpoint, recipe: Recipe, seen: Calibration, folder: Path) -> QuantizedCheckpoint:
     run(source, recipe, seen, folder / "layers")
-    return write_quantized(source, recipe, folder / "out", layers=lambda layer: layer_file(folder / "layers", layer))
+    return write_quantized(
+        source, recipe, folder / "out", fitted=Fitted(lambda layer: layer_file(folder / "layers", layer))
+    )
 
 
 @pytest.mark.parametrize("shape", ["tiny", "heads_like_27b", "odd_sizes", "gemma3_scaled", "gemma1_one_head"])
@@ -129,7 +131,7 @@ def test_the_next_layer_was_fitted_to_what_the_checkpoint_computes(source: Check
     streams = load_file(tmp_path / "layers" / STATE)
     reports = run(source, recipe, SEEN, tmp_path / "layers")
     weights = write_quantized(
-        source, recipe, tmp_path / "out", layers=lambda layer: layer_file(tmp_path / "layers", layer)
+        source, recipe, tmp_path / "out", fitted=Fitted(lambda layer: layer_file(tmp_path / "layers", layer))
     )
     after: dict[str, list[Tensor]] = {}  # every block, (N, T, hidden)
     for name, model in (("quantized", hf_quantized(weights.folder)), ("original", hf_model(source.folder))):
@@ -152,7 +154,9 @@ def test_scales_of_an_int8_cache_cover_the_keys_and_values_of_transformers(model
     source, recipe = Checkpoint.open(folder), Recipe("float table", (QuantRule(TABLE_PATTERN, None), *GPTQ.rules[1:]))
     (tmp_path / "layers").mkdir()
     _, found = calibrate(source, recipe, SEEN, tmp_path / "layers")
-    weights = write_quantized(source, recipe, tmp_path / "out", layers=lambda i: layer_file(tmp_path / "layers", i))
+    weights = write_quantized(
+        source, recipe, tmp_path / "out", fitted=Fitted(lambda i: layer_file(tmp_path / "layers", i))
+    )
     model, ranges = hf_quantized(weights.folder), KVRanges()
     for window in SEEN.windows:
         for layer, (k, v) in kv_ranges(model, window).largest.items():

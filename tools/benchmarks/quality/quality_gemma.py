@@ -43,7 +43,8 @@ def by_the_tool(model: PreTrainedModel, windows: Tensor, *, options: QuantizeOpt
     source = open_weights(Path(str(model.name_or_path)))
     quality = QUALITIES[options.quality or "fast"]
     calibration = Calibration(windows, quality.rounds, quality.refit) if quality.tokens else None
-    work = Quantization(options, source, choose_recipe(options, source, None, no_progress)[0], calibration)
+    source, recipe, _ = choose_recipe(options, source, None, no_progress)
+    work = Quantization(options, source, recipe, calibration)
     with tempfile.TemporaryDirectory() as place:
         # an empty cache: the CPU seconds of a run before would be missing
         os.environ[user_cache.VARIABLE] = place
