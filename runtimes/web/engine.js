@@ -79,7 +79,7 @@ class Engine {
     const { logits: first, fed } = await this.feed(this.ids(prompt));
     let logits = first;
     const answering = performance.now(), tokens = [], text = new Stream(this.tokenizer, tell);
-    while (tokens.length < maxTokens && !this.stopping) {
+    while (logits && tokens.length < maxTokens && !this.stopping) {
       const id = choose(logits);
       if (this.ends.has(id)) break;
       tokens.push(id);
@@ -100,12 +100,12 @@ class Engine {
     return ids[0] === this.bos ? ids : [this.bos, ...ids];
   }
 
-  /** Feed what the caches do not hold yet; the logits (V,) after the last token, and how many tokens were fed. */
+  /** Feed what the caches do not hold yet; the logits (V,) after the last token, null if stopped, and how many were fed. */
   async feed(ids) {
     const known = this.fed.findIndex((id, at) => id !== ids[at]);
     let from = this.fed.length && known < 0 && this.fed.length < ids.length ? this.fed.length : 0; // at 0 the model forgets
     const fed = ids.length - from;
-    this.fed = []; // a call that fails leaves caches that nobody may go on with
+    this.fed = []; // a call that fails or is stopped leaves caches that nobody may go on with
     let logits;
     while (from < ids.length) {
       const last = from === ids.length - 1;
@@ -114,7 +114,8 @@ class Engine {
       const count = Math.min(waiting, signature.tokens);
       logits = await this.run(signature, ids.slice(from, from + count), from);
       from += count;
-      if (this.stopping) throw new Error("stopped");
+      if (!last) await breathe();
+      if (!last && this.stopping) return { logits: null, fed };
     }
     this.fed = ids;
     return { logits, fed };

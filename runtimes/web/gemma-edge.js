@@ -78,15 +78,19 @@ class Session {
   }
 
   async *chat(message, options = {}) {
-    this.messages.push({ role: "user", content: message });
+    const before = this.messages;
+    this.messages = [...before, { role: "user", content: message }];
     let answer = "";
     try {
       for await (const piece of this.answer({ messages: this.messages }, options)) {
         answer += piece;
         yield piece;
       }
+    } catch (error) {
+      this.messages = before; // as if it had not been asked
+      throw error;
     } finally {
-      this.messages.push({ role: "model", content: answer });
+      if (this.messages !== before) this.messages.push({ role: "model", content: answer });
     }
   }
 

@@ -7,14 +7,12 @@ const STAGES = { download: "Downloading", check: "Checking", compile: "Starting"
 
 /** Offline from the second visit on, and isolated from other origins, which threads need. */
 async function install() {
-  if (!navigator.serviceWorker) return;
-  await navigator.serviceWorker.register("sw.js").catch(() => {});
-  await Promise.race([navigator.serviceWorker.ready, new Promise((resolve) => setTimeout(resolve, 3000))]);
-  if (!crossOriginIsolated && navigator.serviceWorker.controller === null && !sessionStorage.reloaded) {
-    sessionStorage.reloaded = "yes"; // once: where that does not help, one thread computes
-    location.reload();
-    await new Promise(() => {});
-  }
+  const registered = await navigator.serviceWorker?.register("sw.js").catch(() => null);
+  if (!registered || crossOriginIsolated || sessionStorage.reloaded) return; // where a reload does not help, one thread computes
+  await navigator.serviceWorker.ready;
+  sessionStorage.reloaded = "yes";
+  location.reload();
+  await new Promise(() => {});
 }
 
 function progress({ stage, done, total }) {

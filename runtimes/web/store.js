@@ -19,7 +19,9 @@ export async function stored(url, { bytes, sha256 }, onProgress) {
 }
 
 async function download(url, handle, bytes, onProgress) {
-  const file = await handle.createSyncAccessHandle();
+  const file = await handle.createSyncAccessHandle().catch(() => {
+    throw new Error("another tab is loading this model; wait for it, or close it, and load the page again");
+  });
   try {
     let done = file.getSize();
     if (done >= bytes) return;

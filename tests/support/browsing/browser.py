@@ -86,11 +86,13 @@ def wait_on(url: str, folder: Path, ended: str, *, seconds: float = 300) -> tupl
                 *messages, unread = (unread + os.read(from_browser.fileno(), 1 << 20)).split(b"\0")
                 for reply in map(json.loads, messages):
                     if reply.get("id") == number:
-                        result: dict[str, Any] = reply["result"]
+                        result: dict[str, Any] = reply.get("result", {})
                         return result
 
         def value(expression: str) -> Any:
-            return call("Runtime.evaluate", session, expression=expression, returnByValue=True)["result"]["value"]
+            """Its value; None while the page is loaded anew, or where the expression fails."""
+            evaluated = call("Runtime.evaluate", session, expression=expression, returnByValue=True)
+            return evaluated.get("result", {}).get("value")
 
         try:
             target = call("Target.createTarget", url=url)["targetId"]
