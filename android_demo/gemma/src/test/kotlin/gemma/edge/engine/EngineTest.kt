@@ -157,14 +157,17 @@ abstract class EngineTest(private val backend: String) {
     internal fun damageEverywhere(model: Fixtures.Model, bytes: Int) {
         val random = Random(0)
         var refused = 0
+        val folder = damaged(model) { it }
+        val program = File(folder, Bundle.open(folder).backend(backend).program)
+        val intact = program.readBytes()
         repeat(DAMAGES) {
-            val folder = damaged(model) { program -> program.also { it[random.nextInt(bytes)] = random.nextInt().toByte() } }
+            program.delete() // not written over: it may still be mapped
+            program.writeBytes(intact.copyOf().also { it[random.nextInt(bytes)] = random.nextInt().toByte() })
             try {
                 open(folder).use { it.prefill(intArrayOf(2, 3)) }
             } catch (_: GemmaException) {
                 refused++
             }
-            folder.deleteRecursively()
         }
         println("$backend: $DAMAGES damaged programs, $refused refused")
     }

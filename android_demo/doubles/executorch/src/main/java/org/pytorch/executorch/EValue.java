@@ -2,6 +2,8 @@ package org.pytorch.executorch;
 
 /** ONLY TO COMPILE AGAINST, see Module. */
 public class EValue {
+  EValue() {}
+
   public static EValue from(Tensor tensor) {
     return new EValue();
   }

@@ -2,6 +2,8 @@ package org.pytorch.executorch;
 
 /** ONLY TO COMPILE AGAINST, see Module. */
 public abstract class Tensor {
+  Tensor() {}
+
   public static Tensor fromBlob(long[] data, long[] shape) {
     throw new IllegalStateException();
   }
