@@ -55,8 +55,8 @@ $(NATIVE)/.made: $(EVERY_BACKEND)/manifest.json tools/kotlin_fixtures/native_fix
 	$(BIN)/python tools/kotlin_fixtures/native_fixtures.py $(NATIVE) $(EVERY_BACKEND)
 	@touch $@
 
-# A Maven repository of the library, and an app that uses it. DOCS= leaves out the API docs, which take a minute.
-DOCS ?= 1
+# A Maven repository of the library, and an app that uses it. DOCS=1 adds the API docs, which take a minute.
+DOCS ?=
 aar: $(STAMP) $(FIXTURES)/.made $(GEMMA)/.compiled
 	$(BIN)/python tools/apk/build_aar.py $(ANDROID_BUILD)/repository $(if $(DOCS),--docs)
 	$(BIN)/python tools/apk/test_aar.py $(ANDROID_BUILD)/repository $(BUNDLE) $(FIXTURES)/models/$(notdir $(BUNDLE))/answers.json
