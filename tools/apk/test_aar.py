@@ -26,7 +26,11 @@ def compiled(repository: Path) -> str:
     shutil.copy(CONSUMER / "pom.xml", project)
     for path in (CONSUMER / "Main.kt", EXAMPLE):
         shutil.copy(path, project / "src")
-    purge = ["dependency:purge-local-repository", f"-DmanualIncludes={','.join(f'{GROUP}:{name}' for name in MODULES)}"]
+    purge = [
+        "-DreResolve=false",
+        "dependency:purge-local-repository",
+        f"-DmanualIncludes={','.join(f'{GROUP}:{name}' for name in MODULES)}",
+    ]
     properties = [f"-Drepository={repository.resolve().as_uri()}", f"-Dsources={project / 'src'}"]
     # Maven keeps a copy of what it took from a repository, here of an earlier build of this version
     run([*MAVEN, "-f", project / "pom.xml", *purge, "compile", *properties])
