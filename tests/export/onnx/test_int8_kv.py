@@ -224,13 +224,12 @@ def test_a_second_try_makes_and_judges_only_what_failed_by_the_same_references(
 
 
 def test_which_cache_is_taken() -> None:
-    phone, desktop = TARGETS["android"], TARGETS["desktop"]
     found = {
         (asked, target.name, calibrated): choose_kv_dtype(
             asked, target, "onnx", head_dim=48, calibrated=calibrated, hint=""
         )
         for asked in (None, 8, 32)
-        for target in (phone, desktop, TARGETS["raspberry-pi"])
+        for target in TARGETS.values()
         for calibrated in (False, True)
         if not (asked == 8 and not calibrated)
     }
