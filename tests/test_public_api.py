@@ -18,7 +18,8 @@ SIGNATURES = {
     "load": "(bundle: 'str | Path', *, backend: 'str | None' = None, threads: 'int | None' = None) -> 'Runtime'",
     "plan": "(options: 'ExportOptions', progress: 'Progress' = no_progress) -> 'dict[str, Plan]'",
     "quantize": "(model: 'str | Path', out: 'str | Path', options: 'QuantizeOptions | None' = None, *,"
-    " lora: 'str | Path | None' = None, force: 'bool' = False, progress: 'Progress' = no_progress) -> 'QuantizedModel'",
+    " lora: 'str | Path | None' = None, vocab: 'str | None' = None, force: 'bool' = False, progress: 'Progress' ="
+    " no_progress) -> 'QuantizedModel'",
 }
 CLASSES = {
     "CalibrationText": ["paths", "tokens", "chat", "seed"],

@@ -256,8 +256,11 @@ def hf_quantized(folder: Path) -> Any:
 
 
 def hf_holding(folder: Path, weights: Mapping[str, torch.Tensor]) -> HFModel:
-    """The float model of a folder with other weights, all of them."""
+    """The float model of a folder with other weights, all of them; with a head among them it is untied."""
     model = hf_model(folder)
+    if "lm_head.weight" in weights:
+        head: Any = model.get_submodule("lm_head")
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
     keys = model.load_state_dict(dict(weights), strict=False)
     assert keys.unexpected_keys == [] and keys.missing_keys in ([], ["lm_head.weight"])
     return model
