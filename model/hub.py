@@ -36,11 +36,16 @@ def copy_companions(folder: Path, out: Path, *, text_folder: Path | None = None)
         out: the folder to copy into.
         text_folder: the folder of an adapter that brings its own tokenizer and chat template; the rest is the model's.
     """
-    files = companions(folder)
-    if text_folder is not None and text_folder != folder:
-        files = {name: path for name, path in files.items() if name == STOP_IDS} | companions(text_folder)
-    for name, path in files.items():
+    for name, path in companions_of(folder, text_folder or folder).items():
         shutil.copy(path, out / name)
+
+
+def companions_of(folder: Path, text_folder: Path) -> dict[str, Path]:
+    """The companions of a model whose tokenizer and chat template may lie in another folder; arguments as `copy_companions`'."""
+    files = companions(folder)
+    if text_folder == folder:
+        return files
+    return {name: path for name, path in files.items() if name == STOP_IDS} | companions(text_folder)
 
 
 def companions(folder: Path) -> dict[str, Path]:

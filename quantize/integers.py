@@ -37,8 +37,8 @@ def quantize(values: Tensor, config: QuantConfig, method: str) -> QuantizedTenso
 
 
 def scale_dtype(method: str) -> torch.dtype:
-    """The type of the scales that `quantize` gives."""
-    return torch.bfloat16 if method in SCALES else torch.float16
+    """The type of the scales of a method, a calibrated one too."""
+    return torch.float16 if method in OTHERS else torch.bfloat16
 
 
 def round_to(values: Tensor, scale: Tensor, config: QuantConfig) -> QuantizedTensor:

@@ -115,10 +115,7 @@ def test_wheel_holds_the_packages_their_data_and_the_licences(built: Path) -> No
     files = [*LINKS.glob("**/*.py"), *(path for top in TOPS for path in (ROOT / top).rglob("*.py"))]
     files += [LINKS / "py.typed", *(LINKS / "text" / "data").iterdir(), *LINKS.glob("**/*.j2")]
     files += [
-        path
-        for top in TOPS
-        for kind in ("*.j2", "*.html", "*.js", "*.d.ts", "package.json")
-        for path in (ROOT / top).rglob(kind)
+        path for top in TOPS for kind in ("*.j2", "*.html", "*.js", "*.d.ts") for path in (ROOT / top).rglob(kind)
     ]
     expected = {path.relative_to(LINKS if path.is_relative_to(LINKS) else ROOT).as_posix() for path in files}
     found = contents(built)

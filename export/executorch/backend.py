@@ -36,11 +36,9 @@ class ExecuTorchBackend(Backend):
     def looked_up_bytes(self, weights: StoredWeights) -> int:
         """The table as the embedding reads it, unless the head reads the same bytes."""
         quant = weights.configs[TABLE]
-        return (
-            0
-            if packing.shares_table(weights.config, quant)
-            else sum(packing.embedding_bytes(weights.config, quant).values())
-        )
+        if packing.shares_table(weights.config, quant):
+            return 0
+        return sum(packing.embedding_bytes(weights.config, quant).values())
 
     def write(self, task: LoweringTask) -> dict[str, Any]:
         """See Backend."""

@@ -15,7 +15,7 @@ lies in the slot a mod R + p - a, which is at most p, so all that counts lies in
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -172,7 +172,7 @@ def signatures(geometry: CacheGeometry) -> list[Signature]:
     chunk, short = geometry.prefill_chunk, geometry.context // SHORT
     sizes = dict.fromkeys([chunk, chunk // 8]) if chunk >= 16 else [chunk]
     score = min(chunk, SCORED)
-    fed = [*(Signature(f"{PREFILL}_{size}", PREFILL, size) for size in sizes), Signature(DECODE, DECODE, 1)]
+    fed = _fed(sizes)
     by_size = {each.tokens: each for each in fed} if short >= chunk else {}  # to decode is also to prefill one token
     return [
         *fed,
@@ -183,8 +183,12 @@ def signatures(geometry: CacheGeometry) -> list[Signature]:
 
 def two_signatures(geometry: CacheGeometry) -> list[Signature]:
     """One signature for prompts and one for answers: for an engine that packs the weights anew for each."""
-    chunk = geometry.prefill_chunk
-    return [Signature(f"{PREFILL}_{chunk}", PREFILL, chunk), Signature(DECODE, DECODE, 1)]
+    return _fed([geometry.prefill_chunk])
+
+
+def _fed(sizes: Iterable[int]) -> list[Signature]:
+    """Signatures for prompts, one for each size of a call, and the one for answers."""
+    return [*(Signature(f"{PREFILL}_{size}", PREFILL, size) for size in sizes), Signature(DECODE, DECODE, 1)]
 
 
 class Step(nn.Module):

@@ -19,17 +19,7 @@ from gemma_edge.export.web.packages import PACKAGES, check_npm, fetched
 from gemma_edge.model.config import GemmaConfig
 from gemma_edge.runtimes import web
 
-SITE = (
-    "index.html",
-    "page.js",
-    "gemma-edge.js",
-    "gemma-edge.d.ts",
-    "worker.js",
-    "engine.js",
-    "sampling.js",
-    "store.js",
-    "sw.js",
-)
+SITE = (".html", ".js", ".ts")  # suffixes of the files in runtimes/web that a site holds
 BARE, RELATIVE = '"@litertjs/wasm-utils"', '"./litert-wasm-utils.js"'  # a worker resolves no names of packages
 COPIES = 3  # of the weights in memory while it starts: the file, and one for each signature
 
@@ -60,8 +50,9 @@ def write_site(out: Path) -> None:
         InputError: a library cannot be fetched.
         RuntimeError: a library is not as expected.
     """
-    for name in SITE:
-        shutil.copyfile(Path(web.__file__).parent / name, out / name)
+    for file in Path(web.__file__).parent.iterdir():
+        if file.suffix in SITE:
+            shutil.copyfile(file, out / file.name)
     for package in PACKAGES:
         folder = fetched(package)
         for name in package.files.values():

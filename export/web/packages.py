@@ -16,6 +16,7 @@ from gemma_edge import user_cache
 from gemma_edge.children import find_program
 from gemma_edge.errors import InputError
 
+KIND, KEPT = "npm", "the libraries of a site"  # in the user's cache
 TIMEOUT = 600.0  # seconds for one package
 LITERT = [f"litert_wasm{kind}_internal.{ending}" for kind in ("", "_threaded", "_compat") for ending in ("js", "wasm")]
 
@@ -79,25 +80,36 @@ def check_npm() -> None:
     """Refuse to begin where a package is neither kept nor can be fetched.
 
     Raises:
-        InputError: npm is missing.
+        InputError: npm is missing, or there is no place to keep packages.
     """
-    missing = [each for each in PACKAGES if not _is_complete(user_cache.place("npm") / each.key, each)]
-    if missing and find_program("npm") is None:
+    with user_cache.needed_for(KEPT):
+        kept = user_cache.place(KIND)
+    for package in PACKAGES:
+        if not _is_complete(kept / package.key, package):
+            _npm(package)
+
+
+def _npm(package: NpmPackage) -> str:
+    """The program npm, which a package is fetched with."""
+    program = find_program("npm")
+    if program is None:
         raise InputError(
-            f"`backend` web needs {missing[0].name} and other packages of npm, and there is no npm on the PATH; install"
+            f"`backend` web needs {package.name} and other packages of npm, and there is no npm on the PATH; install"
             " Node.js, or use another `backend`",
             field="backend",
             value="web",
         )
+    return program
 
 
 def fetched(package: NpmPackage) -> Path:
     """A folder with the package's files under the site's names.
 
     Raises:
-        InputError: npm is missing or fails, or the archive is another one.
+        InputError: npm is missing or fails, the archive is another one, or there is no place to keep it.
     """
-    folder = user_cache.folder("npm", package.key)
+    with user_cache.needed_for(KEPT):
+        folder = user_cache.folder(KIND, package.key)
     if not _is_complete(folder, package):
         with tempfile.TemporaryDirectory(dir=folder) as place:
             archive = _packed(package, Path(place))
@@ -111,13 +123,11 @@ def _is_complete(folder: Path, package: NpmPackage) -> bool:
 
 def _packed(package: NpmPackage, place: Path) -> Path:
     """The archive, by `npm pack`."""
-    npm, release = find_program("npm"), f"{package.name}@{package.version}"
-    if npm is None:
-        check_npm()
+    release = f"{package.name}@{package.version}"
     hint = "check the network, or use another `backend`"
     try:
         done = subprocess.run(
-            [str(npm), "pack", "--silent", "--ignore-scripts", release],
+            [_npm(package), "pack", "--silent", "--ignore-scripts", release],
             cwd=place,
             capture_output=True,
             text=True,

@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from gemma_edge import user_cache
@@ -23,7 +21,7 @@ from gemma_edge.model.gguf.tokenizer import text_files
 from gemma_edge.reading import GGUF_SUFFIX, present, read_json
 
 POINTER = "gguf.json"  # {"files": absolute paths}
-KIND = "gguf"  # of the cache's folders
+KIND, TEXT = "gguf", "the tokenizer of a GGUF file"  # of the cache's folders, and what lies there
 CONFIG = "config.json"
 LAYOUT = 2  # of what is written: another number forgets older folders
 PART = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf")
@@ -104,25 +102,14 @@ def _status(path: Path) -> tuple[int, ...]:
 
 def _home() -> Path:
     """Where the prepared folders lie."""
-    with _no_cache_is_bad_input():
+    with user_cache.needed_for(TEXT):
         return user_cache.place(KIND)
 
 
 def _cache(name: str) -> Path:
     """The folder of a name, which is made if it is not there."""
-    with _no_cache_is_bad_input():
+    with user_cache.needed_for(TEXT):
         return user_cache.folder(KIND, name)
-
-
-@contextmanager
-def _no_cache_is_bad_input() -> Iterator[None]:
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        raise InputError(
-            f"no place to keep the tokenizer of a GGUF file ({error}); set {user_cache.VARIABLE} to a folder that can be"
-            " written to"
-        ) from None
 
 
 def _write(folder: Path, paths: list[Path], headers: list[Header]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from gemma_edge import user_cache
-from gemma_edge.errors import InputError
 from gemma_edge.user_cache import VARIABLE as VARIABLE
 from gemma_edge.user_cache import root as root
 
@@ -19,9 +18,5 @@ def calibration_folder(key: str) -> Path:
     Raises:
         InputError: there is no cache folder that can be written to.
     """
-    try:
+    with user_cache.needed_for("finished layers"):
         return user_cache.folder("calibration", key)
-    except (OSError, RuntimeError) as error:
-        raise InputError(
-            f"no place to keep finished layers ({error}); set {VARIABLE} to a folder that can be written to"
-        ) from None

@@ -287,5 +287,5 @@ def _integer_specs(work: _Work, weight: str) -> list[Spec]:
             yield part(start, stop)
             work.progress((stop - start) * shape[1])
 
-    kind = source.scale_dtype(weight) if keeps else torch.bfloat16 if fit else scale_dtype(method)
+    kind = source.scale_dtype(weight) if keeps else scale_dtype(method)
     return integer_specs(weight, shape, config, parts, kind)

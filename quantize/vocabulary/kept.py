@@ -1,9 +1,7 @@
 """Which tokens a text needs, and a tokenizer that knows only them.
 
-A text needs the tokens that it becomes, and all that byte-pair encoding goes through on the way to them.
-
-A token is made by merging two shorter ones. So with the tokens of a text every token on their way is kept, and the text becomes
-the same tokens as before: of the merges that are gone, none was ever made in it.
+Byte-pair encoding makes a token by merging two shorter ones. So with the tokens that a text becomes, every token on the way to
+them is kept, and the text becomes the same tokens as before: of the merges that are gone, none was ever made in it.
 """
 
 from __future__ import annotations

@@ -150,10 +150,7 @@ def _conversation(folder: Path) -> str:
 
 def _folder(source: Weights, data: Mapping[str, Any], ids: Sequence[int]) -> Path:
     """A folder of the user's cache with all files of the model but its weights."""
-    files = {name: path for name, path in hub.companions(source.folder).items() if name == hub.STOP_IDS}
-    files |= {
-        name: path for name, path in hub.companions(source.text_folder).items() if name != hub.STOP_IDS or not files
-    }
+    files = hub.companions_of(source.folder, source.text_folder)
     raw, _ = text_config(source.folder)
     texts = {
         name: path.read_text(encoding="utf-8")
@@ -169,13 +166,8 @@ def _folder(source: Weights, data: Mapping[str, Any], ids: Sequence[int]) -> Pat
         texts[hub.STOP_IDS] = _as_text(_renumbered(read_json(files[hub.STOP_IDS]), place))
     texts[CONFIG] = _as_text({**_renumbered(raw, place), "vocab_size": len(ids)})
     key = hashlib.sha256(json.dumps([LAYOUT, texts], sort_keys=True).encode()).hexdigest()[:32]
-    try:
+    with user_cache.needed_for("the tokenizer of a smaller vocabulary"):
         folder = user_cache.folder("vocabularies", key)
-    except (OSError, RuntimeError) as error:
-        raise InputError(
-            f"no place to keep the tokenizer of a smaller vocabulary ({error}); set {user_cache.VARIABLE} to a folder that"
-            " can be written to"
-        ) from None
     if not present(folder / CONFIG):  # it is written last
         for name, text in texts.items():
             write_whole(folder / name, text)

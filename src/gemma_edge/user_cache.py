@@ -9,8 +9,11 @@ import os
 import shutil
 import stat
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from gemma_edge.errors import InputError
 
 KEPT_DAYS = 7  # since it was last used
 VARIABLE = "GEMMA_EDGE_CACHE"
@@ -57,6 +60,21 @@ def folder(kind: str, key: str) -> Path:
             if other.stat().st_mtime < oldest:
                 shutil.rmtree(other, ignore_errors=True)
     return result
+
+
+@contextmanager
+def needed_for(what: str) -> Iterator[None]:
+    """Turn the errors of `place` and `folder` into one line, for something that has no other place.
+
+    Raises:
+        InputError: there is no cache folder that can be written to.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"no place to keep {what} ({error}); set {VARIABLE} to a folder that can be written to"
+        ) from None
 
 
 def is_own(status: os.stat_result) -> bool:

@@ -93,11 +93,9 @@ def write_zip(path: Path, files: Mapping[str, bytes]) -> None:
             archive.writestr(zipfile.ZipInfo(name, (2010, 1, 1, 0, 0, 0)), files[name], zipfile.ZIP_DEFLATED)
 
 
-def tree(folder: Path, within: str = "") -> dict[str, bytes]:
+def tree(folder: Path) -> dict[str, bytes]:
     """The files below a folder by their names in an archive."""
-    return {
-        within + path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
-    }
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def aar(module: str, classes: Path) -> dict[str, bytes]:

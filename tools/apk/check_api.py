@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import re
 import sys
-import zipfile
 from pathlib import Path
 
-from toolchain import ANDROID, BUILD, once, run
+from toolchain import ANDROID, run, unpacked
 
 MODIFIERS = re.compile(r"\b(final|native|synchronized|abstract|open) ")
 # OURS: classes of the double that the library need not have: its native code, and what Kotlin makes.
@@ -41,12 +40,8 @@ def real_classes(library: Path) -> Path:
     """The jar with the classes of a library, which is an AAR or a jar itself."""
     if library.suffix != ".aar":
         return library
-
-    def unpack(folder: Path) -> None:
-        with zipfile.ZipFile(library) as archive:
-            archive.extract("classes.jar", folder)
-
-    return once(f"api-of-{library.stem}", [library], unpack, BUILD) / "classes.jar"
+    (folder,) = unpacked([library], f"api-of-{library.stem}")
+    return folder / "classes.jar"
 
 
 def missing(double: Path, library: Path) -> list[str]:

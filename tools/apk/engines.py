@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from toolchain import ANDROID, CHAIN, PINS, maven, npm, once, onnxruntime_aar, packed, run, unpacked
+from toolchain import ANDROID, CHAIN, PINS, checked, maven, npm, once, onnxruntime_aar, packed, run, unpacked
 
 
 @dataclass(frozen=True)
@@ -21,18 +20,6 @@ class Engine:
     jars: list[Path]  # of its classes
     rules: list[Path]  # that its AARs have for R8
     natives: Callable[[str], list[Path]]  # its native libraries for an ABI
-
-
-def checked(path: Path, pin: str, abi: str) -> Path:
-    """A native library with the pinned hash.
-
-    Raises:
-        SystemExit: the file has another one.
-    """
-    actual, expected = hashlib.sha256(path.read_bytes()).hexdigest(), PINS[pin]["sha256"][abi]
-    if actual != expected:
-        raise SystemExit(f"{path}: sha256 {actual}, but {expected} is pinned; do not use the file")
-    return path
 
 
 def downloaded_wheel(requirement: str, folder: Path, *flags: object) -> Path:
@@ -69,7 +56,7 @@ def executorch() -> Engine:
 
     def natives(abi: str) -> list[Path]:
         folder = package / pin["libraries"] / abi
-        checked(folder / "libexecutorch.so", "executorch", abi)
+        checked(folder / "libexecutorch.so", pin["sha256"][abi])
         own = {path.name: path for path in [*sorted(folder.glob("*.so")), *of_aars(aars, abi)]}
         return list(own.values())
 
@@ -90,7 +77,8 @@ def litert() -> Engine:
                 (folder / "liblitert-lm.so").write_bytes(archive.read(name))
             wheel.unlink()
 
-        return [checked(once(f"litert-{abi}", [pin["wheel"]], fetch, CHAIN) / "liblitert-lm.so", "litert", abi)]
+        library = once(f"litert-{abi}", [pin["wheel"]], fetch, CHAIN) / "liblitert-lm.so"
+        return [checked(library, pin["sha256"][abi])]
 
     double = packed("litert-double", [ANDROID / "doubles" / "litert" / "target" / "classes"])
     return Engine("tflite", "gemma-litert", [double], [], natives)

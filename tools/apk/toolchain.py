@@ -136,12 +136,18 @@ def onnxruntime_aar(official: Path | None) -> Path:
             raise SystemExit(f"--ort-aar {official}: no such file")
         return official
     entry, sha256 = PINS["onnxruntime"]["entry"], PINS["onnxruntime"]["sha256"]
-    path: Path = npm("onnxruntime", entry) / entry
+    return checked(npm("onnxruntime", entry) / entry, sha256, "do not use the file, or pass --ort-aar FILE")
+
+
+def checked(path: Path, sha256: str, way_out: str = "do not use the file") -> Path:
+    """A file with the pinned hash.
+
+    Raises:
+        SystemExit: the file has another one.
+    """
     actual = hashlib.sha256(path.read_bytes()).hexdigest()
     if actual != sha256:
-        raise SystemExit(
-            f"{path}: sha256 {actual}, but {sha256} is pinned; do not use the file, or pass --ort-aar FILE"
-        )
+        raise SystemExit(f"{path}: sha256 {actual}, but {sha256} is pinned; {way_out}")
     return path
 
 

@@ -80,6 +80,17 @@ def test_without_npm_an_export_is_refused_before_any_work(tmp_path: Path, monkey
         check_npm()
 
 
+def test_without_a_place_for_packages_an_export_is_refused_in_one_line(
+    npm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (npm.parent / "file").write_text("")
+    monkeypatch.setenv(VARIABLE, str(npm.parent / "file"))
+    with pytest.raises(
+        InputError, match="no place to keep the libraries of a site .* set GEMMA_EDGE_CACHE to a folder"
+    ):
+        fetched(package(b""))
+
+
 def test_the_target_takes_one_scale_per_channel_and_refuses_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     from gemma_edge.export.api import open_model
 
