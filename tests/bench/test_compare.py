@@ -130,3 +130,17 @@ def test_a_name_does_not_command_the_terminal(capsys: pytest.CaptureFixture[str]
     print_table("a\x1b[2Jb", ("model",), [["c\x1b]0;d\x07\x9b"]], names=("model",))
     shown = capsys.readouterr().out
     assert "\x1b" not in shown and "\x9b" not in shown and "a\\x1b[2Jb" in shown and "c\\x1b]0;d\\x07" in shown
+
+
+def test_a_table_in_a_pipe_is_not_folded(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Unless COLUMNS says how wide it is."""
+    from gemma_edge.report.console import print_table
+
+    name = "a long name " * 10
+    for columns in (None, "80"):
+        monkeypatch.delenv("COLUMNS", raising=False)
+        if columns:
+            monkeypatch.setenv("COLUMNS", columns)
+        print_table("", ("model", "speed"), [[name, "1.0 tokens/s"]], names=("model",))
+        rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+        assert (len(rows) > 1) == bool(columns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -22,6 +23,7 @@ from gemma_edge.errors import printable
 
 ERR = Console(stderr=True)
 OUT = Console()
+UNFOLDED = 500  # columns: wider than any table
 
 
 def size(count: float) -> str:
@@ -45,7 +47,8 @@ def print_table(heading: str, columns: Sequence[str], body: Sequence[Sequence[st
         table.add_column(plain(column), justify="left" if text else "right", no_wrap=not text, overflow="fold")
     for row in body:
         table.add_row(*map(plain, row))
-    OUT.print(table)
+    # a file or a pipe folds nothing, unless COLUMNS says how wide it is
+    (OUT if OUT.is_terminal or "COLUMNS" in os.environ else Console(width=UNFOLDED)).print(table)
 
 
 def plain(text: str) -> Text:
