@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from gemma_edge.bench import machine
 from gemma_edge.bench.process import ChildFailed, watch
 from gemma_edge.bench.result import Result, Settings
-from gemma_edge.bundle.backends import choose_backend, registered
+from gemma_edge.bundle.backends import choose_accelerator, choose_backend, registered
 from gemma_edge.bundle.geometry import CacheGeometry
 from gemma_edge.bundle.manifest import MANIFEST, Manifest, confined
 from gemma_edge.children import python_command
@@ -112,7 +112,7 @@ class Local:
         before, others = machine.state(), machine.OtherProcesses()
         loaded, measured = self._child(settings)
         load["warm_s"] = loaded["load_s"]
-        model = {**self.model, "context": measured.pop("context")}
+        model = {**self.model, **{name: measured.pop(name) for name in ("context", "accelerator")}}
         memory = {"loaded_mib": loaded["loaded_mib"], **measured.pop("memory")}
         own = {"load": load, "memory": memory, "state": {"before": before, "after": machine.state()}}
         return {**measured, **own, "model": model, "others_cores": others.cores()}
@@ -134,11 +134,12 @@ class Local:
 class BundleContender(Local):
     """A bundle in one of its backends."""
 
-    def __init__(self, path: Path, manifest: Manifest, backend: str) -> None:
+    def __init__(self, path: Path, manifest: Manifest, backend: str, accelerator: str | None = None) -> None:
         info = registered()[backend]
         job = {
             "path": str(path.absolute()),
             "backend": backend,
+            "accelerator": accelerator,
             "module": info.engine_module,
             "package": info.runs_with.module,
         }
@@ -211,12 +212,15 @@ def here(threads: int) -> dict[str, Any]:
     return {**machine.describe(), "read_gb_per_s": round(machine.read_gb_per_s(threads), 1)}
 
 
-def bundle_contenders(paths: Sequence[Path], backend: str | None) -> tuple[list[Contender], list[str]]:
+def bundle_contenders(
+    paths: Sequence[Path], backend: str | None, accelerator: str | None = None
+) -> tuple[list[Contender], list[str]]:
     """Every backend of every bundle that can run here.
 
     Args:
         paths: the bundles.
         backend: measure this backend only; None measures every one.
+        accelerator: what computes; None takes what each backend was made for.
 
     Returns:
         the contenders, and a note on each backend that is left out because it is not installed.
@@ -233,7 +237,8 @@ def bundle_contenders(paths: Sequence[Path], backend: str | None) -> tuple[list[
             if command := registered()[name].how_to_install():
                 notes.append(f"{path}: {name} is not installed and left out; {command}")
             else:
-                contenders.append(BundleContender(path, manifest, name))
+                choose_accelerator(path, manifest, name, accelerator)  # refuses what it was not made for
+                contenders.append(BundleContender(path, manifest, name, accelerator))
     return contenders, notes
 
 

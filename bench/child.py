@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import click
 
 from gemma_edge.bench.machine import Energy
+from gemma_edge.bundle.accelerators import ACCELERATORS, CPU
 from gemma_edge.command import one_line_errors
 from gemma_edge.errors import InputError
 from gemma_edge.logits import Logits
@@ -34,6 +35,7 @@ class Engine(Protocol):
 
     vocab_size: int
     context: int  # tokens that the KV cache holds
+    accelerator: str  # what computes
 
     @property
     def packages(self) -> Sequence[str]:
@@ -56,10 +58,12 @@ class Bundle:
     """A bundle in one of its backends: an `Engine`."""
 
     def __init__(self, job: dict[str, Any]) -> None:
-        self.runtime = open_runtime(job["path"], backend=job["backend"], threads=job["threads"])
+        where = {name: job[name] for name in ("backend", "threads", "accelerator")}
+        self.runtime = open_runtime(job["path"], **where)
         self.vocab_size = self.runtime.manifest.config.vocab_size
         self.context = self.runtime.cache.context
         self.packages = ("gemma-edge", job["package"])
+        self.accelerator = self.runtime.computes_on
         self._logits: Logits
 
     def reset(self) -> None:
@@ -83,6 +87,7 @@ class Genai:
     """onnxruntime-genai, on a folder with a genai_config.json: a model of its own builder, or a bundle. An `Engine`."""
 
     packages = ("onnxruntime-genai", "onnxruntime")
+    accelerator = CPU
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.og: Any = importlib.import_module(job["module"])
@@ -166,6 +171,19 @@ def measure(engine: Engine, job: dict[str, Any]) -> dict[str, Any]:
     return fields if meter.source else {**fields, "energy": {}}
 
 
+def refuse_stand_in(accelerator: str) -> None:
+    """Measure no software that stands in for an accelerator.
+
+    Raises:
+        InputError: it is none of ACCELERATORS.
+    """
+    if accelerator not in ACCELERATORS:
+        raise InputError(
+            f"{accelerator} computes here, which only stands in for the accelerator: its times would be no speed;"
+            " measure where the accelerator is, or with `accelerator` cpu"
+        )
+
+
 def versions(packages: Sequence[str]) -> dict[str, str]:
     """The versions of packages; one that is not installed is left out."""
     installed = {}
@@ -182,11 +200,13 @@ def main() -> None:
     start = time.perf_counter()
     engine = ENGINES[job["tool"]](job)
     load_s = time.perf_counter() - start
+    refuse_stand_in(engine.accelerator)
     _print({"load_s": load_s, "loaded_mib": memory_mib().get("rss")})
     if job["repeat"]:
         measured = measure(engine, job)
         memory = {"end_mib": memory_mib().get("rss"), "peak_mib": peak_rss_mib() or None}
-        _print({**measured, "memory": memory, "context": engine.context, "versions": versions(engine.packages)})
+        facts = {"context": engine.context, "accelerator": engine.accelerator}
+        _print({**measured, "memory": memory, **facts, "versions": versions(engine.packages)})
 
 
 def _print(what: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gemma_edge.bundle.accelerators import ACCELERATORS
 from gemma_edge.command import Command, given, note
 from gemma_edge.errors import InputError
 from gemma_edge.files import check_writable, need, write_whole
@@ -39,7 +40,7 @@ MEASURED = SHOWN | {"prefill", "decode", "repeat", "warmup", "threads", "minutes
 COMPARE = Mode("with `compare`", frozenset({"compare", "as_json"}))
 SHOW = Mode("when saved results are only shown", SHOWN)
 PEERS_ONLY = Mode("on peers", MEASURED | {"peers"})
-HERE = Mode("without `device` or `all_devices`", MEASURED | {"bundles", "backend", "peers"})
+HERE = Mode("without `device` or `all_devices`", MEASURED | {"bundles", "backend", "accelerator", "peers"})
 # --peer and --backend are refused or checked by _phones
 PHONES = Mode("on phones", MEASURED | {"bundles", "backend", "peers", "device", "all_devices", "timeout", "keep"})
 
@@ -57,6 +58,7 @@ class Choices:
     minutes: float
     rounds: int
     backend: str | None
+    accelerator: str | None
     peers: tuple[str, ...]
     device: str | None
     all_devices: bool
@@ -99,6 +101,10 @@ class Choices:
     "--rounds", type=int, default=1, show_default=True, help="Number of rounds: in each, everything is measured once."
 )
 @click.option("--backend", help="Measure this backend only. Default: every backend of the bundles that is installed.")
+@click.option(
+    "--accelerator",
+    help=f"What computes: {', '.join(ACCELERATORS)}. Default: what each backend was made for; cpu runs every bundle.",
+)
 @click.option(
     "--peer",
     "peers",
@@ -291,7 +297,7 @@ def _local(choices: Choices) -> Iterator[Sequence[Contender]]:
     """Bundles and peers on this machine."""
     from gemma_edge.bench import bench, peers
 
-    contenders, notes = bench.bundle_contenders(choices.bundles, choices.backend)
+    contenders, notes = bench.bundle_contenders(choices.bundles, choices.backend, choices.accelerator)
     for text in notes:
         note(text)
     yield [*contenders, *peers.contenders(choices.peers, choices.bundles)]

@@ -10,6 +10,7 @@ from statistics import median
 import numpy as np
 
 from gemma_edge.bench.result import Result
+from gemma_edge.bundle.accelerators import CPU
 
 # Group: results of the same model, device and settings, one for each process.
 Group = Sequence[Result]
@@ -39,7 +40,7 @@ class Key:
 
     device: str
     model: str
-    backend: str
+    backend: str  # and what computes, where that is not the CPU
     threads: int
     prefill: int
     decode: int
@@ -49,7 +50,9 @@ def key(result: Result) -> Key:
     """The group that a result belongs to."""
     settings = result.settings
     sizes = (settings.threads, settings.prefill, settings.decode)
-    return Key(str(result.device.get("name", "?")), str(result.model["name"]), str(result.model["backend"]), *sizes)
+    backend, accelerator = str(result.model["backend"]), result.model.get("accelerator", CPU)
+    computed = backend if accelerator == CPU else f"{backend} on {accelerator}"
+    return Key(str(result.device.get("name", "?")), str(result.model["name"]), computed, *sizes)
 
 
 def groups(results: Iterable[Result]) -> dict[Key, list[Result]]:

@@ -11,12 +11,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from gemma_edge.bundle.backends import refuse_accelerator
 from gemma_edge.bundle.manifest import Manifest, typed_config
 from gemma_edge.bundle.staging import put, refuse_existing, staged
 from gemma_edge.errors import InputError
 from gemma_edge.export import plan as planning
 from gemma_edge.export.assembly import Assembly
-from gemma_edge.export.backend import choose_backends
+from gemma_edge.export.backend import choose_backends, exporter
 from gemma_edge.export.contents import Integers
 from gemma_edge.export.disk import check_disk, check_memory
 from gemma_edge.export.gate.limits import LEVELS
@@ -74,12 +75,13 @@ def open_model(options: ExportOptions, progress: Progress = no_progress, *, plan
         refuse_existing(options.out, options.force)
     target = TARGETS[options.target]
     backends = choose_backends(options.backend or target.backend)
+    refuse_accelerator(options.accelerator, backends)
     if options.ram_gib is not None:
         target = replace(target, ram_bytes=int(options.ram_gib * GIB))
     gated = backends if options.verify != "none" and not plan_only else []
     pythons = gate_pythons(gated, options.runtime_python)
     source = open_source(options.model, options.lora, options.vocab)
-    options = replace(options, quantization=_for_target(options.quantization, target, source))
+    options = replace(options, quantization=_for_kernels(options.quantization, backends, options.accelerator, source))
     typed_config(source.config.to_json())  # refuses, before any work, what no bundle could hold
     source, recipe, choice = choose_recipe(options.quantization, source, onnx_weights, progress)
     calibrated = source.kv_scales is not None if source.is_quantized else recipe.calibrated
@@ -99,13 +101,16 @@ def open_model(options: ExportOptions, progress: Progress = no_progress, *, plan
     return Opened(name, source, recipe, target, plans, seen, choice, pythons)
 
 
-def _for_target(quantization: QuantizeOptions, target: Target, source: Weights) -> QuantizeOptions:
-    """The options with the target's group size, where they leave it open and it applies."""
+def _for_kernels(
+    quantization: QuantizeOptions, backends: Sequence[str], accelerator: str, source: Weights
+) -> QuantizeOptions:
+    """The options with the group size that the kernels need, where they leave it open and it applies."""
+    needed = [size for name in backends if (size := exporter(name, accelerator).group_size) is not None]
     decided = (quantization.group_size, quantization.recipe, quantization.size, quantization.bpw)
     open_still = all(choice is None for choice in decided) and quantization.bits in (None, DEFAULT_BITS)
-    if target.group_size is None or not open_still or quantization.method in FIXED or source.is_quantized:
+    if not needed or not open_still or quantization.method in FIXED or source.is_quantized:
         return quantization
-    return replace(quantization, group_size=target.group_size)
+    return replace(quantization, group_size=needed[0])
 
 
 def _plan(
@@ -128,6 +133,7 @@ def _plan(
                     context=context,
                     prefill_chunk=options.prefill_chunk,
                     kv_dtype=kv_dtype,
+                    accelerator=options.accelerator,
                     verify=options.verify,
                     calibration_tokens=calibration_tokens(options.quantization, source, recipe),
                 ),

@@ -89,8 +89,10 @@ class Assembly:
         return manifest
 
     def _lower(self, name: str) -> None:
-        plan, quantized, backend = self.opened.plans[name], self.integers.quantized, exporter(name)
-        cache = geometry(quantized.config, plan.context, plan.prefill_chunk, plan.kv_dtype, backend=name)
+        plan, quantized = self.opened.plans[name], self.integers.quantized
+        backend = exporter(name, plan.accelerator)
+        sizes = plan.context, plan.prefill_chunk, plan.kv_dtype
+        cache = geometry(quantized.config, *sizes, backend=name, accelerator=plan.accelerator)
         float_bits, before = self.opened.recipe.float_bits, set(self.bundle.rglob("*"))
         with (
             stage(self.stages, f"lower {name}"),
@@ -100,9 +102,8 @@ class Assembly:
             settings = backend.lower(task)
             backend.check(task)
         self._files[name] = {path for path in self.bundle.rglob("*") if path not in before and path.is_file()}
-        self._entries[name] = BackendEntry(
-            cache, convert(plan.to_json(), PlanEntry), typed_settings(name, settings), identity=""
-        )
+        predicted = convert(plan.to_json(), PlanEntry)
+        self._entries[name] = BackendEntry(cache, predicted, typed_settings(name, settings), "", predicted.accelerator)
 
     def _judge(self, chosen: gate.Gate) -> None:
         """Judge what is not judged yet; compute the references if nobody has."""
@@ -123,4 +124,4 @@ class Assembly:
                     folder, chosen, opened.context, opened.source, quantized, advance
                 )
             results = gate.verify(self.bundle, self._references, limits, pythons=opened.pythons, progress=advance)
-        self._verification |= convert(results, dict[str, GateResult])
+        self._verification |= gate.typed(results)

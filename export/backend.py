@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from gemma_edge.bundle.accelerators import CPU
 from gemma_edge.bundle.backends import ALL, registered
+from gemma_edge.bundle.entries import ModelConfig
 from gemma_edge.bundle.geometry import CacheGeometry
 from gemma_edge.errors import InputError
 from gemma_edge.model.checkpoint import HEAD, TABLE, Weights, weight_shapes
@@ -56,6 +58,9 @@ class Backend(ABC):
     """The exporting half of a backend. Its integers are the quantizer's, unchanged."""
 
     name: str  # as in its BackendInfo
+    # group_size: what 4-bit weights get where the user leaves it open; None: what suits the quality
+    group_size: int | None = None
+    slot_multiple: int = 1  # the slots of every layer's cache are a multiple of it
     # signed_scales: whether its kernels multiply by scales below zero, which llama.cpp's Q4_0 has
     signed_scales: ClassVar[bool] = False
 
@@ -107,6 +112,18 @@ class Backend(ABC):
         """Slots of a layer's cache that lie behind the end of its ring."""
         return 0
 
+    def stored(self, bundle: Path, settings: Any, config: ModelConfig) -> Weights | None:
+        """The weights that a finished bundle holds, read back from this backend's files; None: they cannot be.
+
+        Args:
+            bundle, settings: the folder, and the backend's settings in its manifest.
+            config: the manifest's.
+
+        Raises:
+            InputError: the files are not those of the model.
+        """
+        return None
+
     def lower(self, task: LoweringTask) -> dict[str, Any]:
         """Refuse what the backend cannot hold, and write its files into the task's folder.
 
@@ -140,7 +157,7 @@ class Kernels:
     owner: str  # the library that they are part of
     bits: tuple[int, ...] = (4, 8)  # of integers
     multiple: int = 2  # columns of a 4-bit group, or of a row without groups, are a multiple of it
-    groups: bool = True  # whether they multiply by a scale per group
+    no_groups: str = ""  # why they take no scale per group, as "LiteRT.js computes them wrongly"; empty: they do
 
     def refuse_weight(self, weight: str, config: QuantConfig | None, columns: int, float_bits: int) -> None:
         """Refuse what they would compute wrongly, or not at all.
@@ -163,10 +180,9 @@ class Kernels:
                 field=field,
                 value=config.bits,
             )
-        if config.group_size and not self.groups:
+        if config.group_size and self.no_groups:
             raise InputError(
-                f"{weight} has groups of {config.group_size}: the {self.backend} backend computes them wrongly; use"
-                " `group_size` 0, or another `backend`",
+                f"{weight} has groups of {config.group_size}: {self.no_groups}; use `group_size` 0",
                 field="group_size",
                 value=config.group_size,
             )
@@ -186,9 +202,9 @@ class Kernels:
             )
 
 
-def exporter(name: str) -> Backend:
-    """The exporting half of a registered backend."""
-    backend: Backend = registered()[name].load_exporter()
+def exporter(name: str, accelerator: str = CPU) -> Backend:
+    """The exporting half of a registered backend, for one of the accelerators that it `runs_on`."""
+    backend: Backend = registered()[name].load_exporter(accelerator)
     return backend
 
 

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
 
+from gemma_edge.bundle.accelerators import ACCELERATORS, CPU
 from gemma_edge.bundle.backends import ALL, KV_DTYPES, registered
 from gemma_edge.command import Command, DefaultGroup, clean_up_when_ended
-from gemma_edge.errors import InputError
+from gemma_edge.export.bundle_cli import ADAPTER, COMMANDS, KEPT_TOKENS, OTHER_PYTHON, PATH, one_adapter
 from gemma_edge.export.gate.limits import LEVELS
 from gemma_edge.export.options import ExportOptions
+from gemma_edge.export.room import need_torch
 from gemma_edge.export.targets import DEFAULT_CHUNK, TARGETS
 from gemma_edge.files import check_writable, need, write_whole
-from gemma_edge.memory import room_in_address_space
 from gemma_edge.model.hub import DEFAULT_MODEL
 from gemma_edge.quantize.options import CalibrationText, QuantizeOptions
 from gemma_edge.quantize.recipe import BITS, DEFAULT_QUALITY, METHODS, QUALITIES
@@ -31,21 +31,10 @@ def _list(names: Iterable[object]) -> str:
     return ", ".join(map(str, names))
 
 
-TORCH_ADDRESSES = 3200 << 20  # measured: loading PyTorch takes 3157 MiB of address space with one thread
-PATH = click.Path(path_type=Path)
-
 SOURCE = (
     click.argument("model", default=DEFAULT_MODEL),
-    click.option(
-        "--lora",
-        multiple=True,
-        help="PEFT adapter to merge into the weights first: a folder or a Hugging Face id.",
-    ),
-    click.option(
-        "--vocab",
-        metavar="FILE|auto:FILE",
-        help="Keep only the tokens that this text needs; auto: also keeps every token of ASCII and the text's characters.",
-    ),
+    ADAPTER,
+    KEPT_TOKENS,
 )
 INTEGERS = (
     click.option(
@@ -126,6 +115,12 @@ DEVICE = (
         help=f"Runtimes to export for: {_list(registered())}, several with commas, or {ALL} for"
         f" {_list(name for name, info in registered().items() if info.in_all)}. Default: the target's.",
     ),
+    click.option(
+        "--accelerator",
+        default=CPU,
+        show_default=True,
+        help=f"What will compute the bundle: {_list(ACCELERATORS)}.",
+    ),
     click.option("--ram", "ram_gib", type=float, help="GiB of memory that the app may take. Default: the target's."),
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout instead of tables.")
@@ -151,17 +146,15 @@ def main() -> None:
     """
 
 
+for _command in COMMANDS:
+    main.add_command(_command)
+
+
 @main.command(cls=Command)
 @_options_of(SOURCE, INTEGERS, SIZE, WORK, DEVICE)
 @click.option("-o", "--out", type=PATH, help="The bundle's folder. Default: a name made of model and recipe.")
 @click.option("--verify", default="quick", show_default=True, help=f"How much text the gate checks: {_list(LEVELS)}.")
-@click.option(
-    "--runtime-python",
-    type=PATH,
-    envvar="GEMMA_EDGE_RUNTIME_PYTHON",
-    show_envvar=True,
-    help="A Python with gemma-edge and a runtime that this one lacks (tflite-runtime): the gate runs there.",
-)
+@OTHER_PYTHON
 @click.option("--keep-failed", is_flag=True, help="Keep a bundle that fails the gate as OUT.failed.")
 @click.option("--save-checkpoint", type=PATH, help="Also keep the quantized Hugging Face folder here.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle, and an OUT.failed.")
@@ -196,11 +189,11 @@ def quantize_command(model: str, lora: tuple[str, ...], out: Path, as_json: bool
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in make
     clean_up_when_ended()
-    _need_torch()
+    need_torch()
     from gemma_edge.export import report
     from gemma_edge.quantize import api
 
-    options, adapter = _quantize_options(choices), _one_adapter(lora)
+    options, adapter = _quantize_options(choices), one_adapter(lora)
     made = api.quantize(model, out, options, lora=adapter, progress=report.progress_bar, **choices)
     if as_json:
         click.echo(json.dumps(report.quantized_to_json(made), indent=1))
@@ -256,52 +249,6 @@ def plan(as_json: bool, save_recipe: Path | None, plot: Path | None, **choices: 
         )
 
 
-@main.command(cls=Command)
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--check-hashes", is_flag=True, help="Compare every file with the hash in the manifest.")
-@click.option("--json", "as_json", is_flag=True, help="The manifest as JSON on stdout.")
-def inspect(bundle: Path, check_hashes: bool, as_json: bool) -> None:
-    """Show what a BUNDLE holds and what the gate measured."""
-    from gemma_edge.bundle import manifest as bundles
-    from gemma_edge.export import report
-
-    manifest = bundles.Manifest.load(bundle)
-    if check_hashes:
-        with report.progress_bar(
-            "check hashes", sum(entry.bytes for entry in manifest.files.values()), True
-        ) as advance:
-            bundles.check_hashes(bundle, manifest, advance)
-        click.echo(f"{len(manifest.files)} files: all hashes match the manifest", err=True)
-    if as_json:
-        click.echo(manifest.to_json(), nl=False)
-    else:
-        report.print_inspect(manifest)
-
-
-@main.command(cls=Command)
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="The file. Default: BUNDLE's name with .litertlm.")
-@click.option("--force", is_flag=True, help="Replace an existing file.")
-def litertlm(bundle: Path, out: Path | None, force: bool) -> None:
-    """Write a tflite BUNDLE as one file for LiteRT-LM and the AI Edge Gallery."""
-    from gemma_edge.export.tflite.litertlm import write_litertlm
-
-    out = out or Path(f"{bundle.resolve().name}.litertlm")
-    write_litertlm(bundle, out, force=force)
-    click.echo(f"{out.stat().st_size / 1e6:.1f} MB in {out}", err=True)
-
-
-def _need_torch() -> None:
-    if importlib.util.find_spec("torch") is None:
-        raise InputError("exporting needs PyTorch, which is not installed: pip install 'gemma-edge[export]'")
-    room = room_in_address_space()
-    if room is not None and room < TORCH_ADDRESSES:  # PyTorch would abort while it is being loaded
-        raise InputError(
-            f"PyTorch alone needs {TORCH_ADDRESSES >> 20} MiB of address space, but ulimit -v leaves {room >> 20} MiB;"
-            " export under a higher limit"
-        )
-
-
 def _quantize_options(choices: dict[str, Any]) -> QuantizeOptions:
     """Takes what belongs to the quantization out of `choices`."""
     text = CalibrationText(
@@ -317,18 +264,9 @@ def _quantize_options(choices: dict[str, Any]) -> QuantizeOptions:
 
 
 def _options(choices: dict[str, Any]) -> ExportOptions:
-    _need_torch()
-    quantization, lora = _quantize_options(choices), _one_adapter(choices.pop("lora"))
+    need_torch()
+    quantization, lora = _quantize_options(choices), one_adapter(choices.pop("lora"))
     return ExportOptions(**choices, lora=lora, quantization=quantization)
-
-
-def _one_adapter(lora: Sequence[str]) -> str | None:
-    """The adapter, if one is given. A second one is refused, because click would silently take the last."""
-    if len(lora) > 1:
-        raise InputError(
-            field="lora", value=" ".join(lora), hint="only one adapter is merged: merge the others into the model first"
-        )
-    return lora[0] if lora else None
 
 
 def _say_how_long_calibration_takes(opened: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from gemma_edge.bundle.accelerators import CPU
 from gemma_edge.model.hub import DEFAULT_MODEL
 from gemma_edge.quantize.options import QuantizeOptions
 
@@ -21,6 +22,7 @@ class ExportOptions:
     prefill_chunk: int | None = None
     kv_bits: int | None = None
     backend: str | None = None
+    accelerator: str = CPU  # what will compute the bundle: one of ACCELERATORS
     lora: str | Path | None = None  # a folder, or a Hugging Face id
     vocab: str | None = None  # FILE or auto:FILE: a text whose tokens are kept; None: all tokens
     ram_gib: float | None = None

@@ -10,6 +10,7 @@ from bisect import bisect_right
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from gemma_edge.bundle.accelerators import CPU
 from gemma_edge.bundle.backends import KV_DTYPES, registered
 from gemma_edge.bundle.geometry import CacheGeometry, LayerCache, slots_needed
 from gemma_edge.errors import InputError
@@ -35,6 +36,7 @@ class Requested:
     context: int | None = None  # tokens; None: the largest of the target's halvings that fits its RAM
     prefill_chunk: int | None = None  # tokens; None: DEFAULT_CHUNK
     kv_dtype: str = "float32"  # element type of the KV cache, a value of KV_DTYPES
+    accelerator: str = CPU  # one of the backend's `runs_on`
     verify: str = "quick"  # level of the gate, one of LEVELS: its logits take disk
     calibration_tokens: int = 0  # length of the text that integers are fitted to; 0: none
 
@@ -56,6 +58,7 @@ class Plan:
     device_ram_limit_bytes: int  # the target's
     export_ram_bytes: int  # peak of the export, without the gate
     export_disk_bytes: int  # bundle, quantized checkpoint and the gate's logits
+    accelerator: str = CPU  # what will compute it
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -63,7 +66,13 @@ class Plan:
 
 
 def geometry(
-    config: GemmaConfig, context: int, prefill_chunk: int, dtype: str = "float32", *, backend: str = "onnx"
+    config: GemmaConfig,
+    context: int,
+    prefill_chunk: int,
+    dtype: str = "float32",
+    *,
+    backend: str = "onnx",
+    accelerator: str = CPU,
 ) -> CacheGeometry:
     """The cache of a context, as a backend allocates it: local layers keep their window, global layers the context.
 
@@ -71,9 +80,10 @@ def geometry(
         config: the model's.
         context, prefill_chunk: in tokens.
         dtype: a value of KV_DTYPES.
-        backend: the name of a registered backend.
+        backend, accelerator: the name of a registered backend, and one of those that it `runs_on`.
     """
-    behind = exporter(backend).slots_behind(prefill_chunk)
+    half = exporter(backend, accelerator)
+    behind, multiple = half.slots_behind(prefill_chunk), half.slot_multiple
     return CacheGeometry(
         context=context,
         prefill_chunk=prefill_chunk,
@@ -81,7 +91,8 @@ def geometry(
         head_dim=config.head_dim,
         dtype=dtype,
         layers=tuple(
-            LayerCache(window, slots_needed(window, prefill_chunk) + behind) for window in windows(config, context)
+            LayerCache(window, -(-(slots_needed(window, prefill_chunk) + behind) // multiple) * multiple)
+            for window in windows(config, context)
         ),
     )
 
@@ -109,7 +120,8 @@ def make_plan(
     _check_range("prefill_chunk", chunk, 1, MAX_CHUNK)
     if context is not None:
         _check_range("context", context, 1, config.max_position_embeddings)
-    prediction = _Prediction.of(source, recipe, target, backend, requested.kv_dtype)
+    half = exporter(backend, requested.accelerator)
+    prediction = _Prediction.of(source, recipe, target, half, requested)
     tried = context or min(target.context, config.max_position_embeddings)
     while context is None and tried > SMALLEST_CONTEXT and not prediction.fits(tried, chunk):
         tried //= 2
@@ -184,28 +196,28 @@ class _Prediction:
     recipe: Recipe
     target: Target
     exporter: Backend
-    kv_dtype: str
+    requested: Requested
     file_bytes: int  # weights on disk
     resident_bytes: int  # weights in the engine's memory
     looked_up_bytes: int  # of the weights on disk: a table that is only looked up in
 
     @classmethod
-    def of(cls, source: Weights, recipe: Recipe, target: Target, backend: str, kv_dtype: str) -> _Prediction:
+    def of(cls, source: Weights, recipe: Recipe, target: Target, half: Backend, requested: Requested) -> _Prediction:
         """Measure the weights as a backend holds them.
 
         Raises:
             InputError: it cannot hold one of them.
         """
-        half, configs = exporter(backend), final_configs(source, recipe)
+        configs = final_configs(source, recipe)
         half.refuse_recipe(recipe, source)
         half.refuse_unsupported(source.config, configs, recipe.float_bits)
-        weights = StoredWeights(source, configs, recipe.float_bits, kv_dtype)
+        weights = StoredWeights(source, configs, recipe.float_bits, requested.kv_dtype)
         return cls(
             source,
             recipe,
             target,
             half,
-            kv_dtype,
+            requested,
             file_bytes=half.weights_bytes(weights),
             resident_bytes=half.resident_bytes(weights),
             looked_up_bytes=half.looked_up_bytes(weights),
@@ -213,7 +225,10 @@ class _Prediction:
 
     def cache(self, context: int, chunk: int) -> CacheGeometry:
         """Geometry of the KV cache of a context."""
-        return geometry(self.source.config, context, chunk, self.kv_dtype, backend=self.exporter.name)
+        kv_dtype, accelerator = self.requested.kv_dtype, self.requested.accelerator
+        return geometry(
+            self.source.config, context, chunk, kv_dtype, backend=self.exporter.name, accelerator=accelerator
+        )
 
     def device_ram(self, cache: CacheGeometry) -> int:
         """The engine with weights, a full cache, one chunk's widest activations and the logits."""
@@ -246,6 +261,7 @@ class _Prediction:
             export_ram_bytes=_export_ram(config),
             # The checkpoint is no larger than the bundle's file, unless it also keeps table and head in float.
             export_disk_bytes=2 * self.file_bytes + 4 * tables * config.vocab_size * config.hidden_size,
+            accelerator=self.requested.accelerator,
         )
 
     def too_large(self, context: int, chunk: int) -> str:

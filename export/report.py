@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from gemma_edge.bundle.entries import Difference
+from gemma_edge.bundle.accelerators import CPU
+from gemma_edge.bundle.entries import BackendEntry, Difference, GateResult
 from gemma_edge.bundle.manifest import Manifest
 from gemma_edge.report.console import ERR, OUT, plain, progress_bar, say, size
 
@@ -16,12 +17,14 @@ __all__ = ["ERR", "OUT", "progress_bar", "size"]
 
 if TYPE_CHECKING:  # they import torch, which `inspect` does not need
     from gemma_edge.export.api import Export
+    from gemma_edge.export.gate.again import Verified
     from gemma_edge.export.plan import Plan
     from gemma_edge.progress import Stage
     from gemma_edge.quantize.api import QuantizedModel
 
 
 PLAN_ROWS: dict[str, Callable[[Plan], str]] = {
+    "accelerator": lambda plan: plan.accelerator,
     "context": lambda plan: f"{plan.context} tokens",
     "prefill chunk": lambda plan: f"{plan.prefill_chunk} tokens",
     "weights file": lambda plan: f"{size(plan.weights_bytes)} ({plan.weights_bytes} bytes)",
@@ -82,23 +85,36 @@ def gate_lines(manifest: Manifest) -> list[str]:
     """The gate's results, in sentences that claim no more than was measured."""
     if not manifest.verification:
         return ["NOT VERIFIED: exported with --verify none"]
-    lines = []
-    for backend, result in manifest.verification.items():
-        quality, lowering = result.quality, result.lowering
-        wrap = "past" if result.past_wrap else "NOT past"
-        lines += [
-            f"{backend}: {'passed' if result.passed else 'FAILED'} the {result.level} gate:"
-            f" {result.fed_tokens} tokens fed, {wrap} the end of the context; text: {result.text}",
-            f"  to the original ({quality.tokens} positions): KL {quality.kl:.5f} nats,"
-            f" same top token {quality.top1:.1%}, perplexity {quality.ppl_reference:.2f} -> {quality.ppl:.2f}"
-            f" ({quality.ppl_change:+.2%}), max |logit difference| {quality.max_abs_logit_difference:.3f}",
-            *_past_context(result.quality_past_context),
-            f"  to the same integers in torch ({lowering.tokens} positions): KL {lowering.kl:.6f} nats,"
-            f" max |logit difference| {lowering.max_abs_logit_difference:.4f}"
-            f" of a range of {lowering.logit_range:.1f}",
-        ]
-        lines += [f"  out of bounds: {failure}" for failure in result.failures]
-    return lines
+    lines = [line for backend, result in manifest.verification.items() for line in _result_lines(backend, result)]
+    return [*lines, *unjudged_lines(manifest.backends, manifest.verification)]
+
+
+def unjudged_lines(backends: Mapping[str, BackendEntry[Any]], results: Mapping[str, GateResult]) -> list[str]:
+    """What a reader must know of backends that were made for an accelerator on which nobody has judged them."""
+    return [
+        f"{name}: NOT VERIFIED on the {entry.accelerator}, which it was made for, only on the {results[name].judged_on}"
+        for name, entry in backends.items()
+        if name in results and entry.accelerator != CPU and results[name].judged_on == CPU
+    ]
+
+
+def _result_lines(backend: str, result: GateResult, quality_to: str = "to the original") -> list[str]:
+    """One backend's result. `quality_to`: what its quality was compared with."""
+    quality, lowering = result.quality, result.lowering
+    wrap = "past" if result.past_wrap else "NOT past"
+    accelerated = "" if result.judged_on == CPU else f" on {result.judged_on}"
+    return [
+        f"{backend}: {'passed' if result.passed else 'FAILED'} the {result.level} gate{accelerated}:"
+        f" {result.fed_tokens} tokens fed, {wrap} the end of the context; text: {result.text}",
+        f"  {quality_to} ({quality.tokens} positions): KL {quality.kl:.5f} nats,"
+        f" same top token {quality.top1:.1%}, perplexity {quality.ppl_reference:.2f} -> {quality.ppl:.2f}"
+        f" ({quality.ppl_change:+.2%}), max |logit difference| {quality.max_abs_logit_difference:.3f}",
+        *_past_context(result.quality_past_context),
+        f"  to the same integers in torch ({lowering.tokens} positions): KL {lowering.kl:.6f} nats,"
+        f" max |logit difference| {lowering.max_abs_logit_difference:.4f}"
+        f" of a range of {lowering.logit_range:.1f}",
+        *(f"  out of bounds: {failure}" for failure in result.failures),
+    ]
 
 
 def _past_context(quality: Difference | None) -> list[str]:
@@ -118,6 +134,16 @@ def print_export(done: Export) -> None:
         say(ERR, line)
     total = sum(entry.bytes for entry in done.manifest.files.values())
     say(ERR, f"{size(total)} in {done.bundle}; try: gemma-run {done.bundle} --prompt 'Hello'")
+
+
+def print_verified(verified: Verified) -> None:
+    """What `gemma-export verify` measured."""
+    quality_to = "to the original" if verified.reference else "to the bundle's own integers in torch, every position"
+    for backend, result in verified.results.items():
+        for line in _result_lines(backend, result, quality_to):
+            say(OUT, line)
+    if not verified.reference:
+        say(OUT, "what quantization costs was not measured: that needs --reference, the original model")
 
 
 def print_quantized(made: QuantizedModel) -> None:
@@ -156,7 +182,7 @@ def print_inspect(manifest: Manifest) -> None:
         cache = entry.cache
         say(
             OUT,
-            f"{name}: context {cache.context} tokens, chunks of {cache.prefill_chunk},"
+            f"{name} on {entry.accelerator}: context {cache.context} tokens, chunks of {cache.prefill_chunk},"
             f" KV cache {size(cache.bytes)} ({cache.dtype})"
             + (f", {size(entry.plan.token_bytes)} of weights read per token" if entry.plan.token_bytes else ""),
         )

@@ -18,7 +18,6 @@ class Target:
     context: int  # tokens, tried first; halved until it fits
     kv_bits: int = 32  # bits of a KV cache whose scales are calibrated: a key of KV_DTYPES
     backend: str = "onnx"  # default of `backend`
-    group_size: int | None = None  # default of `group_size` for 4 bits; None: what suits the quality
 
 
 TARGETS = {
@@ -28,6 +27,6 @@ TARGETS = {
         Target("raspberry-pi", ram_bytes=6 * GIB, threads=4, context=4096),
         Target("desktop", ram_bytes=16 * GIB, threads=8, context=8192),
         # a page's WebAssembly has 4 GiB of memory at most
-        Target("web", ram_bytes=4 * GIB, threads=4, context=2048, backend="web", group_size=0),
+        Target("web", ram_bytes=4 * GIB, threads=4, context=2048, backend="web"),
     )
 }

@@ -64,7 +64,7 @@ def chat(bundle: Path, prompt: str | None, load_prefix: Path | None, **choices: 
 
 
 @main.command(SERVE, cls=RunCommand, params=parameters(SERVE))
-def serve(bundle: Path, backend: str | None, threads: int | None, api_key: str | None, **choices: Any) -> None:
+def serve(bundle: Path, api_key: str | None, **choices: Any) -> None:
     """Serve the BUNDLE over HTTP to clients of OpenAI's API.
 
     The server also has a chat page. --max-tokens and the sampling options apply to requests that do not set them. Ctrl-C ends the
@@ -75,7 +75,8 @@ def serve(bundle: Path, backend: str | None, threads: int | None, api_key: str |
 
     if api_key is None and not choices["no_auth"]:
         api_key = os.environ.get(server.KEY_VARIABLE) or None
-    server.serve(bundle, options, server.ServerOptions(api_key=api_key, **choices), backend=backend, threads=threads)
+    opening = {name: choices.pop(name) for name in ("backend", "threads", "accelerator")}
+    server.serve(bundle, options, server.ServerOptions(api_key=api_key, **choices), **opening)
 
 
 @main.command(PREFIX, cls=RunCommand, params=parameters(PREFIX))

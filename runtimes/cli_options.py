@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from gemma_edge.bundle.accelerators import ACCELERATORS
 from gemma_edge.command import Command, given, one_line_errors
 from gemma_edge.errors import InputError
 
@@ -174,6 +175,11 @@ CHOICES = (
         COMMANDS,
         "--backend",
         help="Backend to use if the bundle has several, such as onnx or tflite. Default: the first one that is installed.",
+    ),
+    _choice(
+        COMMANDS,
+        "--accelerator",
+        help=f"What computes: {', '.join(ACCELERATORS)}. Default: what the backend was made for; cpu runs every bundle.",
     ),
     _choice(
         COMMANDS,

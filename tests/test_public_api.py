@@ -15,7 +15,8 @@ SIGNATURES = {
     "evaluate": "(options: 'EvaluationOptions', progress: 'Progress' = no_progress) -> 'Evaluation'",
     "export": "(options: 'ExportOptions', progress: 'Progress' = no_progress) -> 'Export'",
     "inspect": "(bundle: 'str | Path', *, check_hashes: 'bool' = False) -> 'Manifest'",
-    "load": "(bundle: 'str | Path', *, backend: 'str | None' = None, threads: 'int | None' = None) -> 'Runtime'",
+    "load": "(bundle: 'str | Path', *, backend: 'str | None' = None, threads: 'int | None' = None,"
+    " accelerator: 'str | None' = None) -> 'Runtime'",
     "plan": "(options: 'ExportOptions', progress: 'Progress' = no_progress) -> 'dict[str, Plan]'",
     "quantize": "(model: 'str | Path', out: 'str | Path', options: 'QuantizeOptions | None' = None, *,"
     " lora: 'str | Path | None' = None, vocab: 'str | None' = None, force: 'bool' = False, progress: 'Progress' ="
@@ -36,6 +37,7 @@ CLASSES = {
             "prefill_chunk",
             "kv_bits",
             "backend",
+            "accelerator",
             "lora",
             "vocab",
             "ram_gib",

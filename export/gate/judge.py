@@ -30,14 +30,15 @@ def judge(folder: Path) -> dict[str, Any]:
     """Run the bundle named by the task over its tokens and compare.
 
     Returns:
-        `quality`, `quality_past_context`, `lowering` and `generation_difference` as verify.py puts them into the manifest.
+        what verify.py puts into the manifest: `quality`, `quality_past_context`, `lowering`, `generation_difference` and
+        `judged_on`.
     """
     task = json.loads((folder / TASK).read_text())
     ids, positions = np.array(task["ids"], np.int64), np.array(task["positions"], np.int64)
     backend = convert(task["backend"], BackendInfo)
     if backend.name not in registered():  # it was registered in the process that exports, and not by an entry point
         register(backend)
-    runtime = gemma_edge.load(task["bundle"], backend=backend.name)
+    runtime = gemma_edge.load(task["bundle"], backend=backend.name, accelerator=task["accelerator"])
     chunk = runtime.cache.prefill_chunk
     generated = _generate(runtime, task["ids"][:chunk])
     quality, past, lowering, generation = Comparison(), Comparison(), Comparison(), 0.0
@@ -64,6 +65,7 @@ def judge(folder: Path) -> dict[str, Any]:
         "quality_past_context": past.to_json() if past.tokens else None,
         "lowering": lowering.to_json(),
         "generation_difference": generation,
+        "judged_on": runtime.computes_on,
     }
 
 

@@ -11,14 +11,19 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
+from gemma_edge.bundle.accelerators import CPU, GPU
 from gemma_edge.bundle.backends import registered
+from gemma_edge.bundle.codec import convert
+from gemma_edge.bundle.entries import GateResult
+from gemma_edge.bundle.manifest import Manifest
 from gemma_edge.children import own_place, python_command
 from gemma_edge.errors import InputError
 from gemma_edge.export.gate import judge
@@ -26,11 +31,13 @@ from gemma_edge.export.gate.limits import LEVELS, LOWERING_TEXT, Limits, failure
 from gemma_edge.memory import give_back
 from gemma_edge.model import layerwise as reference
 from gemma_edge.model.checkpoint import Weights
-from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
 from gemma_edge.reading import present
+from gemma_edge.runtimes.engines import software_gpu
 from gemma_edge.text import corpus
 from gemma_edge.text.tokenizer import TOKENIZER_FILE, TOKENIZER_HINT, open_tokenizer
 
+# MAX_STAND_IN: weights of the largest model that SwiftShader runs: it holds them in float32, and computes about a token a second
+MAX_STAND_IN = 500_000_000
 KILLED = 9  # SIGKILL, which Windows does not know
 
 
@@ -94,7 +101,7 @@ def save_references(
     gate: Gate,
     context: int,
     original: Weights,
-    quantized: QuantizedCheckpoint,
+    quantized: Weights,
     progress: Callable[[int], None] = lambda done: None,
 ) -> References:
     """Compute the logits of both references.
@@ -133,13 +140,16 @@ def verify(
         progress: called with 1 for each chunk of each backend: see `judging_steps`.
 
     Returns:
-        `verification` of the manifest: by backend, the figures, and whether they `passed`.
+        By backend, the figures, whether they `passed`, and what it was `judged_on`; `typed` makes the manifest's
+        `verification` of it.
 
     Raises:
         RuntimeError: the bundle could not be run.
     """
     folder, gate, results = references.folder, references.gate, {}
+    manifest = Manifest.load(bundle)
     for backend, limit in limits.items():
+        runs_on = place_of(manifest.backends[backend].accelerator, manifest.model.parameters)
         task = {
             "bundle": str(bundle.absolute()),
             "ids": gate.ids,
@@ -147,6 +157,7 @@ def verify(
             "lowering": LOWERING_TEXT,
             "context": references.context,
             "backend": asdict(registered()[backend]),
+            "accelerator": runs_on.accelerator,
         }
         (folder / judge.TASK).write_text(json.dumps(task))
         result = {
@@ -154,7 +165,7 @@ def verify(
             "text": gate.text,
             "fed_tokens": len(gate.ids),
             "past_wrap": len(gate.ids) > references.context,
-            **_judge(folder, progress, (pythons or {}).get(backend, sys.executable)),
+            **_judge(folder, progress, (pythons or {}).get(backend, sys.executable), runs_on.environment),
             "limits": asdict(limit),
         }
         out_of_bounds = failures(result, limit)
@@ -210,7 +221,40 @@ def cannot_judge(python: str, backend: str) -> str | None:
     return (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1] if done.returncode else None
 
 
-def _judge(folder: Path, progress: Callable[[int], None], python: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Place:
+    """Where the gate runs a backend."""
+
+    accelerator: str  # CPU where neither the accelerator nor a stand-in for it is here
+    environment: Mapping[str, str] = field(default_factory=dict)  # variables that its process gets
+
+
+def place_of(accelerator: str, parameters: int) -> Place:
+    """Where the gate runs a model of so many weights that was made for an accelerator.
+
+    It is the accelerator, else software that stands in for it, else the CPU.
+    """
+    return PLACES.get(accelerator, PLACES[CPU])(parameters)
+
+
+def _gpu(parameters: int) -> Place:
+    folder = software_gpu.swiftshader() if parameters <= MAX_STAND_IN else None
+    if software_gpu.has_gpu():
+        return Place(GPU)
+    return Place(GPU, {software_gpu.VARIABLE: str(folder)}) if folder else Place(CPU)
+
+
+PLACES: Mapping[str, Callable[[int], Place]] = {CPU: lambda parameters: Place(CPU), GPU: _gpu}
+
+
+def typed(results: Mapping[str, Any]) -> dict[str, GateResult]:
+    """What `verify` returns as a manifest holds it: there null stands for a figure that is not finite."""
+    return convert(msgspec.json.decode(msgspec.json.encode(results)), dict[str, GateResult])
+
+
+def _judge(
+    folder: Path, progress: Callable[[int], None], python: str, environment: Mapping[str, str]
+) -> dict[str, Any]:
     """The bundle's half in a fresh process: it shares no memory with torch, as on the device."""
     command = python_command(python, ["-m", judge.__name__, str(folder.absolute())])
     log = folder / "stderr"
@@ -219,7 +263,12 @@ def _judge(folder: Path, progress: Callable[[int], None], python: str) -> dict[s
         own_place() as place,
         log.open("w") as errors,
         subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=place.cwd, env=place.env
+            command,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            cwd=place.cwd,
+            env={**place.env, **environment},
         ) as process,
     ):
         assert process.stdout is not None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
+from gemma_edge.bundle.entries import ModelConfig
 from gemma_edge.export.backend import Backend, LoweringTask, StoredWeights
 from gemma_edge.export.onnx import weights as storage
-from gemma_edge.model.checkpoint import TABLE
+from gemma_edge.model.checkpoint import TABLE, Weights
 from gemma_edge.quantize.recipe import QuantConfig
 
 INT8_ACTIVATIONS = 4  # accuracy_level of MatMulNBits: activations are rounded to int8 per block
@@ -38,6 +40,12 @@ class OnnxBackend(Backend):
     def looked_up_bytes(self, weights: StoredWeights) -> int:
         """Codes and scales of a table beside a head of its own."""
         return sum(blob.nbytes for blob in _blobs(weights)) - sum(blob.nbytes for blob in _multiplied(weights))
+
+    def stored(self, bundle: Path, settings: Any, config: ModelConfig) -> Weights | None:
+        """See Backend."""
+        from gemma_edge.export.onnx.stored import stored_weights
+
+        return stored_weights(bundle, settings, config)
 
     def write(self, task: LoweringTask) -> dict[str, Any]:
         """See Backend."""

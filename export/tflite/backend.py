@@ -9,18 +9,20 @@ inside the model.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from gemma_edge.bundle.entries import ModelConfig
 from gemma_edge.bundle.geometry import CacheGeometry
 from gemma_edge.bundle.signature import Signature
 from gemma_edge.export.backend import Backend, Kernels, LoweringTask, StoredWeights
 from gemma_edge.export.tflite import packing
 from gemma_edge.export.tflite.packing import Packing
-from gemma_edge.export.tflite.seams import PREFILL, signatures
-from gemma_edge.model.checkpoint import TABLE, weight_shapes
+from gemma_edge.export.tflite.seams import PREFILL, signatures, two_signatures
+from gemma_edge.model.checkpoint import TABLE, Weights, weight_shapes
 from gemma_edge.model.config import GemmaConfig
 from gemma_edge.quantize.recipe import QuantConfig
 
@@ -38,6 +40,8 @@ class TFLiteBackend(Backend):
     variables: bool = False  # caches are variables made by `reset`; False: inputs that come back as outputs
     needs: dict[str, str] = field(default_factory=dict)  # oldest version that runs it, for the manifest
     signatures: Callable[[CacheGeometry], list[Signature]] = signatures  # of the model
+    group_size: int | None = None
+    slot_multiple: int = 1
 
     def refuse_weight(self, weight: str, config: QuantConfig | None, columns: int, float_bits: int) -> None:
         """See Kernels."""
@@ -67,6 +71,12 @@ class TFLiteBackend(Backend):
     def slots_behind(self, prefill_chunk: int) -> int:
         """A chunk is written in one piece, so all its tokens but one may lie behind the ring's end."""
         return prefill_chunk - 1
+
+    def stored(self, bundle: Path, settings: Any, config: ModelConfig) -> Weights | None:
+        """See Backend."""
+        from gemma_edge.export.tflite.stored import stored_weights
+
+        return stored_weights(bundle, settings, config)
 
     def write(self, task: LoweringTask) -> dict[str, Any]:
         """See Backend."""
@@ -98,6 +108,16 @@ class TFLiteBackend(Backend):
 
 LITERT = TFLiteBackend(
     "tflite", "model.tflite", Kernels("tflite", "XNNPACK"), packing.LITERT, needs={"min_litert": "2.3"}
+)
+# Each signature is compiled anew for a GPU, which takes seconds, so there are two. WebGPU copies rows of a multiple of 256 bytes
+# only: 64 of the slots' positions.
+LITERT_GPU = replace(
+    LITERT,
+    packing=packing.LITERT_GPU,
+    kernels=Kernels("tflite", "LiteRT's GPU delegate", no_groups="LiteRT's GPU delegate ends the process over them"),
+    signatures=two_signatures,
+    group_size=0,
+    slot_multiple=64,
 )
 TFLITE_RUNTIME = TFLiteBackend(
     "tflite-runtime",

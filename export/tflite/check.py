@@ -125,7 +125,7 @@ def check_tflite(
     file = TFLite(path)
     for signature in signatures:
         subgraph = file.subgraph(signature.name)
-        _check_states(path, file, geometry, signature)
+        _check_states(file, states(geometry, fours=packing.held_in_fours), signature)
         uses = list(file.uses(subgraph))
         _check_order(path, uses, config, signature)
         _check_slots(path, file, geometry, signature)
@@ -137,11 +137,11 @@ def check_tflite(
         raise RuntimeError(f"{path.name}: a constant of {largest} bytes lies in the graph: no norm is that large")
 
 
-def _check_states(path: Path, file: TFLite, geometry: CacheGeometry, signature: Signature) -> None:
+def _check_states(file: TFLite, past: Mapping[str, Any], signature: Signature) -> None:
     """Tokens and positions come in; caches come in and go out, or are variables that are read and assigned."""
-    name, tokens = signature.name, signature.tokens
+    path, name, tokens = file.path, signature.name, signature.tokens
     subgraph = file.subgraph(name)
-    caches = {key: shape for key, (shape, _) in states(geometry).items()}
+    caches = {key: shape for key, (shape, _) in past.items()}
     come = [subgraph.tensors[index] for index in subgraph.inputs]
     go = [subgraph.tensors[index] for index in subgraph.outputs]
     for step in subgraph.operators:

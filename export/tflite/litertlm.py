@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from contextlib import redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from gemma_edge.bundle.accelerators import CPU, GPU
 from gemma_edge.bundle.manifest import Manifest, confined
 from gemma_edge.errors import InputError
 from gemma_edge.files import replacing
@@ -20,6 +22,9 @@ from gemma_edge.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
 ENDLESS = 1 << 20  # tokens of a conversation; the engine needs a number
 PACKAGE = "litert_lm_builder"
+# ENGINE: what the engine is told, by what the model was made for. On a GPU it would choose float16, in which the angles of rotary
+# embeddings go wrong. A model for the CPU would answer nonsense there without an error, so the engine must refuse it.
+ENGINE: dict[str, dict[str, str]] = {CPU: {"backend_constraint": CPU}, GPU: {"prefer_activation_type": "fp32"}}
 
 
 def write_litertlm(bundle: Path, out: Path, *, force: bool = False) -> None:
@@ -52,7 +57,8 @@ def _builder(bundle: Path, manifest: Manifest, folder: Path) -> Any:
     """The sections; `folder` is for the small ones, which the library reads from files."""
     from litert_lm_builder import litertlm_builder as library
 
-    program = confined(bundle, manifest.backends["tflite"].settings.program)
+    entry = manifest.backends["tflite"]
+    program = confined(bundle, entry.settings.program)
     for name, message in (("llm", _llm(bundle, manifest)), ("executor", _executor(program))):
         (folder / name).write_bytes(message.SerializeToString())
     made = library.LitertLmFileBuilder()
@@ -60,7 +66,8 @@ def _builder(bundle: Path, manifest: Manifest, folder: Path) -> Any:
     made.add_llm_metadata(str(folder / "llm"))
     made.add_executor_metadata(str(folder / "executor"))
     made.add_hf_tokenizer(str(confined(bundle, TOKENIZER_FILE)))
-    made.add_tflite_model(str(program), library.TfLiteModelType.PREFILL_DECODE)
+    with redirect_stdout(None):  # it prints what it adds
+        made.add_tflite_model(str(program), library.TfLiteModelType.PREFILL_DECODE, **ENGINE[entry.accelerator])
     return made
 
 

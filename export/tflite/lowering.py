@@ -22,6 +22,7 @@ from gemma_edge.export.tflite.seams import Step, states
 from gemma_edge.model.gemma import Gemma, inverse_frequencies
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
 
+States = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # by name: shape and type
 MODULE = "decoder."  # prefix of the decoder's names inside a traced signature
 
 
@@ -45,19 +46,20 @@ def build_model(
     with torch.device("meta"):
         decoder = Gemma(checkpoint.config).eval()
     decoder.load_state_dict({name: hollow(value) for name, value in decoder.state_dict().items()}, assign=True)
+    past = states(geometry, fours=packing.held_in_fours)
     for signature in signatures:
-        program = trace(decoder, geometry, signature)
-        add_signature(model, signature.name, program, checkpoint, states(geometry) if variables else {})
+        program = trace(decoder, geometry, signature, past)
+        add_signature(model, signature.name, program, checkpoint, past if variables else {})
     if variables:
-        add_reset(model, states(geometry))
+        add_reset(model, past)
     return model
 
 
-def trace(decoder: Gemma, geometry: CacheGeometry, signature: Signature) -> ExportedProgram:
-    """One signature's graph, without weights."""
-    past = {name: hollow(torch.empty(shape, dtype=dtype)) for name, (shape, dtype) in states(geometry).items()}
+def trace(decoder: Gemma, geometry: CacheGeometry, signature: Signature, past: States) -> ExportedProgram:
+    """One signature's graph, without weights. `past`: of `states`."""
+    caches = {name: hollow(torch.empty(shape, dtype=dtype)) for name, (shape, dtype) in past.items()}
     tokens = signature.tokens
-    inputs = torch.zeros(1, tokens, dtype=torch.int32), torch.zeros(tokens, dtype=torch.int32), past
+    inputs = torch.zeros(1, tokens, dtype=torch.int32), torch.zeros(tokens, dtype=torch.int32), caches
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return export(Step(decoder, geometry, signature.role, longest=signature.longest), inputs, strict=False)
@@ -95,7 +97,7 @@ def add_signature(
     graph.finish(inputs, results)
 
 
-def add_reset(model: Model, variables: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+def add_reset(model: Model, variables: States) -> None:
     """The signature that makes the variables: all zeros."""
     graph = Subgraph(model, RESET)
     for label, (shape, dtype) in variables.items():

@@ -38,9 +38,12 @@ class Stored:
 
 @dataclass(frozen=True)
 class Packing:
-    """How weights lie in the file of one backend."""
+    """How weights and states lie in the file of one backend."""
 
-    channels_apart: bool  # a matrix has the scale 1, and the scales of its channels are multiplied afterwards
+    channels_apart: bool = False  # a matrix has the scale 1, and the scales of its channels are multiplied afterwards
+    # held_in_fours: the slots' positions lie in rows of four. To LiteRT-LM's GPU a state is a texture of points of four channels,
+    # but it is copied as if it were the tensor: with all slots in one row that fails, and every answer is nonsense
+    held_in_fours: bool = False
 
     def row_bytes(self, config: QuantConfig | None, columns: int) -> dict[str, int]:
         """Bytes of one row of a weight, by part, in buffers behind the graph."""
@@ -95,7 +98,8 @@ class Packing:
                 yield "scale", start, _bytes(checkpoint.scale(weight, start, stop).to(dtype))
 
 
-LITERT = Packing(channels_apart=False)
+LITERT = Packing()
+LITERT_GPU = Packing(held_in_fours=True)
 TFLITE_RUNTIME = Packing(channels_apart=True)
 
 

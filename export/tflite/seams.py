@@ -125,9 +125,10 @@ class SlotCache:
         self.views: dict[LayerCache, View] = {}
         for index, layer in enumerate(kinds(geometry)):
             name = f"{HELD}{index}"
-            self.views[layer], self.after[name] = view(
-                past[name], input_pos, layer, ring_of(layer, geometry.prefill_chunk), longest=longest
-            )
+            row = past[name].view(1, 1, 1, layer.slots)
+            ring = ring_of(layer, geometry.prefill_chunk)
+            self.views[layer], row = view(row, input_pos, layer, ring, longest=longest)
+            self.after[name] = row.view(past[name].shape)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope, input_pos: Tensor) -> Tensor:
         """See `KVCache.attend`."""
@@ -156,15 +157,19 @@ def kinds(geometry: CacheGeometry) -> list[LayerCache]:
     return list(dict.fromkeys(geometry.layers))
 
 
-def states(geometry: CacheGeometry) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Inputs that come back as outputs: name -> shape and type."""
+def states(geometry: CacheGeometry, *, fours: bool) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Inputs that come back as outputs: name -> shape and type.
+
+    Args:
+        geometry: of the caches.
+        fours: what the slots hold lies in rows of four, and not in one row. Their number is then a multiple of four.
+    """
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for index, layer in enumerate(geometry.layers):
         shape = (1, geometry.kv_heads, layer.slots, geometry.head_dim)
         shapes |= {f"{KEY}{index}": (shape, torch.float32), f"{VALUE}{index}": (shape, torch.float32)}
-    return shapes | {
-        f"{HELD}{index}": ((1, 1, 1, layer.slots), torch.int32) for index, layer in enumerate(kinds(geometry))
-    }
+    held = [(1, 1, layer.slots // 4, 4) if fours else (1, 1, 1, layer.slots) for layer in kinds(geometry)]
+    return shapes | {f"{HELD}{index}": (shape, torch.int32) for index, shape in enumerate(held)}
 
 
 def signatures(geometry: CacheGeometry) -> list[Signature]:

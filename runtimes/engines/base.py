@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma_edge.bundle.accelerators import CPU
 from gemma_edge.bundle.geometry import CacheGeometry
 from gemma_edge.bundle.manifest import Manifest
 from gemma_edge.errors import InputError
@@ -65,6 +66,7 @@ class Runtime(ABC):
         self.bundle = bundle
         self.manifest = manifest
         self.cache = cache
+        self.computes_on = CPU  # the accelerator that computes, or what stands in for it
         self.identity = identity  # hash of what a saved state depends on: `state_identity` in bundle/manifest.py
         self.vocab_size = manifest.config.vocab_size
         self.stats = Stats()

@@ -1,4 +1,4 @@
-"""LiteRT on the CPU: `.tflite` signatures over one set of KV caches, each one buffer that is input and output at once.
+"""LiteRT on CPU or GPU: `.tflite` signatures over one set of KV caches, each one buffer that is input and output at once.
 
 signatures.py chooses what is fed to which signature.
 """
@@ -17,15 +17,20 @@ from typing import ClassVar
 import numpy as np
 from ai_edge_litert.compiled_model import CompiledModel
 from ai_edge_litert.environment import Environment
+from ai_edge_litert.gpu_options import GpuOptions
+from ai_edge_litert.hardware_accelerator import HardwareAccelerator
 from ai_edge_litert.options import CpuOptions, Options
 from ai_edge_litert.tensor_buffer import TensorBuffer
 from numpy.typing import NDArray
 
+from gemma_edge.bundle.accelerators import CPU, GPU
 from gemma_edge.bundle.manifest import Manifest
 from gemma_edge.bundle.signature import Signature
+from gemma_edge.errors import InputError, one_line
 from gemma_edge.logits import Logits
 from gemma_edge.memory import MappedTable
-from gemma_edge.runtimes.engines.signatures import SignatureRuntime
+from gemma_edge.runtimes.engines.signatures import ERRORS, SignatureRuntime
+from gemma_edge.runtimes.engines.software_gpu import gpu_name
 from gemma_edge.runtimes.engines.weight_cache import kept_weights
 
 OLDEST_LITERT = (2, 3)
@@ -37,17 +42,21 @@ class TFLiteRuntime(SignatureRuntime):
 
     backend: ClassVar[str] = "tflite"
 
-    def __init__(self, bundle: Path, manifest: Manifest, *, threads: int | None) -> None:
+    def __init__(self, bundle: Path, manifest: Manifest, *, threads: int | None, accelerator: str = CPU) -> None:
         """Load the model and make the caches; arguments as SignatureRuntime's.
 
+        Args:
+            accelerator: what computes; not the CPU only for a bundle that was made for it.
+
         Raises:
-            InputError: LiteRT is too old, or the file is not what the manifest says.
+            InputError: LiteRT is too old, the file is not what the manifest says, or the accelerator cannot run it whole.
         """
         super().__init__(bundle, manifest, self.backend, threads, package="ai-edge-litert", oldest=OLDEST_LITERT)
+        load = {CPU: self._load, GPU: self._load_on_gpu}[accelerator]
         self._caches: dict[str, TensorBuffer] = {}  # each is an input and an output of every signature
         self._io: dict[str, tuple[Named, Named]] = {}
         with self._loading():
-            self._model = self._load()
+            self._model = load()
             for signature in self._signatures:
                 self._check_contract(signature)
             # buffers for scoring, whose logits are large, are made when it is used
@@ -60,6 +69,28 @@ class TFLiteRuntime(SignatureRuntime):
             cpu = CpuOptions(num_threads=self.threads, xnnpack_weight_cache_path=path)
             options = Options(cpu_options=cpu)
             return CompiledModel.from_file(str(self._path), environment=environment(), options=options)
+
+    def _load_on_gpu(self) -> CompiledModel:
+        self.computes_on = gpu_name()
+        # angles of rotary embeddings need float32: in 16 bits the error grows with the position
+        gpu = GpuOptions(enforce_f32=True)
+        options = Options(hardware_accelerators=HardwareAccelerator.GPU, gpu_options=gpu)
+        try:
+            model = CompiledModel.from_file(str(self._path), environment=environment(), options=options)
+        except ERRORS as error:
+            raise InputError(
+                f"`accelerator` gpu: LiteRT cannot run {self._path} on a GPU of this machine ({one_line(error)});"
+                " install the GPU's driver, or use `accelerator` cpu",
+                field="accelerator",
+                value=GPU,
+            ) from None
+        if not model.is_fully_accelerated():
+            raise InputError(
+                f"`accelerator` gpu: LiteRT would compute a part of {self._path} on the CPU; use `accelerator` cpu",
+                field="accelerator",
+                value=GPU,
+            )
+        return model
 
     def _check_contract(self, signature: Signature) -> None:
         model, name, cache = self._model, signature.name, self.cache

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from gemma_edge.bundle.backends import choose_backend, registered
+from gemma_edge.bundle.backends import choose_accelerator, choose_backend, registered
 from gemma_edge.bundle.manifest import MANIFEST, Manifest, intact
 from gemma_edge.errors import InputError, one_line
 from gemma_edge.file_hash import identity
@@ -79,16 +79,19 @@ def intact_but_engines(bundle: Path, manifest: Manifest) -> None:
             intact(bundle, manifest.files, name)
 
 
-def open_runtime(bundle: str | Path, *, backend: str | None = None, threads: int | None = None) -> Runtime:
+def open_runtime(
+    bundle: str | Path, *, backend: str | None = None, threads: int | None = None, accelerator: str | None = None
+) -> Runtime:
     """`gemma_edge.load`; see there."""
     folder = Path(bundle)
     before = _state(folder)
     try:
         manifest = Manifest.load(folder)
-        chosen = registered()[choose_backend(folder, manifest, backend)]
+        name = choose_backend(folder, manifest, backend)
+        used = choose_accelerator(folder, manifest, name, accelerator)
         intact_but_engines(folder, manifest)
         start = time.perf_counter()
-        runtime: Runtime = chosen.open(folder, manifest, threads)
+        runtime: Runtime = registered()[name].open(folder, manifest, threads, used)
     except InputError:
         if _state(folder) == before:
             raise

@@ -98,18 +98,19 @@ class Session:
         *,
         backend: str | None = None,
         threads: int | None = None,
+        accelerator: str | None = None,
     ) -> Session:
         """Open a bundle and start a conversation.
 
         Args:
             bundle: the bundle's folder.
             options: how to generate; None for `GenerationOptions()`.
-            backend, threads: as in `gemma_edge.load`.
+            backend, threads, accelerator: as in `gemma_edge.load`.
 
         Raises:
             InputError: as `gemma_edge.load`; also for a bundle without a tokenizer.
         """
-        runtime = open_runtime(bundle, backend=backend, threads=threads)
+        runtime = open_runtime(bundle, backend=backend, threads=threads, accelerator=accelerator)
         tokenizer = Tokenizer(runtime.bundle, runtime.manifest)
         return cls(runtime, tokenizer, ChatTemplate.from_bundle(runtime.bundle), options)
 

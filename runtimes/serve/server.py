@@ -74,6 +74,7 @@ def serve(
     *,
     backend: str | None = None,
     threads: int | None = None,
+    accelerator: str | None = None,
 ) -> None:
     """Answer requests until Ctrl-C or SIGTERM.
 
@@ -81,7 +82,7 @@ def serve(
         bundle: the bundle's folder.
         options: for what a request leaves open.
         server: where to listen, and for whom.
-        backend, threads: as in `gemma_edge.load`.
+        backend, threads, accelerator: as in `gemma_edge.load`.
 
     Raises:
         InputError: a package is missing, the address or the bundle cannot be used, or the server would be open to everybody.
@@ -96,7 +97,7 @@ def serve(
     from gemma_edge.runtimes.serve.connections import LimitedServer
     from gemma_edge.runtimes.serve.engine import Engine
 
-    runtime = open_runtime(bundle, backend=backend, threads=threads)
+    runtime = open_runtime(bundle, backend=backend, threads=threads, accelerator=accelerator)
     engine = Engine(runtime, options, note, time_limit_s=server.time_limit)
     hosts = {*names_of_this_machine(), server.host.lower(), *(name.lower() for name in server.allow_host)}
     access = Access(server.api_key, frozenset(hosts), server.cors)

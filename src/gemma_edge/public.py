@@ -22,20 +22,23 @@ if TYPE_CHECKING:
     from gemma_edge.runtimes.engines.base import Runtime
 
 
-def load(bundle: str | Path, *, backend: str | None = None, threads: int | None = None) -> Runtime:
+def load(
+    bundle: str | Path, *, backend: str | None = None, threads: int | None = None, accelerator: str | None = None
+) -> Runtime:
     """Open a bundle and return its runtime, ready for `prefill`, `decode` and `score`.
 
     Args:
         bundle: the bundle's folder, made by `export` or `gemma-export`.
         backend: which backend of the bundle to use; None takes the first one that is installed.
         threads: threads for the matrix products; None takes the default of the bundle's target.
+        accelerator: what computes: "cpu", or what the backend was made for; None takes that.
 
     Raises:
         InputError: the folder is not a bundle, is damaged, or needs a package that is not installed.
     """
     from gemma_edge.runtimes.engines.load import open_runtime
 
-    return open_runtime(bundle, backend=backend, threads=threads)
+    return open_runtime(bundle, backend=backend, threads=threads, accelerator=accelerator)
 
 
 def inspect(bundle: str | Path, *, check_hashes: bool = False) -> Manifest:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from campaigns import exports
 from campaigns.campaign import Campaign, main
 from gemma_edge import memory
-from gemma_edge.export import api, cli
+from gemma_edge.export import api, room
 
 MIB = 1 << 20
 # What an export may take beyond what a process with everything imported has: from next to nothing to more than it needs. Of less
@@ -32,7 +32,7 @@ def limit_addresses(more: int) -> Limit:
 
     def limit() -> None:
         api.check_memory = lambda *args: None  # type: ignore[attr-defined]
-        cli.TORCH_ADDRESSES = 0
+        room.TORCH_ADDRESSES = 0
         taken = memory.taken_addresses()
         assert taken is not None
         most = taken + more

@@ -38,6 +38,7 @@ TYPED = {
     "time_limit": ["--time-limit", "5"],
     "log": ["--log"],
     "backend": ["--backend", "onnx"],
+    "accelerator": ["--accelerator", "gpu"],
     "threads": ["--threads", "3"],
     "strict": ["--strict"],
     "stats": ["--stats"],

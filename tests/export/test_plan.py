@@ -123,9 +123,11 @@ def test_disk_of_the_plan_counts_what_the_chosen_gate_writes(
     seen: list[int] = []
     judge = gate._judge
 
-    def look_and_judge(folder: Path, progress: Callable[[int], None], python: str) -> dict[str, Any]:
+    def look_and_judge(
+        folder: Path, progress: Callable[[int], None], python: str, environment: dict[str, str]
+    ) -> dict[str, Any]:
         seen.extend(path.stat().st_size for path in folder.glob("*.f32"))
-        return judge(folder, progress, python)
+        return judge(folder, progress, python, environment)
 
     monkeypatch.setattr(gate, "_judge", look_and_judge)
     kept = tmp_path / "kept"

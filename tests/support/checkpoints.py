@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import (
 )
 from transformers import GemmaConfig as HFGemmaConfig
 
+from gemma_edge.bundle.accelerators import Accelerator
 from gemma_edge.bundle.codec import convert
 from gemma_edge.bundle.entries import BackendEntry, ModelEntry, PlanEntry, RecipeEntry, TargetEntry
 from gemma_edge.bundle.geometry import CacheGeometry
@@ -200,6 +202,7 @@ def write_manifest(
     backends: dict[str, dict[str, Any]],
     *,
     tokenizer: bool = False,
+    accelerator: Accelerator = "cpu",
 ) -> None:
     """The manifest of a bundle that a backend has written its files into: not verified."""
     manifest = Manifest(
@@ -208,7 +211,13 @@ def write_manifest(
         recipe=convert({**recipe.to_json(), "parts": [], "calibration": {}}, RecipeEntry),
         target=TargetEntry("test", ram_bytes=0, threads=2),
         backends={
-            name: BackendEntry(cache, plan_of(cache, name), typed_settings(name, settings), identity="")
+            name: BackendEntry(
+                cache,
+                replace(plan_of(cache, name), accelerator=accelerator),
+                typed_settings(name, settings),
+                identity="",
+                accelerator=accelerator,
+            )
             for name, settings in backends.items()
         },
         files=list_files(bundle),

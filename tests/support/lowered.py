@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from gemma_edge.bundle.accelerators import Accelerator
 from gemma_edge.export.backend import Backend, LoweringTask
 from gemma_edge.export.plan import geometry
 from gemma_edge.quantize.checkpoint.split_table import split_where_needed
@@ -18,18 +19,25 @@ from support.checkpoints import write_manifest
 
 
 def lower_bundle(
-    backend: Backend, folder: Path, out: Path, recipe: Recipe, context: int, chunk: int
+    backend: Backend,
+    folder: Path,
+    out: Path,
+    recipe: Recipe,
+    context: int,
+    chunk: int,
+    *,
+    accelerator: Accelerator = "cpu",
 ) -> tuple[QuantizedCheckpoint, Path]:
     """Quantize, lower and check a checkpoint for a backend; the bundle lies in `out`."""
     source = split_where_needed(open_weights(folder), recipe)
     quantized = write_quantized(source, recipe, out / "checkpoint")
     bundle = out / "bundle"
     bundle.mkdir()
-    cache = geometry(source.config, context, chunk, backend=backend.name)
+    cache = geometry(source.config, context, chunk, backend=backend.name, accelerator=accelerator)
     task = LoweringTask(quantized, cache, bundle, recipe.float_bits)
     settings = backend.lower(task)
     backend.check(task)
-    write_manifest(bundle, source.config, recipe, cache, {backend.name: settings})
+    write_manifest(bundle, source.config, recipe, cache, {backend.name: settings}, accelerator=accelerator)
     return quantized, bundle
 
 

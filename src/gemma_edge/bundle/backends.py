@@ -12,11 +12,13 @@ import importlib.metadata
 import importlib.util
 import logging
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gemma_edge.bundle.accelerators import ACCELERATORS, CPU, GPU
 from gemma_edge.errors import InputError
 
 if TYPE_CHECKING:  # naming a backend reads no manifest
@@ -61,6 +63,13 @@ class BackendInfo:
     kv_dtypes: tuple[str, ...] = ("float32",)  # element types that its KV cache can have
     int8_kv_multiple: int = 1  # an int8 cache needs a `head_dim` that is a multiple of it
     in_all: bool = False  # belongs to ALL
+    # accelerators: by accelerator beside the CPU, "module:attribute" of the Backend that makes bundles for it
+    accelerators: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def runs_on(self) -> tuple[str, ...]:
+        """The accelerators that a bundle of it can be made for."""
+        return (CPU, *self.accelerators)
 
     @property
     def engine_module(self) -> str:
@@ -75,21 +84,23 @@ class BackendInfo:
         """The command that installs what makes its bundles; None if it is installed."""
         return (self.made_with or self.runs_with).how_to_install()
 
-    def open(self, bundle: Path, manifest: Manifest, threads: int | None) -> Any:
+    def open(self, bundle: Path, manifest: Manifest, threads: int | None, accelerator: str = CPU) -> Any:
         """Import the engine and open a bundle in it.
 
         Args:
             bundle, manifest: the folder and its manifest, which holds this backend.
             threads: None takes the target's.
+            accelerator: from `choose_accelerator`. An engine that knows only the CPU is not told.
 
         Returns:
             the `Runtime`.
         """
-        return resolve(self.engine)(bundle, manifest, threads=threads)
+        told = {} if accelerator == CPU else {"accelerator": accelerator}
+        return resolve(self.engine)(bundle, manifest, threads=threads, **told)
 
-    def load_exporter(self) -> Any:
-        """Import the exporter: export/backend.py's `Backend`."""
-        return resolve(self.exporter)
+    def load_exporter(self, accelerator: str = CPU) -> Any:
+        """Import the exporter for one of `runs_on`: export/backend.py's `Backend`."""
+        return resolve({CPU: self.exporter, **self.accelerators}[accelerator])
 
 
 def resolve(place: str) -> Any:
@@ -120,7 +131,14 @@ _BUILT_IN = (
         Package("executorch", "gemma-edge[executorch]"),
         in_all=True,
     ),
-    BackendInfo("tflite", f"{_ENGINES}.litert:TFLiteRuntime", f"{_EXPORT}.tflite.backend:LITERT", _LITERT, in_all=True),
+    BackendInfo(
+        "tflite",
+        f"{_ENGINES}.litert:TFLiteRuntime",
+        f"{_EXPORT}.tflite.backend:LITERT",
+        _LITERT,
+        in_all=True,
+        accelerators={GPU: f"{_EXPORT}.tflite.backend:LITERT_GPU"},
+    ),
     # a static site around a model for LiteRT.js; here LiteRT runs the same file
     BackendInfo("web", f"{_ENGINES}.litert:WebRuntime", f"{_EXPORT}.web.backend:BACKEND", _LITERT),
     BackendInfo(
@@ -193,3 +211,50 @@ def choose_backend(bundle: Path, manifest: Manifest, backend: str | None = None)
             return name
         missing.append(f"{name}: {command}")
     raise InputError(f"no runtime installed for {bundle}: {'; '.join(missing)}")
+
+
+def choose_accelerator(bundle: Path, manifest: Manifest, backend: str, accelerator: str | None = None) -> str:
+    """What will compute a backend of a bundle: the requested accelerator, else the one that it was made for.
+
+    Raises:
+        InputError: it was not made for the requested one. The CPU runs every bundle.
+    """
+    made_for = manifest.backends[backend].accelerator
+    if accelerator is not None and accelerator not in ACCELERATORS:
+        raise InputError(field="accelerator", value=accelerator, allowed=ACCELERATORS)
+    if accelerator not in (None, CPU, made_for):
+        raise InputError(
+            f"`accelerator` {accelerator}: the {backend} backend of {bundle} was made for the {made_for}",
+            field="accelerator",
+            value=accelerator,
+            hint=f"export it with `accelerator` {accelerator}",
+        )
+    chosen = accelerator or made_for
+    if chosen not in (runs_on := registered()[backend].runs_on):
+        raise InputError(
+            f"{bundle}: this gemma-edge cannot run the {backend} backend on the {chosen}",
+            field="accelerator",
+            value=chosen,
+            hint=f"use `accelerator` {' or '.join(runs_on)}",
+        )
+    return chosen
+
+
+def refuse_accelerator(accelerator: str, backends: Iterable[str]) -> None:
+    """Refuse to make a backend for an accelerator that it cannot use.
+
+    Raises:
+        InputError: names the first backend that cannot, and those that can.
+    """
+    if accelerator not in ACCELERATORS:
+        raise InputError(field="accelerator", value=accelerator, allowed=ACCELERATORS)
+    known = registered()
+    for name in backends:
+        if accelerator not in known[name].runs_on:
+            able = [other for other, info in known.items() if accelerator in info.runs_on]
+            raise InputError(
+                f"`accelerator` {accelerator}: the {name} backend is made for {' or '.join(known[name].runs_on)} only",
+                field="accelerator",
+                value=accelerator,
+                hint=f"use `backend` {' or '.join(able)}" if able else "no backend can use it yet",
+            )

@@ -12,6 +12,7 @@ from gemma_edge.bundle.settings import SignatureSettings, roles
 from gemma_edge.bundle.signature import Signature
 
 MAX_CACHE_BYTES = 1 << 38
+MAX_ROUNDING = 63  # slots that only make their number a multiple of 64, for a GPU
 
 
 def problems(
@@ -78,6 +79,10 @@ def _backend(
     for key, value in predicted.items():
         if getattr(entry.plan, key) != value:
             yield KeyProblem((*at, "plan", key), getattr(entry.plan, key), f"{value}, as the cache says")
+    if entry.plan.accelerator != entry.accelerator:
+        yield KeyProblem(
+            (*at, "plan", "accelerator"), entry.plan.accelerator, f"{entry.accelerator}, as the entry's accelerator"
+        )
     for role, name in roles(entry.settings).items():
         if name not in files:
             yield KeyProblem((*at, "settings", role), name, "one of the names in files")
@@ -97,8 +102,9 @@ def _cache(at: tuple[Key, ...], config: ModelConfig, cache: CacheGeometry) -> It
         if layer.window != window:
             why = "the smaller of config.sliding_window and context" if kind == LOCAL else "as context says"
             yield KeyProblem((*at, "layers", index, "window"), layer.window, f"{window}, {why}")
-        if not window + chunk - 1 <= layer.slots <= window + 2 * chunk - 2:
-            expected = f"from {window + chunk - 1} (window + prefill_chunk - 1) to {window + 2 * chunk - 2}"
+        most = window + 2 * chunk - 2 + MAX_ROUNDING
+        if not window + chunk - 1 <= layer.slots <= most:
+            expected = f"from {window + chunk - 1} (window + prefill_chunk - 1) to {most}"
             yield KeyProblem((*at, "layers", index, "slots"), layer.slots, expected)
     if cache.bytes > MAX_CACHE_BYTES:
         yield KeyProblem((*at, "context"), cache.context, f"small enough for a cache of {MAX_CACHE_BYTES} bytes")

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Final, Generic, Literal, TypeVar
 
+from gemma_edge.bundle.accelerators import CPU, Accelerator
 from gemma_edge.bundle.geometry import CacheGeometry
 from gemma_edge.bundle.ranges import (
     Bytes,
@@ -195,7 +196,9 @@ class PlanEntry:
     device_ram_limit_bytes: Bytes
     export_ram_bytes: Bytes
     export_disk_bytes: Bytes
-    token_bytes: Bytes | None = None  # of the weights that a decoded token reads; None: made before this was predicted
+    # token_bytes: of the weights that a decoded token reads; None: made before this was predicted
+    token_bytes: Bytes | None = None
+    accelerator: Accelerator = CPU  # as in BackendEntry
 
 
 @dataclass(frozen=True)
@@ -240,6 +243,7 @@ class GateResult(_Figures):
     limits: LimitsEntry
     failures: tuple[str, ...]
     passed: bool
+    judged_on: Name = CPU  # an accelerator, or what stood in for one: swiftshader
 
 
 @dataclass(frozen=True)
@@ -250,6 +254,7 @@ class BackendEntry(Generic[S]):
     plan: PlanEntry
     settings: S  # a class of settings.py; a dict for a backend that is not known
     identity: Sha256  # of what a saved state depends on: see `state_identity`
+    accelerator: Accelerator = CPU  # what its files were made for
 
     @property
     def files(self) -> list[str]:

@@ -100,6 +100,6 @@ def test_the_target_takes_one_scale_per_channel_and_refuses_groups(monkeypatch: 
     assert list(plan.plans) == ["web"]
     eight = QuantizeOptions(bits=8)
     assert open_model(ExportOptions(model=str(DEMO), target="web", quantization=eight), plan_only=True)
-    with pytest.raises(InputError, match="has groups of 32: the web backend computes them wrongly; use group_size 0"):
+    with pytest.raises(InputError, match="has groups of 32: LiteRT.js computes them wrongly; use group_size 0"):
         groups = QuantizeOptions(bits=4, group_size=32)
         open_model(ExportOptions(model=str(DEMO), target="web", quantization=groups), plan_only=True)

@@ -84,6 +84,9 @@ public class CacheGeometry internal constructor(
         private val DTYPES = mapOf("int8" to true, "float32" to false)
         private const val LOCAL = "sliding_attention"
 
+        /** Slots that only make their number a multiple of 64, for a GPU. */
+        private const val MAX_ROUNDING = 63
+
         /** The geometry in a manifest, as far as it agrees with the model's configuration. */
         fun read(node: Node, config: Node): CacheGeometry {
             val dtype = node["dtype"].string
@@ -99,7 +102,9 @@ public class CacheGeometry internal constructor(
             val windows = layers.zip(kinds) { layer, kind -> layer["window"].equalTo(if (kind.string == LOCAL) local else context) }
             // a buffer's bytes are an Int
             val maxSlots = Int.MAX_VALUE / (Float.SIZE_BYTES * kvHeads * headDim)
-            val slots = layers.zip(windows) { layer, window -> layer["slots"].int(window + chunk - 1..minOf(maxSlots, window + 2 * chunk - 2)) }
+            val slots = layers.zip(windows) { layer, window ->
+                layer["slots"].int(window + chunk - 1..minOf(maxSlots, window + 2 * chunk - 2 + MAX_ROUNDING))
+            }
             return CacheGeometry(context, chunk, kvHeads, headDim, int8, slots, windows)
         }
     }

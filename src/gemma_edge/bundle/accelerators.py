@@ -1,0 +1,10 @@
+"""What can compute a bundle: the names that `accelerator` takes. Which backend can be made for which is in backends.py."""
+
+from __future__ import annotations
+
+from typing import Final, Literal, get_args
+
+Accelerator = Literal["cpu", "gpu", "npu:qualcomm"]
+ACCELERATORS: tuple[Accelerator, ...] = get_args(Accelerator)
+CPU: Final = "cpu"
+GPU: Final = "gpu"
