@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,28 @@ def litertlm(bundle: Path, out: Path | None, force: bool) -> None:
     click.echo(f"{out.stat().st_size / 1e6:.1f} MB in {out}", err=True)
 
 
+@click.command(cls=Command)
+@click.argument("integers", type=PATH, metavar="BUNDLE|CHECKPOINT")
+@click.option("-o", "--out", type=PATH, help="The file. Default: the folder's name with .gguf.")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout instead of a sentence.")
+def gguf(integers: Path, out: Path | None, force: bool, as_json: bool) -> None:
+    """Write a BUNDLE's integers as one file for llama.cpp.
+
+    A CHECKPOINT is a folder that `gemma-export quantize` or --save-checkpoint wrote. What is float in it stays float.
+    """
+    need_torch()
+    from gemma_edge.export import report
+    from gemma_edge.export.gguf.writer import open_integers, write_gguf
+
+    out = out or Path(f"{integers.resolve().name}.gguf")
+    written = write_gguf(open_integers(integers), out, force=force, progress=report.progress_bar)
+    if as_json:
+        click.echo(json.dumps({**asdict(written), "file": str(out), "bytes": out.stat().st_size}, indent=1))
+    else:
+        click.echo(f"{out.stat().st_size / 1e6:.1f} MB in {out}: {written}", err=True)
+
+
 def one_adapter(lora: Sequence[str]) -> str | None:
     """The adapter, if one is given. A second one is refused, because click would silently take the last."""
     if len(lora) > 1:
@@ -123,4 +146,4 @@ def one_adapter(lora: Sequence[str]) -> str | None:
     return lora[0] if lora else None
 
 
-COMMANDS = (inspect, verify, litertlm)
+COMMANDS = (inspect, verify, litertlm, gguf)

@@ -136,13 +136,21 @@ def _integers(options: VerifyOptions, manifest: Manifest) -> Weights:
         weights = open_weights(options.integers)
         _check_model("integers", options.integers, weights, manifest)
         return weights
+    return read_back(options.bundle, manifest, "pass the checkpoint that `save_checkpoint` kept as `integers`")
+
+
+def read_back(bundle: Path, manifest: Manifest, hint: str) -> Weights:
+    """The integers of the first backend of a bundle whose files can be read back.
+
+    Raises:
+        InputError: it holds other backends only; `hint` says what to do.
+    """
     for name, entry in manifest.backends.items():
-        stored = exporter(name).stored(options.bundle, entry.settings, manifest.config)
+        stored = exporter(name).stored(bundle, entry.settings, manifest.config)
         if stored is not None:
             return stored
     raise InputError(
-        f"{options.bundle} holds only {', '.join(manifest.backends)}, whose integers cannot be read back; pass the checkpoint"
-        " that `save_checkpoint` kept as `integers`",
+        f"{bundle} holds only {', '.join(manifest.backends)}, whose integers cannot be read back; {hint}",
         field="integers",
     )
 

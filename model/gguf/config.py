@@ -38,7 +38,7 @@ TABLE, HEAD = "token_embd.weight", "output.weight"
 
 
 @dataclass(frozen=True)
-class _Architecture:
+class Architecture:
     """What llama.cpp knows of an architecture beside the metadata."""
 
     family: Family
@@ -47,9 +47,9 @@ class _Architecture:
 
 
 ARCHITECTURES = {
-    "gemma": _Architecture(GEMMA1),
-    "gemma2": _Architecture(GEMMA2, 46),
-    "gemma3": _Architecture(GEMMA3, 62),
+    "gemma": Architecture(GEMMA1),
+    "gemma2": Architecture(GEMMA2, 46),
+    "gemma3": Architecture(GEMMA3, 62),
 }
 
 
@@ -84,7 +84,7 @@ def config_json(path: Path, header: Header, tensors: Mapping[str, tuple[int, ...
         "model_type": kind.family.defaults["architecture"],
         "vocab_size": tensors[TABLE][0],
         "tie_word_embeddings": HEAD not in tensors,
-        "query_pre_attn_scalar": _scalar(kind, values),
+        "query_pre_attn_scalar": scale_of_attention(kind, values),
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id", 2),
         "eos_token_id": _stops(metadata),
         **values,
@@ -98,7 +98,13 @@ def _shortest(value: Any) -> Any:
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
-def _scalar(kind: _Architecture, values: Mapping[str, Any]) -> Any:
+def scale_of_attention(kind: Architecture, values: Mapping[str, Any]) -> Any:
+    """The square of what queries are divided by, which no file stores.
+
+    Args:
+        kind: the architecture.
+        values: of config.json.
+    """
     hidden, heads = values["hidden_size"], values["num_attention_heads"]
     if values["num_hidden_layers"] == kind.layers_of_27b and type(hidden) is type(heads) is int and heads > 0:
         return hidden / heads

@@ -104,20 +104,8 @@ class ChatTemplate:
         Raises:
             InputError: tokenizer_config.json or the template cannot be read.
         """
-        path = folder / CONFIG_FILE
-        config = read_json(path, hint) if present(path) else {}
-        source = _template_in(config)
-        if present(folder / TEMPLATE_FILE):
-            source = read_template(folder / TEMPLATE_FILE, hint)
-        tokens = {"bos_token": "<bos>", "eos_token": "<eos>"}
-        for name, value in config.items():
-            text = value.get("content") if isinstance(value, dict) else value
-            if not name.endswith("_token") or isinstance(text, bool | None):
-                continue
-            if not isinstance(text, str):
-                raise InputError(f"{path}: {name} is {type(text).__name__}, not a token's text", hint=hint)
-            tokens[name] = text
-        return cls(source or GEMMA2_TEMPLATE, tokens)
+        source, tokens = template_of(folder, hint)
+        return cls(source or GEMMA2_TEMPLATE, {"bos_token": "<bos>", "eos_token": "<eos>", **tokens})
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
         """The conversation as text, its special tokens included.
@@ -152,6 +140,24 @@ class ChatTemplate:
             return text in self.render([{"role": "system", "content": text}, {"role": "user", "content": "Hello"}])
         except InputError:
             return False
+
+
+def template_of(folder: Path, hint: str) -> tuple[str | None, dict[str, str]]:
+    """The source of a folder's template, if it has one, and its special tokens; arguments and errors as `of_folder`."""
+    path = folder / CONFIG_FILE
+    config = read_json(path, hint) if present(path) else {}
+    source = _template_in(config)
+    if present(folder / TEMPLATE_FILE):
+        source = read_template(folder / TEMPLATE_FILE, hint)
+    tokens = {}
+    for name, value in config.items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if not name.endswith("_token") or isinstance(text, bool | None):
+            continue
+        if not isinstance(text, str):
+            raise InputError(f"{path}: {name} is {type(text).__name__}, not a token's text", hint=hint)
+        tokens[name] = text
+    return source, tokens
 
 
 def _template_in(config: Mapping[str, Any]) -> str | None:

@@ -1,0 +1,1 @@
+"""A quantized checkpoint as a GGUF file for llama.cpp, with the same integers."""
