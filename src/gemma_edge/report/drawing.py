@@ -23,6 +23,7 @@ from matplotlib.ticker import LogLocator as LogLocator
 from matplotlib.ticker import MaxNLocator as MaxNLocator
 from matplotlib.ticker import NullLocator as NullLocator
 from matplotlib.ticker import StrMethodFormatter as StrMethodFormatter
+from matplotlib.transforms import Bbox as Bbox
 
 T = TypeVar("T")
 # SIZE: width and height of a plot in inches.

@@ -35,7 +35,7 @@ from peers import LlamaCpp
 WINDOW = 512
 # KINDS: type of file -> whether llama-quantize is given an importance matrix.
 KINDS = {"Q4_0": False, "IQ4_XS": True, "Q4_K_M": True, "Q8_0": False}
-IMATRIX_CHUNKS = 16  # windows of the calibration text, as many tokens as our own calibration sees
+IMATRIX_CHUNKS = 16  # windows of the calibration text
 # Words: of a command.
 Words = list[str | Path | int]
 FIGURES = {"kl": r"Mean\s+KLD:\s+(\S+)", "top1": r"Same top p:\s+(\S+)", "ppl": r"Mean PPL\(Q\)\s*:\s+(\S+)"}
