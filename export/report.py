@@ -142,6 +142,8 @@ def print_verified(verified: Verified) -> None:
     for backend, result in verified.results.items():
         for line in _result_lines(backend, result, quality_to):
             say(OUT, line)
+    for line in unjudged_lines(verified.backends, verified.results):
+        say(OUT, line)
     if not verified.reference:
         say(OUT, "what quantization costs was not measured: that needs --reference, the original model")
 

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from gemma_edge.bundle.backends import bits_of, choose_backend
-from gemma_edge.bundle.entries import GateResult
+from gemma_edge.bundle.entries import BackendEntry, GateResult
 from gemma_edge.bundle.manifest import MANIFEST, Manifest, check_hashes, confined
 from gemma_edge.errors import InputError
 from gemma_edge.export.backend import exporter
@@ -57,6 +57,7 @@ class Verified:
     bundle: Path
     reference: str | None  # None: only the bundle's own integers
     results: dict[str, GateResult]  # by backend; without a reference, `quality` is the comparison with the integers
+    backends: Mapping[str, BackendEntry[Any]]  # the manifest's
 
     @property
     def passed(self) -> bool:
@@ -97,7 +98,7 @@ def verify_bundle(options: VerifyOptions, progress: Progress = no_progress) -> V
             raise InputError(f"{bundle} was replaced while it was judged; judge it again")
         saved = replace(manifest, verification={**manifest.verification, **results})
         write_whole(bundle / MANIFEST, saved.to_json())
-    return Verified(bundle, options.reference, results)
+    return Verified(bundle, options.reference, results, manifest.backends)
 
 
 def _original(options: VerifyOptions, manifest: Manifest) -> Weights | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ pytest.importorskip(
 pytest.importorskip("litert_lm", reason="litert-lm-api is not installed")
 
 import litert_lm
+from litert_lm_builder import litertlm_peek
 
 from gemma_edge.bundle.manifest import Manifest
 from gemma_edge.errors import InputError
@@ -101,6 +104,30 @@ def said_after(engine: Any, prompt: str) -> str:
         session.run_prefill([prompt])
         (text,) = session.run_decode().texts
     return str(text)
+
+
+def test_a_model_of_the_cpu_is_not_for_the_engines_gpu(bundle: Path, tmp_path: Path) -> None:
+    """There it answered `<pad>` over and over, without an error: the engine was told nothing."""
+    plain, accelerated = tmp_path / "plain.litertlm", tmp_path / "accelerated.litertlm"
+    write_litertlm(bundle, plain)
+    manifest = Manifest.load(bundle)
+    entry = manifest.backends["tflite"]
+    on_gpu = replace(entry, accelerator="gpu", plan=replace(entry.plan, accelerator="gpu"))
+    copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
+    replace(manifest, backends={"tflite": on_gpu}).save(copy)
+    write_litertlm(copy, accelerated)
+    described = {path: facts_of(path) for path in (plain, accelerated)}
+    assert described[plain] == {"model_type": "tf_lite_prefill_decode", "backend_constraint": "cpu"}
+    assert described[accelerated] == {"model_type": "tf_lite_prefill_decode", "prefer_activation_type": "fp32"}
+
+
+def facts_of(path: Path) -> dict[str, str]:
+    """What a file tells the engine of its model."""
+    sections = litertlm_peek.read_litertlm_header(str(path), io.StringIO()).SectionMetadata()
+    every = [sections.Objects(index) for index in range(sections.ObjectsLength())]
+    (model,) = (each for each in every if litertlm_peek.get_model_type(each) is not None)
+    facts = [litertlm_peek.kvp_to_dict(model.Items(index)) for index in range(model.ItemsLength())]
+    return {fact["key"]: fact["value"] for fact in facts}
 
 
 @pytest.mark.parametrize("prompt", [SHORT, LONG], ids=["short", "longer than the ring"])
