@@ -6,7 +6,9 @@ predicts nonsense without it. Source of the interface: lm_eval/api/model.py, `Te
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -188,14 +190,15 @@ class Tasks:
         Returns:
             task -> metric -> value; `METRIC_stderr` is the standard error of METRIC.
         """
-        evaluated = lm_eval.simple_evaluate(
-            model=RuntimeLM(runtime, tokenizer, progress),
-            tasks=self._names,
-            task_manager=self._manager,
-            limit=self._limit,
-            bootstrap_iters=BOOTSTRAPS,
-            log_samples=False,
-        )
+        with redirect_stdout(sys.stderr):  # it prints that it bootstraps some metrics; stdout is the result's
+            evaluated = lm_eval.simple_evaluate(
+                model=RuntimeLM(runtime, tokenizer, progress),
+                tasks=self._names,
+                task_manager=self._manager,
+                limit=self._limit,
+                bootstrap_iters=BOOTSTRAPS,
+                log_samples=False,
+            )
         return {
             task: {
                 _metric(key): float(value)

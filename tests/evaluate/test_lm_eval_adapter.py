@@ -161,3 +161,18 @@ def test_a_task_that_cannot_be_loaded_is_refused_before_any_work(tmp_path: Path,
 def test_an_include_path_must_be_a_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="include_path .* is not a folder"):
         Tasks(TaskOptions(("mine",), tmp_path / "missing"))
+
+
+def test_stdout_stays_the_commands_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """lm-eval prints there that it bootstraps a perplexity, which would break --json."""
+    (tmp_path / "data.jsonl").write_text('{"context": "In the", "word": " beginning"}\n' * 3)
+    (tmp_path / "task.yaml").write_text(
+        f"task: words\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/data.jsonl}}}}\n"
+        "test_split: test\noutput_type: loglikelihood\ndoc_to_text: '{{context}}'\ndoc_to_target: '{{word}}'\n"
+        "target_delimiter: ''\nmetric_list: [{metric: perplexity}, {metric: acc}]\n"
+    )
+    toy = toy_lm().toy
+    tokenizer = Tokenizer.of_folder(DEMO, toy.manifest.config)
+    found = Tasks(TaskOptions((str(tmp_path / "task.yaml"),))).run(toy, tokenizer, no_progress)
+    assert found["words"]["perplexity"] > 1
+    assert capsys.readouterr().out == ""
