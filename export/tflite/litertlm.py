@@ -23,7 +23,7 @@ from gemma_edge.text.tokenizer import TOKENIZER_FILE, Tokenizer
 ENDLESS = 1 << 20  # tokens of a conversation; the engine needs a number
 PACKAGE = "litert_lm_builder"
 # ENGINE: what the engine is told, by what the model was made for. On a GPU it would choose float16, in which the angles of rotary
-# embeddings go wrong. A model for the CPU would answer nonsense there without an error, so the engine must refuse it.
+# embeddings go wrong. A model for the CPU would answer nonsense there without an error, so it is marked for the CPU only.
 ENGINE: dict[str, dict[str, str]] = {CPU: {"backend_constraint": CPU}, GPU: {"prefer_activation_type": "fp32"}}
 
 
