@@ -55,10 +55,11 @@ $(NATIVE)/.made: $(EVERY_BACKEND)/manifest.json tools/kotlin_fixtures/native_fix
 	$(BIN)/python tools/kotlin_fixtures/native_fixtures.py $(NATIVE) $(EVERY_BACKEND)
 	@touch $@
 
-# A Maven repository of the library. DOCS=1 adds the API docs, which take a minute.
+# A Maven repository of the library. DOCS=1 adds the API docs, which take a minute. URL is the address of the project, for its POMs.
 DOCS ?=
+URL ?= https://example.org/gemma-edge
 aar: $(STAMP) $(GEMMA)/.compiled
-	$(BIN)/python tools/apk/build_aar.py $(ANDROID_BUILD)/repository $(if $(DOCS),--docs)
+	$(BIN)/python tools/apk/build_aar.py $(ANDROID_BUILD)/repository $(URL) $(if $(DOCS),--docs)
 
 # An app on the JVM that has that repository in its POM.
 aar-test: aar $(FIXTURES)/.made
