@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gemma_edge.bundle.accelerators import ACCELERATORS
+from gemma_edge.bundle.backends import ALL
 from gemma_edge.command import Command, given, note
 from gemma_edge.errors import InputError
 from gemma_edge.files import check_writable, need, write_whole
@@ -100,7 +101,10 @@ class Choices:
 @click.option(
     "--rounds", type=int, default=1, show_default=True, help="Number of rounds: in each, everything is measured once."
 )
-@click.option("--backend", help="Measure this backend only. Default: every backend of the bundles that is installed.")
+@click.option(
+    "--backend",
+    help="Measure this backend only, or all. Default: all that are installed; on a phone the one that the app would take.",
+)
 @click.option(
     "--accelerator",
     help=f"What computes: {', '.join(ACCELERATORS)}. Default: what each backend was made for; cpu runs every bundle.",
@@ -297,7 +301,8 @@ def _local(choices: Choices) -> Iterator[Sequence[Contender]]:
     """Bundles and peers on this machine."""
     from gemma_edge.bench import bench, peers
 
-    contenders, notes = bench.bundle_contenders(choices.bundles, choices.backend, choices.accelerator)
+    backend = None if choices.backend == ALL else choices.backend
+    contenders, notes = bench.bundle_contenders(choices.bundles, backend, choices.accelerator)
     for text in notes:
         note(text)
     yield [*contenders, *peers.contenders(choices.peers, choices.bundles)]
@@ -314,13 +319,14 @@ def _phones(choices: Choices) -> Iterator[Sequence[Contender]]:
         raise InputError(f"--device {choices.device}: only adb and adb:SERIAL are known; leave it out for this machine")
     if choices.peers or not choices.bundles:
         raise InputError("phones measure bundles, and no --peer; give a bundle")
-    if choices.backend not in (None, phones.BACKEND):
-        raise InputError(f"--backend {choices.backend}: the app on the phone runs {phones.BACKEND}; leave it out")
+    if choices.backend not in (None, ALL, *phones.BACKENDS):
+        allowed = [*phones.BACKENDS, ALL]
+        raise InputError(field="backend", value=choices.backend, allowed=allowed, hint="the app runs nothing else")
     if choices.timeout <= 0:
         raise InputError(f"--timeout {choices.timeout:g} is not above 0")
     if serial and choices.all_devices:
         raise InputError(f"--device {choices.device} names one phone, --all-devices all of them; give one of the two")
     chosen = adb.choose(adb.find_adb(), serial or None, every=choices.all_devices, note=note)
-    bundles, answer_s = choices.bundles, choices.timeout
-    with phones.on_phones(chosen, bundles, progress_bar, answer_s=answer_s, keep=choices.keep) as contenders:
+    request = phones.Request(choices.backend, answer_s=choices.timeout, keep=choices.keep)
+    with phones.on_phones(chosen, choices.bundles, request, progress_bar) as contenders:
         yield contenders

@@ -19,9 +19,11 @@ from gemma_edge.bench import result as bench_result
 from gemma_edge.bench.adb import AdbError, Device
 from gemma_edge.bench.bench import backend_facts, read_bytes_per_token
 from gemma_edge.bench.result import Settings
-from gemma_edge.bundle.entries import FileEntry
+from gemma_edge.bundle.backends import ALL
+from gemma_edge.bundle.entries import FileEntry, PlanEntry
 from gemma_edge.bundle.manifest import MANIFEST, Manifest, confined
 from gemma_edge.errors import InputError
+from gemma_edge.files import sha256
 from gemma_edge.progress import Progress
 
 PACKAGE = "gemma.edge.app"
@@ -29,8 +31,8 @@ ACTIVITY = f"{PACKAGE}/.BenchmarkActivity"
 RESULTS = f"/sdcard/Android/data/{PACKAGE}/files/bench"
 # BUNDLES: the folder for bundles on the phone. Apps can read it, and no other program uses it.
 BUNDLES = "/data/local/tmp/gemma-edge"
-# BACKEND: the backend that the app runs.
-BACKEND = "onnx"
+# BACKENDS: the backends for which the app may have an engine, in the order in which it tries them.
+BACKENDS = ("executorch", "tflite", "onnx")
 # ABIS, MIN_SDK: the ABIs and the oldest Android version that the app is built for.
 ABIS = ("arm64-v8a", "x86_64")
 MIN_SDK = 26
@@ -107,17 +109,38 @@ def state(phone: Device) -> dict[str, Any]:
     return readings
 
 
-def check(phone: Device, known: Facts, manifest: Manifest, missing_bytes: int) -> None:
+def chosen_backends(path: Path, manifest: Manifest, requested: str | None) -> list[str]:
+    """The backends of a bundle that are measured; "" is the one that the app takes by itself.
+
+    Args:
+        path: the bundle.
+        manifest: its manifest.
+        requested: one backend, `ALL`, or None.
+
+    Raises:
+        InputError: the bundle does not hold what is requested, or nothing that the app can run.
+    """
+    possible = [name for name in BACKENDS if name in manifest.backends]
+    found = [name for name in possible if requested in (None, ALL, name)]
+    if not found:
+        names, needed = ", ".join(manifest.backends), requested if requested in BACKENDS else " or ".join(BACKENDS)
+        raise InputError(f"{path} holds no {needed} backend, only {names}; export with `backend`", field="backend")
+    return found if requested else [""]
+
+
+def check(phone: Device, known: Facts, plans: Sequence[PlanEntry], missing_bytes: int) -> None:
     """Refuse a bundle that a phone cannot run, before a byte is sent.
 
     Args:
+        phone: the phone.
         known: what the phone tells about itself.
+        plans: the memory that each of the backends needs; one of them must fit.
         missing_bytes: bytes of the bundle that the phone does not have yet.
 
     Raises:
         AdbError: the phone has another ABI, too old an Android, too little memory or storage, or not the app.
     """
-    ram_bytes = manifest.backends[BACKEND].plan.device_ram_bytes
+    ram_bytes = min(plan.device_ram_bytes for plan in plans)
     storage_bytes = missing_bytes + SPARE_BYTES
     ram, needed_ram, free, needed = (
         f"{count / MIB:.0f} MiB" for count in (known.ram_bytes, ram_bytes, known.free_bytes, storage_bytes)
@@ -140,21 +163,15 @@ def check(phone: Device, known: Facts, manifest: Manifest, missing_bytes: int) -
 
 
 class PhoneBundle:
-    """A bundle on a phone: a `Contender`."""
+    """A bundle on a phone, for all its backends."""
 
-    tool = "gemma-edge-android"
-
-    def __init__(self, phone: Device, path: Path, manifest: Manifest, *, answer_s: float) -> None:
-        """The phone is not asked anything yet.
-
-        Args:
-            answer_s: after how many seconds a measurement is given up, beside the minutes that it is asked to go on.
-        """
-        self.model = backend_facts(path, manifest, BACKEND)
+    def __init__(self, phone: Device, path: Path, manifest: Manifest) -> None:
+        """The phone is not asked anything yet."""
+        self.phone, self.path, self.manifest = phone, path, manifest
         self.failure = ""  # why the bundle was not sent; "" where it was
-        self._phone, self._path, self._manifest, self._answer_s = phone, path, manifest, answer_s
-        self._folder = f"{BUNDLES}/{self.model['manifest_sha256'][:16]}"
-        self._device: dict[str, Any] = {"name": phone.serial}
+        self.digest = sha256(path / MANIFEST)
+        self.folder = f"{BUNDLES}/{self.digest[:16]}"
+        self.device: dict[str, Any] = {"name": phone.serial}
 
     def send(self, progress: Progress) -> None:
         """Check the phone, then send the files that it does not have.
@@ -162,30 +179,45 @@ class PhoneBundle:
         Raises:
             AdbError: the phone cannot run the bundle, or the files could not be sent.
         """
-        entry = FileEntry((self._path / MANIFEST).stat().st_size, str(self.model["manifest_sha256"]))
+        entry = FileEntry((self.path / MANIFEST).stat().st_size, self.digest)
         # The manifest comes last, because a folder without it is not a bundle.
-        files = {**self._manifest.files, MANIFEST: entry}
-        known = facts(self._phone)
-        self._device = known.device
-        there = sum(self._phone.size(f"{self._folder}/{name}{end}") for name in files for end in ("", ".partial"))
+        files = {**self.manifest.files, MANIFEST: entry}
+        known = facts(self.phone)
+        self.device = known.device
+        there = sum(self.phone.size(f"{self.folder}/{name}{end}") for name in files for end in ("", ".partial"))
         total = sum(file.bytes for file in files.values())
-        check(self._phone, known, self._manifest, max(0, total - there))
-        folders = {f"{self._folder}/{name}".rpartition("/")[0] for name in files}
-        self._phone.shell(f"mkdir -p {shlex.join(sorted(folders))}")
-        with progress(f"send to {self._phone.serial}", total, True) as advance:
+        plans = [entry.plan for name, entry in self.manifest.backends.items() if name in BACKENDS]
+        check(self.phone, known, plans, max(0, total - there))
+        folders = {f"{self.folder}/{name}".rpartition("/")[0] for name in files}
+        self.phone.shell(f"mkdir -p {shlex.join(sorted(folders))}")
+        with progress(f"send to {self.phone.serial}", total, True) as advance:
             for name, file in files.items():
-                local = self._path / MANIFEST if name == MANIFEST else confined(self._path, name)
-                self._phone.send(local, f"{self._folder}/{name}", file, advance)
+                local = self.path / MANIFEST if name == MANIFEST else confined(self.path, name)
+                self.phone.send(local, f"{self.folder}/{name}", file, advance)
 
     def remove(self) -> None:
         """Stop the app and delete the bundle, if the phone can still be reached."""
         with suppress(AdbError):
-            self._phone.shell(f"am force-stop {PACKAGE}", check=False)
-            self._phone.shell(f"rm -rf {self._folder}; rmdir {BUNDLES} 2>/dev/null", check=False)
+            self.phone.shell(f"am force-stop {PACKAGE}", check=False)
+            self.phone.shell(f"rm -rf {self.folder}; rmdir {BUNDLES} 2>/dev/null", check=False)
+
+
+class PhoneContender:
+    """A backend of a bundle on a phone: a `Contender`."""
+
+    tool = "gemma-edge-android"
+
+    def __init__(self, bundle: PhoneBundle, backend: str, *, answer_s: float) -> None:
+        """A backend of "" lets the app choose; after `answer_s`, beside the minutes asked for, a measurement is given up."""
+        self.bundle = bundle
+        self._phone, self._backend, self._answer_s = bundle.phone, backend, answer_s
+        self.model = (
+            self._facts(backend) if backend else {"name": bundle.path.resolve().name, "backend": "chosen by the app"}
+        )
 
     def device(self, settings: Settings) -> dict[str, Any]:
         """See `Contender`."""
-        return self._device
+        return self.bundle.device
 
     def measure(self, settings: Settings) -> dict[str, Any]:
         """See `Contender`. The app is started once.
@@ -193,8 +225,8 @@ class PhoneBundle:
         Raises:
             AdbError: the app cannot be started, dies, or gives no result in time.
         """
-        if self.failure:
-            raise AdbError(self.failure)
+        if self.bundle.failure:
+            raise AdbError(self.bundle.failure)
         result = f"{RESULTS}/{uuid.uuid4().hex}.json"
         self._phone.shell(f"am force-stop {PACKAGE}")
         before = state(self._phone)
@@ -207,7 +239,8 @@ class PhoneBundle:
         return self._fields(text, {"before": before, "after": state(self._phone)}, settings)
 
     def _start(self, settings: Settings, name: str) -> None:
-        extras = f"--es bundle {self._folder} --es result {name} --ef minutes {settings.minutes}"
+        extras = f"--es bundle {self.bundle.folder} --es result {name} --ef minutes {settings.minutes}"
+        extras += f" --es backend {self._backend}" if self._backend else ""
         numbers = {key: value for key, value in asdict(settings).items() if key != "minutes"}
         extras += "".join(f" --ei {key} {value}" for key, value in numbers.items())
         printed = self._phone.shell(f"am start -W -n {ACTIVITY} {extras} 2>&1", check=False, timeout_s=120)
@@ -247,53 +280,68 @@ class PhoneBundle:
             raise AdbError(str(error)) from None
         if result.failure:
             raise AdbError(f"{self._phone.serial}: {result.failure}")
-        needed = read_bytes_per_token(self.model, self._manifest.backends[BACKEND].cache, settings)
-        model = {**result.model, **self.model, "read_bytes_per_token": needed}
+        backend = str(result.model["backend"])
+        if backend not in self.bundle.manifest.backends or backend != (self._backend or backend):
+            asked = f" instead of {self._backend}" if self._backend else ""
+            raise AdbError(
+                f"{self._phone.serial}: the app measured the backend {backend!r}{asked}; install another version"
+            )
+        known = self._facts(backend)
+        needed = read_bytes_per_token(known, self.bundle.manifest.backends[backend].cache, settings)
+        model = {**result.model, **known, "read_bytes_per_token": needed}
         merged = {when: {**result.state.get(when, {}), **values} for when, values in states.items()}
-        fields = {**asdict(result), "model": model, "state": merged, "device": {**result.device, **self._device}}
+        fields = {**asdict(result), "model": model, "state": merged, "device": {**result.device, **self.bundle.device}}
         for name in ("settings", "started", "failure"):
             del fields[name]
         return fields
 
+    def _facts(self, backend: str) -> dict[str, Any]:
+        return backend_facts(self.bundle.path, self.bundle.manifest, backend)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of all phones."""
+
+    backend: str | None  # see `chosen_backends`
+    answer_s: float  # see `PhoneContender`
+    keep: bool  # leave the bundles on the phones
+
 
 @contextmanager
 def on_phones(
-    phones: Sequence[Device], paths: Sequence[Path], progress: Progress, *, answer_s: float, keep: bool
-) -> Iterator[list[PhoneBundle]]:
+    phones: Sequence[Device], paths: Sequence[Path], request: Request, progress: Progress
+) -> Iterator[list[PhoneContender]]:
     """Send every bundle to every phone, and remove them at the end.
 
     Args:
         phones: the phones.
         paths: the bundles.
+        request: what is measured.
         progress: shows how far sending is.
-        answer_s: see `PhoneBundle`.
-        keep: leave the bundles on the phones.
 
     Yields:
-        a contender for every bundle on every phone; where it could not be sent, measuring it fails with the reason.
+        a contender for every backend of every bundle on every phone; where a bundle could not be sent, measuring fails with
+        the reason.
 
     Raises:
         InputError: the app cannot run one of the bundles, or no bundle could be sent to any phone.
     """
-    contenders = []
-    for phone in phones:
-        for path in paths:
-            manifest = Manifest.load(path)
-            if BACKEND not in manifest.backends:
-                names = ", ".join(manifest.backends)
-                raise InputError(f"{path} holds no {BACKEND!r} backend, which is what the app runs, only {names}")
-            contenders.append(PhoneBundle(phone, path, manifest, answer_s=answer_s))
+    manifests = {path: Manifest.load(path) for path in paths}
+    backends = {path: chosen_backends(path, manifest, request.backend) for path, manifest in manifests.items()}
+    bundles = [PhoneBundle(phone, path, manifests[path]) for phone in phones for path in paths]
     try:
-        for contender in contenders:
+        for bundle in bundles:
             try:
-                contender.send(progress)
+                bundle.send(progress)
             except AdbError as error:
-                contender.failure = str(error)
-                contender.remove()
-        if all(contender.failure for contender in contenders):
-            raise InputError("; ".join(dict.fromkeys(contender.failure for contender in contenders)))
-        yield contenders
+                bundle.failure = str(error)
+                bundle.remove()
+        if all(bundle.failure for bundle in bundles):
+            raise InputError("; ".join(dict.fromkeys(bundle.failure for bundle in bundles)))
+        every = [(bundle, name) for bundle in bundles for name in backends[bundle.path]]
+        yield [PhoneContender(bundle, name, answer_s=request.answer_s) for bundle, name in every]
     finally:
-        for contender in contenders:
-            if not keep:
-                contender.remove()
+        for bundle in bundles:
+            if not request.keep:
+                bundle.remove()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from statistics import median
 
+from gemma_edge.bench.choice import advice
 from gemma_edge.bench.compare import ALPHA, MIN_CHANGE, MIN_SAMPLES, Change
 from gemma_edge.bench.result import Result
 from gemma_edge.bench.stats import METRICS, Key, groups, roofline_tokens_per_s, summary, throttling
@@ -83,7 +84,7 @@ def others_cores(results: Sequence[Result]) -> float:
 
 
 def notes(results: Sequence[Result]) -> list[str]:
-    """What a reader must know before quoting a figure: machines, failures, other processes, throttling."""
+    """What a reader must know before quoting a figure: machines, failures, other processes, throttling; what to ship."""
     lines = list(dict.fromkeys(machine_line(result) for result in results))
     for key, group in groups(results).items():
         name = f"{key.model} ({key.backend}, {key.threads} threads, prompt {key.prefill})"
@@ -92,7 +93,7 @@ def notes(results: Sequence[Result]) -> list[str]:
             lines.append(f"{name}: other processes kept {busy:.1f} cores busy; do not quote its speed")
         if (lost := throttling(group)) is not None:
             lines.append(f"{name}: the slowest minute decoded {lost:.0%} slower than the first one")
-    return lines
+    return lines + advice(results)
 
 
 def print_tables(results: Sequence[Result]) -> None:

@@ -1,10 +1,12 @@
-"""tools/apk and tools/native: what a published module holds, and when logits of a phone's libraries count as Python's."""
+"""tools/apk and tools/native: what a module and an APK hold, and when logits of a phone's libraries count as Python's."""
 
 from __future__ import annotations
 
 import json
 import re
+import struct
 import sys
+import zipfile
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -27,7 +29,7 @@ def test_a_published_module_depends_on_what_its_gradle_script_names(module: str)
     import build_aar
 
     space = "{http://maven.apache.org/POM/4.0.0}"
-    pom = ElementTree.fromstring(build_aar.pom(module).encode())
+    pom = ElementTree.fromstring(build_aar.pom(module, "https://example.org/a?b&c").encode())
     nodes = pom.findall(f"{space}dependencies/{space}dependency")
     published = {
         ":".join(node.findtext(f"{space}{tag}", "") for tag in ("groupId", "artifactId", "version")): node.findtext(
@@ -45,6 +47,10 @@ def test_a_published_module_depends_on_what_its_gradle_script_names(module: str)
         expected[name] = scopes[kind]
     assert published == expected
     assert pom.findtext(f"{space}packaging") == "aar" and len(pom.findtext(f"{space}description", "")) > 10
+    # Maven Central takes no library without these
+    for tags in (["url"], ["scm", "url"], ["developers", "developer", "url"]):
+        assert pom.findtext("/".join(f"{space}{tag}" for tag in tags)) == "https://example.org/a?b&c"
+    assert pom.findtext(f"{space}scm/{space}connection") == "scm:git:https://example.org/a?b&c"
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -62,6 +68,64 @@ def test_an_aar_holds_what_gradle_reads(module: str, tmp_path: Path) -> None:
     assert [node.attrib[f"{android}minSdkVersion"] for node in manifest.iter("uses-sdk")] == ["26"]
     lines = dict(line.split("=") for line in files[build_aar.METADATA].decode().split())
     assert {"aarFormatVersion", "aarMetadataVersion"} <= lines.keys()
+
+
+def library(alignment: int) -> bytes:
+    """A 64-bit library with one loaded segment of this alignment, as far as an APK's check reads it."""
+    header = bytearray(120)
+    struct.pack_into("<Q", header, 32, 64)
+    struct.pack_into("<HH", header, 54, 56, 1)
+    struct.pack_into("<I", header, 64, 1)
+    struct.pack_into("<Q", header, 112, alignment)
+    return bytes(header)
+
+
+def write_test_apk(folder: Path, libraries: dict[str, bytes]) -> Path:
+    """An APK with these libraries, written as the app's is."""
+    import apk_zip
+
+    with zipfile.ZipFile(folder / "linked", "w") as linked:
+        linked.writestr("AndroidManifest.xml", "x" * 7)
+    files = {}
+    for number, (name, data) in enumerate(libraries.items()):
+        (folder / str(number)).write_bytes(data)
+        files[name] = folder / str(number)
+    apk_zip.write_apk(folder / "app.apk", folder / "linked", files)
+    return folder / "app.apk"
+
+
+def test_every_native_library_of_an_apk_must_fit_pages_of_16_kib(tmp_path: Path) -> None:
+    import apk_zip
+
+    good = {"lib/arm64-v8a/liba.so": library(16384), "lib/arm64-v8a/libb.so": library(65536)}
+    apk = write_test_apk(tmp_path, good)
+    apk_zip.check_apk(apk, ("arm64-v8a",))
+    with pytest.raises(SystemExit, match="x86_64.* are expected"):
+        apk_zip.check_apk(apk, ("arm64-v8a", "x86_64"))
+    for bad in (4096, 8192):
+        apk = write_test_apk(tmp_path, {**good, "lib/arm64-v8a/libc.so": library(bad)})
+        with pytest.raises(SystemExit, match="libc.so was linked for smaller pages"):
+            apk_zip.check_apk(apk, ("arm64-v8a",))
+    with zipfile.ZipFile(tmp_path / "moved.apk", "w") as moved:
+        moved.writestr("lib/arm64-v8a/liba.so", library(16384))
+    with pytest.raises(SystemExit, match="not stored at a multiple of 16384"):
+        apk_zip.check_apk(tmp_path / "moved.apk", ("arm64-v8a",))
+
+
+def test_engines_are_chosen_by_backend_and_stay_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    import build_apk
+
+    assert build_apk.engine_names("onnx,executorch") == ["executorch", "onnx"]
+    for arguments, refusal in (
+        (["--engines", "onnx,litert"], "'litert' is none of executorch, tflite, onnx"),
+        (["--onnx-aar", "absent.aar"], "absent.aar: no such file"),
+        (["--tflite-aar", __file__], "no effect without tflite"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["build_apk.py", "bundle", *arguments])
+        errors: list[str] = []
+        monkeypatch.setattr("argparse.ArgumentParser.error", lambda _, message, to=errors: to.append(message))
+        build_apk.parsed()
+        assert refusal in errors[0]
 
 
 @pytest.mark.parametrize(

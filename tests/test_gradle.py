@@ -173,4 +173,4 @@ def test_both_builds_shrink_by_the_same_rules() -> None:
     assert f'ANDROID / "app" / "{rules}"' in scripts
     for module in MODULES[1:]:
         assert said(build_file(module), r'"([\w./-]+\.pro)"') == ["consumer-rules.pro"]
-    assert 'ANDROID / module / "consumer-rules.pro" for module in MODULES' in scripts
+    assert 'ANDROID / module / "consumer-rules.pro" for module in linked.modules' in scripts

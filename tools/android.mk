@@ -14,7 +14,7 @@ FIXTURE_BUNDLES := $(BUNDLE) $(addprefix $(ANDROID_BUILD)/bundles/,float-cache r
 # Maven compiles the library's classes for the tests and for the APK.
 GEMMA := android_demo/build/classes
 
-.PHONY: aar aar-test android android-api android-test android-native-test android-screenshots
+.PHONY: aar aar-test android android-api android-sizes android-test android-native-test android-screenshots
 
 POMS := $(wildcard android_demo/pom.xml android_demo/*/pom.xml android_demo/doubles/*/pom.xml)
 GEMMA_SOURCES := $(shell find android_demo/gemma*/src/main android_demo/doubles -name '*.kt' -o -name '*.java')
@@ -55,10 +55,11 @@ $(NATIVE)/.made: $(EVERY_BACKEND)/manifest.json tools/kotlin_fixtures/native_fix
 	$(BIN)/python tools/kotlin_fixtures/native_fixtures.py $(NATIVE) $(EVERY_BACKEND)
 	@touch $@
 
-# A Maven repository of the library. DOCS=1 adds the API docs, which take a minute.
+# A Maven repository of the library. DOCS=1 adds the API docs, which take a minute. URL is the address of the project, for its POMs.
 DOCS ?=
+URL ?= https://example.org/gemma-edge
 aar: $(STAMP) $(GEMMA)/.compiled
-	$(BIN)/python tools/apk/build_aar.py $(ANDROID_BUILD)/repository $(if $(DOCS),--docs)
+	$(BIN)/python tools/apk/build_aar.py $(ANDROID_BUILD)/repository $(URL) $(if $(DOCS),--docs)
 
 # An app on the JVM that has that repository in its POM.
 aar-test: aar $(FIXTURES)/.made
@@ -98,9 +99,20 @@ $(ANDROID_BUILD)/bundles/random/manifest.json $(ANDROID_BUILD)/bundles/random-ge
 	$(BIN)/gemma-export $(ANDROID_BUILD)/$(notdir $(@D)) --target android --bits 4 --method rtn --kv-bits 32 --context 24 --prefill-chunk 5 \
 		--verify none -o $(@D) --force
 
-# The APK with the demo's bundle in it. ORT_AAR=FILE takes ONNX Runtime's official AAR; SHRINK=1 shrinks the app with R8.
+# The APK with the demo's bundle in it. ENGINES=onnx,executorch,tflite chooses the engines; ORT_AAR, EXECUTORCH_AAR and LITERT_AAR
+# take their official AARs; SHRINK=1 shrinks the app with R8.
+ENGINES ?= onnx
+OFFICIAL := $(if $(ORT_AAR),--onnx-aar $(ORT_AAR)) $(if $(EXECUTORCH_AAR),--executorch-aar $(EXECUTORCH_AAR)) \
+	$(if $(LITERT_AAR),--tflite-aar $(LITERT_AAR))
 android: $(STAMP) $(BUNDLE)/manifest.json $(GEMMA)/.compiled
-	$(BIN)/python tools/apk/build_apk.py $(BUNDLE) $(if $(ORT_AAR),--ort-aar $(ORT_AAR)) $(if $(SHRINK),--shrink)
+	$(BIN)/python tools/apk/build_apk.py $(BUNDLE) --engines $(ENGINES) $(OFFICIAL) $(if $(SHRINK),--shrink)
+
+# The sizes of APKs for one ABI with one, two and three engines; each is checked as every APK is.
+android-sizes: $(STAMP) $(BUNDLE)/manifest.json $(GEMMA)/.compiled
+	for engines in onnx executorch,onnx executorch,tflite,onnx; do \
+		$(BIN)/python tools/apk/build_apk.py $(BUNDLE) --engines $$engines --abi arm64-v8a $(if $(SHRINK),--shrink) \
+			--out $(ANDROID_BUILD)/gemma-edge-$$engines.apk || exit 1; \
+	done
 
 # Compares the doubles that the modules are compiled against with official files: EXECUTORCH_AAR=FILE, LITERT_AAR=FILE.
 android-api: $(STAMP) $(GEMMA)/.compiled

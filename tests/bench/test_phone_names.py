@@ -57,7 +57,7 @@ def test_folders_of_a_bundle_are_words_of_the_phones_shell(tmp_path: Path, monke
     monkeypatch.setattr(phones, "facts", lambda phone: Facts({}, 35, ("x86_64",), 1 << 40, 1 << 40))
     monkeypatch.setattr(phones, "check", lambda *_: None)
     phone = Recorder()
-    PhoneBundle(phone, bundle, manifest, answer_s=1).send(quiet)  # type: ignore[arg-type]
+    PhoneBundle(phone, bundle, manifest).send(quiet)  # type: ignore[arg-type]
     (command,) = (command for command in phone.commands if command.startswith("mkdir"))
     assert {path.rpartition("/")[2] for path in shlex.split(command)[2:]} >= set(FOLDERS)
     assert any("it's/file" in path for path in phone.sent)

@@ -30,6 +30,8 @@ from gemma_edge.bench.cli import main
 from gemma_edge.bench.result import Settings
 from gemma_edge.bundle.entries import FileEntry
 from gemma_edge.bundle.manifest import MANIFEST, Manifest
+from gemma_edge.bundle.settings import ExecuTorchSettings, Methods, TFLiteSettings
+from gemma_edge.bundle.signature import Signature
 from gemma_edge.export.api import Export
 from gemma_edge.files import sha256
 
@@ -74,7 +76,7 @@ def answer(phone: Phone, extras: dict[str, str], **changes: Any) -> None:
     result = {
         "tool": "gemma-edge-android",
         "started": "2026-01-01T00:00:00+00:00",
-        "model": {"name": "x", "backend": "onnx", "context": 10},
+        "model": {"name": "x", "backend": extras.get("backend", "onnx"), "context": 10},
         "settings": settings,
         "device": {"name": "the app's", "read_gb_per_s": 20.0},
         "load": {"warm_s": 0.5},
@@ -169,6 +171,64 @@ def test_push_run_pull_report_with_real_numbers(
     shared = {"minutes": "0.0", "threads": "1", "decode": "5", "repeat": "3", "warmup": "1"}
     assert words == [{**shared, "prefill": "8"}, {**shared, "prefill": "30"}]
     assert phone.left() == []
+
+
+def several(path: Path) -> Path:
+    """A bundle with the entries of three backends and the files of one, which is enough for the computer's side."""
+    program = "generate.onnx"
+    signatures = (Signature("decode", "decode", 1),)
+    others = {
+        "executorch": ExecuTorchSettings(program, Methods("forward", "score"), "1.0.0"),
+        "tflite": TFLiteSettings(program, signatures, "1.0.0"),
+    }
+    entries = {name: replace(toy_backend(), settings=settings) for name, settings in others.items()}
+    return write_toy_bundle(path, backends={"onnx": toy_backend(), **entries})
+
+
+def test_all_backends_are_measured_in_turns_and_the_fastest_is_named(phone: Phone, tmp_path: Path) -> None:
+    """The app measured ONNX Runtime only."""
+    seconds = {"executorch": 0.1, "tflite": 0.2}
+
+    def play(phone: Phone, extras: dict[str, str]) -> None:
+        backend = extras["backend"]
+        if backend == "onnx":
+            return answer(phone, extras, failure="no engine", prefill_s=[], ttft_s=[], decode_s=[], decode_ms=[])
+        answer(phone, extras, decode_s=[seconds[backend]] * 2, versions={backend: "1"})
+
+    saved = tmp_path / "saved.json"
+    bundle = several(tmp_path / "several")
+    with app(phone, play) as played:
+        done = run(bundle, "--device", "adb", "--backend", "all", "--rounds", "2", *FEW, "--save", saved)
+    assert done.exit_code == 1 and done.output.count("PHONE1: no engine") == 1, done.output
+    turn = ["executorch", "tflite", "onnx"]
+    assert [extras["backend"] for extras in played.started] == turn + turn
+    assert len({extras["bundle"] for extras in played.started}) == 1
+    line = "several: ship executorch: prompt and answer take 0.21 s and 120 MiB of memory, with tflite 0.31 s"
+    assert line in " ".join(done.stdout.split())
+    found = bench_result.load([saved])
+    assert [(result.model["backend"], result.versions) for result in found[:2]] == [
+        ("executorch", {"executorch": "1"}),
+        ("tflite", {"tflite": "1"}),
+    ]
+    seconds["tflite"] = 0.1
+    with app(phone, play):
+        done = run(bundle, "--device", "adb", "--backend", "all", *FEW)
+    assert "equally fast within noise; ship" in " ".join(done.stdout.split())
+    assert phone.left() == []
+
+
+def test_without_a_backend_the_app_chooses_and_with_one_it_obeys(phone: Phone, toy: Path, tmp_path: Path) -> None:
+    bundle = several(tmp_path / "several")
+    saved = tmp_path / "saved.json"
+    with app(phone, lambda phone, extras: answer(phone, extras, model={"name": "x", "backend": "tflite"})) as played:
+        assert run(bundle, "--device", "adb", *FEW, "--save", saved).exit_code == 0
+        refused_by = run(bundle, "--device", "adb", *FEW, "--backend", "onnx")
+    assert "backend" not in played.started[0] and played.started[1]["backend"] == "onnx"
+    (result,) = bench_result.load([saved])
+    assert result.model["backend"] == "tflite" and result.model["read_bytes_per_token"] > 0
+    refused(run(toy, "--device", "adb", *FEW, "--backend", "tflite"), "holds no tflite backend, only onnx")
+    assert refused_by.exit_code == 1
+    assert "the app measured the backend 'tflite' instead of onnx" in " ".join(refused_by.stdout.split())
 
 
 def test_a_kept_bundle_is_not_sent_again_but_checked(phone: Phone, toy: Path) -> None:
@@ -451,7 +511,7 @@ def test_all_devices_go_into_one_report_and_one_that_fails_does_not_stop_the_res
     [
         (["--device", "usb"], ["only adb and adb:SERIAL are known"]),
         (["--device", "adb", "--peer", "genai"], ["phones measure bundles, and no --peer"]),
-        (["--device", "adb", "--backend", "tflite"], ["the app on the phone runs onnx"]),
+        (["--device", "adb", "--backend", "torch"], ["--backend torch", "executorch, tflite, onnx, all"]),
         (["--device", "adb", "--timeout", "0"], ["--timeout 0 is not above 0"]),
         (["--device", "adb:X", "--all-devices"], ["give one of the two"]),
     ],

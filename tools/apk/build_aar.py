@@ -1,4 +1,4 @@
-"""Make a Maven repository of the library, for apps that add it as a dependency: `build_aar.py REPOSITORY [--docs]`.
+"""Make a Maven repository of the library, for apps that add it as a dependency: `build_aar.py REPOSITORY URL [--docs]`.
 
 Each module is an AAR for Gradle, with a jar of the same classes for the JVM, its sources, its POM and, with `--docs`, API
 docs. `make aar` compiles the classes first, with Maven. A file's checksums lie beside it, as repositories want them.
@@ -35,12 +35,23 @@ POM = """<?xml version="1.0" encoding="UTF-8"?>
   <packaging>aar</packaging>
   <name>{module}</name>
   <description>{description}</description>
+  <url>{url}</url>
   <licenses>
     <license>
       <name>Apache-2.0</name>
       <url>https://www.apache.org/licenses/LICENSE-2.0.txt</url>
     </license>
   </licenses>
+  <developers>
+    <developer>
+      <name>The gemma-edge contributors</name>
+      <url>{url}</url>
+    </developer>
+  </developers>
+  <scm>
+    <connection>scm:git:{url}</connection>
+    <url>{url}</url>
+  </scm>
   <dependencies>
 {dependencies}
   </dependencies>
@@ -74,15 +85,15 @@ def dependencies(module: str) -> list[tuple[str, str, str]]:
     return [*always, (f"{GROUP}:gemma", version(), "compile"), (*of_catalog(ENGINES[module]), "runtime")]
 
 
-def pom(module: str) -> str:
-    """The POM with which a module is published."""
+def pom(module: str, url: str) -> str:
+    """The POM with which a module is published; `url` is the project's address."""
     comment = (ANDROID / module / "pom.xml").read_text(encoding="utf-8").partition("<!--")[2].partition("-->")[0]
     lines = []
     for coordinates, of, scope in dependencies(module):
         group, _, artifact = coordinates.partition(":")
         lines.append(DEPENDENCY.format(group=group, artifact=artifact, version=of, scope=scope))
     description = escape(comment.strip().partition(".")[0] + ".")
-    fields = {"group": GROUP, "module": module, "version": version(), "description": description}
+    fields = {"group": GROUP, "module": module, "version": version(), "description": description, "url": escape(url)}
     return POM.format(**fields, dependencies="\n".join(lines))
 
 
@@ -114,8 +125,15 @@ def aar(module: str, classes: Path) -> dict[str, bytes]:
     }
 
 
-def publish(module: str, repository: Path, docs: Path | None) -> None:
-    """Write a module into the repository."""
+def publish(module: str, repository: Path, url: str, docs: Path | None) -> None:
+    """Write a module into the repository.
+
+    Args:
+        module: its name.
+        repository: the folder of the repository.
+        url: the project's address.
+        docs: the folder with the API docs; None leaves them out.
+    """
     base = f"{module}-{version()}"
     folder = repository / Path(*GROUP.split(".")) / module / version()
     folder.mkdir(parents=True)
@@ -130,7 +148,7 @@ def publish(module: str, repository: Path, docs: Path | None) -> None:
     write_zip(folder / f"{base}-sources.jar", tree(ANDROID / module / "src" / "main" / "kotlin"))
     if docs:
         write_zip(folder / f"{base}-javadoc.jar", tree(docs))
-    (folder / f"{base}.pom").write_text(pom(module), encoding="utf-8")
+    (folder / f"{base}.pom").write_text(pom(module, url), encoding="utf-8")
     for path in sorted(folder.iterdir()):
         for kind in ("md5", "sha1", "sha256"):
             digest = hashlib.new(kind, path.read_bytes()).hexdigest()
@@ -181,12 +199,13 @@ def main() -> None:
     """Write the repository."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("repository", type=Path, help="folder to write into; the library in it is replaced")
+    parser.add_argument("url", help="address of the project, for the POMs")
     parser.add_argument("--docs", action="store_true", help="with API docs, which take a minute")
     options = parser.parse_args()
     docs = api_docs() if options.docs else None
     shutil.rmtree(options.repository / Path(*GROUP.split(".")), ignore_errors=True)
     for module in MODULES:
-        publish(module, options.repository, docs)
+        publish(module, options.repository, options.url, docs)
     print(f"{options.repository}: {', '.join(f'{GROUP}:{module}:{version()}' for module in MODULES)}")
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from apk_zip import check_apk, write_apk
 from bindings import write_bindings
+from engines import ENGINES, Engine
 from r_classes import write_r_classes
 from toolchain import (
     ANDROID,
@@ -27,13 +28,13 @@ from toolchain import (
     kotlinc,
     maven,
     once,
-    onnxruntime_aar,
+    packed,
     run,
     unpacked,
 )
 
 APP = ANDROID / "app" / "src" / "main"
-MODULES = ("gemma", "gemma-onnx")  # of the library, as far as the app uses them
+MODULES = ("gemma", "gemma-onnx")  # of the library, in the app that is released
 GEMMA_CLASSES = [ANDROID / module / "target" / "classes" for module in MODULES]
 PACKAGE = "gemma.edge.app"
 ABIS = ("arm64-v8a", "x86_64")
@@ -51,21 +52,29 @@ class Libraries:
     """What the app is linked with."""
 
     plain: Path  # folder of the jars and AARs as downloaded
-    aars: list[Path]  # folders of the unpacked AARs, ONNX Runtime's included
-    onnxruntime: Path  # folder of ONNX Runtime's unpacked AAR
+    aars: list[Path]  # folders of the unpacked AARs
+    engines: list[Engine]
+
+    @property
+    def common(self) -> list[Path]:
+        """The jars with the classes of all libraries but the engines'."""
+        return jars_of(self.plain, self.aars)
 
     @property
     def jars(self) -> list[Path]:
         """The jars with the classes of all libraries."""
-        return jars_of(self.plain, self.aars)
+        return [*self.common, *(jar for engine in self.engines for jar in engine.jars)]
+
+    @property
+    def modules(self) -> list[str]:
+        """The modules of our library."""
+        return ["gemma", *(engine.module for engine in self.engines)]
 
 
-def libraries(ort_aar: Path | None) -> Libraries:
+def libraries(engines: list[Engine]) -> Libraries:
     """Download the libraries and unpack their AARs."""
     plain = maven("libraries")
-    aars = unpacked(sorted(plain.glob("*.aar")), "aars")
-    onnxruntime = unpacked([onnxruntime_aar(ort_aar)], "onnxruntime-aar")
-    return Libraries(plain, [*aars, *onnxruntime], onnxruntime[0])
+    return Libraries(plain, unpacked(sorted(plain.glob("*.aar")), "aars"), engines)
 
 
 def sources(folder: Path) -> list[Path]:
@@ -172,16 +181,6 @@ def gemma_files() -> list[Path]:
     return [path for classes in GEMMA_CLASSES for path in sources(classes)]
 
 
-def gemma_jar() -> Path:
-    """The library's classes in one jar."""
-
-    def pack(folder: Path) -> None:
-        parts = [part for classes in GEMMA_CLASSES for part in ("-C", classes, "gemma")]
-        run(["jar", "cf", folder / "gemma.jar", *parts])
-
-    return once("gemma", gemma_files(), pack) / "gemma.jar"
-
-
 def r8(tool: str, out: Path, arguments: list[object], heap: str) -> None:
     """Run D8 or R8, which come in one jar, on class files for the oldest Android that the app supports."""
     command: list[object] = ["--release", "--min-api", MIN_SDK, "--lib", framework(), "--lib", java_home()]
@@ -201,10 +200,12 @@ def dex(name: str, jars: list[Path], beside: list[Path]) -> list[Path]:
 
 def shrunk(jars: list[Path], linked: Libraries, resources: Path) -> list[Path]:
     """Dex files of everything, shrunk by R8. This takes minutes and gives a third of the size."""
-    rules = [aar / "proguard.txt" for aar in linked.aars] + [
+    rules = [
+        *(aar / "proguard.txt" for aar in linked.aars),
+        *(path for engine in linked.engines for path in engine.rules),
         resources / "aapt.pro",
         ANDROID / "app" / "proguard-rules.pro",
-        *(ANDROID / module / "consumer-rules.pro" for module in MODULES),
+        *(ANDROID / module / "consumer-rules.pro" for module in linked.modules),
     ]
 
     def make(folder: Path) -> None:
@@ -212,6 +213,22 @@ def shrunk(jars: list[Path], linked: Libraries, resources: Path) -> list[Path]:
         r8("R8", folder, [*configurations, *jars], heap="3g")
 
     return sorted(once("dex-shrunk", [*jars, MIN_SDK], make).glob("*.dex"))
+
+
+def dex_files(app: Path, linked: Libraries, resources: Path, *, shrink: bool) -> list[Path]:
+    """Dex files of the whole app."""
+    gemma = packed("gemma", [ANDROID / module / "target" / "classes" for module in linked.modules])
+    own = [app, gemma, resources / "R.jar"]
+    if shrink:
+        return shrunk([*own, *linked.jars], linked, resources)
+    of_engines = [
+        path for engine in linked.engines for path in dex(f"dex-{engine.backend}", engine.jars, linked.common)
+    ]
+    return [
+        *dex("dex-app", own, linked.jars),
+        *dex("dex-libraries", linked.common, [resources / "R.jar"]),
+        *of_engines,
+    ]
 
 
 def asset_files(bundle: Path) -> dict[str, Path]:
@@ -223,9 +240,9 @@ def package(linked: Libraries, resources: Path, dexes: list[Path], assets: Path,
     """Pack and sign the APK."""
     files = {f"classes{number if number > 1 else ''}.dex": path for number, path in enumerate(dexes, 1)}
     for abi in abis:
-        files |= {f"lib/{abi}/{path.name}": path for path in sorted((linked.onnxruntime / "jni" / abi).glob("*.so"))}
-    files |= asset_files(assets)
-    write_apk(UNSIGNED, resources / "app.ap_", files)
+        libraries = (path for engine in linked.engines for path in engine.natives(abi))
+        files |= {f"lib/{abi}/{path.name}": path for path in libraries}
+    write_apk(UNSIGNED, resources / "app.ap_", files | asset_files(assets))
     if not KEYSTORE.exists():
         run([*NEW_KEY, "-keystore", KEYSTORE, "-storepass", PASSWORD, "-alias", ALIAS])
     apksig = next(maven("tools").glob("apksig-*.jar"))
@@ -257,28 +274,61 @@ def check_badging(apk: Path, abis: tuple[str, ...]) -> None:
         raise SystemExit(f"{apk} asks for the INTERNET permission: a library's manifest brought it in")
 
 
-def main() -> None:
-    """Build the APK and print how long each stage took."""
+def engine_names(text: str) -> list[str]:
+    """Comma-separated backends, in the order of ENGINES.
+
+    Raises:
+        argparse.ArgumentTypeError: there is none, or one is unknown.
+    """
+    names = text.split(",")
+    if unknown := [name for name in names if name not in ENGINES]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(ENGINES)}")
+    return [name for name in ENGINES if name in names]
+
+
+def parsed() -> argparse.Namespace:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("assets", type=Path, help="the bundle that the app comes with")
     parser.add_argument(
-        "--ort-aar", type=Path, help="onnxruntime-android from Maven Central, instead of the pinned repack"
+        "--engines", type=engine_names, default=["onnx"], help="backends that the app runs, with commas"
     )
+    for name in ENGINES:
+        parser.add_argument(
+            f"--{name}-aar", type=Path, help=f"the official library for {name}, instead of the pinned one"
+        )
     parser.add_argument(
         "--shrink", action="store_true", help="shrink with R8, which takes minutes, instead of using D8"
     )
     parser.add_argument(
         "--abi", action="append", choices=ABIS, help="an ABI to build for, may be repeated; default: all"
     )
+    parser.add_argument("--out", type=Path, default=APK, help="the file to write")
     parser.add_argument("--classes-only", action="store_true", help="stop after compiling the app's classes")
     options = parser.parse_args()
+    for name in ENGINES:
+        aar = getattr(options, f"{name}_aar")
+        if aar and not aar.is_file():
+            parser.error(f"--{name}-aar {aar}: no such file")
+        if aar and name not in options.engines:
+            parser.error(f"--{name}-aar has no effect without {name} in --engines")
+    return options
+
+
+def main() -> None:
+    """Build the APK and print how long each stage took."""
+    options = parsed()
     abis = tuple(options.abi or ABIS)
     start = time.monotonic()
 
     def say(stage: str) -> None:
         print(f"{time.monotonic() - start:6.1f} s  {stage}", flush=True)
 
-    linked = libraries(options.ort_aar)
+    linked = libraries([ENGINES[name](getattr(options, f"{name}_aar")) for name in options.engines])
+    if "tflite" in options.engines and not options.tflite_aar:
+        print(
+            "tflite is a stand-in that shows the size and does not run on a phone; --tflite-aar FILE takes the official"
+        )
     say("libraries")
     resources = link(linked)
     say("resources")
@@ -286,15 +336,13 @@ def main() -> None:
     say("classes")
     if options.classes_only:
         return
-    own, others = [app, gemma_jar(), resources / "R.jar"], linked.jars
-    if options.shrink:
-        dexes = shrunk([*own, *others], linked, resources)
-    else:
-        dexes = [*dex("dex-app", own, others), *dex("dex-libraries", others, [resources / "R.jar"])]
+    dexes = dex_files(app, linked, resources, shrink=options.shrink)
     say("dex")
     apk = package(linked, resources, dexes, options.assets, abis)
     check_badging(apk, abis)
-    say(f"{apk}: {apk.stat().st_size / 1e6:.1f} MB, {', '.join(abis)}")
+    apk.replace(options.out)
+    engines = ", ".join(options.engines)
+    say(f"{options.out}: {options.out.stat().st_size / 1e6:.1f} MB, {', '.join(abis)}, {engines}")
 
 
 if __name__ == "__main__":

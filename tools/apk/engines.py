@@ -40,19 +40,27 @@ def rules_of(aars: list[Path]) -> list[Path]:
     return [path for aar in aars if (path := aar / "proguard.txt").is_file()]
 
 
+def engine_of(backend: str, module: str, archives: list[Path], *jars: Path) -> Engine:
+    """An engine that consists of AARs, and of jars that they need."""
+    aars = unpacked(archives, f"{module}-aars")
+    classes = [*(aar / "classes.jar" for aar in aars), *jars]
+    return Engine(backend, module, classes, rules_of(aars), lambda abi: of_aars(aars, abi))
+
+
 def onnxruntime(official: Path | None = None) -> Engine:
     """ONNX Runtime, from a file that the caller has or from a package of a third party."""
-    aars = unpacked([onnxruntime_aar(official)], "onnxruntime-aar")
-    jars = [aar / "classes.jar" for aar in aars]
-    return Engine("onnx", "gemma-onnx", jars, rules_of(aars), lambda abi: of_aars(aars, abi))
+    return engine_of("onnx", "gemma-onnx", [official or onnxruntime_aar()])
 
 
-def executorch() -> Engine:
-    """ExecuTorch, from a package of a third party, with fbjni and a loader, which it needs."""
+def executorch(official: Path | None = None) -> Engine:
+    """ExecuTorch, from a file that the caller has or a package of a third party, with fbjni and a loader, which it needs."""
     pin = PINS["executorch"]
-    aars = unpacked([next(maven("native_jars").glob("fbjni-*.aar"))], "fbjni-aar")
-    package = npm("executorch")
+    fbjni = next(maven("native_jars").glob("fbjni-*.aar"))
     loader = next(maven("native_jars").glob("nativeloader-*.jar"))
+    if official:
+        return engine_of("executorch", "gemma-executorch", [official, fbjni], loader)
+    aars = unpacked([fbjni], "fbjni-aar")
+    package = npm("executorch")
 
     def natives(abi: str) -> list[Path]:
         folder = package / pin["libraries"] / abi
@@ -64,8 +72,14 @@ def executorch() -> Engine:
     return Engine("executorch", "gemma-executorch", jars, rules_of(aars), natives)
 
 
-def litert() -> Engine:
-    """LiteRT: a double of its classes, over its C API in LiteRT-LM's library, which comes from Python wheels for Android."""
+def litert(official: Path | None = None) -> Engine:
+    """LiteRT, from a file that the caller has.
+
+    Without one it is a double of its classes, over its C API in LiteRT-LM's library, which comes from Python wheels for
+    Android. The native code between the two is made for a JVM only (tools/native), so this does not run on a phone.
+    """
+    if official:
+        return engine_of("tflite", "gemma-litert", [official])
     pin = PINS["litert"]
 
     def natives(abi: str) -> list[Path]:
@@ -85,4 +99,8 @@ def litert() -> Engine:
 
 
 # ENGINES: by the backends of bundles that they run
-ENGINES: dict[str, Callable[[], Engine]] = {"executorch": executorch, "tflite": litert, "onnx": onnxruntime}
+ENGINES: dict[str, Callable[[Path | None], Engine]] = {
+    "executorch": executorch,
+    "tflite": litert,
+    "onnx": onnxruntime,
+}

@@ -10,12 +10,40 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
-from build_aar import GROUP, MODULES, version
+from build_aar import GROUP, MODULES, NAMESPACE, version
 from toolchain import ANDROID, BUILD, MAVEN, run
 
 CONSUMER = Path(__file__).parent / "consumer"
 EXAMPLE = ANDROID / "gemma-onnx" / "src" / "test" / "kotlin" / "com" / "example" / "chat" / "Assistant.kt"
+# REQUIRED: what a POM must say before Maven Central takes a library.
+REQUIRED = (
+    "name",
+    "description",
+    "url",
+    "licenses/license/url",
+    "developers/developer/name",
+    "scm/connection",
+    "scm/url",
+)
+
+
+def check_files(repository: Path, module: str) -> None:
+    """Check that a module has its files with checksums, and that its POM is complete.
+
+    Raises:
+        SystemExit: something is missing.
+    """
+    folder = repository / Path(*GROUP.split(".")) / module / version()
+    for end in (".pom", ".aar", ".jar", "-sources.jar"):
+        if not (folder / f"{module}-{version()}{end}.sha1").is_file():
+            raise SystemExit(f"{folder} has no checked {module}-{version()}{end}")
+    pom = folder / f"{module}-{version()}.pom"
+    root = ElementTree.parse(pom).getroot()
+    absent = [path for path in REQUIRED if not root.findtext(NAMESPACE + path.replace("/", f"/{NAMESPACE}"))]
+    if absent:
+        raise SystemExit(f"{pom} says nothing of {', '.join(absent)}")
 
 
 def compiled(repository: Path) -> str:
@@ -44,10 +72,7 @@ def main(repository: Path, bundle: Path, answers: Path) -> None:
         SystemExit: a file is missing in the repository, or the answer is another one.
     """
     for module in MODULES:
-        folder = repository / Path(*GROUP.split(".")) / module / version()
-        for end in (".pom", ".aar", ".jar", "-sources.jar"):
-            if not (folder / f"{module}-{version()}{end}.sha1").is_file():
-                raise SystemExit(f"{folder} has no checked {module}-{version()}{end}")
+        check_files(repository, module)
     turn = json.loads(answers.read_text(encoding="utf-8"))["conversation"][0]
     answer = run(["java", "-cp", compiled(repository), "com.example.chat.MainKt", bundle, turn["text"]])
     if not turn["answer"] or not answer.startswith(turn["answer"]):

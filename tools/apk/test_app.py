@@ -64,14 +64,13 @@ def main() -> None:
     parser.add_argument("--screenshots", type=Path, default=BUILD / "screenshots", help="folder for the screenshots")
     parser.add_argument("--only", help="the one test class to run; default: all")
     options = parser.parse_args()
-    linked = libraries(None)
+    linked = libraries([])
     resources = link(linked)
     app = compile_app(linked, resources)
     test_libraries = maven("test")
     test_aars = unpacked(sorted(test_libraries.glob("*.aar")), "test-aars")
     # ONNX Runtime's classes come from the desktop jar instead of the AAR: that one has native libraries for this machine
-    app_jars = jars_of(linked.plain, [aar for aar in linked.aars if aar != linked.onnxruntime])
-    jars = [app, *GEMMA_CLASSES, resources / "R.jar", *app_jars, *jars_of(test_libraries, test_aars)]
+    jars = [app, *GEMMA_CLASSES, resources / "R.jar", *linked.common, *jars_of(test_libraries, test_aars)]
     with_assets = BUILD / "test.ap_"
     write_apk(with_assets, resources / "app.ap_", asset_files(options.bundle))
 

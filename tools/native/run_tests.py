@@ -152,7 +152,7 @@ def main(fixtures: Path, demo: Path) -> None:
         print(f"android-native-test: skipped, {reason}")
         return
     start = time.monotonic()
-    used = [make() for make in engines.ENGINES.values()]
+    used = [make(None) for make in engines.ENGINES.values()]
     check_api.check("executorch", used[0].jars[0])
     here = host(X86_64, used, ["java", "-Xmx1g"], demo)
     for engine in used:
