@@ -177,7 +177,7 @@ def several(path: Path) -> Path:
     """A bundle with the entries of three backends and the files of one, which is enough for the computer's side."""
     program = "generate.onnx"
     signatures = (Signature("decode", "decode", 1),)
-    others = {
+    others: dict[str, Any] = {
         "executorch": ExecuTorchSettings(program, Methods("forward", "score"), "1.0.0"),
         "tflite": TFLiteSettings(program, signatures, "1.0.0"),
     }
