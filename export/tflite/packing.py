@@ -41,8 +41,8 @@ class Packing:
     """How weights and states lie in the file of one backend."""
 
     channels_apart: bool = False  # a matrix has the scale 1, and the scales of its channels are multiplied afterwards
-    # held_in_fours: the slots' positions lie in rows of four. To LiteRT-LM's GPU a state is a texture of points of four channels,
-    # but it is copied as if it were the tensor: with all slots in one row that fails, and every answer is nonsense
+    # held_in_fours: the slots' positions lie in rows of four. With all of them in one row LiteRT-LM's GPU says that it cannot
+    # copy them, and every answer is nonsense
     held_in_fours: bool = False
 
     def row_bytes(self, config: QuantConfig | None, columns: int) -> dict[str, int]:
