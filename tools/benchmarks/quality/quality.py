@@ -242,6 +242,16 @@ def as_table(rows: Mapping[str, Row], judge: Judge, title: str) -> str:
     return table(header, cells)
 
 
+def plotted(rows: Mapping[str, Row]) -> list[Point]:
+    """The contenders between which it is hard to choose: neither 8-bit linears nor a table of 4 bits."""
+    made = {name: row.scores[0].made for name, row in rows.items()}
+    return [
+        Point(name, not row.peer, made[name].weight_bits, row.kl)
+        for name, row in rows.items()
+        if made[name].weight_bits < 8 and made[name].table_bits >= 8
+    ]
+
+
 def verdicts(rows: Mapping[str, Row]) -> list[str]:
     """One line for each of our contenders that has a bar to reach."""
     lines = []
@@ -299,7 +309,7 @@ def prepare(
     show_default=True,
     help=f"Number of calibration windows of {WINDOW} tokens in each draw.",
 )
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw KL over bytes into this SVG file.")
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw KL over bits into this SVG file.")
 @click.option("--fresh", is_flag=True, help="Measure again what has a saved score.")
 @click.option(
     "--json", "out", type=click.Path(path_type=Path, dir_okay=False), help="Write the figures to this JSON file, too."
@@ -337,9 +347,7 @@ def main(
         click.echo(line)
     write_json(out, {"facts": facts, "rows": {name: asdict(row) for name, row in rows.items()}})
     if plot is not None:
-        sizes = weight_counts(bench.judge)
-        points = [Point(name, not row.peer, row.megabytes(*sizes), row.kl) for name, row in rows.items()]
-        write_plot(plot, points, "linears and table, MB")
+        write_plot(plot, plotted(rows), "bits per weight of the linears, beside a table of 8 bits")
 
 
 if __name__ == "__main__":
