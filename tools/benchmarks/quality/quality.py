@@ -244,12 +244,9 @@ def as_table(rows: Mapping[str, Row], judge: Judge, title: str) -> str:
 
 def plotted(rows: Mapping[str, Row]) -> list[Point]:
     """The contenders between which it is hard to choose: neither 8-bit linears nor a table of 4 bits."""
-    made = {name: row.scores[0].made for name, row in rows.items()}
-    return [
-        Point(name, not row.peer, made[name].weight_bits, row.kl)
-        for name, row in rows.items()
-        if made[name].weight_bits < 8 and made[name].table_bits >= 8
-    ]
+    made = [(name, row, row.scores[0].made) for name, row in rows.items()]
+    few = [(name, row, it.weight_bits) for name, row, it in made if it.weight_bits < 8 and it.table_bits >= 8]
+    return [Point(name, not row.peer, bits, row.kl) for name, row, bits in few]
 
 
 def verdicts(rows: Mapping[str, Row]) -> list[str]:
