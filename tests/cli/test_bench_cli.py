@@ -123,19 +123,21 @@ def test_what_cannot_be_measured_is_refused(args: list[str], parts: list[str], t
 TYPED = {
     "bundles": ["BUNDLE"], "prefill": ["-p", "8"], "decode": ["-n", "8"], "repeat": ["-r", "2"], "warmup": ["-w", "0"],
     "threads": ["-t", "1"], "minutes": ["--minutes", "1"], "rounds": ["--rounds", "2"], "backend": ["--backend", "onnx"],
-    "peers": ["--peer", "genai:MODEL"], "device": ["--device", "adb"], "all_devices": ["--all-devices"],
+    "accelerator": ["--accelerator", "gpu"], "peers": ["--peer", "genai:MODEL"], "device": ["--device", "adb"], "all_devices": ["--all-devices"],
     "timeout": ["--timeout", "9"], "keep": ["--keep"], "saved": ["--from", "FILE"], "compare": ["--compare", "A", "B"],
     "save": ["--save", "OUT"], "html": ["--html", "PAGE"], "as_json": ["--json"], "as_csv": ["--csv"],
 }  # fmt: skip
 MEASURING = "prefill decode repeat warmup threads minutes rounds"
 # the parameters that choose a mode -> the others that have no effect in it
 UNUSED = {
-    ("compare",): f"bundles {MEASURING} backend peers device all_devices timeout keep saved save html as_csv",
-    ("saved",): f"{MEASURING} backend timeout keep",
-    ("peers",): "backend timeout keep",
+    (
+        "compare",
+    ): f"bundles {MEASURING} backend accelerator peers device all_devices timeout keep saved save html as_csv",
+    ("saved",): f"{MEASURING} backend accelerator timeout keep",
+    ("peers",): "backend accelerator timeout keep",
     ("bundles",): "timeout keep",
-    ("bundles", "device"): "",
-    ("bundles", "all_devices"): "",
+    ("bundles", "device"): "accelerator",
+    ("bundles", "all_devices"): "accelerator",
 }
 
 
