@@ -123,7 +123,8 @@ def test_what_cannot_be_measured_is_refused(args: list[str], parts: list[str], t
 TYPED = {
     "bundles": ["BUNDLE"], "prefill": ["-p", "8"], "decode": ["-n", "8"], "repeat": ["-r", "2"], "warmup": ["-w", "0"],
     "threads": ["-t", "1"], "minutes": ["--minutes", "1"], "rounds": ["--rounds", "2"], "backend": ["--backend", "onnx"],
-    "accelerator": ["--accelerator", "gpu"], "peers": ["--peer", "genai:MODEL"], "device": ["--device", "adb"], "all_devices": ["--all-devices"],
+    "accelerator": ["--accelerator", "gpu"], "peers": ["--peer", "genai:MODEL"],
+    "device": ["--device", "adb"], "all_devices": ["--all-devices"],
     "timeout": ["--timeout", "9"], "keep": ["--keep"], "saved": ["--from", "FILE"], "compare": ["--compare", "A", "B"],
     "save": ["--save", "OUT"], "html": ["--html", "PAGE"], "as_json": ["--json"], "as_csv": ["--csv"],
 }  # fmt: skip
