@@ -6,6 +6,7 @@ predicts nonsense without it. Source of the interface: lm_eval/api/model.py, `Te
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -33,6 +34,8 @@ from gemma_edge.text.tokenizer import Tokenizer
 MAX_NEW_TOKENS = 256
 # BOOTSTRAPS: how many resamplings give the standard error of a metric that has no formula for it.
 BOOTSTRAPS = 1000
+# lm-eval's switch: else it resamples in forked processes, and these can wait for ever for a lock of this process's threads
+os.environ["DISABLE_MULTIPROC"] = "1"
 # LOAD_ERRORS: what a task file, a data file or the hub can raise while tasks are loaded, errors of yaml and datasets included.
 LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, yaml.YAMLError)
 
@@ -190,7 +193,7 @@ class Tasks:
         Returns:
             task -> metric -> value; `METRIC_stderr` is the standard error of METRIC.
         """
-        with redirect_stdout(sys.stderr):  # it prints that it bootstraps some metrics; stdout is the result's
+        with redirect_stdout(sys.stderr):  # it prints that it resamples some metrics; stdout is the result's
             evaluated = lm_eval.simple_evaluate(
                 model=RuntimeLM(runtime, tokenizer, progress),
                 tasks=self._names,
