@@ -18,6 +18,7 @@ from typing import Any
 from gemma_edge.bench import result as bench_result
 from gemma_edge.bench.adb import AdbError, Device
 from gemma_edge.bench.bench import backend_facts, read_bytes_per_token
+from gemma_edge.bench.choice import PHONES
 from gemma_edge.bench.result import Settings
 from gemma_edge.bundle.backends import ALL
 from gemma_edge.bundle.entries import FileEntry, PlanEntry
@@ -205,7 +206,7 @@ class PhoneBundle:
 class PhoneContender:
     """A backend of a bundle on a phone: a `Contender`."""
 
-    tool = "gemma-edge-android"
+    tool = PHONES
 
     def __init__(self, bundle: PhoneBundle, backend: str, *, answer_s: float) -> None:
         """A backend of "" lets the app choose; after `answer_s`, beside the minutes asked for, a measurement is given up."""

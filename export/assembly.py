@@ -10,14 +10,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gemma_edge.bundle.backends import bits_of
 from gemma_edge.bundle.codec import convert
 from gemma_edge.bundle.entries import BackendEntry, GateResult, PlanEntry
 from gemma_edge.bundle.manifest import Manifest, typed_settings
 from gemma_edge.export.backend import LoweringTask, exporter
 from gemma_edge.export.contents import Integers, copy_tokenizer, make_manifest
 from gemma_edge.export.gate import verify as gate
-from gemma_edge.export.gate.limits import LIMITS
+from gemma_edge.export.gate.limits import limits_for
 from gemma_edge.export.opened import Opened
 from gemma_edge.export.plan import geometry
 from gemma_edge.logits import scored_at_once
@@ -111,7 +110,7 @@ class Assembly:
         config = opened.source.config
         waiting = {name: entry.cache for name, entry in self._entries.items() if name not in self._verification}
         bits = [config.bits if config else opened.recipe.float_bits for config in quantized.configs.values()]
-        limits = {name: LIMITS[min(*bits, bits_of(cache.dtype))] for name, cache in waiting.items()}
+        limits = {name: limits_for(bits, cache.dtype) for name, cache in waiting.items()}
         chunk = scored_at_once(next(iter(waiting.values())).prefill_chunk, config.vocab_size)
         steps = gate.judging_steps(len(chosen.ids), chunk, len(waiting))
         if self._references is None:

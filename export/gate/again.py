@@ -16,13 +16,13 @@ from typing import Any
 
 import msgspec
 
-from gemma_edge.bundle.backends import bits_of, choose_backend
+from gemma_edge.bundle.backends import choose_backend
 from gemma_edge.bundle.entries import BackendEntry, GateResult
 from gemma_edge.bundle.manifest import MANIFEST, Manifest, check_hashes, confined
 from gemma_edge.errors import InputError
 from gemma_edge.export.backend import exporter
 from gemma_edge.export.gate import verify as gate
-from gemma_edge.export.gate.limits import LEVELS, LIMITS, Limits
+from gemma_edge.export.gate.limits import LEVELS, Limits, limits_for
 from gemma_edge.files import write_whole
 from gemma_edge.logits import scored_at_once
 from gemma_edge.model.checkpoint import Weights
@@ -188,5 +188,5 @@ def limits_of(manifest: Manifest, backend: str, *, of_integers: bool = False) ->
         of_integers: it is compared with the integers alone, to which it must be as near as a lowering.
     """
     bits = [part.bits for part in manifest.recipe.parts] or [manifest.recipe.float_bits]
-    limits = LIMITS[min(*bits, bits_of(manifest.backends[backend].cache.dtype))]
+    limits = limits_for(bits, manifest.backends[backend].cache.dtype)
     return replace(limits, kl=limits.lowering_kl) if of_integers else limits

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
+
+from gemma_edge.bundle.backends import bits_of
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,11 @@ LIMITS = {
     16: Limits(kl=1e-4, top1=0.99, ppl_change=0.005, lowering=1e-3, lowering_kl=1e-4),
     32: Limits(kl=1e-5, top1=0.995, ppl_change=0.001, lowering=1e-3, lowering_kl=1e-5),
 }
+
+
+def limits_for(bits: Iterable[int], kv_dtype: str) -> Limits:
+    """What a bundle must reach, from the bits of its weights and the element type of its KV cache."""
+    return LIMITS[min(*bits, bits_of(kv_dtype))]
 
 
 def failures(result: dict[str, Any], limits: Limits) -> list[str]:

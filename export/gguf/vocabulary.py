@@ -8,12 +8,11 @@ from typing import Any
 
 from gemma_edge.errors import InputError
 from gemma_edge.model.config import GemmaConfig
-from gemma_edge.model.gguf.tokenizer import TOKENS, USER_DEFINED
+from gemma_edge.model.gguf.tokenizer import BYTE, CONTROL, NORMAL, TOKENS, UNKNOWN, UNUSED, USER_DEFINED
 from gemma_edge.reading import MAX_TOKENIZER, parse_json, read_bytes
 from gemma_edge.text.chat import template_of
 from gemma_edge.text.tokenizer import BYTE_TOKEN, TOKENIZER_FILE, TOKENIZER_HINT
 
-NORMAL, UNKNOWN, CONTROL, UNUSED, BYTE = 1, 2, 3, 5, 6  # llama.cpp's types of tokens
 UNSCORED = -1000.0  # what llama.cpp's converter gives to a token that no merge makes
 
 

@@ -23,10 +23,10 @@ from gemma_edge.export.gate.again import read_back
 from gemma_edge.export.gguf.metadata import architecture_of, model_metadata
 from gemma_edge.export.gguf.vocabulary import text_metadata
 from gemma_edge.files import replacing
-from gemma_edge.model.checkpoint import Weights, norm_names, row_slices, weight_shapes
+from gemma_edge.model.checkpoint import FLOATS, Weights, norm_names, row_slices, weight_shapes
 from gemma_edge.model.config import GemmaConfig
 from gemma_edge.model.gguf.reader import package
-from gemma_edge.model.gguf.tensors import OTHERS, block_names
+from gemma_edge.model.gguf.tensors import INTEGERS, OTHERS, block_names
 from gemma_edge.model.quantized import QuantizedTensor
 from gemma_edge.progress import Progress, no_progress
 from gemma_edge.quantize.checkpoint.store import open_weights
@@ -34,8 +34,8 @@ from gemma_edge.reading import present
 from gemma_edge.text.tokenizer import TOKENIZER_FILE
 
 BLOCK = 32  # weights
-KINDS = {4: "Q4_0", 8: "Q8_0"}  # by bits
-FLOATS = {torch.float16: "F16", torch.bfloat16: "BF16"}  # any other float becomes F32
+KINDS = {config.bits: kind for kind, (_, config) in INTEGERS.items()}  # all of them have blocks of BLOCK
+KINDS_OF_FLOATS = {dtype: kind for kind, dtype in FLOATS.items()}
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def open_integers(folder: Path) -> Weights:
         return open_weights(folder)
     manifest = Manifest.load(folder)
     check_hashes(folder, manifest)
-    return read_back(folder, manifest, "pass the checkpoint that --save-checkpoint kept")
+    return read_back(folder, manifest, "pass the checkpoint that `save_checkpoint` kept")
 
 
 def write_gguf(source: Weights, path: Path, *, force: bool = False, progress: Progress = no_progress) -> Written:
@@ -130,7 +130,7 @@ def _parts(source: Weights) -> Iterator[_Part]:
 
     for name, shape in weight_shapes(source.config).items():
         config = source.configs[name]
-        kind = KINDS[config.bits] if config else FLOATS.get(source.dtype(name), "F32")
+        kind = KINDS[config.bits] if config else KINDS_OF_FLOATS[source.dtype(name)]
         if config and shape[1] % BLOCK:
             raise InputError(f"{name} has rows of {shape[1]}, which do not divide into llama.cpp's blocks of {BLOCK}")
         yield _Part(llama(name), name, kind, shape)

@@ -19,8 +19,8 @@ from gemma_edge.text.chat import CONFIG_FILE, TEMPLATE_FILE
 from gemma_edge.text.tokenizer import BLANK, TOKENIZER_FILE
 
 MAX_PIECE = 256  # characters; the longest of Gemma 3's pieces has 93
-# ADDED: llama.cpp's types of tokens that are found in a text before merges make the others: unknown, control, user-defined
-ADDED = (2, 3, USER_DEFINED := 4)
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp's types of tokens
+ADDED = (UNKNOWN, CONTROL, USER_DEFINED)  # they are found in a text before merges make the others
 LISTS = {"tokens": str, "scores": float, "token_type": int}  # one element per token
 # TOKENS: keys of tokenizer_config.json, and llama.cpp's for the same token
 TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}

@@ -244,9 +244,12 @@ def as_table(rows: Mapping[str, Row], judge: Judge, title: str) -> str:
 
 def plotted(rows: Mapping[str, Row]) -> list[Point]:
     """The contenders between which it is hard to choose: neither 8-bit linears nor a table of 4 bits."""
-    made = [(name, row, row.scores[0].made) for name, row in rows.items()]
-    few = [(name, row, it.weight_bits) for name, row, it in made if it.weight_bits < 8 and it.table_bits >= 8]
-    return [Point(name, not row.peer, bits, row.kl) for name, row, bits in few]
+    points = []
+    for name, row in rows.items():
+        made = row.scores[0].made
+        if made.weight_bits < 8 and made.table_bits >= 8:
+            points.append(Point(name, not row.peer, made.weight_bits, row.kl))
+    return points
 
 
 def verdicts(rows: Mapping[str, Row]) -> list[str]:
