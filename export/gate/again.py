@@ -136,8 +136,15 @@ def _integers(options: VerifyOptions, manifest: Manifest) -> Weights:
     if options.integers is not None:
         weights = open_weights(options.integers)
         _check_model("integers", options.integers, weights, manifest)
+        if min(_bits(manifest)) < 16 and not weights.is_quantized:
+            raise InputError(
+                f"`integers` {options.integers} holds float weights, the bundle integers; pass the checkpoint that"
+                " --save-checkpoint kept",
+                field="integers",
+                value=options.integers,
+            )
         return weights
-    return read_back(options.bundle, manifest, "pass the checkpoint that `save_checkpoint` kept as `integers`")
+    return read_back(options.bundle, manifest, "pass the checkpoint that --save-checkpoint kept as `integers`")
 
 
 def read_back(bundle: Path, manifest: Manifest, hint: str) -> Weights:
@@ -187,6 +194,10 @@ def limits_of(manifest: Manifest, backend: str, *, of_integers: bool = False) ->
         manifest, backend: the bundle's, and which of its backends.
         of_integers: it is compared with the integers alone, to which it must be as near as a lowering.
     """
-    bits = [part.bits for part in manifest.recipe.parts] or [manifest.recipe.float_bits]
-    limits = limits_for(bits, manifest.backends[backend].cache.dtype)
+    limits = limits_for(_bits(manifest), manifest.backends[backend].cache.dtype)
     return replace(limits, kl=limits.lowering_kl) if of_integers else limits
+
+
+def _bits(manifest: Manifest) -> list[int]:
+    """Of the matrices of a bundle, part by part."""
+    return [part.bits for part in manifest.recipe.parts] or [manifest.recipe.float_bits]

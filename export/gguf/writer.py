@@ -74,7 +74,7 @@ def open_integers(folder: Path) -> Weights:
         return open_weights(folder)
     manifest = Manifest.load(folder)
     check_hashes(folder, manifest)
-    return read_back(folder, manifest, "pass the checkpoint that `save_checkpoint` kept")
+    return read_back(folder, manifest, "pass the checkpoint that --save-checkpoint kept")
 
 
 def write_gguf(source: Weights, path: Path, *, force: bool = False, progress: Progress = no_progress) -> Written:

@@ -151,6 +151,7 @@ def test_what_cannot_be_judged_is_refused_in_one_line(
     refused(run("verify", bundle, "--backend", "tflite"), "holds no 'tflite' backend")
     refused(run("verify", bundle, "--reference", DEMO), "is another model", "vocab_size")
     refused(run("verify", bundle, "--integers", DEMO), "--integers", "is another model")
+    refused(run("verify", bundle, "--integers", checkpoint()), "holds float weights", "--save-checkpoint")
     refused(run("verify", bundle, "--vocab", "x"), "--vocab has no effect without --reference")
     refused(run("verify", bundle, "--reference", checkpoint(), "--lora", "x"), "was made without --lora")
     with (bundle / "generate.onnx").open("r+b") as file:

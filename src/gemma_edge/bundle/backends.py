@@ -219,16 +219,9 @@ def choose_accelerator(bundle: Path, manifest: Manifest, backend: str, accelerat
     Raises:
         InputError: it was not made for the requested one. The CPU runs every bundle.
     """
-    made_for = manifest.backends[backend].accelerator
     if accelerator is not None and accelerator not in ACCELERATORS:
         raise InputError(field="accelerator", value=accelerator, allowed=ACCELERATORS)
-    if accelerator not in (None, CPU, made_for):
-        raise InputError(
-            f"`accelerator` {accelerator}: the {backend} backend of {bundle} was made for the {made_for}",
-            field="accelerator",
-            value=accelerator,
-            hint=f"export it with `accelerator` {accelerator}",
-        )
+    made_for = manifest.backends[backend].accelerator
     chosen = accelerator or made_for
     if chosen not in (runs_on := registered()[backend].runs_on):
         raise InputError(
@@ -236,6 +229,13 @@ def choose_accelerator(bundle: Path, manifest: Manifest, backend: str, accelerat
             field="accelerator",
             value=chosen,
             hint=f"use `accelerator` {' or '.join(runs_on)}",
+        )
+    if chosen not in (CPU, made_for):
+        raise InputError(
+            f"`accelerator` {chosen}: the {backend} backend of {bundle} was made for the {made_for}",
+            field="accelerator",
+            value=chosen,
+            hint=f"export it with `accelerator` {chosen}",
         )
     return chosen
 

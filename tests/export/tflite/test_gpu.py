@@ -69,6 +69,9 @@ def test_the_cpu_runs_a_bundle_for_the_gpu_and_no_gpu_one_for_the_cpu(
         InputError, match="the tflite backend of .* was made for the cpu; export it with accelerator gpu"
     ):
         gemma_edge.load(plain, accelerator="gpu")
+    onnx = lower_bundle(exporter("onnx"), checkpoint(), tmp_path / "onnx", CHANNELS, CONTEXT, CHUNK)[1]
+    with pytest.raises(InputError, match="cannot run the onnx backend on the gpu; use accelerator cpu"):
+        gemma_edge.load(onnx, accelerator="gpu")
     with pytest.raises(InputError, match="accelerator tpu; supported: cpu, gpu, npu:qualcomm"):
         gemma_edge.load(odd, accelerator="tpu")
 
