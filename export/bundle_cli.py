@@ -137,6 +137,37 @@ def gguf(integers: Path, out: Path | None, force: bool, as_json: bool) -> None:
         click.echo(f"{out.stat().st_size / 1e6:.1f} MB in {out}: {written}", err=True)
 
 
+@click.command(cls=Command)
+@click.argument("lora", metavar="ADAPTER")
+@click.option("--base", type=PATH, required=True, help="The bundle that it is used with. It needs the onnx backend.")
+@click.option("-o", "--out", type=PATH, help="Folder to write. Default: ADAPTER's name with -adapter.")
+@click.option("--reference", help="The bundle's original: a Hugging Face folder or id, or a GGUF file.")
+@click.option(
+    "--factors", default="float16", show_default=True, help="How the factors are stored: float32, float16 or int8."
+)
+@click.option("--verify", "level", default="quick", show_default=True, help=f"The gate: {', '.join(LEVELS)}.")
+@click.option("--force", is_flag=True, help="Replace an existing adapter.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout instead of sentences.")
+def adapter(lora: str, out: Path | None, as_json: bool, **choices: Any) -> None:
+    """Make a PEFT ADAPTER (a folder or a Hugging Face id) switchable beside a bundle.
+
+    The bundle stays as it is. With --reference the pair is compared with the original into which the adapter is merged; without
+    it only with the bundle's own integers.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in make
+    clean_up_when_ended()
+    need_torch()
+    from gemma_edge.export import report
+    from gemma_edge.export.adapter.make import AdapterOptions, make_adapter
+
+    options = AdapterOptions(lora, out=out or Path(f"{Path(lora).resolve().name}-adapter"), **choices)
+    made = make_adapter(options, report.progress_bar)
+    if as_json:
+        click.echo(json.dumps({"out": str(made.out), **json.loads(made.manifest.to_json())}, indent=1))
+    else:
+        report.print_adapter(made)
+
+
 def one_adapter(lora: Sequence[str]) -> str | None:
     """The adapter, if one is given. A second one is refused, because click would silently take the last."""
     if len(lora) > 1:
@@ -146,4 +177,4 @@ def one_adapter(lora: Sequence[str]) -> str | None:
     return lora[0] if lora else None
 
 
-COMMANDS = (inspect, verify, litertlm, gguf)
+COMMANDS = (inspect, verify, litertlm, gguf, adapter)

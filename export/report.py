@@ -16,6 +16,7 @@ from gemma_edge.report.console import ERR, OUT, plain, progress_bar, say, size
 __all__ = ["ERR", "OUT", "progress_bar", "size"]
 
 if TYPE_CHECKING:  # they import torch, which `inspect` does not need
+    from gemma_edge.export.adapter.make import MadeAdapter
     from gemma_edge.export.api import Export
     from gemma_edge.export.gate.again import Verified
     from gemma_edge.export.plan import Plan
@@ -146,6 +147,20 @@ def print_verified(verified: Verified) -> None:
         say(OUT, line)
     if not verified.reference:
         say(OUT, "what quantization costs was not measured: that needs --reference, the original model")
+
+
+def print_adapter(made: MadeAdapter) -> None:
+    """The end of `gemma-export adapter`."""
+    manifest = made.manifest
+    if manifest.verification is not None:
+        for line in _result_lines(manifest.backend, manifest.verification, "to the merged original"):
+            say(ERR, line)
+    else:
+        say(ERR, "NOT VERIFIED against the merged original: that needs --reference, the original model")
+    say(
+        ERR,
+        f"{size(made.bytes)} in {made.out}: rank {manifest.rank}, {manifest.linears} linears, {manifest.factors}",
+    )
 
 
 def print_quantized(made: QuantizedModel) -> None:

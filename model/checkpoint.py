@@ -284,6 +284,12 @@ class Checkpoint(Weights):
         return torch.float16 if self.rounded(weight) in INTEGERS else super().scale_dtype(weight)
 
 
+def adaptable_shapes(config: GemmaConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of all that an adapter may change, the head included, by names without `.weight`."""
+    shapes: dict[str, tuple[int, ...]] = {**weight_shapes(config), HEAD: weight_shapes(config)[TABLE]}
+    return shapes | {name.removesuffix(".weight"): (size,) for name, size in norm_sizes(config).items()}
+
+
 def open_tensors(
     folder: Path, lora: Path | None = None, *, codes: str | None = None
 ) -> tuple[GemmaConfig, Shards, Lora]:
@@ -299,9 +305,7 @@ def open_tensors(
     """
     config, shards, adapter = GemmaConfig.from_hf(folder), Shards(folder, multimodal=is_multimodal(folder)), NO_LORA
     if lora is not None:
-        shapes: dict[str, tuple[int, ...]] = {**weight_shapes(config), HEAD: weight_shapes(config)[TABLE]}
-        shapes |= {name.removesuffix(".weight"): (size,) for name, size in norm_sizes(config).items()}
-        adapter = Lora.open(lora, shapes)
+        adapter = Lora.open(lora, adaptable_shapes(config))
         shards, config = adapter.over(shards), config.resized(adapter.vocab_size or config.vocab_size, lora)
     config = replace(config, tie_word_embeddings=_is_tied(config, shards, adapter, codes))
     for name, size in norm_sizes(config).items():

@@ -182,6 +182,12 @@ CHOICES = (
         help=f"What computes: {', '.join(ACCELERATORS)}. Default: what the backend was made for; cpu runs every bundle.",
     ),
     _choice(
+        (RUN, CHAT, PREFIX),
+        "--adapter",
+        type=FILE,
+        help="Adapter to use with the bundle: a folder that gemma-export adapter made for it.",
+    ),
+    _choice(
         COMMANDS,
         "--threads",
         type=int,

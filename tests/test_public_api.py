@@ -16,13 +16,14 @@ SIGNATURES = {
     "export": "(options: 'ExportOptions', progress: 'Progress' = no_progress) -> 'Export'",
     "inspect": "(bundle: 'str | Path', *, check_hashes: 'bool' = False) -> 'Manifest'",
     "load": "(bundle: 'str | Path', *, backend: 'str | None' = None, threads: 'int | None' = None,"
-    " accelerator: 'str | None' = None) -> 'Runtime'",
+    " accelerator: 'str | None' = None, adapter: 'str | Path | None' = None) -> 'Runtime'",
     "plan": "(options: 'ExportOptions', progress: 'Progress' = no_progress) -> 'dict[str, Plan]'",
     "quantize": "(model: 'str | Path', out: 'str | Path', options: 'QuantizeOptions | None' = None, *,"
     " lora: 'str | Path | None' = None, vocab: 'str | None' = None, force: 'bool' = False, progress: 'Progress' ="
     " no_progress) -> 'QuantizedModel'",
 }
 CLASSES = {
+    "Adapter": ["folder", "manifest", "factors"],
     "CalibrationText": ["paths", "tokens", "chat", "seed"],
     "EvaluationOptions": [
         *("models", "reference", "texts", "protocol", "window", "max_tokens", "backend", "threads", "tasks"),
@@ -63,7 +64,7 @@ CLASSES = {
     ],
     "Recipe": ["name", "rules", "float_bits"],
     "SamplingParams": ["temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"],
-    "Session": ["runtime", "tokenizer", "template", "options", "prefix", "notify"],
+    "Session": ["runtime", "tokenizer", "template", "options", "prefix", "adapter", "notify"],
     "InputError": ["problem", "field", "value", "allowed", "hint"],
 }
 SCRIPT = """

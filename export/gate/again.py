@@ -91,7 +91,7 @@ def verify_bundle(options: VerifyOptions, progress: Progress = no_progress) -> V
     names = list(manifest.backends) if options.backend is None else [choose_backend(bundle, manifest, options.backend)]
     pythons = gate.gate_pythons(names, options.runtime_python)
     original, integers = _original(options, manifest), _integers(options, manifest)
-    results = _judged(options, manifest, names, pythons, original or integers, integers, progress)
+    results = judged(options, manifest, names, pythons, original or integers, integers, progress)
     if options.save:
         now = Manifest.load(bundle)
         if now != manifest:
@@ -115,11 +115,11 @@ def _original(options: VerifyOptions, manifest: Manifest) -> Weights | None:
                 f"{options.bundle} was made {without} `{field}`: it has to be judged {without} it", field=field
             )
     source = open_source(options.reference, options.lora, options.vocab)
-    _check_model("reference", options.reference, source, manifest)
+    check_model("reference", options.reference, source, manifest)
     return source
 
 
-def _check_model(field: str, value: object, weights: Weights, manifest: Manifest) -> None:
+def check_model(field: str, value: object, weights: Weights, manifest: Manifest) -> None:
     """Refuse the weights of another model than the bundle's."""
     for each in fields(manifest.config):
         ours, other = getattr(manifest.config, each.name), getattr(weights.config, each.name)
@@ -135,7 +135,7 @@ def _integers(options: VerifyOptions, manifest: Manifest) -> Weights:
     """The integers of the checkpoint, else those of the first backend whose files can be read back."""
     if options.integers is not None:
         weights = open_weights(options.integers)
-        _check_model("integers", options.integers, weights, manifest)
+        check_model("integers", options.integers, weights, manifest)
         if min(_bits(manifest)) < 16 and not weights.is_quantized:
             raise InputError(
                 f"`integers` {options.integers} holds float weights, the bundle integers; pass the checkpoint that"
@@ -163,7 +163,7 @@ def read_back(bundle: Path, manifest: Manifest, hint: str) -> Weights:
     )
 
 
-def _judged(
+def judged(
     options: VerifyOptions,
     manifest: Manifest,
     names: list[str],
@@ -171,7 +171,9 @@ def _judged(
     original: Weights,
     integers: Weights,
     progress: Progress,
+    adapter: Path | None = None,
 ) -> dict[str, GateResult]:
+    """Run the gate on the named backends of a bundle, with an adapter where there is one."""
     config, cache = manifest.config, manifest.backends[names[0]].cache
     tokenizer = confined(options.bundle, TOKENIZER_FILE) if manifest.tokenizer else None
     chosen = gate.make_gate(tokenizer, config.vocab_size, config.bos_token_id, cache.context, options.level)
@@ -183,7 +185,7 @@ def _judged(
     ):
         references = gate.save_references(Path(folder), chosen, cache.context, original, integers, advance)
         limits = {name: limits_of(manifest, name, of_integers=original is integers) for name in names}
-        found = gate.verify(options.bundle, references, limits, pythons=pythons, progress=advance)
+        found = gate.verify(options.bundle, references, limits, pythons=pythons, adapter=adapter, progress=advance)
     return gate.typed(found)
 
 

@@ -128,6 +128,7 @@ def verify(
     limits: Mapping[str, Limits],
     *,
     pythons: Mapping[str, str] | None = None,
+    adapter: Path | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, dict[str, Any]]:
     """Run the gate on backends of a bundle.
@@ -137,6 +138,7 @@ def verify(
         references: what it is compared with.
         limits: by backend, those of its fewest bits. Backends that are not named are not run.
         pythons: by backend, the Python that runs it, if that is not this one.
+        adapter: the folder of one that is used.
         progress: called with 1 for each chunk of each backend: see `judging_steps`.
 
     Returns:
@@ -158,6 +160,7 @@ def verify(
             "context": references.context,
             "backend": asdict(registered()[backend]),
             "accelerator": runs_on.accelerator,
+            "adapter": str(adapter.absolute()) if adapter else None,
         }
         (folder / judge.TASK).write_text(json.dumps(task))
         result = {

@@ -22,6 +22,7 @@ from gemma_edge.bundle.geometry import CacheGeometry
 from gemma_edge.bundle.manifest import Manifest
 from gemma_edge.errors import InputError
 from gemma_edge.logits import Logits, scored_at_once
+from gemma_edge.runtimes.engines.adapter import Adapter
 from gemma_edge.runtimes.engines.state import State
 
 Buffers = dict[str, NDArray[Any]]  # name -> (..., slots, head_dim), views of the cache itself
@@ -66,6 +67,7 @@ class Runtime(ABC):
         self.bundle = bundle
         self.manifest = manifest
         self.cache = cache
+        self.adapter: Adapter | None = None  # what `use_adapter` was given
         self.computes_on = CPU  # the accelerator that computes, or what stands in for it
         self.identity = identity  # hash of what a saved state depends on: `state_identity` in bundle/manifest.py
         self.vocab_size = manifest.config.vocab_size
@@ -104,6 +106,21 @@ class Runtime(ABC):
 
     def prepare_decode_many(self) -> None:  # noqa: B027 (most engines need not do anything)
         """Have `decode` and `decode_many` alternate from now on without a graph or program being loaded in between."""
+
+    def use_adapter(self, adapter: Adapter | None) -> None:
+        """Compute with an adapter from now on, or with none. Another one than before begins at position 0.
+
+        Raises:
+            InputError: this backend takes none, or it belongs to another bundle; the runtime is then as it was.
+        """
+        if adapter is not None:
+            name = next(name for name, entry in self.manifest.backends.items() if entry.identity == self.identity)
+            raise InputError(
+                f"{self.bundle}: the {name} backend takes no adapters",
+                field="adapter",
+                value=adapter.folder,
+                hint="use `backend` onnx, or merge the adapter into a bundle of its own with `lora`",
+            )
 
     @property
     def scored_at_once(self) -> int:

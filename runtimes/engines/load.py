@@ -13,6 +13,7 @@ from gemma_edge.bundle.manifest import MANIFEST, Manifest, intact
 from gemma_edge.errors import InputError, one_line
 from gemma_edge.file_hash import identity
 from gemma_edge.memory import is_out_of_memory
+from gemma_edge.runtimes.engines.adapter import Adapter
 from gemma_edge.runtimes.engines.base import Runtime
 
 
@@ -80,7 +81,12 @@ def intact_but_engines(bundle: Path, manifest: Manifest) -> None:
 
 
 def open_runtime(
-    bundle: str | Path, *, backend: str | None = None, threads: int | None = None, accelerator: str | None = None
+    bundle: str | Path,
+    *,
+    backend: str | None = None,
+    threads: int | None = None,
+    accelerator: str | None = None,
+    adapter: str | Path | None = None,
 ) -> Runtime:
     """`gemma_edge.load`; see there."""
     folder = Path(bundle)
@@ -97,6 +103,8 @@ def open_runtime(
             raise
     else:
         if _state(folder) == before:
+            if adapter is not None:
+                runtime.use_adapter(Adapter.open(adapter))
             runtime.stats.load_s = time.perf_counter() - start
             return runtime
     raise InputError(f"{folder} was replaced while it was opened; open it again")

@@ -25,6 +25,7 @@ from gemma_edge.bundle.manifest import Manifest, intact
 from gemma_edge.bundle.settings import OnnxSettings
 from gemma_edge.errors import InputError
 from gemma_edge.logits import Logits
+from gemma_edge.runtimes.engines.adapter import HINT, SIDES, Adapter, adapted_identity, is_factor
 from gemma_edge.runtimes.engines.base import Buffers, Runtime
 from gemma_edge.runtimes.engines.load import in_library, refuse_older, thread_count
 
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 
 # The first CPU GroupQueryAttention with sliding_window_cache
 OLDEST_ONNXRUNTIME = (1, 29)
+
+WEIGHTS_IN = "session.model_external_initializers_file_folder_path"  # onnxruntime's key for the weights' folder
 
 # onnxruntime's exceptions share no base class
 ERRORS = (
@@ -53,6 +56,7 @@ class _Loaded:
     """One graph, with the cache already bound."""
 
     role: str  # generate or score
+    adapted: str  # digest of the adapters' graph; "": the bundle's own graph
     session: ort.InferenceSession
     binding: ort.IOBinding
 
@@ -96,9 +100,54 @@ class OnnxRuntime(Runtime):
             "token": ort.OrtValue.ortvalue_from_numpy(self._token),
             "logits": ort.OrtValue.ortvalue_from_numpy(self._logits),
         }
+        self._base_identity = entry.identity
+        self._graphs_of: Adapter | None = None  # an adapter whose graphs are used; they also compute without one
         self._loaded: _Loaded | None = None
         self._scores_only = False
         self._open("generate")
+
+    def use_adapter(self, adapter: Adapter | None) -> None:
+        """See Runtime. The first adapter costs a load of the graph, a switch to another one only the copying of its factors."""
+        before = (self.adapter, self._graphs_of, self.identity)
+        if adapted_identity(self._base_identity, adapter) == self.identity:
+            return
+        if adapter is not None and adapter.manifest.base != self._base_identity:
+            raise InputError(
+                f"the adapter {adapter.folder} was made for another bundle than {self.bundle}",
+                field="adapter",
+                value=adapter.folder,
+                hint="make it again with gemma-export adapter and this bundle as `base`",
+            )
+        self.reset()
+        self.adapter, self._graphs_of = adapter, adapter or self._graphs_of
+        self.identity = adapted_identity(self._base_identity, adapter)
+        role = "score" if self._scores_only else "generate"
+        try:
+            switched = self._loaded
+            if self._open(role) is switched:
+                self._bind_factors(switched)
+        except InputError:
+            self.adapter, self._graphs_of, self.identity = before
+            self._loaded = None
+            raise
+
+    def _bind_factors(self, loaded: _Loaded) -> None:
+        """Give a graph that takes factors those of the adapter, and factors of rank 0 for what it does not change."""
+        if not loaded.adapted:
+            return
+        factors = self.adapter.factors if self.adapter else {}
+        inputs = {node.name: node.shape for node in loaded.session.get_inputs() if is_factor(node.name)}
+        for name, shape in inputs.items():
+            linear, _, side = name.rpartition(".")
+            value = factors[linear][SIDES.index(side)] if linear in factors else _no_factor(shape)
+            if [size for size in shape if isinstance(size, int)] != [value.shape[SIDES.index(side)]]:
+                assert self.adapter is not None
+                raise InputError(f"{self.adapter.folder}: {name} has shape {list(value.shape)}, the graph {shape}; {HINT}")
+            loaded.binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(value))
+        unknown = sorted(f"{linear}.{SIDES[0]}" for linear in factors if f"{linear}.{SIDES[0]}" not in inputs)
+        if unknown:
+            assert self.adapter is not None
+            raise InputError(f"{self.adapter.folder}: {unknown[0]} is not an input of its graph; {HINT}")
 
     def _forward(self, ids: NDArray[np.int64], *, every_position: bool) -> Logits:
         """See Runtime; the logits belong to the caller."""
@@ -156,19 +205,22 @@ class OnnxRuntime(Runtime):
 
     def _open(self, role: str) -> _Loaded:
         """The graph of that role, after closing the other one."""
-        if self._loaded is not None and self._loaded.role == role:
+        adapted = self._graphs_of.graph_digest(role) if self._graphs_of else ""
+        if self._loaded is not None and (self._loaded.role, self._loaded.adapted) == (role, adapted):
             return self._loaded
         self._loaded = None
         if role not in self._graphs:
             raise InputError(f"{self.bundle}: the onnx backend has no {role!r} graph; export the bundle again")
-        path = intact(self.bundle, self.manifest.files, self._graphs[role])
+        own = intact(self.bundle, self.manifest.files, self._graphs[role])
+        path = self._graphs_of.graph(role) if self._graphs_of else own
         if "weights" in self._graphs:
             intact(self.bundle, self.manifest.files, self._graphs["weights"])
         log.info("loading %s with %d threads", path, self.threads)
         with in_library(path, "is damaged, or is not a graph of this bundle", ERRORS):
-            session = ort.InferenceSession(
-                path, _options(self.threads), providers=["CPUExecutionProvider"], enable_fallback=0
-            )
+            options, graph = _options(self.threads), path if path == own else path.read_bytes()
+            if path != own:  # a graph without a place of its own finds its weights in the bundle
+                options.add_session_config_entry(WEIGHTS_IN, str(self.bundle.resolve()))
+            session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"], enable_fallback=0)
             self._check_contract(path, session)
         binding = session.io_binding()
         binding.bind_ortvalue_input("input_pos", self._values["input_pos"])
@@ -177,7 +229,8 @@ class OnnxRuntime(Runtime):
             # the same buffer on both sides: the graph writes in place
             binding.bind_ortvalue_input(f"past_key_values.{name}", value)
             binding.bind_ortvalue_output(f"present.{name}", value)
-        self._loaded = _Loaded(role, session, binding)
+        self._loaded = _Loaded(role, adapted, session, binding)
+        self._bind_factors(self._loaded)
         return self._loaded
 
     def _check_contract(self, path: Path, session: ort.InferenceSession) -> None:
@@ -190,6 +243,8 @@ class OnnxRuntime(Runtime):
                 types[f"{side}.{name}"] = value.data_type()
         shapes["logits"] = [1, None, self._logits.shape[-1]]
         nodes = {node.name: node for node in (*session.get_inputs(), *session.get_outputs())}
+        if self._graphs_of:
+            nodes = {name: node for name, node in nodes.items() if not is_factor(name)}
         if nodes.keys() != shapes.keys():
             odd = sorted(nodes.keys() ^ shapes.keys())
             raise InputError(f"{path} is not a graph of this bundle: {odd[0]} is only in one of them; export it again")
@@ -214,6 +269,11 @@ def _lazy_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         with contextlib.suppress(OSError):
             buffer.madvise(mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(buffer, dtype).reshape(shape)
+
+
+def _no_factor(shape: list[int | str]) -> NDArray[np.float32]:
+    """A factor of rank 0: the product with it is zero."""
+    return np.zeros([size if isinstance(size, int) else 0 for size in shape], np.float32)
 
 
 def _options(threads: int) -> ort.SessionOptions:

@@ -12,6 +12,7 @@ from typing import Any
 
 from gemma_edge.bundle.codec import KeyProblem, convert
 from gemma_edge.errors import InputError
+from gemma_edge.runtimes.engines.adapter import Adapter
 from gemma_edge.runtimes.engines.base import Runtime
 from gemma_edge.runtimes.engines.load import open_runtime
 from gemma_edge.runtimes.engines.state import read_state, write_state
@@ -52,6 +53,7 @@ class Session:
     Attributes:
         options: how answers are generated, unless a turn brings its own.
         prefix: the text in front of the first turn.
+        adapter: computes the answers together with the bundle; None: the bundle alone does.
         usage: the cost of the last answer.
     """
 
@@ -63,6 +65,7 @@ class Session:
         options: GenerationOptions | None = None,
         *,
         prefix: str = "",
+        adapter: Adapter | None = None,
         notify: Callable[[str], None] = log.info,
     ) -> None:
         """Begin with an empty conversation, whatever the runtime has seen before.
@@ -72,11 +75,15 @@ class Session:
             tokenizer, template: those of the runtime's bundle.
             options: how to generate; None for `GenerationOptions()`.
             prefix: text in front of the first turn, because Gemma has no turn of the system's own.
+            adapter: computes the answers together with the bundle; None takes the one that the runtime has now, if any.
+                Sessions with different ones may share a runtime.
             notify: called with one sentence when prompt lookup turns out to be of no use with this runtime.
 
         Raises:
-            InputError: the schema in `options` cannot be followed.
+            InputError: the schema in `options` cannot be followed, or the runtime cannot take the adapter.
         """
+        self.adapter = adapter or runtime.adapter
+        runtime.use_adapter(self.adapter)
         self.runtime, self.tokenizer, self.template = runtime, tokenizer, template
         self.options = options or GenerationOptions()
         self.prefix = prefix
@@ -99,20 +106,22 @@ class Session:
         backend: str | None = None,
         threads: int | None = None,
         accelerator: str | None = None,
+        adapter: str | Path | None = None,
     ) -> Session:
         """Open a bundle and start a conversation.
 
         Args:
             bundle: the bundle's folder.
             options: how to generate; None for `GenerationOptions()`.
-            backend, threads, accelerator: as in `gemma_edge.load`.
+            backend, threads, accelerator, adapter: as in `gemma_edge.load`.
 
         Raises:
             InputError: as `gemma_edge.load`; also for a bundle without a tokenizer.
         """
         runtime = open_runtime(bundle, backend=backend, threads=threads, accelerator=accelerator)
         tokenizer = Tokenizer(runtime.bundle, runtime.manifest)
-        return cls(runtime, tokenizer, ChatTemplate.from_bundle(runtime.bundle), options)
+        opened = Adapter.open(adapter) if adapter is not None else None
+        return cls(runtime, tokenizer, ChatTemplate.from_bundle(runtime.bundle), options, adapter=opened)
 
     @property
     def guesses_refused(self) -> bool:
@@ -139,6 +148,7 @@ class Session:
         self._answer.close()
         self._turns = [_Turn()]
         self._sampler.forget()
+        self.runtime.use_adapter(self.adapter)
         self.runtime.reset()
 
     def rewind(self, turns: int = 1) -> None:
@@ -178,6 +188,7 @@ class Session:
             InputError: the file cannot be written.
         """
         self._answer.close()
+        self.runtime.use_adapter(self.adapter)
         turns: list[dict[str, Any]] = [
             {"messages": turn.messages, "ids": turn.ids, "texts": turn.texts} for turn in self._turns
         ]
@@ -198,6 +209,7 @@ class Session:
         turns, limit = list(saved.said), self.runtime.vocab_size
         if not turns or any(not 0 <= token < limit for turn in turns for token in turn.ids):
             raise InputError(f"{path} is damaged: its conversation does not belong to this bundle; make it again")
+        self.runtime.use_adapter(self.adapter)
         self.runtime.restore(state)
         self._turns, self.prefix = turns, saved.before
         self._sampler.forget()
@@ -229,6 +241,7 @@ class Session:
         self._sampler.forget()
         state = GenerationState(self._sampler, cancelled=self._cancelled.is_set)
         self.usage, self._answer_ids = state.usage, state.ids
+        self.runtime.use_adapter(self.adapter)
         pieces = self._generator.answer(ids, options, state)
         question = _Turn(messages, tuple(ids), (prompt,))
         self._answer = self._run(question, pieces, state.ids, cut=bool(options.stop))

@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from gemma_edge.quantize.options import CalibrationText as CalibrationText
     from gemma_edge.quantize.options import QuantizeOptions as QuantizeOptions
     from gemma_edge.quantize.recipe import Recipe as Recipe
+    from gemma_edge.runtimes.engines.adapter import Adapter as Adapter
     from gemma_edge.runtimes.generation.generate import GenerationOptions as GenerationOptions
     from gemma_edge.runtimes.generation.sampling import SamplingParams as SamplingParams
     from gemma_edge.runtimes.generation.session import Session as Session
 
 __version__ = "0.1.0"
 __all__ = [
+    "Adapter",
     "CalibrationText",
     "EvaluationOptions",
     "ExportOptions",
@@ -44,6 +46,7 @@ __all__ = [
 
 # class -> the module that defines it
 _CLASSES = {
+    "Adapter": "gemma_edge.runtimes.engines.adapter",
     "CalibrationText": "gemma_edge.quantize.options",
     "EvaluationOptions": "gemma_edge.evaluate.options",
     "ExportOptions": "gemma_edge.export.options",

@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 
 
 def load(
-    bundle: str | Path, *, backend: str | None = None, threads: int | None = None, accelerator: str | None = None
+    bundle: str | Path,
+    *,
+    backend: str | None = None,
+    threads: int | None = None,
+    accelerator: str | None = None,
+    adapter: str | Path | None = None,
 ) -> Runtime:
     """Open a bundle and return its runtime, ready for `prefill`, `decode` and `score`.
 
@@ -32,13 +37,14 @@ def load(
         backend: which backend of the bundle to use; None takes the first one that is installed.
         threads: threads for the matrix products; None takes the default of the bundle's target.
         accelerator: what computes: "cpu", or what the backend was made for; None takes that.
+        adapter: the folder of one that `gemma-export adapter` made for this bundle.
 
     Raises:
         InputError: the folder is not a bundle, is damaged, or needs a package that is not installed.
     """
     from gemma_edge.runtimes.engines.load import open_runtime
 
-    return open_runtime(bundle, backend=backend, threads=threads, accelerator=accelerator)
+    return open_runtime(bundle, backend=backend, threads=threads, accelerator=accelerator, adapter=adapter)
 
 
 def inspect(bundle: str | Path, *, check_hashes: bool = False) -> Manifest:

@@ -39,6 +39,7 @@ TYPED = {
     "log": ["--log"],
     "backend": ["--backend", "onnx"],
     "accelerator": ["--accelerator", "gpu"],
+    "adapter": ["--adapter", "folder"],
     "threads": ["--threads", "3"],
     "strict": ["--strict"],
     "stats": ["--stats"],

@@ -130,8 +130,8 @@ def llm_compressor(settings: dict[str, Any], folder: Path, windows: Tensor | Non
     return {n: p.detach().float().contiguous() for n, p in model.named_parameters() if LINEAR.fullmatch(n)}
 
 
-def auto_round(folder: Path, windows: Tensor | None) -> dict[str, Tensor]:
-    """Rounding learned by signed gradients, over the whole model, with AutoRound's own number of steps."""
+def auto_round(steps: int, folder: Path, windows: Tensor | None) -> dict[str, Tensor]:
+    """Rounding learned by signed gradients, over the whole model."""
     from auto_round import AutoRound  # type: ignore[import-not-found]
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -146,6 +146,7 @@ def auto_round(folder: Path, windows: Tensor | None) -> dict[str, Tensor]:
             tokenizer=tokenizer,
             scheme="W4A16",
             group_size=GROUP,
+            iters=steps,
             dataset=data,
             nsamples=len(data),
             seqlen=windows.shape[1],
@@ -168,6 +169,7 @@ class Peer:
 SYMMETRIC, ASYMMETRIC, FLOAT_ZERO = 4 + 16 / GROUP, 4 + (16 + 4) / GROUP, 4 + (16 + 16) / GROUP
 _ORT = ("onnxruntime", "onnx", "onnx-ir")
 _COMPRESSOR = ("llmcompressor", "compressed-tensors", "transformers", "torch")
+_AUTO_ROUND = ("auto-round", "transformers", "torch")
 PEERS = {
     "hqq": Peer(("hqq", "torch"), "quality", FLOAT_ZERO, partial(each, hqq)),
     "ORT k_quant": Peer(_ORT, "quality", ASYMMETRIC, partial(each, partial(onnxruntime, algorithm="k_quant"))),
@@ -185,7 +187,9 @@ PEERS = {
     "llm-compressor GPTQ, actorder static": Peer(
         _COMPRESSOR, "llm-compressor", SYMMETRIC, partial(llm_compressor, {"actorder": "static"}), calibrated=True
     ),
-    "AutoRound": Peer(("auto-round", "transformers", "torch"), "auto-round", SYMMETRIC, auto_round, calibrated=True),
+    # AutoRound's default is 200 steps of each layer, its recipe for little time 50.
+    "AutoRound": Peer(_AUTO_ROUND, "auto-round", SYMMETRIC, partial(auto_round, 200), calibrated=True),
+    "AutoRound, 50 steps": Peer(_AUTO_ROUND, "auto-round", SYMMETRIC, partial(auto_round, 50), calibrated=True),
 }
 
 
