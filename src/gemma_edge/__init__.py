@@ -21,9 +21,12 @@ if TYPE_CHECKING:
     from gemma_edge.runtimes.generation.generate import GenerationOptions as GenerationOptions
     from gemma_edge.runtimes.generation.sampling import SamplingParams as SamplingParams
     from gemma_edge.runtimes.generation.session import Session as Session
+    from gemma_edge.runtimes.tools.tool import Call as Call
+    from gemma_edge.runtimes.tools.tool import Tool as Tool
 
 __version__ = "0.1.0"
 __all__ = [
+    "Call",
     "CalibrationText",
     "EvaluationOptions",
     "ExportOptions",
@@ -33,6 +36,7 @@ __all__ = [
     "Recipe",
     "SamplingParams",
     "Session",
+    "Tool",
     "__version__",
     "evaluate",
     "export",
@@ -44,6 +48,7 @@ __all__ = [
 
 # class -> the module that defines it
 _CLASSES = {
+    "Call": "gemma_edge.runtimes.tools.tool",
     "CalibrationText": "gemma_edge.quantize.options",
     "EvaluationOptions": "gemma_edge.evaluate.options",
     "ExportOptions": "gemma_edge.export.options",
@@ -52,6 +57,7 @@ _CLASSES = {
     "Recipe": "gemma_edge.quantize.recipe",
     "SamplingParams": "gemma_edge.runtimes.generation.sampling",
     "Session": "gemma_edge.runtimes.generation.session",
+    "Tool": "gemma_edge.runtimes.tools.tool",
 }
 
 
