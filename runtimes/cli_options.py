@@ -172,6 +172,13 @@ CHOICES = (
     ),
     _choice((SERVE,), "--log", is_flag=True, help="Print one line to stderr for each request."),
     _choice(
+        GENERATING,
+        "--guard",
+        type=FILE,
+        metavar="BUNDLE",
+        help="A bundle of ShieldGemma that judges prompts and answers; answers come when they are complete. Default: none.",
+    ),
+    _choice(
         COMMANDS,
         "--backend",
         help="Backend to use if the bundle has several, such as onnx or tflite. Default: the first one that is installed.",

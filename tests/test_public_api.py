@@ -57,6 +57,7 @@ CLASSES = {
         "tool_choice",
         "parallel_calls",
     ],
+    "Guard": ["bundle", "backend", "threads", "accelerator"],
     "QuantizeOptions": [
         *(
             "bits",
@@ -113,6 +114,7 @@ try:
     calls: tuple[gemma_edge.Call, ...] = session.calls
     for piece in session.reply([call.arguments for call in calls]):
         print(piece, end="")
+    violates: float = gemma_edge.Guard("shieldgemma").score("hate", "Hello", "Hi.")
     recipe: gemma_edge.Recipe = folder.recipe
 except gemma_edge.InputError as error:
     print(error, error.field, error.value, error.allowed, error.hint)

@@ -16,13 +16,22 @@ from gemma_edge.runtimes.engines.base import Runtime
 from gemma_edge.runtimes.generation.console import Output, note_overflow, show
 from gemma_edge.runtimes.generation.generate import GenerationOptions
 from gemma_edge.runtimes.generation.session import Session
+from gemma_edge.runtimes.guard import Guard, Violation, guarded
 from gemma_edge.text.chat import ChatTemplate
 from gemma_edge.text.tokenizer import Tokenizer
 
 HELP = "/undo takes the last turn back, /reset starts over, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
 
 
-def chat(runtime: Runtime, prompt: str | None, options: GenerationOptions, output: Output, *, prefix: str = "") -> None:
+def chat(
+    runtime: Runtime,
+    prompt: str | None,
+    options: GenerationOptions,
+    output: Output,
+    *,
+    prefix: str = "",
+    guard: Guard | None = None,
+) -> None:
     """Answer one turn, or the turns that stdin holds, one on each line.
 
     Args:
@@ -31,15 +40,17 @@ def chat(runtime: Runtime, prompt: str | None, options: GenerationOptions, outpu
         options: how to generate.
         output: what to print beside an answer.
         prefix: text in front of the first turn.
+        guard: judges turns and answers. What it refuses is not printed and leaves no trace in the conversation.
 
     Raises:
-        InputError: a bundle without a tokenizer, a turn that cannot be taken, or input that is not UTF-8.
+        InputError: a bundle without a tokenizer, a turn that cannot be taken, or input that is not UTF-8; with `prompt` also
+            a text that the guard refuses.
     """
     tokenizer = Tokenizer(runtime.bundle, runtime.manifest)
     template = ChatTemplate.from_bundle(runtime.bundle)
     session = Session(runtime, tokenizer, template, options, prefix=prefix, notify=note)
     if prompt is not None:
-        _answer(session, prompt, output)
+        _answer(session, prompt, output, guard=guard)
         return
     if sys.stdin.isatty():
         click.echo(HELP, err=True)
@@ -55,7 +66,10 @@ def chat(runtime: Runtime, prompt: str | None, options: GenerationOptions, outpu
             note("the last turn is taken back")
         elif text:
             with _stop_on_interrupt() as interrupts:
-                _answer(session, text, output, interrupts)
+                try:
+                    _answer(session, text, output, interrupts, guard)
+                except Violation as violation:
+                    note(str(violation))
 
 
 def _read_line() -> str | None:
@@ -103,10 +117,17 @@ def _stop_on_interrupt() -> Iterator[list[bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _answer(session: Session, text: str, output: Output, interrupts: Sequence[bool] = ()) -> None:
+def _answer(
+    session: Session, text: str, output: Output, interrupts: Sequence[bool] = (), guard: Guard | None = None
+) -> None:
     runtime, before = session.runtime, session.runtime.position
-    pieces = _until_interrupted(interrupts, session.send(text))
-    show(runtime, pieces, lambda: session.answer_ids, lambda: session.guesses_refused, output)
+    pieces = guarded(guard, text, _until_interrupted(interrupts, session.send(text)))
+    try:
+        show(runtime, pieces, lambda: session.answer_ids, lambda: session.guesses_refused, output)
+    except Violation as violation:
+        if violation.answer:
+            session.rewind()
+        raise
     if before <= runtime.cache.context < runtime.position:
         note_overflow(runtime.cache.context)
 

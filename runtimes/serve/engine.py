@@ -24,10 +24,11 @@ from gemma_edge.runtimes.generation.constrain import Grammar
 from gemma_edge.runtimes.generation.generate import GenerationOptions, GenerationState, Usage
 from gemma_edge.runtimes.generation.sampling import Sampler
 from gemma_edge.runtimes.generation.text_generator import TextGenerator
+from gemma_edge.runtimes.guard import Guard, Violation, guarded
 from gemma_edge.runtimes.serve.logprobs import Recorder
 from gemma_edge.runtimes.serve.openai import Model, ParsedRequest
 from gemma_edge.runtimes.serve.refused import Refused
-from gemma_edge.runtimes.serve.responses import Piece, Total, finish_reason
+from gemma_edge.runtimes.serve.responses import CONTENT_FILTER, Piece, Total, finish_reason
 from gemma_edge.runtimes.serve.schemas import SPELLINGS
 from gemma_edge.runtimes.tools.form import AnswerReader
 from gemma_edge.runtimes.tools.forms import form_of
@@ -100,6 +101,7 @@ class Engine:
         notify: Callable[[str], None] = log.info,
         *,
         time_limit_s: float = TIME_LIMIT_S,
+        guard: Guard | None = None,
     ) -> None:
         """Take over a runtime.
 
@@ -108,11 +110,12 @@ class Engine:
             options: for what a request leaves open.
             notify: called with one sentence when prompt lookup turns out to be of no use with this runtime.
             time_limit_s: how many seconds an answer may take.
+            guard: judges prompts and answers; an answer is then sent when it is complete.
 
         Raises:
             InputError: a token-level bundle.
         """
-        self.runtime, self.options, self.time_limit_s = runtime, options, time_limit_s
+        self.runtime, self.options, self.time_limit_s, self.guard = runtime, options, time_limit_s, guard
         tokenizer, template = Tokenizer(runtime.bundle, runtime.manifest), ChatTemplate.from_bundle(runtime.bundle)
         form = form_of(template)
         self.model = Model(tokenizer, template, form, runtime.vocab_size, runtime.cache.context)
@@ -229,8 +232,13 @@ class Engine:
         if request.echo:
             yield Piece(index, request.echo[prompt], recorder.take() if recorder else ())
         reader = self.model.form.reader(request.options)
-        for text, calls in _read(self.generator.answer(ids, request.options, state), reader):
-            yield Piece(index, text, recorder.take() if recorder else (), calls=calls)
+        answer: Iterator[str] = self.generator.answer(ids, request.options, state)
+        try:
+            for text, calls in _read(guarded(self.guard, request.judged[prompt], answer), reader):
+                yield Piece(index, text, recorder.take() if recorder else (), calls=calls)
+        except Violation:
+            yield Piece(index, "", (), CONTENT_FILTER)
+            return
         finish = finish_reason(state.usage, calls=bool(reader.calls))
         yield Piece(index, "", recorder.take() if recorder else (), finish)
 

@@ -47,6 +47,9 @@ class ParsedRequest:
 
     prompts: tuple[tuple[int, ...], ...]  # token ids; each gets `n` answers of its own
     options: GenerationOptions
+    judged: tuple[
+        str, ...
+    ] = ()  # the text of each prompt that a guard judges: of a conversation the last words said to the model
     n: int = 1
     stream: bool = False  # whether the answer is sent in pieces
     include_usage: bool = False  # whether a stream ends with the usage
@@ -83,10 +86,13 @@ class ParsedRequest:
         if chat:
             messages = messages_of(body, takes_system=model.template.takes_system, tools=tools["tools"])
             prompts = [_ids(model.form.render(model.template, messages, tools["tools"]), model)]
+            judged = [message["content"] for message in messages if message["role"] in ("user", "tool")][-1:] or [""]
         elif tools["tools"]:
             raise InputError("tools are not supported without messages; leave them out", field="tools")
         else:
-            prompts = [_ids(prompt, model) for prompt in _prompts(body)]
+            given = _prompts(body)
+            prompts = [_ids(prompt, model) for prompt in given]
+            judged = [each if isinstance(each, str) else model.tokenizer.decode(each) for each in given]
         n = _answers(body, len(prompts))
         if max_tokens is None:
             max_tokens = _default_tokens(defaults, model.context, max(map(len, prompts)))
@@ -96,6 +102,7 @@ class ParsedRequest:
         return cls(
             tuple(map(tuple, prompts)),
             options,
+            tuple(judged),
             n,
             stream=get(body, "stream", bool, False),
             include_usage=bool(get(body, "stream_options", dict, {}).get("include_usage")),

@@ -12,6 +12,8 @@ from gemma_edge.runtimes.generation.generate import STOP, Usage
 from gemma_edge.runtimes.serve.logprobs import ScoredToken
 from gemma_edge.runtimes.tools.tool import CallPart
 
+CONTENT_FILTER = "content_filter"  # why an answer ended that a guard refused
+
 
 @dataclass(frozen=True)
 class Piece:

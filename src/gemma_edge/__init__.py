@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gemma_edge.runtimes.generation.generate import GenerationOptions as GenerationOptions
     from gemma_edge.runtimes.generation.sampling import SamplingParams as SamplingParams
     from gemma_edge.runtimes.generation.session import Session as Session
+    from gemma_edge.runtimes.guard import Guard as Guard
     from gemma_edge.runtimes.tools.tool import Call as Call
     from gemma_edge.runtimes.tools.tool import Tool as Tool
 
@@ -31,6 +32,7 @@ __all__ = [
     "EvaluationOptions",
     "ExportOptions",
     "GenerationOptions",
+    "Guard",
     "InputError",
     "QuantizeOptions",
     "Recipe",
@@ -53,6 +55,7 @@ _CLASSES = {
     "EvaluationOptions": "gemma_edge.evaluate.options",
     "ExportOptions": "gemma_edge.export.options",
     "GenerationOptions": "gemma_edge.runtimes.generation.generate",
+    "Guard": "gemma_edge.runtimes.guard",
     "QuantizeOptions": "gemma_edge.quantize.options",
     "Recipe": "gemma_edge.quantize.recipe",
     "SamplingParams": "gemma_edge.runtimes.generation.sampling",

@@ -37,6 +37,7 @@ TYPED = {
     "cors": ["--cors", "http://localhost:3000"],
     "time_limit": ["--time-limit", "5"],
     "log": ["--log"],
+    "guard": ["--guard", "shield"],
     "backend": ["--backend", "onnx"],
     "accelerator": ["--accelerator", "gpu"],
     "threads": ["--threads", "3"],
@@ -66,6 +67,7 @@ FILTERS = ("top_k", "top_p", "min_p")
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What the command line calls, with every argument; nothing of it runs."""
+    from gemma_edge.runtimes import guard
     from gemma_edge.runtimes.engines import load
     from gemma_edge.runtimes.generation import console, prefix, repl
     from gemma_edge.runtimes.serve import server
@@ -80,6 +82,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return call
 
     monkeypatch.setattr(load, "open_runtime", record("open", "runtime"))
+    monkeypatch.setattr(guard, "Guard", record("guard", "guard"))
     monkeypatch.setattr(prefix, "load", record("load", "prefix "))
     monkeypatch.setattr(prefix, "save", record("save"))
     monkeypatch.setattr(console, "complete", record("complete"))
