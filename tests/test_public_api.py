@@ -27,7 +27,18 @@ CLASSES = {
     "Tool": ["name", "description", "parameters"],
     "CalibrationText": ["paths", "tokens", "chat", "seed"],
     "EvaluationOptions": [
-        *("models", "reference", "texts", "protocol", "window", "max_tokens", "backend", "threads", "tasks"),
+        *(
+            "models",
+            "reference",
+            "texts",
+            "protocol",
+            "window",
+            "max_tokens",
+            "backend",
+            "threads",
+            "tasks",
+            "memorization",
+        ),
     ],
     "ExportOptions": [
         *(
