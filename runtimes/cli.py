@@ -51,10 +51,11 @@ def run(bundle: Path, prompt: str | None, load_prefix: Path | None, **choices: A
 
 
 @main.command(CHAT, cls=RunCommand, params=parameters(CHAT))
-def chat(bundle: Path, prompt: str | None, load_prefix: Path | None, **choices: Any) -> None:
+def chat(bundle: Path, prompt: str | None, load_prefix: Path | None, resume: str | None, **choices: Any) -> None:
     """Chat with the BUNDLE, or answer one turn.
 
-    Only answers go to stdout. On a terminal, /undo takes the last turn back, /reset starts over and /quit leaves.
+    Only answers go to stdout. /undo takes the last turn back, /reset starts over and /quit leaves. /save NAME keeps the chat,
+    /load NAME goes on with it, /list shows what is kept, and /delete NAME forgets it.
     """
     options, output = _generation(choices), _output(choices)
     if prompt == "-":
@@ -63,7 +64,7 @@ def chat(bundle: Path, prompt: str | None, load_prefix: Path | None, **choices: 
 
     guard = _guard(choices)
     runtime, prefix = _open(bundle, load_prefix, choices)
-    repl.chat(runtime, prompt, options, output, prefix=prefix, guard=guard)
+    repl.chat(runtime, prompt, options, output, prefix=prefix, guard=guard, resume=resume)
 
 
 @main.command(SERVE, cls=RunCommand, params=parameters(SERVE))

@@ -124,6 +124,14 @@ CHOICES = (
         metavar="SCHEMA",
         help="Make each answer JSON that fits this schema: a file, or the schema itself.",
     ),
+    _choice(
+        (CHAT,),
+        "--resume",
+        metavar="[NAME]",
+        is_flag=False,
+        flag_value="",
+        help="Go on with the chat that /save NAME kept; without NAME with the one that was saved last.",
+    ),
     _choice((), "--serve", is_flag=True),
     _choice(
         (SERVE,),

@@ -38,6 +38,7 @@ TYPED = {
     "time_limit": ["--time-limit", "5"],
     "log": ["--log"],
     "guard": ["--guard", "shield"],
+    "resume": ["--resume"],
     "backend": ["--backend", "onnx"],
     "accelerator": ["--accelerator", "gpu"],
     "threads": ["--threads", "3"],
@@ -139,7 +140,8 @@ def test_an_option_is_heeded_or_refused(spelling: str, command: str, name: str, 
     assert calls == [], "it is refused before anything is opened"
     other = f"gemma-run {command}" if spelling == "subcommand" else SWITCH.get(command)
     assert NAMES[name] in message
-    assert ("without --serve" if command == RUN else str(other)) in message
+    without_what = "without --chat" if name == "resume" else "without --serve"
+    assert (without_what if command == RUN else str(other)) in message
 
 
 @pytest.mark.parametrize("command", COMMANDS)
