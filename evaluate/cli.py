@@ -51,6 +51,12 @@ NEEDED = {"include_path": "tasks", "limit": "tasks"}
 @click.option("--tasks", help="Tasks of lm-eval to score, comma-separated: names, or YAML files of your own.")
 @click.option("--include-path", type=PATH, help="Folder with further task files, which --tasks can then name.")
 @click.option("--limit", type=int, help="Number of examples taken of each task. Default: all.")
+@click.option(
+    "--memorization",
+    type=PATH,
+    metavar="FILE",
+    help="Count how many passages of this UTF-8 file each model knows by heart: 50 tokens are given, 50 must follow.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout instead of tables.")
 @click.option("--html", type=PATH, help="Write a report with plots to this file, too.")
 @click.version_option(package_name="gemma-edge")

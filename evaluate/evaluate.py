@@ -18,6 +18,7 @@ import numpy as np
 
 from gemma_edge.comparison import Comparison, negative_log_likelihood
 from gemma_edge.errors import InputError
+from gemma_edge.evaluate.memorization import probe
 from gemma_edge.evaluate.model import Model
 from gemma_edge.evaluate.options import EvaluationOptions
 from gemma_edge.evaluate.prepare import Job, prepare
@@ -43,7 +44,7 @@ def evaluate(options: EvaluationOptions, progress: Progress = no_progress) -> Ev
 
     Returns:
         one result per model, in order: perplexity; with a reference also KL, top-1 agreement and perplexity change; with tasks
-        their scores.
+        their scores, and those of the reference; with a text for the memorization probe what each model has by heart.
 
     Raises:
         InputError: a model, a text, a task or a number that cannot be used, or too little disk for the reference's logits.
@@ -63,9 +64,16 @@ def evaluate(options: EvaluationOptions, progress: Progress = no_progress) -> Ev
                     result.ppl_change = result.ppl / reference.ppl - 1.0
             result.layers = model.layer_errors(job.reference, job.windows[0].ids[:LAYER_TOKENS], progress)
             results.append(result)
-    if job.tasks is not None:
-        for result, model in zip(results, job.models, strict=True):
-            result.tasks = job.tasks.run(model.runtime(), job.tokenizer, progress)
+    pairs = list(zip(results, job.models, strict=True))
+    if reference is not None and job.reference is not None:
+        pairs.insert(0, (reference, job.reference))
+    for result, model in pairs if job.tasks is not None or job.passages else ():
+        runtime = model.runtime()
+        if job.tasks is not None:
+            result.tasks = job.tasks.run(runtime, job.tokenizer, progress)
+        if job.passages:
+            result.memorization = probe(runtime, job.passages, job.tokenizer.bos_token_id, progress)
+        del runtime  # one model is in memory at a time
     return Evaluation(job.protocol, job.window, job.texts, reference, results, job.notes)
 
 

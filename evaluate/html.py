@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from gemma_edge.evaluate.report import COLUMNS, TEXT_COLUMNS, rows, task_rows
+from gemma_edge.evaluate.report import (
+    COLUMNS,
+    MEMORIZATION_COLUMNS,
+    TEXT_COLUMNS,
+    memorization_rows,
+    rows,
+    task_columns,
+    task_rows,
+)
 from gemma_edge.evaluate.result import Evaluation, Result
 from gemma_edge.report.drawing import Figure, MaxNLocator, axes, colored, finish, svg
 from gemma_edge.report.html import Plot, Table, render
@@ -16,8 +24,9 @@ def page(evaluation: Evaluation) -> str:
     """The whole HTML text."""
     tables = [Table(COLUMNS, rows(evaluation), TEXT_COLUMNS)]
     if scores := task_rows(evaluation):
-        columns = ("task", "metric", *(result.name for result in evaluation.results))
-        tables.append(Table(columns, scores, TEXT_COLUMNS, "Tasks"))
+        tables.append(Table(task_columns(evaluation), scores, TEXT_COLUMNS, "Tasks"))
+    if found := memorization_rows(evaluation):
+        tables.append(Table(MEMORIZATION_COLUMNS, found, TEXT_COLUMNS, "Memorization"))
     return render(
         "gemma_edge.evaluate",
         title="gemma-eval",

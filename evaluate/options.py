@@ -30,3 +30,4 @@ class EvaluationOptions:
     backend: str | None = None  # backend of the bundles; None: the first that is installed
     threads: int | None = None  # threads of the bundles; None: what each bundle's target says
     tasks: TaskOptions | None = None  # None: no tasks
+    memorization: Path | None = None  # UTF-8 file whose passages the models are to continue; None: no probe

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma_edge.errors import InputError
+from gemma_edge.evaluate.memorization import passages
 from gemma_edge.evaluate.model import Model
 from gemma_edge.evaluate.open_model import open_model
 from gemma_edge.evaluate.options import EvaluationOptions, TaskOptions
@@ -38,6 +39,7 @@ class Job:
     protocol: str
     window: int  # tokens
     tasks: Tasks | None
+    passages: list[tuple[int, ...]]  # of the memorization probe
 
     @property
     def notes(self) -> list[str]:
@@ -79,8 +81,16 @@ def prepare(options: EvaluationOptions) -> Job:
         ids = _encode(tokenizer, text, options.max_tokens // len(texts) if options.max_tokens else None)
         windows += cut(ids, protocol, bos=tokenizer.bos_token_id, window=window)
     _check_ids(windows, everyone[0])
+    parts = [] if options.memorization is None else _passages(options.memorization, tokenizer, options.max_tokens)
     tasks = None if options.tasks is None else _load_tasks(options.tasks)
-    return Job(models, _names(options.models), reference, tokenizer, list(texts), windows, protocol.name, window, tasks)
+    names = _names(options.models)
+    return Job(models, names, reference, tokenizer, list(texts), windows, protocol.name, window, tasks, parts)
+
+
+def _passages(path: Path, tokenizer: Tokenizer, max_tokens: int) -> list[tuple[int, ...]]:
+    """The passages of a file's first `max_tokens` tokens; 0 takes all."""
+    text = read_text(path, "give UTF-8 text", field="memorization")
+    return passages(_encode(tokenizer, text, max_tokens or None))
 
 
 def _refuse_unused(options: EvaluationOptions, models: Sequence[Model], reference: Model | None) -> None:

@@ -8,6 +8,7 @@ from gemma_edge.evaluate.result import Evaluation, Result
 from gemma_edge.report.console import print_table, size
 
 COLUMNS = ("model", "bits/weight", "size", "ppl", "change", "KL", "top-1")
+MEMORIZATION_COLUMNS = ("model", "passages", "exact", "approximate")
 # TEXT_COLUMNS: the columns that hold text; the others hold numbers.
 TEXT_COLUMNS = ("model", "task", "metric")
 
@@ -25,16 +26,40 @@ def cells(result: Result) -> tuple[str, ...]:
     )
 
 
+def everyone(evaluation: Evaluation) -> list[tuple[str, Result]]:
+    """The reference, if there is one, and the models, each with the name that tables show."""
+    reference = evaluation.reference
+    first = [] if reference is None else [(f"{reference.name} (original)", reference)]
+    return [*first, *((result.name, result) for result in evaluation.results)]
+
+
 def rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
     """The row of the reference, if there is one, and the rows of the models."""
-    reference = evaluation.reference
-    first = [] if reference is None else [(f"{reference.name} (original)", *cells(reference)[1:])]
-    return [*first, *(cells(result) for result in evaluation.results)]
+    return [(name, *cells(result)[1:]) for name, result in everyone(evaluation)]
+
+
+def task_columns(evaluation: Evaluation) -> tuple[str, ...]:
+    """The columns of `task_rows`."""
+    return ("task", "metric", *(name for name, _ in everyone(evaluation)))
+
+
+def memorization_rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
+    """Rows of a model and what it has by heart, with the cells of MEMORIZATION_COLUMNS."""
+    found = [(name, result.memorization) for name, result in everyone(evaluation)]
+    return [
+        (name, str(each.passages), _share(each.exact, each.passages), _share(each.approximate, each.passages))
+        for name, each in found
+        if each is not None
+    ]
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count} ({count / total:.2%})"
 
 
 def task_rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
     """Rows of task, metric and one score per model, with its standard error where it has one."""
-    results = evaluation.results
+    results = [result for _, result in everyone(evaluation)]
     pairs = dict.fromkeys(
         (task, metric) for result in results for task in result.tasks for metric in result.tasks[task]
     )
@@ -66,5 +91,6 @@ def print_tables(evaluation: Evaluation) -> None:
     """Print the table of all models, and the table of tasks if there are any."""
     print_table(title(evaluation), COLUMNS, rows(evaluation), names=TEXT_COLUMNS)
     if scores := task_rows(evaluation):
-        columns = ("task", "metric", *(result.name for result in evaluation.results))
-        print_table("tasks", columns, scores, names=TEXT_COLUMNS)
+        print_table("tasks", task_columns(evaluation), scores, names=TEXT_COLUMNS)
+    if found := memorization_rows(evaluation):
+        print_table("memorization", MEMORIZATION_COLUMNS, found, names=TEXT_COLUMNS)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from gemma_edge.evaluate.memorization import Memorization
+
 
 @dataclass
 class Result:
@@ -25,6 +27,7 @@ class Result:
     kl_by_position: list[dict[str, float]] = field(default_factory=list)  # {first, last, kl}: positions in the window
     layers: list[float] = field(default_factory=list)  # relative error of each layer's output
     tasks: dict[str, dict[str, float]] = field(default_factory=dict)  # task -> metric -> value
+    memorization: Memorization | None = None
 
 
 @dataclass

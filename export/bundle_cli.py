@@ -168,6 +168,30 @@ def adapter(lora: str, out: Path | None, as_json: bool, **choices: Any) -> None:
         report.print_adapter(made)
 
 
+@click.command(cls=Command)
+@click.argument("bundle", type=PATH)
+@click.option("-o", "--out", type=PATH, help="The file; plots come beside it. Default: README.md in the bundle.")
+@click.option("--base", metavar="HUB_ID", help="The original's Hugging Face id, which the card then names.")
+@click.option("--license", default="gemma", show_default=True, help="The original's licence, as Hugging Face names it.")
+@click.option("--push", metavar="HUB_ID", help="Upload the bundle with its card to this repository of yours.")
+@click.option("--force", is_flag=True, help="Replace an existing card.")
+def card(bundle: Path, out: Path | None, base: str | None, license: str, push: str | None, force: bool) -> None:
+    """Write a model card of a BUNDLE: sizes, recipe, what the gate measured, plots, licence.
+
+    With --push the bundle and the card go to Hugging Face in one commit. A repository that does not exist is made, private.
+    """
+    from gemma_edge.export.card import card as cards
+    from gemma_edge.export.card import push as pushes
+
+    if push is not None:
+        pushes.check_push(push)
+    out = out or bundle / cards.CARD
+    written = cards.write_card(bundle, out, cards.CardOptions(base, license), force=force)
+    click.echo(f"card in {out}", err=True)
+    if push is not None:
+        click.echo(f"pushed: {pushes.push(bundle, written, push)}", err=True)
+
+
 def one_adapter(lora: Sequence[str]) -> str | None:
     """The adapter, if one is given. A second one is refused, because click would silently take the last."""
     if len(lora) > 1:
@@ -177,4 +201,4 @@ def one_adapter(lora: Sequence[str]) -> str | None:
     return lora[0] if lora else None
 
 
-COMMANDS = (inspect, verify, litertlm, gguf, adapter)
+COMMANDS = (inspect, verify, litertlm, gguf, adapter, card)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gemma_edge.runtimes.engines.base import Runtime
     from gemma_edge.runtimes.generation.console import Output
     from gemma_edge.runtimes.generation.generate import GenerationOptions
+    from gemma_edge.runtimes.guard import Guard
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 FILTERS = ("top_k", "top_p", "min_p")  # without effect on greedy answers
@@ -44,23 +45,26 @@ def run(bundle: Path, prompt: str | None, load_prefix: Path | None, **choices: A
     text = _text(prompt)
     from gemma_edge.runtimes.generation.console import complete
 
+    guard = _guard(choices)
     runtime, prefix = _open(bundle, load_prefix, choices)
-    complete(runtime, prefix + text, options, output)
+    complete(runtime, prefix + text, options, output, guard)
 
 
 @main.command(CHAT, cls=RunCommand, params=parameters(CHAT))
-def chat(bundle: Path, prompt: str | None, load_prefix: Path | None, **choices: Any) -> None:
+def chat(bundle: Path, prompt: str | None, load_prefix: Path | None, resume: str | None, **choices: Any) -> None:
     """Chat with the BUNDLE, or answer one turn.
 
-    Only answers go to stdout. On a terminal, /undo takes the last turn back, /reset starts over and /quit leaves.
+    Only answers go to stdout. /undo takes the last turn back, /reset starts over and /quit leaves. /save NAME keeps the chat,
+    /load NAME goes on with it, /list shows what is kept, and /delete NAME forgets it.
     """
     options, output = _generation(choices), _output(choices)
     if prompt == "-":
         prompt = _text(prompt)
     from gemma_edge.runtimes.generation import repl
 
+    guard = _guard(choices)
     runtime, prefix = _open(bundle, load_prefix, choices)
-    repl.chat(runtime, prompt, options, output, prefix=prefix)
+    repl.chat(runtime, prompt, options, output, prefix=prefix, guard=guard, resume=resume)
 
 
 @main.command(SERVE, cls=RunCommand, params=parameters(SERVE))
@@ -119,6 +123,15 @@ def _output(choices: dict[str, Any]) -> Output:
     from gemma_edge.runtimes.generation.console import Output
 
     return Output(stats=choices.pop("stats"), as_json=choices.pop("as_json"))
+
+
+def _guard(choices: dict[str, Any]) -> Guard | None:
+    bundle = choices.pop("guard")
+    if bundle is None:
+        return None
+    from gemma_edge.runtimes import guard
+
+    return guard.Guard(bundle, threads=choices["threads"])
 
 
 def _open(bundle: Path, load_prefix: Path | None, choices: dict[str, Any]) -> tuple[Runtime, str]:

@@ -124,6 +124,14 @@ CHOICES = (
         metavar="SCHEMA",
         help="Make each answer JSON that fits this schema: a file, or the schema itself.",
     ),
+    _choice(
+        (CHAT,),
+        "--resume",
+        metavar="[NAME]",
+        is_flag=False,
+        flag_value="",
+        help="Go on with the chat that /save NAME kept; without NAME with the one that was saved last.",
+    ),
     _choice((), "--serve", is_flag=True),
     _choice(
         (SERVE,),
@@ -171,6 +179,13 @@ CHOICES = (
         help="The longest time that one answer may take.",
     ),
     _choice((SERVE,), "--log", is_flag=True, help="Print one line to stderr for each request."),
+    _choice(
+        GENERATING,
+        "--guard",
+        type=FILE,
+        metavar="BUNDLE",
+        help="A bundle of ShieldGemma that judges prompts and answers; answers come when they are complete. Default: none.",
+    ),
     _choice(
         COMMANDS,
         "--backend",

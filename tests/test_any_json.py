@@ -22,6 +22,7 @@ from gemma_edge.quantize.recipe import Recipe
 from gemma_edge.reading import parse_json
 from gemma_edge.runtimes.generation.generate import GenerationOptions
 from gemma_edge.runtimes.serve.openai import Model, ParsedRequest
+from gemma_edge.runtimes.tools.forms import form_of
 from gemma_edge.text.chat import ChatTemplate
 from gemma_edge.text.tokenizer import Tokenizer
 
@@ -126,7 +127,8 @@ def test_any_value_of_an_adapter(tmp_path_factory: pytest.TempPathFactory, key: 
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     bundle = write_toy_bundle(tmp_path_factory.mktemp("toy") / "bundle")
     manifest = Manifest.load(bundle)
-    return Model(Tokenizer(bundle, manifest), ChatTemplate.from_bundle(bundle), manifest.config.vocab_size, 64)
+    template = ChatTemplate.from_bundle(bundle)
+    return Model(Tokenizer(bundle, manifest), template, form_of(template), manifest.config.vocab_size, 64)
 
 
 @fuzzed

@@ -24,9 +24,22 @@ SIGNATURES = {
 }
 CLASSES = {
     "Adapter": ["folder", "manifest", "factors"],
+    "Call": ["name", "arguments", "id"],
+    "Tool": ["name", "description", "parameters"],
     "CalibrationText": ["paths", "tokens", "chat", "seed"],
     "EvaluationOptions": [
-        *("models", "reference", "texts", "protocol", "window", "max_tokens", "backend", "threads", "tasks"),
+        *(
+            "models",
+            "reference",
+            "texts",
+            "protocol",
+            "window",
+            "max_tokens",
+            "backend",
+            "threads",
+            "tasks",
+            "memorization",
+        ),
     ],
     "ExportOptions": [
         *(
@@ -45,7 +58,18 @@ CLASSES = {
         ),
         *("verify", "runtime_python", "keep_failed", "save_checkpoint", "force"),
     ],
-    "GenerationOptions": ["max_tokens", "sampling", "stop", "strict", "json_schema", "speculate"],
+    "GenerationOptions": [
+        "max_tokens",
+        "sampling",
+        "stop",
+        "strict",
+        "json_schema",
+        "speculate",
+        "tools",
+        "tool_choice",
+        "parallel_calls",
+    ],
+    "Guard": ["bundle", "backend", "threads", "accelerator"],
     "QuantizeOptions": [
         *(
             "bits",
@@ -96,6 +120,13 @@ try:
     session = gemma_edge.Session.open(made.bundle)
     for piece in session.send("Hello", gemma_edge.GenerationOptions(max_tokens=20)):
         print(piece, end="")
+    tools = (gemma_edge.Tool("weather", "The weather.", {"type": "object", "properties": {}}),)
+    for piece in session.send("Is it warm?", gemma_edge.GenerationOptions(tools=tools)):
+        print(piece, end="")
+    calls: tuple[gemma_edge.Call, ...] = session.calls
+    for piece in session.reply([call.arguments for call in calls]):
+        print(piece, end="")
+    violates: float = gemma_edge.Guard("shieldgemma").score("hate", "Hello", "Hi.")
     recipe: gemma_edge.Recipe = folder.recipe
 except gemma_edge.InputError as error:
     print(error, error.field, error.value, error.allowed, error.hint)

@@ -115,7 +115,12 @@ class AdaptedWeights(Weights):
     """A model's weights with an adapter's update added, as its graph computes them."""
 
     def __init__(self, base: Weights, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        self.folder, self.origin, self.text_folder, self.config = base.folder, base.origin, base.text_folder, base.config
+        self.folder, self.origin, self.text_folder, self.config = (
+            base.folder,
+            base.origin,
+            base.text_folder,
+            base.config,
+        )
         self.configs = dict.fromkeys(base.configs)
         self._base, self._factors = base, factors
 

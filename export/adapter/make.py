@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.numpy import save
@@ -153,16 +152,16 @@ def _original(options: AdapterOptions, manifest: Manifest, *, merged: bool) -> W
     return source
 
 
-def _judged(
-    options: AdapterOptions, manifest: Manifest, base: Weights, folder: Path, progress: Progress
-) -> GateResult:
+def _judged(options: AdapterOptions, manifest: Manifest, base: Weights, folder: Path, progress: Progress) -> GateResult:
     """The gate on the pair: against the merged original, and against the bundle's integers with the stored factors added."""
     opened = Adapter.open(folder)
     factors = {name: (torch.from_numpy(a), torch.from_numpy(b)) for name, (a, b) in opened.factors.items()}
     integers = AdaptedWeights(base, factors)
     original = integers if options.reference is None else _original(options, manifest, merged=True)
     chosen = again.VerifyOptions(options.base, backend=BACKEND, level=options.level)
-    return again.judged(chosen, manifest, [BACKEND], gate_pythons([BACKEND], None), original, integers, progress, adapter=folder)[BACKEND]
+    return again.judged(
+        chosen, manifest, [BACKEND], gate_pythons([BACKEND], None), original, integers, progress, adapter=folder
+    )[BACKEND]
 
 
 def _files(folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:

@@ -38,7 +38,9 @@ def judge(folder: Path) -> dict[str, Any]:
     backend = convert(task["backend"], BackendInfo)
     if backend.name not in registered():  # it was registered in the process that exports, and not by an entry point
         register(backend)
-    runtime = gemma_edge.load(task["bundle"], backend=backend.name, accelerator=task["accelerator"], adapter=task["adapter"])
+    runtime = gemma_edge.load(
+        task["bundle"], backend=backend.name, accelerator=task["accelerator"], adapter=task["adapter"]
+    )
     chunk = runtime.cache.prefill_chunk
     generated = _generate(runtime, task["ids"][:chunk])
     quality, past, lowering, generation = Comparison(), Comparison(), Comparison(), 0.0

@@ -142,7 +142,9 @@ class OnnxRuntime(Runtime):
             value = factors[linear][SIDES.index(side)] if linear in factors else _no_factor(shape)
             if [size for size in shape if isinstance(size, int)] != [value.shape[SIDES.index(side)]]:
                 assert self.adapter is not None
-                raise InputError(f"{self.adapter.folder}: {name} has shape {list(value.shape)}, the graph {shape}; {HINT}")
+                raise InputError(
+                    f"{self.adapter.folder}: {name} has shape {list(value.shape)}, the graph {shape}; {HINT}"
+                )
             loaded.binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(value))
         unknown = sorted(f"{linear}.{SIDES[0]}" for linear in factors if f"{linear}.{SIDES[0]}" not in inputs)
         if unknown:

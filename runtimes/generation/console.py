@@ -18,6 +18,7 @@ from gemma_edge.runtimes.engines.base import Runtime, Stats
 from gemma_edge.runtimes.generation.generate import GenerationOptions, GenerationState
 from gemma_edge.runtimes.generation.sampling import Sampler
 from gemma_edge.runtimes.generation.text_generator import TextGenerator
+from gemma_edge.runtimes.guard import Guard, guarded
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,9 @@ def note_overflow(context: int) -> None:
     note(f"longer than the context of {context} tokens: the oldest have fallen out")
 
 
-def complete(runtime: Runtime, prompt: str, options: GenerationOptions, output: Output) -> None:
+def complete(
+    runtime: Runtime, prompt: str, options: GenerationOptions, output: Output, guard: Guard | None = None
+) -> None:
     """Continue a text and print the answer.
 
     Args:
@@ -71,9 +74,10 @@ def complete(runtime: Runtime, prompt: str, options: GenerationOptions, output: 
         prompt: the whole text, or token ids for a token-level bundle.
         options: how to generate.
         output: what to print beside the answer.
+        guard: judges prompt and answer; the answer is then printed when it is complete.
 
     Raises:
-        InputError: a prompt or an option that cannot be used.
+        InputError: a prompt or an option that cannot be used, or a text that the guard refuses.
     """
     generator = TextGenerator.open(runtime, note)
     if generator.tokenizer is None:
@@ -83,7 +87,7 @@ def complete(runtime: Runtime, prompt: str, options: GenerationOptions, output: 
     pieces = generator.answer(ids, options, state)
     if len(ids) > runtime.cache.context:
         note_overflow(runtime.cache.context)
-    show(runtime, pieces, lambda: state.ids, lambda: generator.guesses_refused(options), output)
+    show(runtime, guarded(guard, prompt, pieces), lambda: state.ids, lambda: generator.guesses_refused(options), output)
 
 
 def show(

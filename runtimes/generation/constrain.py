@@ -1,4 +1,4 @@
-"""JSON by a schema: before a token is chosen, those that cannot go on to valid JSON are taken out. llguidance knows which.
+"""Answers by a grammar, such as JSON by a schema: tokens that cannot go on to a valid text are taken out. llguidance knows which.
 
 This file adds an end in time. While an answer grows, it keeps an ending (closing.py) that fits into the tokens left. If no
 ending exists after a chosen token, the next token of the kept ending replaces it. So an answer that runs to its end, or to its
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,21 +130,40 @@ def _grammar(schema: dict[str, Any]) -> str:
     return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=OPTIONS)
 
 
-class Grammar:
-    """A schema over a vocabulary; `begin` an answer with it."""
+@dataclass(frozen=True)
+class Rules:
+    """A grammar in llguidance's own notation, which needs no vocabulary yet."""
 
-    def __init__(self, vocabulary: Vocabulary, schema: dict[str, Any]) -> None:
-        """Compile the schema.
+    source: str
+    schemas: tuple[dict[str, Any], ...]  # the JSON schemas in it
+    what: str = "this JSON schema"  # names it in messages
+
+
+def schema_rules(schema: dict[str, Any]) -> Rules:
+    """The grammar of JSON that fits a schema.
+
+    Raises:
+        InputError: it cannot be followed.
+    """
+    check_schema(schema)
+    return Rules(_grammar(schema), (schema,))
+
+
+class Grammar:
+    """Rules over a vocabulary; `begin` an answer with them."""
+
+    def __init__(self, vocabulary: Vocabulary, rules: Rules) -> None:
+        """Compile the rules.
 
         Raises:
-            InputError: it cannot be followed.
+            InputError: they cannot be followed.
         """
-        check_schema(schema)
-        self.vocabulary, self.schema = vocabulary, schema
-        self._start = self._matcher(schema)
+        self.vocabulary, self.what = vocabulary, rules.what
+        self._start = self._matcher(rules.source)
         if self._start.is_error():
-            raise InputError(f"the JSON schema cannot be followed: {self._start.get_error().splitlines()[0]}")
-        patterns = [each["pattern"] for each in _objects(schema) if isinstance(each.get("pattern"), str)]
+            raise InputError(f"{rules.what} cannot be followed: {self._start.get_error().splitlines()[0]}")
+        found = _objects(list(rules.schemas))
+        patterns = [each["pattern"] for each in found if isinstance(each.get("pattern"), str)]
         self._closer = Closer(vocabulary, patterns, self._matcher_of_pattern)
 
     def begin(self, max_tokens: int) -> Constraint:
@@ -155,23 +174,23 @@ class Grammar:
         """
         ending = self._closer.find(self._start, Quotes(), MAX_CLOSING_TOKENS)
         if ending is None:
-            raise InputError(f"no text of at most {MAX_CLOSING_TOKENS} tokens was found that fits the JSON schema")
+            raise InputError(f"no text of at most {MAX_CLOSING_TOKENS} tokens was found that fits {self.what}")
         if len(ending) > max_tokens:
             raise InputError(
-                f"an answer of {max_tokens} tokens is too short for this JSON schema; allow at least {len(ending)}",
+                f"an answer of {max_tokens} tokens is too short for {self.what}; allow at least {len(ending)}",
                 field="max_tokens",
                 value=max_tokens,
             )
         return Constraint(self.vocabulary, self._start.deep_copy(), self._closer, ending, max_tokens)
 
-    def _matcher(self, schema: dict[str, Any]) -> LLMatcher:
+    def _matcher(self, source: str) -> LLMatcher:
         from llguidance import LLMatcher
 
-        return LLMatcher(self.vocabulary.library, _grammar(schema), log_level=0)
+        return LLMatcher(self.vocabulary.library, source, log_level=0)
 
     def _matcher_of_pattern(self, pattern: str) -> LLMatcher:
         whole = f"^(?:{pattern.removeprefix('^').removesuffix('$')})$"
-        return self._matcher({"type": "string", "pattern": whole})
+        return self._matcher(_grammar({"type": "string", "pattern": whole}))
 
 
 class Constraint:

@@ -12,6 +12,7 @@ from gemma_edge.runtimes.engines.base import Runtime
 from gemma_edge.runtimes.generation.constrain import Constraint, Grammar
 from gemma_edge.runtimes.generation.sampling import Sampler, SamplingParams
 from gemma_edge.runtimes.generation.speculate import MODES, Speculation
+from gemma_edge.runtimes.tools.tool import AUTO, Tool, check_tools
 
 STOP, LENGTH, CANCELLED = "stop", "length", "cancelled"
 CHUNKS_BETWEEN_CHECKS = (
@@ -29,6 +30,9 @@ class GenerationOptions:
     strict: bool = False  # True refuses a text longer than the context; False forgets its oldest tokens
     json_schema: Mapping[str, Any] | None = None  # a JSON schema that the answer fits
     speculate: str | None = None  # prompt lookup: "exact" or "close", see `Speculation`; None decodes token by token
+    tools: tuple[Tool, ...] = ()  # functions that the model may call
+    tool_choice: str = AUTO  # "auto", "none", "required", or the name of the tool that must be called
+    parallel_calls: bool = True  # whether an answer may hold several calls
 
     def __post_init__(self) -> None:
         """Raises InputError for a value that cannot be used."""
@@ -42,6 +46,7 @@ class GenerationOptions:
             )
         if self.speculate is not None and self.speculate not in MODES:
             raise InputError(field="speculate", value=self.speculate, allowed=MODES)
+        check_tools(self.tools, self.tool_choice)
 
 
 DEFAULT_OPTIONS = GenerationOptions()
@@ -101,7 +106,7 @@ def generate(
         InputError: at once, before a token is fed: no ids, more tokens than fit with `options.strict`, too few for the
             grammar, or an option that this function does not handle.
     """
-    for name in ("stop", "json_schema", "speculate"):
+    for name in ("stop", "json_schema", "speculate", "tools"):
         if getattr(options, name) != getattr(DEFAULT_OPTIONS, name):
             raise InputError(f"generate does not handle `{name}`; use Session or TextGenerator", field=name)
     if not ids:

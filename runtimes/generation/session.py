@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from copy import copy, deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,15 @@ from gemma_edge.runtimes.engines.state import read_state, write_state
 from gemma_edge.runtimes.generation.generate import GenerationOptions, GenerationState, Usage
 from gemma_edge.runtimes.generation.sampling import Sampler
 from gemma_edge.runtimes.generation.text_generator import TextGenerator
+from gemma_edge.runtimes.tools.form import AnswerReader, Message
+from gemma_edge.runtimes.tools.forms import form_of
+from gemma_edge.runtimes.tools.tool import Call, compact
 from gemma_edge.text.chat import ChatTemplate
 from gemma_edge.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-Messages = tuple[dict[str, str], ...]
+Messages = tuple[Message, ...]
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,8 @@ class Session:
         self.options = options or GenerationOptions()
         self.prefix = prefix
         self.usage = Usage()
-        self._generator = TextGenerator(runtime, tokenizer, notify)
+        self._form = form_of(template)
+        self._generator = TextGenerator(runtime, tokenizer, notify, self._form)
         self._generator.prepare(self.options)
         self._generator.grammar(self.options)
         self._sampler = Sampler(self.options.sampling)
@@ -137,6 +141,12 @@ class Session:
     def answer_ids(self) -> tuple[int, ...]:
         """Tokens of the last answer so far, without the stop token."""
         return tuple(self._answer_ids)
+
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        """The calls in the last answer that is complete. Give their results to `reply`."""
+        said = self._turns[-1].messages[-1:]
+        return tuple(Call.of_json(call) for message in said for call in message.get("tool_calls", ()))
 
     @property
     def messages(self) -> Messages:
@@ -219,7 +229,7 @@ class Session:
         """Add the user's turn and return the answer, an iterator of pieces of text.
 
         Closing the iterator, `cancel`, or the next turn ends an answer early; the text up to there then stays in the
-        conversation.
+        conversation. Calls of `options.tools` are no part of the text: they are in `calls` when the answer is complete.
 
         Args:
             text: the user's turn.
@@ -229,12 +239,38 @@ class Session:
             InputError: at once, if the template or the options refuse the turn; the conversation is then as before.
         """
         self._answer.close()
+        content = text if self._turns[-1].messages else self.prefix + text
+        return self._go_on([{"role": "user", "content": content}], options)
+
+    def reply(self, results: Sequence[Any], options: GenerationOptions | None = None) -> Iterator[str]:
+        """Give the results of `calls` to the model and return its next answer, as `send` does.
+
+        Args:
+            results: one for each call, in their order: a text, or whatever JSON can hold.
+            options: as in `send`.
+
+        Raises:
+            InputError: as `send`; also if there are more or fewer results than calls.
+        """
+        self._answer.close()
+        calls = self.calls
+        if not calls or len(results) != len(calls):
+            raise InputError(
+                f"the last answer holds {len(calls)} calls, and {len(results)} results were given",
+                field="results",
+                hint="give one result for each call",
+            )
+        texts = [result if isinstance(result, str) else compact(result) for result in results]
+        pairs = zip(calls, texts, strict=True)
+        return self._go_on([{"role": "tool", "name": call.name, "content": text} for call, text in pairs], options)
+
+    def _go_on(self, new: Sequence[Message], options: GenerationOptions | None) -> Iterator[str]:
+        """Add messages, and return the answer to them."""
         self._cancelled.clear()
         options = options or self.options
         last = self._turns[-1]
-        content = text if last.messages else self.prefix + text
-        messages = (*last.messages, {"role": "user", "content": content})
-        prompt = self.template.render(messages)
+        messages = (*last.messages, *new)
+        prompt = self._form.render(self.template, messages, options.tools)
         ids = self._ids_of(prompt, last)
         if self._sampler.params != options.sampling:
             self._sampler = Sampler(options.sampling)
@@ -244,30 +280,47 @@ class Session:
         self.runtime.use_adapter(self.adapter)
         pieces = self._generator.answer(ids, options, state)
         question = _Turn(messages, tuple(ids), (prompt,))
-        self._answer = self._run(question, pieces, state.ids, cut=bool(options.stop))
+        self._answer = self._run(question, pieces, self._form.reader(options), state.ids, cut=bool(options.stop))
         return self._answer
 
     def _run(
-        self, question: _Turn, pieces: Generator[str, None, None], answer_ids: list[int], *, cut: bool
+        self,
+        question: _Turn,
+        pieces: Generator[str, None, None],
+        reader: AnswerReader,
+        answer_ids: list[int],
+        *,
+        cut: bool,
     ) -> Generator[str, None, None]:
-        answer = ""
+        answer = text = ""
         # False while a token is being computed: if that is interrupted, the turn is forgotten
         settled = False
         try:
             for piece in pieces:
                 answer += piece
                 settled = True
-                yield piece
+                for part in reader.feed(piece):
+                    if isinstance(part, str):
+                        text += part
+                        yield part
                 settled = False
             settled = True
+            rest = "".join(part for part in reader.end() if isinstance(part, str))
+            text += rest
+            if rest:
+                yield rest
         finally:
             pieces.close()
             if settled:
-                self._turns.append(self._answered(question, answer, answer_ids, cut=cut))
+                calls = [call.as_json() for call in reader.calls]
+                said: Message = {"role": "assistant", "content": text if calls else answer}
+                if calls:
+                    said["tool_calls"] = calls
+                self._turns.append(self._answered(question, said, answer, answer_ids, cut=cut))
 
-    def _answered(self, question: _Turn, answer: str, answer_ids: list[int], *, cut: bool) -> _Turn:
+    def _answered(self, question: _Turn, said: Message, answer: str, answer_ids: list[int], *, cut: bool) -> _Turn:
         """The conversation after the answer; `cut` says that a stop text may have shortened it."""
-        messages = (*question.messages, {"role": "assistant", "content": answer})
+        messages = (*question.messages, said)
         if cut and "".join(self.tokenizer.stream(answer_ids)) != answer:
             return _Turn(
                 messages, question.ids, question.texts

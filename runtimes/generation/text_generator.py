@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from gemma_edge.errors import InputError
 from gemma_edge.runtimes.engines.base import Runtime
-from gemma_edge.runtimes.generation.constrain import Grammar
+from gemma_edge.runtimes.generation.constrain import Grammar, Rules, schema_rules
 from gemma_edge.runtimes.generation.generate import (
     DEFAULT_OPTIONS,
     STOP,
@@ -20,6 +20,7 @@ from gemma_edge.runtimes.generation.generate import (
 from gemma_edge.runtimes.generation.sampling import Sampler
 from gemma_edge.runtimes.generation.speculate import Speculation
 from gemma_edge.runtimes.generation.vocabulary import Vocabulary
+from gemma_edge.runtimes.tools.form import ToolForm
 from gemma_edge.text.tokenizer import Tokenizer, parse_ids
 
 log = logging.getLogger(__name__)
@@ -32,18 +33,25 @@ class TextGenerator:
     has no tokenizer; its text is token ids with commas between them.
     """
 
-    def __init__(self, runtime: Runtime, tokenizer: Tokenizer | None, notify: Callable[[str], None] = log.info) -> None:
-        """Keep both; nothing is computed yet.
+    def __init__(
+        self,
+        runtime: Runtime,
+        tokenizer: Tokenizer | None,
+        notify: Callable[[str], None] = log.info,
+        form: ToolForm | None = None,
+    ) -> None:
+        """Keep all of them; nothing is computed yet.
 
         Args:
             runtime: used by one answer at a time.
             tokenizer: the bundle's; None for a token-level bundle.
             notify: called with one sentence when prompt lookup turns out to be of no use with this runtime.
+            form: how the model writes calls of tools; None where there are no tools.
         """
-        self.runtime, self.tokenizer = runtime, tokenizer
+        self.runtime, self.tokenizer, self.form = runtime, tokenizer, form
         self._notify = notify
         self._vocabulary: Vocabulary | None = None
-        self._grammar: Grammar | None = None  # of the schema that was used last
+        self._grammar: tuple[Rules, Grammar] | None = None  # those that were used last
         self._speculations: dict[str, Speculation] = {}
 
     @classmethod
@@ -70,21 +78,31 @@ class TextGenerator:
         return self.tokenizer.encode(text) if self.tokenizer else parse_ids(text)
 
     def grammar(self, options: GenerationOptions) -> Grammar | None:
-        """The grammar of `options.json_schema`. The first one takes a second, a new schema some milliseconds.
+        """The grammar of the answer. The first one takes a second, a new schema some milliseconds.
 
         Raises:
-            InputError: the schema cannot be followed, or this bundle has no tokenizer.
+            InputError: a schema in `options` cannot be followed, or this bundle has no tokenizer.
         """
-        if options.json_schema is None:
+        if options.json_schema is None and not options.tools:
             return None
+        name = "tools" if options.tools else "json_schema"
         if self.tokenizer is None:
-            raise InputError("`json_schema` needs text, and this bundle has no tokenizer", field="json_schema")
+            raise InputError(f"`{name}` needs text, and this bundle has no tokenizer", field=name)
+        if options.tools and self.form is None:
+            raise InputError("`tools` needs a chat; use Session", field="tools")
+        rules = self._rules(options)
         if self._vocabulary is None:
             self._vocabulary = Vocabulary(self.tokenizer, self.runtime.manifest.config.vocab_size)
-        grammar = self._grammar
-        if grammar is None or grammar.schema != options.json_schema:
-            grammar = self._grammar = Grammar(self._vocabulary, dict(options.json_schema))
-        return grammar
+        if self._grammar is None or self._grammar[0] != rules:
+            self._grammar = rules, Grammar(self._vocabulary, rules)
+        return self._grammar[1]
+
+    def _rules(self, options: GenerationOptions) -> Rules:
+        if options.tools:
+            assert self.form is not None
+            return self.form.rules(options)
+        assert options.json_schema is not None
+        return schema_rules(dict(options.json_schema))
 
     def prepare(self, options: GenerationOptions) -> Speculation | None:
         """The prompt lookup that `options.speculate` names; making it may load another graph."""
@@ -112,7 +130,7 @@ class TextGenerator:
             ids: the whole text, at least one token.
             options: how to generate.
             state: the answer's own sampler, which replaces one made from `options.sampling`, its usage and cancelling;
-                a grammar in it replaces the one made from `options.json_schema`.
+                a grammar in it replaces the one made from `options`.
 
         Returns:
             Pieces of text. Closing the iterator ends the answer.
@@ -130,7 +148,7 @@ class TextGenerator:
         )
         known = self.runtime.align(ids)
         state.sampler.observe(ids[:known])
-        rest = replace(options, stop=(), json_schema=None, speculate=None)
+        rest = GenerationOptions(options.max_tokens, options.sampling, strict=options.strict)
         tokens = generate(self.runtime, ids[known:], rest, stop_ids=self.stop_ids, state=state)
         return self._pieces(tokens, options.stop, state)
 

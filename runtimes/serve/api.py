@@ -98,8 +98,8 @@ async def _stream(job: Job, request: ParsedRequest, form: ResponseForm, send: Se
     headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     try:
-        if form.chat:
-            await event(form.role())
+        for choice in range(request.choices if form.chat else 0):
+            await event(form.role(choice))
         async for piece in job.pieces():
             await event(form.piece(piece))
     except (InputError, Refused) as error:

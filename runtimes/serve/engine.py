@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import chain
 from time import monotonic
 from typing import Any
 
@@ -23,11 +24,15 @@ from gemma_edge.runtimes.generation.constrain import Grammar
 from gemma_edge.runtimes.generation.generate import GenerationOptions, GenerationState, Usage
 from gemma_edge.runtimes.generation.sampling import Sampler
 from gemma_edge.runtimes.generation.text_generator import TextGenerator
+from gemma_edge.runtimes.guard import Guard, Violation, guarded
 from gemma_edge.runtimes.serve.logprobs import Recorder
 from gemma_edge.runtimes.serve.openai import Model, ParsedRequest
 from gemma_edge.runtimes.serve.refused import Refused
-from gemma_edge.runtimes.serve.responses import Piece, Total, finish_reason
+from gemma_edge.runtimes.serve.responses import CONTENT_FILTER, Piece, Total, finish_reason
 from gemma_edge.runtimes.serve.schemas import SPELLINGS
+from gemma_edge.runtimes.tools.form import AnswerReader
+from gemma_edge.runtimes.tools.forms import form_of
+from gemma_edge.runtimes.tools.tool import CallPart
 from gemma_edge.text.chat import ChatTemplate
 from gemma_edge.text.tokenizer import Tokenizer
 
@@ -96,6 +101,7 @@ class Engine:
         notify: Callable[[str], None] = log.info,
         *,
         time_limit_s: float = TIME_LIMIT_S,
+        guard: Guard | None = None,
     ) -> None:
         """Take over a runtime.
 
@@ -104,14 +110,16 @@ class Engine:
             options: for what a request leaves open.
             notify: called with one sentence when prompt lookup turns out to be of no use with this runtime.
             time_limit_s: how many seconds an answer may take.
+            guard: judges prompts and answers; an answer is then sent when it is complete.
 
         Raises:
             InputError: a token-level bundle.
         """
-        self.runtime, self.options, self.time_limit_s = runtime, options, time_limit_s
+        self.runtime, self.options, self.time_limit_s, self.guard = runtime, options, time_limit_s, guard
         tokenizer, template = Tokenizer(runtime.bundle, runtime.manifest), ChatTemplate.from_bundle(runtime.bundle)
-        self.model = Model(tokenizer, template, runtime.vocab_size, runtime.cache.context)
-        self.generator = TextGenerator(runtime, tokenizer, notify)
+        form = form_of(template)
+        self.model = Model(tokenizer, template, form, runtime.vocab_size, runtime.cache.context)
+        self.generator = TextGenerator(runtime, tokenizer, notify, form)
         self.generator.prepare(options)
         self.name = runtime.manifest.model.name
         self.created = int(time.time())
@@ -179,7 +187,7 @@ class Engine:
         else:
             job.call(job.take, request)
             self._writer.submit(self._write, job, request, grammar)
-        if any(name in job.body for name in SPELLINGS):
+        if any(name in job.body for name in (*SPELLINGS, "tools")):
             give_back()  # compiling a schema may have taken much memory
 
     def _write(self, job: Job, request: ParsedRequest, grammar: Grammar | None) -> None:
@@ -205,15 +213,16 @@ class Engine:
             return job.cancelled.is_set() or monotonic() > end
 
         state = GenerationState(Sampler(request.options.sampling), cancelled=cancelled, grammar=grammar)
-        for index in range(len(request.prompts)):
+        for index in range(request.choices):
             usage = Usage()
             for piece in self._choice(request, index, replace(state, usage=usage, ids=[])):
                 job.call(job.take, piece)
-            job.total.add(usage, self.model.context)
+            job.total.add(usage, self.model.context, again=index % request.n > 0)
 
     def _choice(self, request: ParsedRequest, index: int, state: GenerationState) -> Iterator[Piece]:
-        """The pieces of the answer to one prompt."""
-        ids, recorder = request.prompts[index], None
+        """The pieces of one answer."""
+        prompt = index // request.n
+        ids, recorder = request.prompts[prompt], None
         state.sampler.forget()
         if request.logprobs is not None:
             recorder = Recorder(self.model.tokenizer, request.logprobs)
@@ -221,10 +230,25 @@ class Engine:
             if request.echo:
                 recorder.add_prompt(self.runtime, ids, state.cancelled)
         if request.echo:
-            yield Piece(index, request.echo[index], recorder.take() if recorder else ())
-        for text in self.generator.answer(ids, request.options, state):
-            yield Piece(index, text, recorder.take() if recorder else ())
-        yield Piece(index, "", recorder.take() if recorder else (), finish_reason(state.usage))
+            yield Piece(index, request.echo[prompt], recorder.take() if recorder else ())
+        reader = self.model.form.reader(request.options)
+        answer: Iterator[str] = self.generator.answer(ids, request.options, state)
+        try:
+            for text, calls in _read(guarded(self.guard, request.judged[prompt], answer), reader):
+                yield Piece(index, text, recorder.take() if recorder else (), calls=calls)
+        except Violation:
+            yield Piece(index, "", (), CONTENT_FILTER)
+            return
+        finish = finish_reason(state.usage, calls=bool(reader.calls))
+        yield Piece(index, "", recorder.take() if recorder else (), finish)
+
+
+def _read(answer: Iterator[str], reader: AnswerReader) -> Iterator[tuple[str, tuple[CallPart, ...]]]:
+    """The text and the parts of calls of an answer, as they come."""
+    for parts in chain((reader.feed(piece) for piece in answer), (reader.end() for _ in range(1))):
+        if parts:
+            text = "".join(part for part in parts if isinstance(part, str))
+            yield text, tuple(part for part in parts if not isinstance(part, str))
 
 
 def _shutting_down() -> Refused:

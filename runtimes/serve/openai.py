@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from typing import Any
 
 from gemma_edge.errors import InputError
 from gemma_edge.runtimes.generation.generate import GenerationOptions, check_fits
 from gemma_edge.runtimes.generation.sampling import SamplingParams
 from gemma_edge.runtimes.serve.fields import get, refuse_unsupported
+from gemma_edge.runtimes.serve.messages import messages_of
 from gemma_edge.runtimes.serve.refused import shown
 from gemma_edge.runtimes.serve.schemas import schema_of
+from gemma_edge.runtimes.serve.tools import tools_of
+from gemma_edge.runtimes.tools.form import ToolForm
 from gemma_edge.text.chat import ChatTemplate
 from gemma_edge.text.tokenizer import Tokenizer
 
-SYSTEM = ("system", "developer")
 MAX_TOKENS = ("max_completion_tokens", "max_tokens")  # the first of these fields that is there counts
 INTEGERS = ("top_k", "seed")
 NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")  # some of them only other servers have
 # The largest request. A larger one would keep the machine busy for long before it could be cancelled.
 MAX_NEW_TOKENS = 1 << 20
 MAX_PROMPTS = 32
-MAX_MESSAGES = 2048
+MAX_ANSWERS = 32  # of all prompts together
 MAX_PROMPT_CHARS = 1 << 18
 MAX_STOPS, MAX_STOP_CHARS = 16, 256
 MAX_TOP_LOGPROBS = 20
@@ -36,6 +36,7 @@ class Model:
 
     tokenizer: Tokenizer
     template: ChatTemplate
+    form: ToolForm
     vocab_size: int
     context: int
 
@@ -44,12 +45,21 @@ class Model:
 class ParsedRequest:
     """One request."""
 
-    prompts: tuple[tuple[int, ...], ...]  # token ids; each gets an answer of its own
+    prompts: tuple[tuple[int, ...], ...]  # token ids; each gets `n` answers of its own
     options: GenerationOptions
+    judged: tuple[
+        str, ...
+    ] = ()  # the text of each prompt that a guard judges: of a conversation the last words said to the model
+    n: int = 1
     stream: bool = False  # whether the answer is sent in pieces
     include_usage: bool = False  # whether a stream ends with the usage
     logprobs: int | None = None  # how many alternatives come with each token; None: no log-probabilities
     echo: tuple[str, ...] = ()  # what stands in front of each answer: its prompt, if requested
+
+    @property
+    def choices(self) -> int:
+        """How many answers there are."""
+        return self.n * len(self.prompts)
 
     @classmethod
     def parse(cls, body: Any, *, chat: bool, defaults: GenerationOptions, model: Model) -> ParsedRequest:
@@ -72,18 +82,28 @@ class ParsedRequest:
         echo = get(body, "echo", bool, False)
         if chat and echo:
             raise InputError("echo is not supported with messages; leave it out", field="echo", value=echo)
+        tools = tools_of(body)
         if chat:
-            prompts = [_ids(model.template.render(messages_of(body, takes_system=model.template.takes_system)), model)]
+            messages = messages_of(body, takes_system=model.template.takes_system, tools=tools["tools"])
+            prompts = [_ids(model.form.render(model.template, messages, tools["tools"]), model)]
+            judged = [message["content"] for message in messages if message["role"] in ("user", "tool")][-1:] or [""]
+        elif tools["tools"]:
+            raise InputError("tools are not supported without messages; leave them out", field="tools")
         else:
-            prompts = [_ids(prompt, model) for prompt in _prompts(body)]
+            given = _prompts(body)
+            prompts = [_ids(prompt, model) for prompt in given]
+            judged = [each if isinstance(each, str) else model.tokenizer.decode(each) for each in given]
+        n = _answers(body, len(prompts))
         if max_tokens is None:
             max_tokens = _default_tokens(defaults, model.context, max(map(len, prompts)))
-        options = replace(defaults, max_tokens=max_tokens, sampling=sampling, stop=stop, json_schema=schema)
+        options = replace(defaults, max_tokens=max_tokens, sampling=sampling, stop=stop, json_schema=schema, **tools)
         for ids in prompts if options.strict else ():
             check_fits(model.context, len(ids), max_tokens)
         return cls(
             tuple(map(tuple, prompts)),
             options,
+            tuple(judged),
+            n,
             stream=get(body, "stream", bool, False),
             include_usage=bool(get(body, "stream_options", dict, {}).get("include_usage")),
             logprobs=logprobs,
@@ -108,6 +128,15 @@ def _prompts(body: Mapping[str, Any]) -> list[str | list[int]]:
     if len(prompts) > MAX_PROMPTS:
         raise InputError(f"prompt holds {len(prompts)} texts; give at most {MAX_PROMPTS}", field="prompt")
     return prompts
+
+
+def _answers(body: Mapping[str, Any], prompts: int) -> int:
+    """How many answers each prompt gets."""
+    n = int(get(body, "n", int, 1))
+    if n < 1 or n * prompts > MAX_ANSWERS:
+        problem = "below 1" if n < 1 else f"too large for {prompts} prompts: at most {MAX_ANSWERS} answers in all"
+        raise InputError(f"n {shown(n)} is {problem}", field="n", value=n)
+    return n
 
 
 def _is_ids(prompt: Any) -> bool:
@@ -181,60 +210,3 @@ def _sampling(body: Mapping[str, Any], defaults: SamplingParams) -> SamplingPara
             raise InputError(f"{name} {shown(value)} is not {article}", field=name, value=value)
         given[name] = value
     return replace(defaults, **given)
-
-
-def messages_of(body: Mapping[str, Any], *, takes_system: bool = False) -> list[dict[str, str]]:
-    """A conversation for the chat template.
-
-    Args:
-        body: the request.
-        takes_system: whether the template has a turn for the system; else its text is put in front of the user's first turn.
-
-    Raises:
-        InputError: there are no messages, or too many, or one has no role or text.
-    """
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise InputError("messages are missing; give a list of at least one", field="messages", value=messages)
-    if len(messages) > MAX_MESSAGES:
-        raise InputError(f"{len(messages)} messages are too many; give at most {MAX_MESSAGES}", field="messages")
-    spoken = [_role_and_text(message) for message in messages]
-    system = [text for _, text in takewhile(lambda each: each[0] in SYSTEM, spoken)]
-    spoken = spoken[len(system) :]
-    if not spoken:
-        raise InputError("messages contain no message of a user", field="messages", value=messages)
-    turns = [{"role": "system", "content": "\n\n".join(system)}] if system and takes_system else []
-    if not takes_system:
-        spoken[0] = (spoken[0][0], "\n\n".join([*system, spoken[0][1]]))
-    before = ""
-    for role, text in spoken:
-        if role == before == "tool":  # the results of several calls are one turn
-            turns[-1]["content"] += f"\n{text}"
-        else:
-            turns.append({"role": "user" if role == "tool" else role, "content": text})
-        before = role
-    return turns
-
-
-def _role_and_text(message: Any) -> tuple[str, str]:
-    """The role and the text of a message. The text may come in parts, and tool calls become text."""
-    if not isinstance(message, dict) or message.get("role") not in (*SYSTEM, "user", "assistant", "tool"):
-        raise InputError("a message's role is not one of system, user, assistant and tool", field="messages")
-    role, content, calls = message["role"], message.get("content"), message.get("tool_calls")
-    calls = calls if role == "assistant" and isinstance(calls, list) else []
-    if role == "assistant" and content is None:
-        content = []
-    if isinstance(content, list) and all(
-        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content
-    ):
-        content = "".join(part["text"] for part in content)
-    if not isinstance(content, str):
-        raise InputError("a message's content is neither text nor a list of text parts", field="messages")
-    return role, "\n".join([*([content] if content else []), *map(_call, calls)])
-
-
-def _call(call: Any) -> str:
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict):
-        raise InputError("a tool call has no function", field="messages")
-    return json.dumps({name: function.get(name) for name in ("name", "arguments")}, ensure_ascii=False)

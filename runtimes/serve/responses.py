@@ -10,16 +10,20 @@ from typing import Any
 
 from gemma_edge.runtimes.generation.generate import STOP, Usage
 from gemma_edge.runtimes.serve.logprobs import ScoredToken
+from gemma_edge.runtimes.tools.tool import CallPart
+
+CONTENT_FILTER = "content_filter"  # why an answer ended that a guard refused
 
 
 @dataclass(frozen=True)
 class Piece:
     """A part of one choice."""
 
-    choice: int  # the number of the prompt
+    choice: int  # the number of the answer
     text: str = ""
     tokens: tuple[ScoredToken, ...] = ()  # those that came since the last piece, where log-probabilities are requested
     finish: str | None = None  # why the choice ended, with its last piece
+    calls: tuple[CallPart, ...] = ()
 
 
 @dataclass
@@ -31,12 +35,13 @@ class Total:
     truncated_tokens: int = 0  # the part that the context did not hold any more when the answer began
     new_tokens: int = 0
 
-    def add(self, usage: Usage, context: int) -> None:
-        """Add one answer."""
-        self.prompt_tokens += usage.prompt_tokens
-        self.cached_tokens += usage.cached_tokens
-        self.truncated_tokens += max(0, usage.prompt_tokens - context)
+    def add(self, usage: Usage, context: int, *, again: bool = False) -> None:
+        """Add one answer; `again` says that its prompt has been counted already."""
         self.new_tokens += usage.new_tokens
+        if not again:
+            self.prompt_tokens += usage.prompt_tokens
+            self.cached_tokens += usage.cached_tokens
+            self.truncated_tokens += max(0, usage.prompt_tokens - context)
 
     def as_json(self) -> dict[str, Any]:
         """OpenAI's `usage`."""
@@ -67,19 +72,21 @@ class ResponseForm:
         for index in range(1 + max(piece.choice for piece in pieces)):
             own = [piece for piece in pieces if piece.choice == index]
             text = "".join(piece.text for piece in own)
-            content = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
+            content = {"message": _message(text, own)} if self.chat else {"text": text}
             tokens = [token for piece in own for token in piece.tokens]
             choices.append({"index": index, **content, **self._end(own[-1].finish, tokens)})
         return self._object("", choices, total.as_json())
 
-    def role(self) -> dict[str, Any]:
-        """The first event of a chat that is streamed."""
+    def role(self, choice: int) -> dict[str, Any]:
+        """The first event of an answer in a chat that is streamed."""
         delta = {"role": "assistant", "content": ""}
-        return self._object(".chunk", [{"index": 0, "delta": delta, **self._end(None, [])}], None)
+        return self._object(".chunk", [{"index": choice, "delta": delta, **self._end(None, [])}], None)
 
     def piece(self, piece: Piece) -> dict[str, Any]:
         """One event of a stream."""
-        delta = {} if piece.finish and not piece.text else {"content": piece.text}
+        delta: dict[str, Any] = {"content": piece.text} if piece.text or not (piece.finish or piece.calls) else {}
+        if piece.calls:
+            delta["tool_calls"] = [_call_delta(part) for part in piece.calls]
         content = {"delta": delta} if self.chat else {"text": piece.text}
         choice = {"index": piece.choice, **content, **self._end(piece.finish, piece.tokens)}
         return self._object(".chunk", [choice], None)
@@ -100,9 +107,28 @@ class ResponseForm:
         return {**head, "model": self.model, "choices": choices, "usage": usage}
 
 
-def finish_reason(usage: Usage) -> str:
+def finish_reason(usage: Usage, *, calls: bool = False) -> str:
     """Why an answer ended; the API has no word for an answer that ran out of time, so that is "length" too."""
-    return "stop" if usage.finish == STOP else "length"
+    return ("tool_calls" if calls else "stop") if usage.finish == STOP else "length"
+
+
+def _message(text: str, pieces: Sequence[Piece]) -> dict[str, Any]:
+    """The assistant's message."""
+    calls: dict[int, dict[str, Any]] = {}
+    for part in (part for piece in pieces for part in piece.calls):
+        function = {"name": part.name, "arguments": ""}
+        call = calls.setdefault(part.index, {"id": part.id, "type": "function", "function": function})
+        call["function"]["arguments"] += part.arguments
+    message: dict[str, Any] = {"role": "assistant", "content": text}
+    return {**message, "content": text or None, "tool_calls": list(calls.values())} if calls else message
+
+
+def _call_delta(part: CallPart) -> dict[str, Any]:
+    """A part of a call in a stream; the first one names the tool."""
+    if not part.name:
+        return {"index": part.index, "function": {"arguments": part.arguments}}
+    function = {"name": part.name, "arguments": part.arguments}
+    return {"index": part.index, "id": part.id, "type": "function", "function": function}
 
 
 def _shown(text: bytes) -> str:

@@ -18,6 +18,7 @@ from gemma_edge.errors import InputError
 from gemma_edge.memory import limit_arenas
 from gemma_edge.runtimes.engines.load import open_runtime
 from gemma_edge.runtimes.generation.generate import GenerationOptions
+from gemma_edge.runtimes.guard import Guard
 
 PORTS = 1 << 16
 KEY_VARIABLE = "GEMMA_EDGE_API_KEY"
@@ -37,6 +38,7 @@ class ServerOptions:
     cors: tuple[str, ...] = ()  # origins of other web pages that may send requests; "*" allows all
     time_limit: float = 600.0  # seconds that one answer may take
     log: bool = False  # whether each request is printed to stderr
+    guard: str | Path | None = None  # a bundle of ShieldGemma that judges prompts and answers
 
     def __post_init__(self) -> None:
         """Raises InputError for a value that cannot be used."""
@@ -98,7 +100,8 @@ def serve(
     from gemma_edge.runtimes.serve.engine import Engine
 
     runtime = open_runtime(bundle, backend=backend, threads=threads, accelerator=accelerator)
-    engine = Engine(runtime, options, note, time_limit_s=server.time_limit)
+    guard = Guard(server.guard, threads=threads) if server.guard is not None else None
+    engine = Engine(runtime, options, note, time_limit_s=server.time_limit, guard=guard)
     hosts = {*names_of_this_machine(), server.host.lower(), *(name.lower() for name in server.allow_host)}
     access = Access(server.api_key, frozenset(hosts), server.cors)
     logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stderr)

@@ -22,19 +22,25 @@ if TYPE_CHECKING:
     from gemma_edge.runtimes.generation.generate import GenerationOptions as GenerationOptions
     from gemma_edge.runtimes.generation.sampling import SamplingParams as SamplingParams
     from gemma_edge.runtimes.generation.session import Session as Session
+    from gemma_edge.runtimes.guard import Guard as Guard
+    from gemma_edge.runtimes.tools.tool import Call as Call
+    from gemma_edge.runtimes.tools.tool import Tool as Tool
 
 __version__ = "0.1.0"
 __all__ = [
     "Adapter",
+    "Call",
     "CalibrationText",
     "EvaluationOptions",
     "ExportOptions",
     "GenerationOptions",
+    "Guard",
     "InputError",
     "QuantizeOptions",
     "Recipe",
     "SamplingParams",
     "Session",
+    "Tool",
     "__version__",
     "evaluate",
     "export",
@@ -47,14 +53,17 @@ __all__ = [
 # class -> the module that defines it
 _CLASSES = {
     "Adapter": "gemma_edge.runtimes.engines.adapter",
+    "Call": "gemma_edge.runtimes.tools.tool",
     "CalibrationText": "gemma_edge.quantize.options",
     "EvaluationOptions": "gemma_edge.evaluate.options",
     "ExportOptions": "gemma_edge.export.options",
     "GenerationOptions": "gemma_edge.runtimes.generation.generate",
+    "Guard": "gemma_edge.runtimes.guard",
     "QuantizeOptions": "gemma_edge.quantize.options",
     "Recipe": "gemma_edge.quantize.recipe",
     "SamplingParams": "gemma_edge.runtimes.generation.sampling",
     "Session": "gemma_edge.runtimes.generation.session",
+    "Tool": "gemma_edge.runtimes.tools.tool",
 }
 
 

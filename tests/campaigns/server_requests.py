@@ -10,6 +10,7 @@ from typing import Any
 from support.serving import CHAT, COMPLETIONS
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
+TOOL = {"type": "function", "function": {"name": "do", "parameters": SCHEMA}}
 ORDINARY: tuple[tuple[str, dict[str, Any] | None], ...] = (
     (COMPLETIONS, {"prompt": "It was", "max_tokens": 6}),
     (COMPLETIONS, {"prompt": ["a", "It was"], "max_tokens": 4, "logprobs": 2, "echo": True}),
@@ -17,6 +18,15 @@ ORDINARY: tuple[tuple[str, dict[str, Any] | None], ...] = (
     (CHAT, {"messages": [{"role": "user", "content": "Hello."}], "max_tokens": 6, "temperature": 0.7, "seed": 3}),
     (CHAT, {"messages": [{"role": "user", "content": "Hi."}], "max_completion_tokens": 4, "stream": True}),
     (CHAT, {"messages": [{"role": "user", "content": "JSON."}], "max_tokens": 40, "guided_json": SCHEMA}),
+    (
+        CHAT,
+        {
+            "messages": [{"role": "user", "content": "Do."}],
+            "max_tokens": 40,
+            "tools": [TOOL],
+            "tool_choice": "required",
+        },
+    ),
     ("/v1/models", None),
     ("/v1/models/toy", None),
     ("/health", None),
@@ -25,7 +35,8 @@ ORDINARY: tuple[tuple[str, dict[str, Any] | None], ...] = (
 )
 FIELDS = (
     "prompt", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop",
-    "repetition_penalty", "stream", "stream_options", "logprobs", "top_logprobs", "echo", "n", "tools", "response_format",
+    "repetition_penalty", "stream", "stream_options", "logprobs", "top_logprobs", "echo", "n", "tools", "tool_choice",
+    "response_format",
     "json_schema", "guided_json", "structured_outputs", "grammar", "min_tokens", "ignore_eos", "user", "model", "\ud800", "",
 )  # fmt: skip
 VALUES: tuple[Any, ...] = (
@@ -33,6 +44,8 @@ VALUES: tuple[Any, ...] = (
     "<bos><start_of_turn>user", "x" * 5000, "\U0001f600" * 300, [], {}, [[]], [None], ["a"], [1, 2], [2**70], [True],
     {"a": {"b": []}}, {"type": "json_object"}, {"type": "json_schema"}, {"include_usage": "yes"}, {"json": SCHEMA},
     [{"role": "user", "content": "a"}] * 3, [{"role": "tool", "content": "1"}], [{"role": "assistant", "content": None}],
+    [TOOL], [TOOL, TOOL], "required", {"type": "function", "function": {"name": "do"}},
+    {"type": "function", "function": {"name": 3}},
 )  # fmt: skip
 SCHEMA_PARTS: tuple[Any, ...] = (
     {"type": "string", "minLength": 10**6}, {"type": "string", "pattern": "(a+)+$"}, {"type": "string", "pattern": "("},

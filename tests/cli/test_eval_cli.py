@@ -134,13 +134,25 @@ def test_a_task_over_jsonl_runs_offline_and_scores_as_transformers_does(tmp_path
     docs = write_cloze(tmp_path)
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "OMP_WAIT_POLICY": "PASSIVE"}
     done = subprocess.run(
-        [*COMMAND, str(DEMO), "--max-tokens", "20", "--tasks", str(tmp_path / "cloze.yaml"), "--json"],
+        [
+            *COMMAND,
+            str(DEMO),
+            "--reference",
+            str(DEMO),
+            "--max-tokens",
+            "20",
+            "--tasks",
+            str(tmp_path / "cloze.yaml"),
+            "--json",
+        ],
         env=environment,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    (result,) = json.loads(done.stdout)["results"]
+    found = json.loads(done.stdout)
+    (result,) = found["results"]
+    assert found["reference"]["tasks"] == result["tasks"], "the original is scored beside it"
     model, tokenizer = hf_model(DEMO), AutoTokenizer.from_pretrained(DEMO)
     right = 0
     for doc in docs:
@@ -196,7 +208,7 @@ TYPED = {
     "models": ["MODEL"], "reference": ["--reference", "FOLDER"], "texts": ["--text", "TEXT"], "protocol": ["--protocol", "hf"],
     "window": ["--window", "8"], "max_tokens": ["--max-tokens", "8"], "backend": ["--backend", "onnx"],
     "threads": ["--threads", "1"], "tasks": ["--tasks", "mine"], "include_path": ["--include-path", "FOLDER"],
-    "limit": ["--limit", "3"], "as_json": ["--json"], "html": ["--html", "PAGE"],
+    "limit": ["--limit", "3"], "memorization": ["--memorization", "TEXT"], "as_json": ["--json"], "html": ["--html", "PAGE"],
 }  # fmt: skip
 
 

@@ -37,6 +37,8 @@ TYPED = {
     "cors": ["--cors", "http://localhost:3000"],
     "time_limit": ["--time-limit", "5"],
     "log": ["--log"],
+    "guard": ["--guard", "shield"],
+    "resume": ["--resume"],
     "backend": ["--backend", "onnx"],
     "accelerator": ["--accelerator", "gpu"],
     "adapter": ["--adapter", "folder"],
@@ -67,6 +69,7 @@ FILTERS = ("top_k", "top_p", "min_p")
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What the command line calls, with every argument; nothing of it runs."""
+    from gemma_edge.runtimes import guard
     from gemma_edge.runtimes.engines import load
     from gemma_edge.runtimes.generation import console, prefix, repl
     from gemma_edge.runtimes.serve import server
@@ -81,6 +84,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return call
 
     monkeypatch.setattr(load, "open_runtime", record("open", "runtime"))
+    monkeypatch.setattr(guard, "Guard", record("guard", "guard"))
     monkeypatch.setattr(prefix, "load", record("load", "prefix "))
     monkeypatch.setattr(prefix, "save", record("save"))
     monkeypatch.setattr(console, "complete", record("complete"))
@@ -137,7 +141,8 @@ def test_an_option_is_heeded_or_refused(spelling: str, command: str, name: str, 
     assert calls == [], "it is refused before anything is opened"
     other = f"gemma-run {command}" if spelling == "subcommand" else SWITCH.get(command)
     assert NAMES[name] in message
-    assert ("without --serve" if command == RUN else str(other)) in message
+    without_what = "without --chat" if name == "resume" else "without --serve"
+    assert (without_what if command == RUN else str(other)) in message
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -41,6 +41,14 @@ def svg(figure: Figure) -> str:
     return text[text.index("<svg") :]  # without the XML declaration
 
 
+def png(figure: Figure, dots_per_inch: int) -> bytes:
+    """The figure as a PNG file."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(SETTINGS):
+        figure.savefig(buffer, format="png", dpi=dots_per_inch, metadata={"Software": None})
+    return buffer.getvalue()
+
+
 def colored(things: Iterable[T]) -> Iterator[tuple[T, str]]:
     """Each thing with its colour, which is the same in every plot of the same things."""
     return ((thing, f"C{index % 10}") for index, thing in enumerate(things))

@@ -120,6 +120,10 @@ class Tokenizer:
         """Text of token ids, without special tokens; bytes that are not UTF-8 become U+FFFD."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
+    def id_of(self, token: str) -> int | None:
+        """The id of the token with this name; None if there is none."""
+        return self._tokenizer.token_to_id(token)
+
     def token_bytes(self, token: int) -> bytes:
         """The bytes that one token stands for: for a special token its name, for an id without a token nothing."""
         name = self._tokenizer.id_to_token(token) or ""

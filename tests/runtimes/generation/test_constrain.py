@@ -19,7 +19,7 @@ import jsonschema
 
 from gemma_edge.errors import InputError
 from gemma_edge.runtimes.engines.base import Runtime
-from gemma_edge.runtimes.generation.constrain import ANY_OBJECT, Grammar, check_schema, read_schema
+from gemma_edge.runtimes.generation.constrain import ANY_OBJECT, Grammar, check_schema, read_schema, schema_rules
 from gemma_edge.runtimes.generation.generate import (
     LENGTH,
     STOP,
@@ -127,7 +127,7 @@ def test_an_answer_fits_its_schema_however_few_tokens_there_are(
     name: str, vocabulary: Vocabulary, tokenizer: Tokenizer
 ) -> None:
     schema, runtime = SCHEMAS[name], ToyRuntime()
-    grammar = Grammar(vocabulary, schema)
+    grammar = Grammar(vocabulary, schema_rules(schema))
     least, ends, texts = shortest(grammar), set(), set()
     for spare in (0, 1, 2, 5, 11, 40):
         for seed in range(3):
@@ -144,7 +144,7 @@ def test_an_answer_fits_its_schema_however_few_tokens_there_are(
 @pytest.mark.parametrize("name", ["any object", "person", "pattern anywhere"])
 def test_in_every_backend_plain_or_guessing(name: str, talker: Runtime) -> None:
     tokenizer = Tokenizer(talker.bundle, talker.manifest)
-    grammar = Grammar(Vocabulary(tokenizer, talker.manifest.config.vocab_size), SCHEMAS[name])
+    grammar = Grammar(Vocabulary(tokenizer, talker.manifest.config.vocab_size), schema_rules(SCHEMAS[name]))
     speculation = Speculation(talker, EXACT)
     for seed in range(3):
         params = SamplingParams(temperature=seed / 2, seed=seed)
@@ -157,7 +157,7 @@ def test_in_every_backend_plain_or_guessing(name: str, talker: Runtime) -> None:
 def test_guesses_are_checked_against_the_schema(vocabulary: Vocabulary, tokenizer: Tokenizer) -> None:
     """What a cycle of tokens brings back is guessed, and never taken where it does not fit."""
     schema = {"type": "array", "items": {"enum": ["said", "unto"]}, "minItems": 30}
-    grammar = Grammar(vocabulary, schema)
+    grammar = Grammar(vocabulary, schema_rules(schema))
     plain, guessed = RepeatingRuntime(), RepeatingRuntime()
     for seed in range(3):
         params = SamplingParams(temperature=1, seed=seed)
@@ -168,7 +168,7 @@ def test_guesses_are_checked_against_the_schema(vocabulary: Vocabulary, tokenize
 
 
 def test_what_is_complete_ends_without_another_token(vocabulary: Vocabulary) -> None:
-    grammar, runtime = Grammar(vocabulary, {"const": "Moses"}), ToyRuntime()
+    grammar, runtime = Grammar(vocabulary, schema_rules({"const": "Moses"})), ToyRuntime()
     ids, usage = answer(runtime, grammar, 50, SamplingParams())
     assert usage.finish == STOP and vocabulary.text(ids) == b'"Moses"'
     assert runtime.position == 3 + len(ids) - 1
@@ -177,9 +177,11 @@ def test_what_is_complete_ends_without_another_token(vocabulary: Vocabulary) -> 
 def test_one_who_would_end_too_early_goes_on(vocabulary: Vocabulary) -> None:
     """END_OF_TURN is by far the most likely token at every tenth position."""
     schema = {"type": "array", "items": {"type": "integer", "minimum": 1000}, "minItems": 9}
-    ids, usage = answer(ToyRuntime(stop_after=10), Grammar(vocabulary, schema), 200, SamplingParams())
+    ids, usage = answer(ToyRuntime(stop_after=10), Grammar(vocabulary, schema_rules(schema)), 200, SamplingParams())
     assert len(json.loads(vocabulary.text(ids))) >= 9 and usage.finish == STOP
-    ids, usage = answer(ToyRuntime(stop_after=10), Grammar(vocabulary, {"type": "integer"}), 200, SamplingParams())
+    ids, usage = answer(
+        ToyRuntime(stop_after=10), Grammar(vocabulary, schema_rules({"type": "integer"})), 200, SamplingParams()
+    )
     assert len(ids) == 7 and usage.finish == STOP, "a number that may end does, where the model says so"
 
 
@@ -197,7 +199,7 @@ def test_every_answer_of_a_chat_fits(tokenizer: Tokenizer) -> None:
 
 
 def test_damaged_logits_are_still_noticed(vocabulary: Vocabulary) -> None:
-    constraint = Grammar(vocabulary, ANY_OBJECT).begin(9)
+    constraint = Grammar(vocabulary, schema_rules(ANY_OBJECT)).begin(9)
     with pytest.raises(InputError, match="not finite numbers"):
         Sampler(SamplingParams()).sample(constraint.mask(np.full(4096, np.nan, np.float32)))
 
@@ -239,4 +241,4 @@ def test_a_schema_without_an_end_is_refused(vocabulary: Vocabulary) -> None:
     schema = {**endless, "$ref": "#/$defs/a"}
     check_schema(schema)
     with pytest.raises(InputError, match="no text of at most 4096 tokens was found"):
-        Grammar(vocabulary, schema).begin(10_000)
+        Grammar(vocabulary, schema_rules(schema)).begin(10_000)

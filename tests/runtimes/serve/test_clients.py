@@ -92,11 +92,11 @@ def test_one_model_has_a_path(client: Any) -> None:
 
 
 def test_every_error_is_json_that_names_the_field(port: int) -> None:
-    for path, body, status in (("/nowhere", None, 404), (COMPLETIONS, None, 405), (COMPLETIONS, {"n": 2}, 400)):
+    for path, body, status in (("/nowhere", None, 404), (COMPLETIONS, None, 405), (COMPLETIONS, {"best_of": 2}, 400)):
         answer, text = send(port, path, body)
         error = json.loads(text)["error"]
         assert answer == status and error["message"] and error["type"] == "invalid_request_error"
-    assert error["param"] == "n"
+    assert error["param"] == "best_of"
 
 
 def test_an_assistant_that_said_nothing_and_a_tool_are_read(client: Any) -> None:

@@ -16,8 +16,10 @@ from gemma_edge.reading import MAX_DEPTH
 from gemma_edge.runtimes.generation.generate import GenerationOptions
 from gemma_edge.runtimes.serve.body import parse_body
 from gemma_edge.runtimes.serve.fields import OTHERS, UNSUPPORTED
-from gemma_edge.runtimes.serve.openai import MAX_PROMPT_CHARS, Model, ParsedRequest, messages_of
+from gemma_edge.runtimes.serve.messages import messages_of
+from gemma_edge.runtimes.serve.openai import MAX_PROMPT_CHARS, Model, ParsedRequest
 from gemma_edge.runtimes.serve.refused import Refused
+from gemma_edge.runtimes.tools.json_calls import JsonCalls
 from gemma_edge.text.chat import ChatTemplate
 from gemma_edge.text.tokenizer import Tokenizer
 
@@ -27,7 +29,7 @@ HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello."}]}
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    return Model(Tokenizer(DEMO, toy_manifest()), ChatTemplate.from_bundle(DEMO), VOCAB, context=64)
+    return Model(Tokenizer(DEMO, toy_manifest()), ChatTemplate.from_bundle(DEMO), JsonCalls(), VOCAB, context=64)
 
 
 def parse(model: Model, chat: bool = False, defaults: GenerationOptions | None = None, **body: Any) -> ParsedRequest:
@@ -170,15 +172,17 @@ def test_a_conversation_with_tools_is_read_as_text() -> None:
             ]
         }
     )
-    assert [turn["role"] for turn in turns] == ["user", "assistant", "user", "assistant"]
-    assert json.loads(turns[1]["content"]) == {"name": "weather", "arguments": '{"city": "Rome"}'}
-    assert turns[2]["content"] == "31\ndry" and turns[3]["content"] == ""
+    source = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    assert JsonCalls().render(ChatTemplate(source, {}), turns, ()) == (
+        '[user]Is it warm?[assistant][{"name":"weather","parameters":{"city":"Rome"}}]'
+        "[user]```tool_output\n31\n```\n```tool_output\ndry\n```[assistant]"
+    )
 
 
 def test_a_template_with_a_turn_for_the_system_gets_one(model: Model) -> None:
     """The system message went into the user's turn all the same: 43 tokens, where transformers has 49."""
     source = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
-    own = Model(model.tokenizer, ChatTemplate(source, {}), VOCAB, context=64)
+    own = Model(model.tokenizer, ChatTemplate(source, {}), JsonCalls(), VOCAB, context=64)
     (ids,) = parse(own, chat=True, messages=[{"role": "system", "content": "Be brief."}, *HELLO["messages"]]).prompts
     assert model.tokenizer.decode(ids) == "[system] Be brief. [user] Hello. "
 

@@ -27,7 +27,8 @@ from gemma_edge.runtimes.serve import engine as queue
 from gemma_edge.runtimes.serve.api import chat_page
 from gemma_edge.runtimes.serve.body import MAX_BODY_BYTES
 from gemma_edge.runtimes.serve.engine import Engine, Job
-from gemma_edge.runtimes.serve.openai import ParsedRequest, messages_of
+from gemma_edge.runtimes.serve.messages import messages_of
+from gemma_edge.runtimes.serve.openai import ParsedRequest
 from gemma_edge.runtimes.serve.responses import Piece
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello."}]
