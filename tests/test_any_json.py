@@ -128,7 +128,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     bundle = write_toy_bundle(tmp_path_factory.mktemp("toy") / "bundle")
     manifest = Manifest.load(bundle)
     template = ChatTemplate.from_bundle(bundle)
-    return Model(Tokenizer(bundle, manifest), template, form_of(template), manifest.config.vocab_size, 64)
+    tokenizer = Tokenizer(bundle, manifest)
+    return Model(tokenizer, template, form_of(template, tokenizer), manifest.config.vocab_size, 64)
 
 
 @fuzzed

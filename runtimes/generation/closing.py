@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -25,10 +25,11 @@ class Quotes:
 
     inside: bool = False
     escaped: bool = False
+    tracked: bool = True  # False: the text is not JSON, and a quote in it means nothing
 
     def feed(self, text: bytes) -> None:
         """Append to the text."""
-        for byte in text:
+        for byte in text if self.tracked else b"":
             if self.escaped:
                 self.escaped = False
             elif byte == BACKSLASH:
@@ -43,15 +44,22 @@ class Closer:
     It takes tokens that are forced, else tokens that end a value, else tokens after which a value can be ended, else long tokens.
     """
 
-    def __init__(self, vocabulary: Vocabulary, patterns: Iterable[str], matcher_of: Callable[[str], LLMatcher]) -> None:
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        patterns: Iterable[str],
+        matcher_of: Callable[[str], LLMatcher],
+        ends: Sequence[int] = (),
+    ) -> None:
         """Find a text for each pattern of the schema's strings.
 
         Args:
             vocabulary: the bundle's.
             patterns: regular expressions.
             matcher_of: makes a matcher of the JSON strings that fit a pattern.
+            ends: tokens that end a value, besides those of JSON; they are tried first.
         """
-        self._vocabulary = vocabulary
+        self._vocabulary, self._ends = vocabulary, [*ends, *vocabulary.ends]
         # A pattern may match anywhere in a string, so tokens that match it are kept for insertion.
         self._samples: list[list[int]] = []
         self._samples = [sample for pattern in patterns if (sample := self._sample(matcher_of(pattern)))]
@@ -89,7 +97,7 @@ class Closer:
     def _next(self, matcher: LLMatcher, quotes: Quotes, rng: random.Random | None) -> list[int]:
         words = self._vocabulary
         allowed = allowed_tokens(matcher.compute_bitmask(), words.vocab_size)  # (V,)
-        ends = [words.quote] if quotes.inside else words.ends
+        ends = [words.quote] if quotes.inside else self._ends
         for token in () if quotes.escaped else ends:
             if allowed[token]:
                 return [token]

@@ -137,6 +137,13 @@ class Rules:
     source: str
     schemas: tuple[dict[str, Any], ...]  # the JSON schemas in it
     what: str = "this JSON schema"  # names it in messages
+    ends: tuple[str, ...] = ()  # tokens that end a value, besides those of JSON
+    quoted: bool = True  # whether texts stand between quotes
+
+
+def embedded(schema: dict[str, Any]) -> str:
+    """A schema inside a grammar in Lark's notation."""
+    return f"%json {json.dumps({**schema, 'x-guidance': OPTIONS})}"
 
 
 def schema_rules(schema: dict[str, Any]) -> Rules:
@@ -164,7 +171,9 @@ class Grammar:
             raise InputError(f"{rules.what} cannot be followed: {self._start.get_error().splitlines()[0]}")
         found = _objects(list(rules.schemas))
         patterns = [each["pattern"] for each in found if isinstance(each.get("pattern"), str)]
-        self._closer = Closer(vocabulary, patterns, self._matcher_of_pattern)
+        ends = [token for text in rules.ends for token in vocabulary.ids(text.encode())]
+        self._closer = Closer(vocabulary, patterns, self._matcher_of_pattern, ends)
+        self._quotes = Quotes(tracked=rules.quoted)
 
     def begin(self, max_tokens: int) -> Constraint:
         """Begin one answer of at most `max_tokens` tokens.
@@ -172,7 +181,7 @@ class Grammar:
         Raises:
             InputError: no answer that short was found.
         """
-        ending = self._closer.find(self._start, Quotes(), MAX_CLOSING_TOKENS)
+        ending = self._closer.find(self._start, self._quotes, MAX_CLOSING_TOKENS)
         if ending is None:
             raise InputError(f"no text of at most {MAX_CLOSING_TOKENS} tokens was found that fits {self.what}")
         if len(ending) > max_tokens:
@@ -181,7 +190,9 @@ class Grammar:
                 field="max_tokens",
                 value=max_tokens,
             )
-        return Constraint(self.vocabulary, self._start.deep_copy(), self._closer, ending, max_tokens)
+        constraint = Constraint(self.vocabulary, self._start.deep_copy(), self._closer, ending, max_tokens)
+        constraint.quotes = replace(self._quotes)
+        return constraint
 
     def _matcher(self, source: str) -> LLMatcher:
         from llguidance import LLMatcher
@@ -202,7 +213,7 @@ class Constraint:
         self._vocabulary, self._matcher, self._closer = vocabulary, matcher, closer
         self._ending = ending  # tokens that end the text from here; never more than are left
         self._left = max_tokens
-        self._quotes = Quotes()
+        self.quotes = Quotes()
         self.shortened = False  # whether a token was replaced so that the text ends in time
 
     @property
@@ -238,7 +249,7 @@ class Constraint:
             if token in stop_ids:
                 return token
         self._matcher.consume_token(token)
-        self._quotes.feed(self._vocabulary.text([token]))
+        self.quotes.feed(self._vocabulary.text([token]))
         self._ending, self._left = ending, left
         return token
 
@@ -256,6 +267,6 @@ class Constraint:
         for ending in (self._ending[1:], self._ending):  # most tokens go on with the ending, or leave it valid
             if len(ending) <= left and matcher.validate_tokens([*ending, stop]) == len(ending) + 1:
                 return ending
-        quotes = replace(self._quotes)
+        quotes = replace(self.quotes)
         quotes.feed(self._vocabulary.text([token]))
         return self._closer.find(matcher, quotes, min(left, MAX_CLOSING_TOKENS))

@@ -91,7 +91,7 @@ class Session:
         self.options = options or GenerationOptions()
         self.prefix = prefix
         self.usage = Usage()
-        self._form = form_of(template)
+        self._form = form_of(template, tokenizer)
         self._generator = TextGenerator(runtime, tokenizer, notify, self._form)
         self._generator.prepare(self.options)
         self._generator.grammar(self.options)

@@ -117,7 +117,7 @@ class Engine:
         """
         self.runtime, self.options, self.time_limit_s, self.guard = runtime, options, time_limit_s, guard
         tokenizer, template = Tokenizer(runtime.bundle, runtime.manifest), ChatTemplate.from_bundle(runtime.bundle)
-        form = form_of(template)
+        form = form_of(template, tokenizer)
         self.model = Model(tokenizer, template, form, runtime.vocab_size, runtime.cache.context)
         self.generator = TextGenerator(runtime, tokenizer, notify, form)
         self.generator.prepare(options)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from gemma_edge.runtimes.generation.constrain import Rules
+from gemma_edge.runtimes.generation.constrain import Rules, check_schema, embedded
 from gemma_edge.runtimes.generation.generate import GenerationOptions
 from gemma_edge.runtimes.tools.tool import NONE, Call, CallPart, Tool, new_id
 from gemma_edge.text.chat import ChatTemplate
@@ -14,6 +14,7 @@ from gemma_edge.text.chat import ChatTemplate
 # A message has a role and a text as `content`. An assistant's may have `tool_calls`, as `Call.as_json` writes them.
 # A message of the role `tool` holds a result, and the tool's `name`.
 Message = dict[str, Any]
+MAX_CALLS = 16  # in one answer
 
 
 class ToolForm(Protocol):
@@ -104,3 +105,20 @@ class AnswerReader:
     def _rest(self) -> list[str | CallPart]:
         text, self._pending = self._pending, ""
         return [text] if text else []
+
+
+def text_rule(options: GenerationOptions, free: str) -> tuple[str, str, tuple[dict[str, Any], ...]]:
+    """The rule of an answer that is no call: its name, its line, and the schemas in it.
+
+    Args:
+        options: their JSON schema decides, if there is one.
+        free: an expression of the texts that do not begin like a call.
+
+    Raises:
+        InputError: the schema cannot be followed.
+    """
+    if options.json_schema is None:
+        return "TEXT", f"TEXT: {free}", ()
+    check_schema(options.json_schema)
+    schema = dict(options.json_schema)
+    return "text", f"text: {embedded(schema)}", (schema,)

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gemma_edge.errors import InputError
-from gemma_edge.runtimes.generation.constrain import OPTIONS, Rules, check_schema
+from gemma_edge.runtimes.generation.constrain import Rules, check_schema, embedded
 from gemma_edge.runtimes.generation.generate import GenerationOptions
-from gemma_edge.runtimes.tools.form import AnswerReader, Message
+from gemma_edge.runtimes.tools.form import MAX_CALLS, AnswerReader, Message, text_rule
 from gemma_edge.runtimes.tools.tool import AUTO, NONE, REQUIRED, CallPart, Tool, compact
 from gemma_edge.text.chat import ChatTemplate
 
@@ -24,7 +24,6 @@ You have access to functions. If you decide to invoke any of the function(s), yo
 You SHOULD NOT include any other text in the response if you call a function
 """
 RESULT = "```tool_output\n{}\n```"
-MAX_CALLS = 16  # in one answer
 FENCES = ("```json", "```tool_code")  # what models like to put around JSON
 # Whatever begins like a call must be one, so text may not begin so.
 TEXT = rf"/(.|\n)*/ & ~/[ \t\n]*(\[|\{{|{'|'.join(FENCES)})(.|\n)*/"
@@ -104,13 +103,8 @@ class JsonCalls:
         """The grammar: text, or a list of calls."""
         choice, tools = options.tool_choice, options.tools
         schemas = [arguments_schema(tool) for tool in tools]
-        text = TEXT
-        if options.json_schema is not None:
-            check_schema(options.json_schema)
-            schemas.append(dict(options.json_schema))
-            text = embedded(schemas[-1])
-        lines = [f"{'TEXT' if text is TEXT else 'text'}: {text}"]
-        starts = ["TEXT" if text is TEXT else "text"] if choice in (AUTO, NONE) else []
+        name, line, others = text_rule(options, TEXT)
+        starts, lines = [name] if choice in (AUTO, NONE) else [], [line]
         if choice != NONE:
             starts += ["calls", *(f'"{fence}\\n" calls "\\n```"' for fence in FENCES)]
             offered = [at for at, tool in enumerate(tools) if choice in (AUTO, REQUIRED, tool.name)]
@@ -119,7 +113,7 @@ class JsonCalls:
             for at in offered:
                 lines.append(f'tool_{at}: "{{\\"name\\":\\"{tools[at].name}\\",\\"parameters\\":" arguments_{at} "}}"')
                 lines.append(f"arguments_{at}: {embedded(schemas[at])}")
-        return Rules("\n".join([f"start: {' | '.join(starts)}", *lines]), tuple(schemas), "these tools")
+        return Rules("\n".join([f"start: {' | '.join(starts)}", *lines]), (*schemas, *others), "these tools")
 
     def reader(self, options: GenerationOptions) -> AnswerReader:
         """Reads one answer."""
@@ -150,8 +144,3 @@ def arguments_schema(tool: Tool) -> dict[str, Any]:
         raise InputError(f"tool {tool.name}: {error}", field="tools", value=tool.name) from None
     open_ones = {"additionalProperties", "patternProperties", "$ref", "allOf", "anyOf", "oneOf"}
     return schema if open_ones & set(schema) else {**schema, "additionalProperties": False}
-
-
-def embedded(schema: dict[str, Any]) -> str:
-    """A schema inside a grammar in Lark's notation."""
-    return f"%json {compact({**schema, 'x-guidance': OPTIONS})}"

@@ -50,7 +50,7 @@ _RENDER_ERRORS = (
     ValueError,
 )
 
-Message = Mapping[str, str]  # role (user or assistant) and content
+Message = Mapping[str, Any]  # role (user or assistant) and content
 
 
 class ConversationRefused(InputError):
@@ -70,6 +70,7 @@ class ChatTemplate:
         Raises:
             InputError: the template is not valid jinja.
         """
+        self.source = source
         self._special_tokens = dict(special_tokens)
         self.bos = self._special_tokens.get("bos_token", "")
         self.eos = self._special_tokens.get("eos_token", "")
@@ -107,11 +108,18 @@ class ChatTemplate:
         source, tokens = template_of(folder, hint)
         return cls(source or GEMMA2_TEMPLATE, {"bos_token": "<bos>", "eos_token": "<eos>", **tokens})
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
         """The conversation as text, its special tokens included.
 
         Args:
             messages: from the oldest to the newest.
+            tools: functions that the model may call, for a template that writes them.
             add_generation_prompt: whether the text ends with the beginning of the model's turn.
 
         Raises:
@@ -119,10 +127,10 @@ class ChatTemplate:
             InputError: the template fails, or takes too many steps.
         """
         try:
-            with limited(list(messages)):
+            with limited([list(messages), list(tools or ())]):
                 return self._template.render(
                     messages=[dict(message) for message in messages],
-                    tools=None,
+                    tools=tools,
                     documents=None,
                     add_generation_prompt=add_generation_prompt,
                     **self._special_tokens,

@@ -16,6 +16,7 @@ from gemma_edge.reading import MAX_TOKENIZER, read_bytes
 
 TOKENIZER_FILE = "tokenizer.json"
 END_OF_TURN = "<end_of_turn>"
+STOPS = (END_OF_TURN, "<start_function_response>")  # FunctionGemma ends its calls with the second one
 BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # the name of a token that stands for one byte
 BLANK = "\u2581"  # stands for a blank in the names of tokens
 TOKENIZER_HINT = "take the tokenizer.json that belongs to the model"
@@ -95,9 +96,8 @@ class Tokenizer:
     def _take(self, tokenizer: tokenizers.Tokenizer, config: TokenIds) -> None:
         self._tokenizer = tokenizer
         self.bos_token_id = config.bos_token_id
-        stop_ids = set(config.eos_token_id)
-        end_of_turn = self._tokenizer.token_to_id(END_OF_TURN)
-        self.stop_ids = frozenset(stop_ids if end_of_turn is None else stop_ids | {end_of_turn})
+        found = (self._tokenizer.token_to_id(name) for name in STOPS)
+        self.stop_ids = frozenset({*config.eos_token_id, *(token for token in found if token is not None)})
 
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
         """Token ids of a text; special tokens written in it, such as <start_of_turn>, become their ids.

@@ -73,6 +73,21 @@ class GemmaSessionTest {
     }
 
     @Test
+    fun a_stop_text_ends_the_answer_and_the_chat_goes_on() = withSession { session, _ ->
+        val whole = session.say("Who was Moses?", maxTokens = 30)
+        val stop = whole.substring(9, 12)
+        session.reset()
+        val cut = session.send("Who was Moses?", maxTokens = 30, stop = listOf(stop)).toList().joinToString("")
+        assertEquals(whole.substringBefore(stop), cut)
+        assertEquals(cut, session.messages.last().content)
+        val next = session.say("And then?")
+        val messages = session.messages.dropLast(2)
+        session.restore(messages)
+        assertEquals("the tokens of the stop text are not the conversation's", next, session.say("And then?"))
+        assertThrows(InputException::class.java) { runBlocking { session.send("a", stop = listOf("")).toList() } }
+    }
+
+    @Test
     fun nothing_is_computed_before_somebody_collects() = withSession { session, runtime ->
         val answer = session.send("Hi")
         delay(50)

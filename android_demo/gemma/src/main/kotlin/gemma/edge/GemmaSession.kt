@@ -2,6 +2,7 @@ package gemma.edge
 
 import gemma.edge.state.SavedConversation
 import gemma.edge.text.IntList
+import gemma.edge.text.StopTexts
 import java.io.File
 import kotlinx.coroutines.CoroutineDispatcher
 import kotlinx.coroutines.Dispatchers
@@ -60,15 +61,21 @@ public class GemmaSession(
      * @param text the message.
      * @param params how the tokens of the answer are chosen.
      * @param maxTokens the answer ends after this many tokens at the latest.
+     * @param stop texts that end the answer and are not part of it.
      * @return the answer. Collecting it throws [InputException] if the template cannot express the message; the conversation is then
      *   unchanged.
      */
-    public fun send(text: String, params: SamplingParams = SamplingParams(), maxTokens: Int = 512): Flow<String> = answer(maxTokens) {
+    public fun send(
+        text: String,
+        params: SamplingParams = SamplingParams(),
+        maxTokens: Int = 512,
+        stop: List<String> = emptyList(),
+    ): Flow<String> = answer(maxTokens, stop) {
         val template = template
             ?: throw UnsupportedException("this session has no chat template; call complete, or pass a template to the session")
         val history = messages + Message("user", text)
         val prompt = template.render(history)
-        generate(newTokens(prompt), params, maxTokens, prompt, it) { answer -> remember(history + Message("assistant", answer)) }
+        generate(newTokens(prompt), Wanted(params, maxTokens, stop), prompt, it) { answer -> remember(history + Message("assistant", answer)) }
     }
 
     /**
@@ -76,11 +83,16 @@ public class GemmaSession(
      *
      * @return the continuation; see [send].
      */
-    public fun complete(prompt: String, params: SamplingParams = SamplingParams(), maxTokens: Int = 512): Flow<String> = answer(maxTokens) {
+    public fun complete(
+        prompt: String,
+        params: SamplingParams = SamplingParams(),
+        maxTokens: Int = 512,
+        stop: List<String> = emptyList(),
+    ): Flow<String> = answer(maxTokens, stop) {
         val ids = tokenizer.encode(prompt)
         forget()
         remember(emptyList())
-        generate(ids, params, maxTokens, prompt, it) {}
+        generate(ids, Wanted(params, maxTokens, stop), prompt, it) {}
     }
 
     /** Replace the conversation, for example by a saved one. The next turn feeds all of it. */
@@ -138,8 +150,9 @@ public class GemmaSession(
     /** Free the model's memory. If a token is being computed, this waits for it. */
     override fun close(): Unit = runtime.close()
 
-    private fun answer(maxTokens: Int, run: suspend FlowCollector<String>.(Handover) -> Unit): Flow<String> = flow {
+    private fun answer(maxTokens: Int, stop: List<String>, run: suspend FlowCollector<String>.(Handover) -> Unit): Flow<String> = flow {
         if (maxTokens < 1) throw InputException("maxTokens $maxTokens is below 1")
+        if (stop.any { it.isEmpty() }) throw InputException("stop holds an empty text; give texts that have a character")
         val handover = Handover()
         val pieces = flow { turn.withLock { run(handover) } }.buffer(Channel.RENDEZVOUS).flowOn(dispatcher)
         pieces.collect { piece -> if (handover.receive()) emit(piece) }
@@ -179,14 +192,14 @@ public class GemmaSession(
      */
     private suspend fun FlowCollector<String>.generate(
         ids: IntArray,
-        params: SamplingParams,
-        maxTokens: Int,
+        wanted: Wanted,
         prompt: String,
         handover: Handover,
         done: (answer: String) -> Unit,
     ) {
         val clock = AnswerClock(ids.size)
-        val sampler = Sampler(params, seen)
+        val sampler = Sampler(wanted.params, seen)
+        val stops = StopTexts(wanted.stop)
         val stream = tokenizer.stream()
         var unfed = IntArray(0) // the last token, until it is fed
         var piece = "" // the text that the last token added
@@ -197,22 +210,25 @@ public class GemmaSession(
         var logits = feed(ids)
         fed.addAll(ids)
         try {
-            for (count in 1..maxTokens) {
+            for (count in 1..wanted.maxTokens) {
                 cacheIsKnown = true
                 val token = sampler.sample(logits)
                 if (token in tokenizer.stopIds) break
                 clock.token()
                 unfed = intArrayOf(token)
-                piece = stream.push(token)
+                piece = stops.push(stream.push(token))
                 if (piece.isNotEmpty()) emit(handover.offer(piece))
+                if (stops.found) break
                 sampler.observe(token)
                 currentCoroutineContext().ensureActive()
-                if (count == maxTokens) break // nobody needs the next logits
+                if (count == wanted.maxTokens) break // nobody needs the next logits
                 cacheIsKnown = false
                 logits = runtime.decode(token)
                 fed.add(token)
                 unfed = IntArray(0)
             }
+            piece = stops.rest()
+            if (piece.isNotEmpty()) emit(handover.offer(piece))
             finished = true
         } finally {
             stats = clock.stats()
@@ -224,7 +240,8 @@ public class GemmaSession(
                 unfed.forEach(sampler::observe)
                 val answer = handover.text.toString()
                 // the cache holds the blanks around the answer, which Gemma's template trims when it renders the next prompt
-                if (dropped == 0 || droppedIsUnfed) {
+                // with stop texts the cache may hold tokens whose text was not given
+                if (if (wanted.stop.isEmpty()) dropped == 0 || droppedIsUnfed else finished && !stops.found) {
                     cached = CachedText(setOf(prompt + answer, prompt + answer.trimmed()), runtime.position, unfed)
                 }
                 done(answer)

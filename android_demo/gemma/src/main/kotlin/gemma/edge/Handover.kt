@@ -2,6 +2,9 @@ package gemma.edge
 
 import java.util.concurrent.atomic.AtomicInteger
 
+/** What an answer is to be like. */
+internal class Wanted(val params: SamplingParams, val maxTokens: Int, val stop: List<String>)
+
 /**
  * An answer on its way to the collector. If the answer is cancelled, the side that makes it cannot know whether the collector received the
  * last piece, because a handover may succeed and still be reported as cancelled. Therefore the collector's side counts the pieces.

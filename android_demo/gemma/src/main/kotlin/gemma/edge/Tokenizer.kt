@@ -28,7 +28,7 @@ public class Tokenizer private constructor(file: TokenizerFile, public val bosTo
     private val byteIds = IntArray(256, ::byteId)
     private val byteOf = (0..0xFF).filter { byteIds[it] >= 0 }.associateBy { byteIds[it] }
 
-    public val stopIds: Set<Int> = eosTokenIds + listOfNotNull(idOf(END_OF_TURN))
+    public val stopIds: Set<Int> = eosTokenIds + listOf(END_OF_TURN, START_OF_RESPONSE).mapNotNull(::idOf)
 
     /** The id of the token with this text; null if there is none. */
     public fun idOf(token: String): Int? = added.values.firstOrNull { String(it.content) == token }?.id
@@ -148,6 +148,7 @@ public class Tokenizer private constructor(file: TokenizerFile, public val bosTo
     public companion object {
         internal const val FILE = "tokenizer.json"
         private const val END_OF_TURN = "<end_of_turn>"
+        private const val START_OF_RESPONSE = "<start_function_response>" // FunctionGemma ends its calls with it
         private const val SPACE = ' '.code.toByte()
         private const val GONE = -1
         private const val HEX = "0123456789ABCDEF"
