@@ -14,7 +14,7 @@ FIXTURE_BUNDLES := $(BUNDLE) $(addprefix $(ANDROID_BUILD)/bundles/,float-cache r
 # Maven compiles the library's classes for the tests and for the APK.
 GEMMA := android_demo/build/classes
 
-.PHONY: aar aar-test android android-api android-sizes android-test android-native-test android-screenshots
+.PHONY: aar aar-test android android-api android-lint android-sizes android-test android-native-test android-screenshots
 
 POMS := $(wildcard android_demo/pom.xml android_demo/*/pom.xml android_demo/doubles/*/pom.xml)
 GEMMA_SOURCES := $(shell find android_demo/gemma*/src/main android_demo/doubles -name '*.kt' -o -name '*.java')
@@ -64,6 +64,10 @@ aar: $(STAMP) $(GEMMA)/.compiled
 # An app on the JVM that has that repository in its POM.
 aar-test: aar $(FIXTURES)/.made
 	$(BIN)/python tools/apk/test_aar.py $(ANDROID_BUILD)/repository $(BUNDLE) $(FIXTURES)/models/$(notdir $(BUNDLE))/answers.json
+
+# Android Lint on the app's sources, resources and manifest.
+android-lint: $(STAMP) $(GEMMA)/.compiled
+	$(BIN)/python tools/apk/lint.py
 
 # Takes the screenshots of docs/android: the tests of the screens draw them.
 android-screenshots: $(FIXTURES)/.made $(GEMMA)/.compiled

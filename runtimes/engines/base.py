@@ -253,12 +253,12 @@ class Runtime(ABC):
         return State(self.identity, self._position, self._written, np.array(self._kept, np.int32), rows)
 
     def restore(self, state: State) -> None:
-        """Go on from a state of this bundle and backend.
+        """Go on from a state of this bundle and backend. The tokens of a state without a cache are fed again.
 
         Raises:
             InputError: the state belongs to another bundle or backend, or is damaged; this runtime is then as it was.
         """
-        buffers = self._buffers()
+        buffers = self._buffers() if state.rows else {}  # Kotlin saves no cache where its library cannot reach it
         state.check(self.identity, {name: buffer[..., : state.written, :] for name, buffer in buffers.items()})
         tokens = self._chunks(state.ids.tolist(), len(state.ids)) if len(state.ids) else []
         self.reset()

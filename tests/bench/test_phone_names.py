@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.checkpoints import ROOT
 from support.toys import write_toy_bundle
 
 from gemma_edge.bench import phones
+from gemma_edge.bench.machine import FLAGS
 from gemma_edge.bench.phones import Facts, PhoneBundle, facts
 from gemma_edge.bundle.entries import FileEntry
 from gemma_edge.bundle.manifest import Manifest
@@ -79,3 +82,14 @@ def test_a_property_of_several_lines_stays_one_value() -> None:
 
     known = facts(Recorder(answer))  # type: ignore[arg-type]
     assert known.device["name"] == "Pho ne[2J <script>" and known.sdk == 35 and known.abis == ("x86_64",)
+
+
+def test_the_app_names_the_same_instruction_sets_as_this_machine() -> None:
+    source = (ROOT / "android_demo/gemma/src/main/kotlin/gemma/edge/BenchmarkSystem.kt").read_text(encoding="utf-8")
+    (names,) = re.findall(r"val FLAGS = listOf\((.*?)\)", source)
+    assert tuple(re.findall(r'"(\w+)"', names)) == FLAGS
+
+
+def test_the_app_tries_the_backends_in_the_order_that_is_documented_here() -> None:
+    source = (ROOT / "android_demo/gemma/src/main/kotlin/gemma/edge/engine/Engine.kt").read_text(encoding="utf-8")
+    assert tuple(re.findall(r'(?m)^    [A-Z]+\("(\w+)", "', source)) == phones.BACKENDS

@@ -7,6 +7,7 @@ JDK 17, Maven and npm. `make android` compiles the library first, with Maven, so
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import time
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ MODULES = ("gemma", "gemma-onnx")  # of the library, in the app that is released
 GEMMA_CLASSES = [ANDROID / module / "target" / "classes" for module in MODULES]
 PACKAGE = "gemma.edge.app"
 ABIS = ("arm64-v8a", "x86_64")
+# INTERNET is for downloads, the others for imports that go on while no screen of the app is in front.
+PERMISSIONS = ["INTERNET", "FOREGROUND_SERVICE", "FOREGROUND_SERVICE_DATA_SYNC", "POST_NOTIFICATIONS", "WAKE_LOCK"]
 MIN_SDK, TARGET_SDK = str(PINS["versions"]["min_sdk"]), str(PINS["versions"]["target_sdk"])
 VERSION_CODE, VERSION_NAME = "1", "0.1.0"
 APK = BUILD / "gemma-edge.apk"
@@ -157,7 +160,7 @@ def link(linked: Libraries) -> Path:
         run(command)
         generated_jar(linked, folder / "java", folder / "R.txt")
 
-    scripts = sorted(Path(__file__).parent.glob("*.py"))
+    scripts = [Path(__file__).with_name(f"{name}.py") for name in ("bindings", "build_apk", "r_classes", "toolchain")]
     return once("linked", [APP / "AndroidManifest.xml", *sources(APP / "res"), PINS, *scripts], make)
 
 
@@ -242,7 +245,9 @@ def package(linked: Libraries, resources: Path, dexes: list[Path], assets: Path,
     for abi in abis:
         libraries = (path for engine in linked.engines for path in engine.natives(abi))
         files |= {f"lib/{abi}/{path.name}": path for path in libraries}
-    write_apk(UNSIGNED, resources / "app.ap_", files | asset_files(assets))
+    versions = BUILD / "engines.json"
+    versions.write_text(json.dumps({engine.backend: engine.version for engine in linked.engines}), encoding="utf-8")
+    write_apk(UNSIGNED, resources / "app.ap_", files | asset_files(assets) | {"assets/engines.json": versions})
     if not KEYSTORE.exists():
         run([*NEW_KEY, "-keystore", KEYSTORE, "-storepass", PASSWORD, "-alias", ALIAS])
     apksig = next(maven("tools").glob("apksig-*.jar"))
@@ -256,8 +261,7 @@ def check_badging(apk: Path, abis: tuple[str, ...]) -> None:
     """Check what aapt2 reads from the finished APK.
 
     Raises:
-        SystemExit: the package, an SDK version, the launcher activity or an ABI is not the expected one, or the APK asks
-            for the INTERNET permission.
+        SystemExit: the package, an SDK version, the launcher activity, an ABI or a permission is not the expected one.
     """
     badging = run([aapt2(), "dump", "badging", apk])
     expected = {
@@ -270,8 +274,11 @@ def check_badging(apk: Path, abis: tuple[str, ...]) -> None:
     for what, pattern in expected.items():
         if not re.search(pattern, badging, re.MULTILINE):
             raise SystemExit(f"{apk}: {what} is not as expected ({pattern})\n{badging}")
-    if "android.permission.INTERNET" in badging:
-        raise SystemExit(f"{apk} asks for the INTERNET permission: a library's manifest brought it in")
+    permissions = re.findall(r"^uses-permission: name='android\.permission\.(.*?)'", badging, re.MULTILINE)
+    if permissions != PERMISSIONS:
+        raise SystemExit(
+            f"{apk} asks for {permissions}, {PERMISSIONS} is expected: a library's manifest brought others in"
+        )
 
 
 def engine_names(text: str) -> list[str]:

@@ -20,6 +20,7 @@ class Engine:
     jars: list[Path]  # of its classes
     rules: list[Path]  # that its AARs have for R8
     natives: Callable[[str], list[Path]]  # its native libraries for an ABI
+    version: str  # what a benchmark says of libraries that do not tell their own version
 
 
 def downloaded_wheel(requirement: str, folder: Path, *flags: object) -> Path:
@@ -41,10 +42,10 @@ def rules_of(aars: list[Path]) -> list[Path]:
 
 
 def engine_of(backend: str, module: str, archives: list[Path], *jars: Path) -> Engine:
-    """An engine that consists of AARs, and of jars that they need."""
+    """An engine that consists of AARs, of which the first one has its version in its name, and of jars that they need."""
     aars = unpacked(archives, f"{module}-aars")
     classes = [*(aar / "classes.jar" for aar in aars), *jars]
-    return Engine(backend, module, classes, rules_of(aars), lambda abi: of_aars(aars, abi))
+    return Engine(backend, module, classes, rules_of(aars), lambda abi: of_aars(aars, abi), archives[0].stem)
 
 
 def onnxruntime(official: Path | None = None) -> Engine:
@@ -69,7 +70,7 @@ def executorch(official: Path | None = None) -> Engine:
         return list(own.values())
 
     jars = [package / pin["classes"], *(aar / "classes.jar" for aar in aars), loader]
-    return Engine("executorch", "gemma-executorch", jars, rules_of(aars), natives)
+    return Engine("executorch", "gemma-executorch", jars, rules_of(aars), natives, PINS["npm"]["executorch"])
 
 
 def litert(official: Path | None = None) -> Engine:
@@ -95,7 +96,7 @@ def litert(official: Path | None = None) -> Engine:
         return [checked(library, pin["sha256"][abi])]
 
     double = packed("litert-double", [ANDROID / "doubles" / "litert" / "target" / "classes"])
-    return Engine("tflite", "gemma-litert", [double], [], natives)
+    return Engine("tflite", "gemma-litert", [double], [], natives, pin["wheel"])
 
 
 # ENGINES: by the backends of bundles that they run

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from apk_zip import write_apk
 from build_apk import GEMMA_CLASSES, PACKAGE, asset_files, compile_app, gemma_files, libraries, link, sources
-from toolchain import ANDROID, BUILD, class_path, framework, jars_of, kotlinc, maven, once, unpacked
+from toolchain import ANDROID, BUILD, SHORT, class_path, framework, jars_of, kotlinc, maven, once, unpacked
 
 TESTS = ANDROID / "app" / "src" / "test" / "kotlin"
 
@@ -90,7 +90,7 @@ def main() -> None:
         "gemma.demo.bundle": options.bundle.resolve(),
     }
     for name in test_classes() if options.only is None else [options.only]:
-        command = ["java", "-Xmx2g", *(f"-D{key}={value}" for key, value in flags.items())]
+        command = ["java", "-Xmx2g", *SHORT, *(f"-D{key}={value}" for key, value in flags.items())]
         run_class(name, [*command, "-cp", class_path([classes, *jars, framework()]), "org.junit.runner.JUnitCore"])
 
 

@@ -22,6 +22,8 @@ BUILD = ANDROID / "build"
 CHAIN = BUILD / "toolchain"
 PINS: dict[str, Any] = tomllib.loads(Path(__file__).with_name("pins.toml").read_text(encoding="utf-8"))
 MAVEN = ["mvn", "-B", "-q"]
+# SHORT: for programs that end before the JVM's second compiler would have paid.
+SHORT = ("-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC")
 POM = """<project xmlns="http://maven.apache.org/POM/4.0.0">
 <modelVersion>4.0.0</modelVersion><groupId>gemma.edge</groupId><artifactId>{name}</artifactId><version>1</version><packaging>pom</packaging>
 <dependencies>{dependencies}</dependencies>
@@ -197,7 +199,7 @@ def kotlinc(sources: Sequence[Path], jars: Sequence[Path], out: Path) -> None:
     compiler = npm("kotlin") / "package" / "bin" / "kotlinc"
     flags = ["-Xjdk-release=17", "-jvm-target", "17", "-nowarn", "-Xnullability-annotations=@android.annotation:ignore"]
     command = ["bash", compiler, *flags, "-classpath", class_path([*jars, framework()]), "-d", out, *sources]
-    run(command, env={**os.environ, "JAVA_OPTS": "-Xmx1500m"})
+    run(command, env={**os.environ, "JAVA_OPTS": " ".join(["-Xmx1500m", *SHORT])})
 
 
 def java_home() -> Path:

@@ -1,6 +1,6 @@
 """Load in Python the states that the Kotlin tests saved, and require the same bits of the logits that follow.
 
-Run it after the Kotlin tests: `check_states.py FIXTURES`.
+Run it after the Kotlin tests: `check_states.py FIXTURES [--backend NAME]`.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from gemma_edge.text.tokenizer import Tokenizer
 
 
 def check_state(runtime: Runtime, answers: dict[str, Any], expected: Path, saved: Path) -> None:
-    """Check that the logits after a saved state are those that Python computed without a break.
+    """Check that the logits after a saved state are those after the state that Python saved at the same place.
 
     Args:
         runtime: of the bundle.
         answers: the fixtures of the bundle, from answers.json.
-        expected: file with the logits after every call, (calls, V) float32.
+        expected: file with these logits after every call that follows, (calls, V) float32.
         saved: file with the state that Kotlin saved.
 
     Raises:
@@ -42,9 +42,9 @@ def check_state(runtime: Runtime, answers: dict[str, Any], expected: Path, saved
     if notes != {"kept": "by Kotlin"} or runtime.position != at:
         raise SystemExit(f"{saved}: notes {notes} and position {runtime.position}, {at} expected")
     logits = logits_of(runtime, answers["tokens"][at:], answers["calls"][before:])
-    unbroken = np.fromfile(expected, "<f4").reshape(len(answers["calls"]), -1)[before:]
-    if not np.array_equal(logits, unbroken):
-        raise SystemExit(f"{saved}: the logits after it differ by up to {np.abs(logits - unbroken).max()}")
+    pythons = np.fromfile(expected, "<f4").reshape(logits.shape)
+    if not np.array_equal(logits, pythons):
+        raise SystemExit(f"{saved}: the logits after it differ by up to {np.abs(logits - pythons).max()}")
 
 
 def check_conversation(runtime: Runtime, answers: dict[str, Any], saved: Path) -> None:
@@ -66,13 +66,15 @@ def main() -> None:
     """Check the states of every bundle, and that a bundle refuses the state of another one."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("fixtures", type=Path)
-    fixtures: Path = parser.parse_args().fixtures
+    parser.add_argument("--backend", help="backend of the bundles; default: the first that is installed")
+    options = parser.parse_args()
+    fixtures: Path = options.fixtures
     states: list[Path] = []
     for folder in sorted((fixtures / "models").iterdir()):
         answers = json.loads((folder / "answers.json").read_text(encoding="utf-8"))
-        runtime = gemma_edge.load(answers["bundle"], threads=1)
+        runtime = gemma_edge.load(answers["bundle"], backend=options.backend, threads=1)
         saved = fixtures / "from-kotlin" / folder.name
-        check_state(runtime, answers, folder / "runtime.f32", saved / "state.safetensors")
+        check_state(runtime, answers, folder / "state.f32", saved / "state.safetensors")
         check_conversation(runtime, answers, saved / "conversation.safetensors")
         for foreign in states:
             try:
@@ -81,7 +83,7 @@ def main() -> None:
                 continue
             raise SystemExit(f"{folder.name} accepted {foreign}, the state of another bundle")
         states.append(saved / "state.safetensors")
-    print(f"states saved by Kotlin go on in Python: {len(states)} bundles")
+    print(f"{options.backend or 'onnx'}: states saved by Kotlin go on in Python: {len(states)} bundles")
 
 
 if __name__ == "__main__":

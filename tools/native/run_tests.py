@@ -25,6 +25,7 @@ from toolchain import ANDROID, BUILD, class_path, java_home, maven, once, packed
 X86_64 = Abi("x86_64", "x86_64", ("cc",))
 # ROUNDED: bundles whose logits differ from Python's in the last bits on ONNX Runtime for Android.
 ROUNDED = ("random-gemma3",)
+CHECK_STATES = TOOLS.parent / "kotlin_fixtures" / "check_states.py"
 Flags = dict[str, Path | str]
 
 
@@ -115,6 +116,8 @@ def test(engine: engines.Engine, here: Host, fixtures: Path) -> None:
         class_path(classes_of(engine)), {"gemma.fixtures": answers}, "org.junit.runner.JUnitCore", *tests_of(engine)
     )
     print(engine.module, here.abi.name, *(line for line in output.splitlines() if line.startswith("OK")), flush=True)
+    if engine.backend != "onnx":  # make android-test checks those of ONNX Runtime with another Python
+        print(run([sys.executable, CHECK_STATES, answers, "--backend", engine.backend]).strip(), flush=True)
 
 
 def compare(backend: str, classes: str, there: Host, fixtures: Path) -> None:

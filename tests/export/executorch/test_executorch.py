@@ -169,6 +169,11 @@ def test_every_rewind_of_the_ring_is_exact_and_a_restored_state_gives_the_same_b
     expected = runtime.score(ids[:40])  # the other method
     runtime.restore(state)
     assert np.array_equal(runtime.decode_many(ids[30:40]), expected[30:])
+    # Kotlin's states have no cache; they were refused as damaged
+    refed = runtime.stats.refed_tokens
+    runtime.restore(replace(state, rows={}))
+    assert runtime.position == 30 and runtime.stats.refed_tokens == refed + 30
+    assert np.array_equal(runtime.decode_many(ids[30:40]), expected[30:])
 
 
 @pytest.mark.parametrize(

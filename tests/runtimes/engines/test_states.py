@@ -154,3 +154,30 @@ def test_a_prefix_that_could_not_be_written_is_refused_before_the_work(
         assert result.exit_code == 2, result.output
         assert "--save" in result.stderr and "no file can be written there" in result.stderr
     assert (tmp_path / "pipe").is_fifo()
+
+
+class Reachable(ToyRuntime):
+    """A toy whose cache can be reached; it holds what was fed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.buffer = np.zeros((1, 100, 1), np.float32)
+
+    def _buffers(self) -> dict[str, Any]:
+        return {"fed": self.buffer}
+
+
+def test_a_state_without_a_cache_is_fed_again() -> None:
+    """As Kotlin saves it where a library cannot hand the cache out; it was refused as damaged."""
+    ids = [9, 8, 9, 10, 11]
+    runtime = Reachable()
+    runtime.prefill(ids)
+    state, expected = runtime.snapshot(), runtime.decode(12)
+    assert state.rows and not runtime.stats.refed_tokens
+    other = Reachable()
+    other.prefill([30, 31])
+    other.restore(replace(state, rows={}))
+    assert other.position == 5 and other.stats.refed_tokens == 5
+    assert np.array_equal(other.decode(12), expected)
+    with pytest.raises(InputError, match="belongs to another bundle"):
+        other.restore(replace(state, rows={}, identity="b" * 64))

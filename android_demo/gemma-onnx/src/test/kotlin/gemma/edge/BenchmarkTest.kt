@@ -37,6 +37,20 @@ class BenchmarkTest {
     }
 
     @Test
+    fun a_result_names_the_library_its_version_the_abi_and_what_the_processor_can_do() {
+        val settings = BenchmarkSettings(prefill = 5, decode = 2, repeat = 1, warmup = 0, backend = "onnx")
+        val found = result(Benchmark().run(Fixtures.demoBundle, settings))
+        assertEquals("onnx", found["model"]["backend"].string)
+        assertTrue(Regex("\\d+\\.\\d+\\.\\d+").matches(found["versions"]["onnxruntime"].string))
+        assertTrue(found["device"]["abi"].string in listOf("x86_64", "arm64-v8a"))
+        assertEquals(BenchmarkSystem.flagsIn(File("/proc/cpuinfo").readText()), found["device"]["flags"].list.map { it.string })
+        val arm = "processor\t: 0\nFeatures\t: fp asimd asimddp i8mm bf16\nprocessor\t: 1\nFeatures\t: fp sve\n"
+        assertEquals(listOf("asimddp", "i8mm"), BenchmarkSystem.flagsIn(arm))
+        assertEquals(listOf("avx2", "avx512f"), BenchmarkSystem.flagsIn("flags\t\t: fpu avx2 avx512f\n"))
+        assertEquals(emptyList<String>(), BenchmarkSystem.flagsIn(""))
+    }
+
+    @Test
     fun bytes_read_per_token_are_the_weights_and_what_the_windows_see() {
         val found = result(Benchmark().run(Fixtures.demoBundle, BenchmarkSettings(prefill = 150, decode = 10, repeat = 1, warmup = 0)))
         // keys and values in int8, 4 heads of 64; three layers see 128 tokens, the other three see all 155

@@ -12,6 +12,7 @@ import gemma.edge.engine.EngineApi
  * @property program the file that its engine loads.
  * @property signatures functions of a TFLite model; empty for the other backends.
  * @property identity hash of all that a saved state depends on, as the exporter computed it.
+ * @property accelerator what its files were made for: `cpu` or `gpu`.
  */
 public class Backend internal constructor(
     public val name: String,
@@ -21,6 +22,7 @@ public class Backend internal constructor(
     @property:EngineApi public val program: String,
     @property:EngineApi public val signatures: List<Signature>,
     @property:EngineApi public val identity: String,
+    public val accelerator: String,
 ) {
     /** Bytes of all its files. */
     public val bytes: Long get() = files.sumOf { it.bytes }

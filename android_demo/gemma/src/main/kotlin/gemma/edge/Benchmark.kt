@@ -90,7 +90,7 @@ public class Benchmark(private val system: BenchmarkSystem = BenchmarkSystem()) 
             times.lists + mapOf(
                 "model" to describe(bundle, runtime.backend, settings),
                 "settings" to described(settings, threads),
-                "versions" to mapOf("gemma-edge" to VERSION, runtime.library.name to runtime.library.version),
+                "versions" to mapOf("gemma-edge" to VERSION, runtime.library.name to versionOf(runtime)),
                 "load" to mapOf("warm_s" to loadS),
                 "memory" to mapOf(
                     "loaded_mib" to loadedMib,
@@ -102,6 +102,9 @@ public class Benchmark(private val system: BenchmarkSystem = BenchmarkSystem()) 
             )
         }
     }
+
+    private fun versionOf(runtime: GemmaRuntime): String =
+        runtime.library.version.ifEmpty { system.libraryVersion(runtime.backend.name) ?: "unknown" }
 
     /** Feed a prompt into an empty cache and generate after it; [times] is null for a warm-up. */
     private fun repeat(runtime: GemmaRuntime, ids: IntArray, decode: Int, times: Times?) {
@@ -162,11 +165,11 @@ public class Benchmark(private val system: BenchmarkSystem = BenchmarkSystem()) 
 
         private fun secondsSince(start: Long) = (System.nanoTime() - start) / 1e9
 
-        /** Run a benchmark without the app: `Benchmark BUNDLE RESULT.json THREADS PREFILL DECODE REPEAT WARMUP MINUTES`. */
+        /** Run a benchmark without the app: `Benchmark BUNDLE RESULT.json THREADS PREFILL DECODE REPEAT WARMUP MINUTES [BACKEND]`. */
         @JvmStatic
         public fun main(args: Array<String>) {
             val (threads, prefill, decode, repeat, warmup) = args.slice(2..6).map { it.toInt() }
-            val settings = BenchmarkSettings(threads, prefill, decode, repeat, warmup, args[7].toDouble())
+            val settings = BenchmarkSettings(threads, prefill, decode, repeat, warmup, args[7].toDouble(), args.getOrNull(8))
             writeWhole(File(args[1]), Benchmark().run(File(args[0]), settings))
         }
 

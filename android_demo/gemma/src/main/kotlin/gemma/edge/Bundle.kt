@@ -149,13 +149,13 @@ public class Bundle private constructor(
                 program = names.first(),
                 signatures = if (name == TFLITE) settings["signatures"].list.mapNotNull(::readSignature) else emptyList(),
                 identity = backend["identity"].sha256,
+                accelerator = if ("accelerator" in backend) backend["accelerator"].oneOf(ACCELERATORS) else CPU,
             )
         }
 
         /** A signature of a TFLite model; null if it is for scoring, which this library does not do. */
         private fun readSignature(node: Node): Signature? {
-            val role = node["role"].string
-            if (role !in SIGNATURE_ROLES) node["role"].fail("one of ${SIGNATURE_ROLES.joinToString()}")
+            val role = node["role"].oneOf(SIGNATURE_ROLES)
             val longest = if (node["longest"].value == null) null else node["longest"].int(1..MAX_TOKENS)
             val tokens = node["tokens"].int(1..MAX_CHUNK)
             return if (role == "score") null else Signature(node["name"].string, role == "prefill", tokens, longest)
@@ -186,6 +186,8 @@ private val FILES_OF = mapOf(
     TFLITE to listOf("program"),
 )
 private val SIGNATURE_ROLES = listOf("prefill", "decode", "score")
+internal const val CPU = "cpu"
+private val ACCELERATORS = listOf(CPU, "gpu")
 private val SHA256 = Regex("[0-9a-f]{64}")
 
 /** Whether a name stays below a folder; false for what is not a file name. */
@@ -212,6 +214,8 @@ internal class Node(val value: Any?, private val path: String) {
     fun int(range: IntRange): Int = long.takeIf { it in range.first.toLong()..range.last }?.toInt() ?: fail("a number in $range")
 
     fun equalTo(expected: Int): Int = if (value == expected.toLong()) expected else fail("$expected, as the rest of the manifest says")
+
+    fun oneOf(allowed: List<String>): String = string.takeIf { it in allowed } ?: fail("one of ${allowed.joinToString()}")
 
     fun fail(expected: String): Nothing = throw JsonException("$path is not $expected")
 }

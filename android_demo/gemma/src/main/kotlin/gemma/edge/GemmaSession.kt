@@ -45,6 +45,15 @@ public class GemmaSession(
     /** The bundle of the runtime. */
     public val bundle: Bundle get() = runtime.bundle
 
+    /** The backend that answers. */
+    public val backend: Backend get() = runtime.backend
+
+    /**
+     * The number of tokens read and written since the conversation began. The model looks back on as many of them as the backend's
+     * context holds; older ones have fallen out.
+     */
+    public val position: Int get() = runtime.position
+
     /** The conversation so far, without the answer that is being given. */
     @Volatile
     public var messages: List<Message> = emptyList()

@@ -8,6 +8,8 @@ import android.os.Build
 import android.os.Debug
 import android.os.PowerManager
 import gemma.edge.BenchmarkSystem
+import java.io.FileNotFoundException
+import org.json.JSONObject
 
 /** Adds what only Android knows to the notes of a benchmark: the name of the phone, battery, thermal status and PSS. */
 class AndroidSystem(private val context: Context) : BenchmarkSystem() {
@@ -21,6 +23,13 @@ class AndroidSystem(private val context: Context) : BenchmarkSystem() {
     override fun state(): Map<String, Any> = super.state() + battery() + thermal()
 
     override fun pssMib(): Double = Debug.getPss() / 1024.0
+
+    /** The build writes this file beside the models; without it nothing is known. */
+    override fun libraryVersion(backend: String): String? = try {
+        JSONObject(context.assets.open("engines.json").use { it.readBytes().decodeToString() }).optString(backend).ifEmpty { null }
+    } catch (_: FileNotFoundException) {
+        null
+    }
 
     private fun battery(): Map<String, Any> {
         val battery = context.registerReceiver(null, IntentFilter(Intent.ACTION_BATTERY_CHANGED)) ?: return emptyMap()

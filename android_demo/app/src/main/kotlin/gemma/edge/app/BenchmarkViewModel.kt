@@ -5,6 +5,7 @@ import androidx.lifecycle.AndroidViewModel
 import androidx.lifecycle.viewModelScope
 import gemma.edge.Benchmark
 import gemma.edge.BenchmarkSettings
+import gemma.edge.app.bundles.BundleStore
 import java.io.File
 import kotlinx.coroutines.CoroutineScope
 import kotlinx.coroutines.Dispatchers
@@ -53,8 +54,8 @@ class BenchmarkViewModel(application: Application) : AndroidViewModel(applicatio
         if (mutable.value is BenchmarkUiState.Running) return
         mutable.value = BenchmarkUiState.Running(done = 0, total = settings.warmup + settings.repeat)
         viewModelScope.launch {
-            engine.close() // a phone has no memory for two models
-            mutable.value = withContext(Dispatchers.Default) { measure(bundle, settings, name) }
+            // a phone has no memory for two models
+            mutable.value = engine.withoutModel { withContext(Dispatchers.Default) { measure(bundle, settings, name) } }
         }
     }
 

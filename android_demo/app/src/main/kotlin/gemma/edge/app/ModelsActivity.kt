@@ -1,6 +1,9 @@
 package gemma.edge.app
 
+import android.Manifest
+import android.content.Intent
 import android.net.Uri
+import android.os.Build
 import android.os.Bundle
 import android.text.format.Formatter
 import android.view.ViewGroup
@@ -14,8 +17,14 @@ import androidx.lifecycle.lifecycleScope
 import androidx.lifecycle.repeatOnLifecycle
 import androidx.recyclerview.widget.LinearLayoutManager
 import androidx.recyclerview.widget.RecyclerView
+import gemma.edge.app.bundles.ImportRequest
+import gemma.edge.app.bundles.ImportRequest.Kind
+import gemma.edge.app.bundles.ImportService
+import gemma.edge.app.bundles.ImportState
 import gemma.edge.app.databinding.ModelBinding
 import gemma.edge.app.databinding.ModelsBinding
+import gemma.edge.app.views.askText
+import gemma.edge.app.views.confirmDelete
 import kotlinx.coroutines.launch
 
 /** The models screen: it shows the [ModelsUiState] and passes the user's actions on to the [ModelsViewModel]. */
@@ -24,8 +33,12 @@ class ModelsActivity : AppCompatActivity() {
     private val adapter = Adapter()
     private lateinit var binding: ModelsBinding
     private val picker = registerForActivityResult(ActivityResultContracts.OpenDocumentTree()) { tree: Uri? ->
-        if (tree != null) models.import(TreeSource(this, tree))
+        if (tree != null) import(Kind.FOLDER, tree)
     }
+    private val zipPicker = registerForActivityResult(ActivityResultContracts.OpenDocument()) { file: Uri? ->
+        if (file != null) import(Kind.ZIP, file)
+    }
+    private val notifying = registerForActivityResult(ActivityResultContracts.RequestPermission()) {} // without it nothing is shown, but imported
 
     override fun onCreate(savedInstanceState: Bundle?) {
         super.onCreate(savedInstanceState)
@@ -35,13 +48,39 @@ class ModelsActivity : AppCompatActivity() {
         binding.list.layoutManager = LinearLayoutManager(this)
         binding.list.adapter = adapter
         binding.importModel.setOnClickListener { picker.launch(null) }
+        binding.importZip.setOnClickListener { zipPicker.launch(arrayOf("application/zip")) }
+        binding.download.setOnClickListener { askText(getString(R.string.address), "https://") { import(ImportRequest(Kind.DOWNLOAD, it)) } }
+        binding.stopImport.setOnClickListener { startService(Intent(this, ImportService::class.java)) }
+        binding.goOn.setOnClickListener { models.state.value.last?.let(::import) }
+        binding.removeLeftovers.setOnClickListener { models.removeLeftovers() }
         lifecycleScope.launch { repeatOnLifecycle(Lifecycle.State.STARTED) { models.state.collect(::show) } }
+    }
+
+    /** Import what the user chose; the permission to read it outlives the process, so that a later one can go on. */
+    private fun import(kind: Kind, chosen: Uri) {
+        try {
+            contentResolver.takePersistableUriPermission(chosen, Intent.FLAG_GRANT_READ_URI_PERMISSION)
+        } catch (_: SecurityException) {
+            // not every app that offers files lets the permission last
+        }
+        import(ImportRequest(kind, chosen.toString()))
+    }
+
+    private fun import(request: ImportRequest) {
+        if (Build.VERSION.SDK_INT >= 33) notifying.launch(Manifest.permission.POST_NOTIFICATIONS)
+        models.import(request)
     }
 
     private fun show(state: ModelsUiState) {
         adapter.show(state.rows)
         val importing = state.import as? ImportState.Importing
-        binding.importModel.isEnabled = importing == null
+        for (button in listOf(binding.importModel, binding.importZip, binding.download)) button.isEnabled = importing == null
+        val leftovers = state.leftovers.isNotEmpty() && importing == null
+        binding.leftovers.isVisible = leftovers
+        binding.leftovers.text = getString(R.string.leftovers, state.leftovers.joinToString())
+        binding.removeLeftovers.isVisible = leftovers
+        binding.goOn.isVisible = leftovers && state.last != null
+        binding.stopImport.isVisible = importing != null
         binding.progress.isVisible = importing != null
         binding.progress.progress = importing?.step?.percent ?: 0
         binding.status.text = statusLine(state.import)
@@ -50,11 +89,7 @@ class ModelsActivity : AppCompatActivity() {
     private fun statusLine(import: ImportState): String = when (import) {
         is ImportState.Idle -> ""
         is ImportState.Failed -> import.reason
-        is ImportState.Importing -> when (val step = import.step) {
-            is ImportStep.Copying -> getString(R.string.copying, import.name, step.percent)
-            is ImportStep.Checking -> getString(R.string.checking, import.name, step.percent)
-            null -> ""
-        }
+        is ImportState.Importing -> import.describe(this)
     }
 
     private class Holder(val binding: ModelBinding) : RecyclerView.ViewHolder(binding.root)
@@ -81,7 +116,7 @@ class ModelsActivity : AppCompatActivity() {
                 use.isEnabled = !row.selected
                 use.setOnClickListener { models.use(row.folder) }
                 delete.contentDescription = getString(R.string.delete, model)
-                delete.setOnClickListener { models.delete(row.folder) }
+                delete.setOnClickListener { confirmDelete(model) { models.delete(row.folder) } }
             }
         }
     }

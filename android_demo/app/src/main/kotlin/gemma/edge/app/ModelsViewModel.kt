@@ -1,8 +1,13 @@
 package gemma.edge.app
 
 import android.app.Application
+import androidx.core.content.ContextCompat
 import androidx.lifecycle.AndroidViewModel
 import androidx.lifecycle.viewModelScope
+import gemma.edge.app.bundles.BundleStore
+import gemma.edge.app.bundles.ImportRequest
+import gemma.edge.app.bundles.ImportService
+import gemma.edge.app.bundles.ImportState
 import java.io.File
 import kotlinx.coroutines.Dispatchers
 import kotlinx.coroutines.flow.MutableStateFlow
@@ -17,66 +22,64 @@ import kotlinx.coroutines.withContext
 /** A model on the device. */
 data class ModelRow(val folder: File, val bytes: Long, val selected: Boolean)
 
-/** What the models screen says below the list. */
-sealed interface ImportState {
-    /** No import is running, and the last change went well. */
-    data object Idle : ImportState
+/**
+ * What the models screen shows.
+ *
+ * @property leftovers names of models whose import did not come to its end.
+ * @property last the import that was begun last; it can be begun again.
+ */
+data class ModelsUiState(
+    val rows: List<ModelRow> = emptyList(),
+    val import: ImportState = ImportState.Idle,
+    val leftovers: List<String> = emptyList(),
+    val last: ImportRequest? = null,
+)
 
-    /** A model is being imported; [step] is null until the first bytes are copied. */
-    data class Importing(val name: String, val step: ImportStep? = null) : ImportState
-
-    /** The last change did not go well. */
-    data class Failed(val reason: String) : ImportState
-}
-
-/** What the models screen shows. */
-data class ModelsUiState(val rows: List<ModelRow> = emptyList(), val import: ImportState = ImportState.Idle)
-
-/** Lists, imports, chooses and deletes models. An import continues while the screen rotates. */
+/** Lists, imports, chooses and deletes models. [ImportService] runs the imports. */
 class ModelsViewModel(application: Application) : AndroidViewModel(application) {
     private val store = BundleStore(application)
+    private val imports = (application as GemmaApplication).imports
     private val mutable = MutableStateFlow(ModelsUiState())
     private val changing = Mutex()
 
     val state: StateFlow<ModelsUiState> = mutable.asStateFlow()
 
     init {
-        startChange {}
+        viewModelScope.launch {
+            imports.state.collect { import ->
+                if (import !is ImportState.Importing) change {}
+                mutable.update { it.copy(import = import) }
+            }
+        }
     }
 
     /** Import a model and choose it, unless another import is running. */
-    fun import(source: Source) {
+    fun import(request: ImportRequest) {
         if (mutable.value.import is ImportState.Importing) return
-        mutable.update { it.copy(import = ImportState.Importing(source.name)) }
-        viewModelScope.launch {
-            val result = change {
-                val folder = store.import(source) { step ->
-                    mutable.update { it.copy(import = ImportState.Importing(source.name, step)) }
-                }
-                store.select(folder)
-            }
-            mutable.update { it.copy(import = result) }
-        }
+        store.rememberImport(request)
+        ContextCompat.startForegroundService(getApplication(), ImportService.intent(getApplication(), request))
     }
 
-    fun use(folder: File) = startChange { store.select(folder) }
+    /** Delete what imports left that did not come to their end. */
+    fun removeLeftovers() {
+        viewModelScope.launch { change { imports.removeLeftovers() } }
+    }
 
-    fun delete(folder: File) = startChange { store.delete(folder) }
+    fun use(folder: File) {
+        viewModelScope.launch { change { store.select(folder) } }
+    }
 
-    private fun startChange(act: () -> Unit) {
-        viewModelScope.launch {
-            val result = change(act)
-            // an import may be waiting for this change
-            mutable.update { if (it.import is ImportState.Importing) it else it.copy(import = result) }
-        }
+    fun delete(folder: File) {
+        viewModelScope.launch { change { store.delete(folder) } }
     }
 
     /** Wait for earlier changes, make this one, and read the list again. */
-    private suspend fun change(act: () -> Unit): ImportState = changing.withLock {
-        val failure = withContext(Dispatchers.IO) { failureOf(act) }
-        val rows = withContext(Dispatchers.IO) { rows() }
-        mutable.update { it.copy(rows = rows) }
-        if (failure == null) ImportState.Idle else ImportState.Failed(failure)
+    private suspend fun change(act: suspend () -> Unit) = changing.withLock {
+        withContext(Dispatchers.IO) {
+            act()
+            val leftovers = store.leftovers().map { it.name.removePrefix(".").removeSuffix(".partial") }
+            mutable.update { it.copy(rows = rows(), leftovers = leftovers, last = store.lastImport()) }
+        }
     }
 
     private fun rows(): List<ModelRow> = store.list().map { folder ->

@@ -1,11 +1,20 @@
 package gemma.edge.app
 
+import android.content.DialogInterface
 import android.content.Intent
 import android.view.View
+import androidx.appcompat.app.AlertDialog
 import androidx.recyclerview.widget.RecyclerView
 import com.google.android.material.button.MaterialButton
+import gemma.edge.app.bundles.BundleStore
+import gemma.edge.app.bundles.ImportState
+import gemma.edge.app.bundles.ImportStep
+import gemma.edge.app.bundles.Source
+import gemma.edge.app.bundles.SourceFile
+import gemma.edge.app.bundles.behind
 import java.io.File
-import kotlinx.coroutines.runBlocking
+import kotlinx.coroutines.MainScope
+import kotlinx.coroutines.launch
 import org.json.JSONObject
 import org.junit.After
 import org.junit.Assert.assertEquals
@@ -20,6 +29,7 @@ import org.robolectric.RobolectricTestRunner
 import org.robolectric.RuntimeEnvironment
 import org.robolectric.annotation.Config
 import org.robolectric.annotation.GraphicsMode
+import org.robolectric.shadows.ShadowDialog
 
 @RunWith(RobolectricTestRunner::class)
 @GraphicsMode(GraphicsMode.Mode.NATIVE)
@@ -31,13 +41,17 @@ class OtherScreensTest {
     private val application = RuntimeEnvironment.getApplication()
 
     @After
-    fun close() = runBlocking { application.engine.close() }
+    fun close() = application.closeModel()
 
     /** A folder of this machine instead of one that the file picker returned. */
     private class FolderSource(private val folder: File, override val name: String = folder.name) : Source {
         override fun files() = folder.walk().filter { it.isFile }.map { file ->
-            SourceFile(file.relativeTo(folder).path, file.length(), file::inputStream)
+            SourceFile(file.relativeTo(folder).path, file.length()) { from -> file.inputStream().behind(from) }
         }.toList()
+    }
+
+    private fun import(source: Source) {
+        MainScope().launch { (application as GemmaApplication).imports.run { source } }
     }
 
     @Test
@@ -64,7 +78,7 @@ class OtherScreensTest {
     fun a_model_is_imported_with_its_hashes_checked_chosen_and_deleted() {
         BundleStore(application).installDemo()
         val screen = Robolectric.buildActivity(ModelsActivity::class.java).setup().get()
-        screen.models.import(FolderSource(demoBundle, "other"))
+        import(FolderSource(demoBundle, "other"))
         waitUntil("it is imported") { screen.models.state.value.run { import !is ImportState.Importing && rows.size == 2 } }
         assertEquals("other", BundleStore(application).selected()?.name)
         assertEquals("", screen.text(R.id.status))
@@ -74,6 +88,8 @@ class OtherScreensTest {
         waitUntil("it is chosen") { BundleStore(application).selected()?.name == "tiny-gemma2" }
         waitUntil("it is shown") { list.getChildAt(1).findViewById<View>(R.id.use).isEnabled.not() }
         list.getChildAt(0).findViewById<MaterialButton>(R.id.delete).performClick()
+        assertEquals("it asks first", 2, screen.models.state.value.rows.size)
+        (ShadowDialog.getLatestDialog() as AlertDialog).getButton(DialogInterface.BUTTON_POSITIVE).performClick()
         waitUntil("it is deleted") { screen.models.state.value.rows.map { it.folder.name } == listOf("tiny-gemma2") }
     }
 
@@ -93,9 +109,8 @@ class OtherScreensTest {
         File(damaged, "model.onnx.data").let { it.writeBytes(it.readBytes().also { bytes -> bytes[0] = (bytes[0] + 1).toByte() }) }
         val screen = Robolectric.buildActivity(ModelsActivity::class.java).setup().get()
         fun import(source: Source, reason: String) {
-            screen.models.import(source)
-            waitUntil("the end of the import") { screen.models.state.value.import !is ImportState.Importing }
-            assertTrue(screen.text(R.id.status), reason in screen.text(R.id.status))
+            import(source)
+            waitUntil("it says $reason") { reason in screen.text(R.id.status) }
             assertEquals(emptyList<String>(), File(application.filesDir, "bundles").list().orEmpty().toList())
         }
         import(FolderSource(damaged), "model.onnx.data was changed")

@@ -1,11 +1,14 @@
 package gemma.edge.app
 
 import android.app.Activity
+import android.app.Application
 import android.graphics.Bitmap
 import android.graphics.Canvas
 import android.os.Looper
 import android.widget.TextView
 import java.io.File
+import kotlinx.coroutines.MainScope
+import kotlinx.coroutines.launch
 import org.robolectric.Shadows.shadowOf
 
 /** The bundle that comes with the app, as a folder of this machine. */
@@ -23,6 +26,12 @@ internal fun waitUntil(what: String, condition: () -> Boolean) {
         check(System.nanoTime() < end) { "still waiting for: $what" }
         Thread.sleep(5)
     }
+}
+
+/** Close the open model. Whoever works with it ends that on the main thread, which therefore goes on. */
+internal fun Application.closeModel() {
+    val closing = MainScope().launch { engine.close() }
+    waitUntil("the model is closed") { closing.isCompleted }
 }
 
 internal fun Activity.text(id: Int): String = findViewById<TextView>(id).text.toString()

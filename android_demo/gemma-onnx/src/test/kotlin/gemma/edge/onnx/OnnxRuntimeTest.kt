@@ -6,6 +6,7 @@ import gemma.edge.BundleException
 import gemma.edge.Fixtures
 import gemma.edge.GemmaRuntime
 import gemma.edge.InputException
+import gemma.edge.UnsupportedException
 import gemma.edge.assertRefuses
 import gemma.edge.engine.EngineTest
 import java.io.File
@@ -27,6 +28,21 @@ class OnnxRuntimeTest : EngineTest("onnx") {
         }
         assertRefuses<InputException>("threads 0") { GemmaRuntime.open(Bundle.open(Fixtures.demoBundle), threads = 0) }
     }
+
+    @Test
+    fun a_bundle_for_a_gpu_is_refused_by_name() {
+        val folder = Fixtures.copyOfDemo(temporary.root)
+        val manifest = File(folder, Bundle.MANIFEST)
+        val text = manifest.readText()
+        manifest.writeText(text.replaceFirst("\"identity\"", "\"accelerator\": \"gpu\", \"identity\""))
+        assertEquals("gpu", Bundle.open(folder).backend("onnx").accelerator)
+        assertRefuses<UnsupportedException>("onnx backend", "accelerator gpu", "--accelerator") { open(folder) }
+        manifest.writeText(text.replaceFirst("\"identity\"", "\"accelerator\": \"npu\", \"identity\""))
+        assertRefuses<BundleException>("accelerator is not one of cpu, gpu") { Bundle.open(folder) }
+    }
+
+    @Test
+    fun a_graph_with_a_changed_byte_is_refused_or_runs() = damageEverywhere(Fixtures.models.first(), bytes = 20_000)
 
     @Test
     fun a_graph_that_is_damaged_or_of_another_bundle_is_refused() {

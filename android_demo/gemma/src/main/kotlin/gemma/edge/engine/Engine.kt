@@ -3,6 +3,7 @@ package gemma.edge.engine
 import gemma.edge.Backend
 import gemma.edge.Benchmark
 import gemma.edge.Bundle
+import gemma.edge.CPU
 import gemma.edge.GemmaRuntime
 import gemma.edge.UnsupportedException
 import java.io.File
@@ -66,7 +67,7 @@ internal enum class Engines(val backend: String, private val className: String, 
         /**
          * The backend that runs a bundle, and its engine: the requested backend, or the first one that has an engine here.
          *
-         * @throws UnsupportedException the bundle does not hold it, or its engine is not on the class path.
+         * @throws UnsupportedException the bundle does not hold it, it was made for a GPU, or its engine is not on the class path.
          */
         fun choose(bundle: Bundle, requested: String?): Pair<Backend, Engine> {
             val held = bundle.backendNames.joinToString()
@@ -74,7 +75,7 @@ internal enum class Engines(val backend: String, private val className: String, 
                 throw UnsupportedException("${bundle.folder} holds no '$requested' backend, only $held; export with --backend $requested")
             }
             val candidates = entries.filter { if (requested == null) it.backend in bundle.backendNames else it.backend == requested }
-            for (candidate in candidates) candidate.find()?.let { return bundle.backend(candidate.backend) to it }
+            for (candidate in candidates) candidate.find()?.let { return onCpu(bundle, bundle.backend(candidate.backend)) to it }
             if (candidates.isEmpty()) {
                 val known = entries.joinToString { it.backend }
                 throw UnsupportedException("${bundle.folder} holds ${requested ?: held}; this library runs $known; export with --backend onnx")
@@ -84,5 +85,11 @@ internal enum class Engines(val backend: String, private val className: String, 
                     candidates.joinToString { "${it.dependency}:${Benchmark.VERSION} for ${it.backend}" },
             )
         }
+
+        /** The backend, if it was made for the CPU, which is what all engines here compute on. */
+        private fun onCpu(bundle: Bundle, backend: Backend): Backend = backend.takeIf { it.accelerator == CPU } ?: throw UnsupportedException(
+            "${bundle.folder}: its ${backend.name} backend was made for the accelerator ${backend.accelerator}; " +
+                "this library runs bundles for the cpu; export it without --accelerator",
+        )
     }
 }

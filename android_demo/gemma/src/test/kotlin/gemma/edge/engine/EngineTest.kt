@@ -13,7 +13,9 @@ import gemma.edge.run
 import gemma.edge.state.StateFile
 import java.io.File
 import kotlin.random.Random
+import kotlinx.coroutines.CancellationException
 import kotlinx.coroutines.flow.toList
+import kotlinx.coroutines.launch
 import kotlinx.coroutines.runBlocking
 import org.junit.Assert.assertArrayEquals
 import org.junit.Assert.assertEquals
@@ -84,6 +86,8 @@ abstract class EngineTest(private val backend: String) {
             runtime.rewind(1)
             val saved = File(temporary.root, "state")
             runtime.save(saved, "{\"kept\": \"with it\"}")
+            // check_states.py lets Python go on from it
+            runtime.save(File(model.fromKotlin, "state.safetensors"), "{\"kept\": \"by Kotlin\"}")
             StateFile.open(saved).use { ours ->
                 StateFile.open(model.state).use { pythons ->
                     assertEquals(pythons.header, ours.header)
@@ -115,6 +119,24 @@ abstract class EngineTest(private val backend: String) {
                     assertEquals(model.name, row["position"].long, runtime.position.toLong())
                 }
             }
+        }
+    }
+
+    @Test
+    fun cancelling_ends_an_answer_within_one_token() {
+        val model = Fixtures.models.first()
+        val runtime = open(model.bundle)
+        GemmaSession(runtime, Tokenizer.open(runtime.bundle), template = null).use { session ->
+            var fed = 0
+            runBlocking {
+                launch {
+                    session.complete(model.greedy.first()["prompt"].string, maxTokens = 500).collect {
+                        fed = runtime.position
+                        if (fed > CANCELLED_AT) throw CancellationException("stop")
+                    }
+                }.join()
+            }
+            assertTrue("${runtime.position} tokens fed, $fed when it was cancelled", fed > CANCELLED_AT && runtime.position <= fed + 1)
         }
     }
 
@@ -183,6 +205,7 @@ abstract class EngineTest(private val backend: String) {
 
     private companion object {
         const val OPENINGS = 20
+        const val CANCELLED_AT = 12 // tokens; the answer would have hundreds
         const val DAMAGES = 100
         const val LEAK_KIB = 100 // of one opening; the program alone has 410
     }
