@@ -1,0 +1,109 @@
+"""The tables that gemma-sweep shows in the terminal. Their rows are also html.py's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gemma_edge.report.console import OUT, print_table, say, size
+from gemma_edge.sweep.result import MEASURED, Row, SweepResult
+
+COLUMNS = (
+    "",
+    "point",
+    "size",
+    "RAM",
+    "KL",
+    "top-1",
+    "ppl",
+    "prefill, tok/s",
+    "decode, tok/s",
+    "RSS, MiB",
+    "export, CPU-s",
+)
+PHONE_COLUMNS = ("point", "phone", "prefill, tok/s", "decode, tok/s", "RSS, MiB", "throttling", "failure")
+# TEXT_COLUMNS: the columns that hold text; the others hold numbers.
+TEXT_COLUMNS = ("", "point", "phone", "state", "why", "throttling", "failure")
+FRONT, PICK = "front", "PICK"
+
+
+def ordered(rows: Sequence[Row]) -> list[Row]:
+    """The measured rows by size, then by distance from the original."""
+    measured = [row for row in rows if row.state == MEASURED]
+    return sorted(measured, key=lambda row: (row.bytes or 0, row.kl or 0.0))
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """A measured row, with the cells of COLUMNS."""
+    return (
+        PICK if row.picked else FRONT if row.front else "",
+        row.name,
+        _sized(row.bytes),
+        _sized(row.device_ram_bytes),
+        _number(row.kl, "{:.5f}"),
+        _number(row.top1, "{:.2%}"),
+        _number(row.ppl, "{:.3f}"),
+        _number(row.prefill_tokens_per_s, "{:.1f}"),
+        _number(row.decode_tokens_per_s, "{:.2f}"),
+        _number(row.rss_peak_mib, "{:.0f}"),
+        _number(row.export_cpu_s, "{:.1f}"),
+    )
+
+
+def phone_rows(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Phones x bundles, with the cells of PHONE_COLUMNS."""
+    return [
+        (
+            row.name,
+            serial,
+            *(_number(found.get(name), "{:.2f}") for name in ("prefill_tokens_per_s", "decode_tokens_per_s")),
+            _number(found.get("rss_peak_mib"), "{:.0f}"),
+            _throttling(found),
+            str(found.get("failure", "")),
+        )
+        for row in ordered(rows)
+        for serial, found in row.phones.items()
+    ]
+
+
+def _throttling(found: dict[str, object]) -> str:
+    if found.get("failure"):
+        return ""
+    return "throttled" if found.get("throttled") else "no"
+
+
+def unmeasured(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
+    """Points without figures: name, state and why."""
+    return [(row.name, row.state, row.reason) for row in rows if row.state != MEASURED]
+
+
+def notes(result: SweepResult) -> list[str]:
+    """What was done, in lines."""
+    counted = ", ".join(
+        f"{kind} {counts['computed']} done and {counts['reused']} taken over" for kind, counts in result.units.items()
+    )
+    lines = [f"Units of work: {counted}." if counted else "No unit of work was needed."]
+    if result.attempts_repeated:
+        lines.append(f"{result.attempts_repeated} attempts were repeated on other nodes.")
+    lines += [f"{row.name}: {row.reason}" for row in result.rows if row.state == MEASURED and row.reason]
+    if result.bundle is not None:
+        lines.append(f"The picked bundle is in {result.bundle}.")
+    return lines
+
+
+def print_tables(result: SweepResult) -> None:
+    """Print the table of all points, those without figures, phones, and what was done."""
+    print_table("points", COLUMNS, [cells(row) for row in ordered(result.rows)], names=TEXT_COLUMNS)
+    if rows := phone_rows(result.rows):
+        print_table("phones", PHONE_COLUMNS, rows, names=TEXT_COLUMNS)
+    if others := unmeasured(result.rows):
+        print_table("points without figures", ("point", "state", "why"), others, names=TEXT_COLUMNS)
+    for line in notes(result):
+        say(OUT, line)
+
+
+def _sized(count: int | None) -> str:
+    return "-" if count is None else size(count)
+
+
+def _number(value: object, form: str) -> str:
+    return form.format(value) if isinstance(value, int | float) else "-"
