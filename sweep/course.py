@@ -259,7 +259,7 @@ class Course:
             row.bytes = result["bytes"]
         figures = result["summary"] if unit.kind in (BENCH, PHONE) else result
         if unit.kind == PHONE:
-            row.phones[unit.job.phone] = {**figures, "thermal_status": result.get("thermal_status")}
+            row.phones[unit.job.phone] = {**figures, "throttled": result["throttled"]}
         for name in FIGURES.get(unit.kind, ()):
             setattr(row, name, figures[name])
 

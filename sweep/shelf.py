@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from gemma_edge.bench import adb, phones
 from gemma_edge.bench.adb import AdbError
@@ -29,6 +31,12 @@ def connected(requested: str) -> list[str]:
             seen = ", ".join(f"{serial} ({state})" for serial, state in there.items()) or "none"
             raise InputError(f"`phones` {name}: no such phone; adb sees {seen}", field="phones", value=name)
     return names
+
+
+def throttled(result: Mapping[str, Any]) -> bool:
+    """Whether a phone throttled by the end of a measurement."""
+    after = result["state"].get("after", {}).get("thermal_status")
+    return after is not None and after > COOL
 
 
 def cool_down(device: adb.Device, patience_s: float) -> int | None:

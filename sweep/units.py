@@ -181,14 +181,15 @@ def _measured(contender: Any, job: Job) -> dict[str, Any]:
 def _phone(job: Job, folder: Path, inputs: Mapping[str, Path]) -> dict[str, Any]:
     from gemma_edge.bench import adb, phones
     from gemma_edge.progress import no_progress
-    from gemma_edge.sweep.shelf import cool_down
+    from gemma_edge.sweep.shelf import cool_down, throttled
 
     device = adb.Device(adb.find_adb(), job.phone)
     status = cool_down(device, job.cool_s)
     request = phones.Request(job.options.backend, answer_s=job.answer_s, keep=False)
     try:
         with phones.on_phones([device], [inputs[LOWER] / BUNDLE], request, no_progress) as contenders:
-            return {**_measured(contenders[0], job), "thermal_status": status}
+            found = _measured(contenders[0], job)
+            return {**found, "thermal_status": status, "throttled": throttled(found["result"])}
     except InputError as error:  # of a phone that was unplugged: another attempt may find it again
         raise ChildFailed(str(error)) from None
 
