@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from gemma_edge.errors import InputError
-from gemma_edge.public import evaluate, export, inspect, load, plan, quantize
+from gemma_edge.public import evaluate, export, inspect, load, plan, quantize, sweep
 
 if TYPE_CHECKING:
     from gemma_edge.evaluate.options import EvaluationOptions as EvaluationOptions
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gemma_edge.runtimes.generation.generate import GenerationOptions as GenerationOptions
     from gemma_edge.runtimes.generation.sampling import SamplingParams as SamplingParams
     from gemma_edge.runtimes.generation.session import Session as Session
+    from gemma_edge.sweep.options import SweepOptions as SweepOptions
 
 __version__ = "0.1.0"
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "Recipe",
     "SamplingParams",
     "Session",
+    "SweepOptions",
     "__version__",
     "evaluate",
     "export",
@@ -42,6 +44,7 @@ __all__ = [
     "load",
     "plan",
     "quantize",
+    "sweep",
 ]
 
 # class -> the module that defines it
@@ -55,6 +58,7 @@ _CLASSES = {
     "Recipe": "gemma_edge.quantize.recipe",
     "SamplingParams": "gemma_edge.runtimes.generation.sampling",
     "Session": "gemma_edge.runtimes.generation.session",
+    "SweepOptions": "gemma_edge.sweep.options",
 }
 
 

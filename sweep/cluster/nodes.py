@@ -9,7 +9,7 @@ import logging
 import os
 import secrets
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,11 @@ from gemma_edge.sweep.cluster.store import Store
 from gemma_edge.sweep.options import EVERY_PHONE
 from gemma_edge.sweep.units import CORES, QUIET, RAM, Unit, phone_resource
 
-ANSWER_S = 6.0  # how long a scheduler may take to answer
+ANSWER_S = 5.0  # how long a scheduler may take to answer
 SPARE_THREADS = 4  # of a node, for phones and benchmarks beside what takes its cores
 RAM_PART = 0.9  # part of the machine's free memory that units may take
+# NOWHERE: Dask always opens a port for its status pages; this one nobody else can reach, and it is never taken
+NOWHERE = "127.0.0.1:0"
 START = "start one with: gemma-sweep node ADDRESS"
 
 
@@ -69,6 +71,12 @@ class Nodes:
             Node(address, str(known.get("name", address)), known.get("resources") or {})
             for address, known in workers.items()
         ]
+
+    def first_to_join(self) -> list[Node]:
+        """The nodes that are there as soon as one is; [] if none comes within ANSWER_S."""
+        with suppress(TimeoutError):
+            self._client.wait_for_workers(1, timeout=ANSWER_S)
+        return self.now()
 
     def start(self, unit: Unit, attempt: int, avoid: Collection[str]) -> Future:
         """Have a unit done; on a node that is not in `avoid` where another one offers what it needs."""
@@ -158,8 +166,8 @@ def nodes(address: str | None, store: Store, retries: int, phones: Collection[st
                     threads_per_worker=threads_of(offers),
                     resources=offers,
                     memory_limit=0,
-                    dashboard_address=None,
-                    worker_dashboard_address=None,
+                    dashboard_address=NOWHERE,
+                    worker_dashboard_address=NOWHERE,
                 ) as cluster,
                 Client(cluster) as client,
             ):
@@ -167,7 +175,7 @@ def nodes(address: str | None, store: Store, retries: int, phones: Collection[st
             return
         with _connected(address) as client:
             running = Nodes(client, store)
-            there = running.now()
+            there = running.now() or running.first_to_join()
             if not there:
                 raise InputError(f"`address` {address}: no node has joined this scheduler", field="address", hint=START)
             if not any(CORES in node.resources for node in there):
@@ -211,6 +219,7 @@ def join(address: str, offers: Mapping[str, float], name: str | None) -> None:
                         resources=dict(offers),
                         memory_limit=0,
                         dashboard=False,
+                        dashboard_address=NOWHERE,
                         name=name,
                     ),
                     ANSWER_S + 2,
