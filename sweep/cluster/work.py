@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import traceback
+from collections.abc import Mapping
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import IO
@@ -26,8 +27,10 @@ from gemma_edge.sweep.cluster.quiet import working
 from gemma_edge.sweep.cluster.store import Record, Store
 from gemma_edge.sweep.units import BENCH, CORES, EVALUATE, JUDGE, LOWER, QUANTIZE, REFERENCE, Unit
 
-# LOADED: modules that the process which is forked has loaded. Loading them takes seconds, and a unit often takes less.
+# LOADED: modules that the process which is forked has loaded. Loading them takes seconds, and a unit often takes less. The first
+# one is the program itself, which every unit would load again otherwise.
 LOADED = (
+    "__main__",
     "gemma_edge.export.api",
     "gemma_edge.export.onnx.lowering",
     "gemma_edge.evaluate.evaluate",
@@ -63,7 +66,7 @@ def run_unit(unit: Unit, store: Store, sweep: str) -> Record:
     context.set_forkserver_preload(list(LOADED))
     with working(alone=unit.kind == BENCH):
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_child, args=(unit, store, theirs), daemon=False)
+        process = context.Process(target=_child, args=(unit, store, theirs, dict(os.environ)), daemon=False)
         process.start()
         theirs.close()
         assert process.pid is not None
@@ -106,8 +109,9 @@ def stop(sweep: str) -> int:
     return len(ended)
 
 
-def _child(unit: Unit, store: Store, pipe: Connection) -> None:
-    """The process of a unit."""
+def _child(unit: Unit, store: Store, pipe: Connection, environment: Mapping[str, str]) -> None:
+    """The process of a unit; `environment` is the node's, which may have changed since the process that is forked began."""
+    os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it too; the sweep decides what to stop
     threading.Thread(target=_end_with_parent, daemon=True).start()
     logging.getLogger().handlers.clear()

@@ -14,27 +14,11 @@ pytest.importorskip("distributed", reason="distributed is not installed: pip ins
 pytest.importorskip("optuna", reason="optuna is not installed: pip install 'gemma-edge[sweep]'")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'gemma-edge[sweep]'")
 
-from click.testing import CliRunner, Result
 from support.checkpoints import DEMO
 from support.commands import refused
+from support.sweeps import SMALL, run
 
 from gemma_edge.bundle.manifest import Manifest, check_hashes
-from gemma_edge.sweep.cli import main
-
-SMALL = ("--method", "rtn", "--backend", "onnx", "--context", "256", "--max-tokens", "128", "--no-bench")
-
-
-def run(*args: str | Path) -> Result:
-    return CliRunner().invoke(main, [str(arg) for arg in args])
-
-
-@pytest.fixture(scope="module")
-def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """One point, measured, picked and published."""
-    out = tmp_path_factory.mktemp("sweep") / "out"
-    done = run(DEMO, "-o", out, "--bits", "4", "--group-size", "32", *SMALL, "--pick", "kl", "--json")
-    assert done.exit_code == 0, done.output
-    return out, json.loads(done.stdout)
 
 
 def test_a_point_is_measured_and_the_picked_one_is_published_with_its_gate(swept: tuple[Path, dict[str, Any]]) -> None:
