@@ -76,7 +76,7 @@ def main() -> None:
 )
 @click.option("--phones", metavar="all|SERIAL,...", help="Time every bundle on these phones, too.")
 @click.option("--address", help="Address of a Dask scheduler. Default: this machine, for as long as the sweep lasts.")
-@click.option("--store", type=PATH, help="Folder that every node sees, for the units' results. Default: in DIR.")
+@click.option("--store", help="Folder or URL that every node reaches, for the units' results. Default: in DIR.")
 @click.option("--cores", type=int, default=1, show_default=True, help="Cores of one quantization or evaluation.")
 @click.option("--retries", type=int, default=2, show_default=True, help="How often work that was lost is tried again.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout instead of tables.")

@@ -13,6 +13,7 @@ from gemma_edge.files import write_whole
 from gemma_edge.progress import Progress, no_progress
 from gemma_edge.sweep import points as planning
 from gemma_edge.sweep.cluster.nodes import Nodes, nodes
+from gemma_edge.sweep.cluster.remote import open_store
 from gemma_edge.sweep.cluster.schedule import Runner
 from gemma_edge.sweep.cluster.store import Store
 from gemma_edge.sweep.course import Course
@@ -34,7 +35,7 @@ def sweep(options: SweepOptions, progress: Progress = no_progress) -> SweepResul
         InputError: something that was given cannot be used, or no point keeps to the limits; what was measured stays.
     """
     _refuse(options)
-    store = Store(Path(options.where.store or options.out / UNITS).absolute())
+    store = open_store(options.where.store, options.out / UNITS)
     store.check()
     options = replace(options, base=replace(planning.absolute(options.base), verify="none"))
     planned = planning.plan_points(options, progress)
@@ -46,7 +47,7 @@ def sweep(options: SweepOptions, progress: Progress = no_progress) -> SweepResul
         if requested and where.address is not None:
             phones = running.phones(requested)
         if where.address is not None:
-            _refuse_blind(running, [store.root, *_local(options.base.model)])
+            _refuse_blind(running, [*store.shared, *_local(options.base.model)])
         runner = Runner(running, store, where.retries)
         course = Course(options, planned, running.machines(), phones)
         try:
@@ -122,6 +123,7 @@ def _publish(result: SweepResult, options: SweepOptions, course: Course, runner:
         if outcome.record is None:
             row.reason = f"the gate: {outcome.failure}"
             continue
+        store.fetch(unit)
         out = options.out / PICKED
         with staged(out, force=True) as work:
             shutil.copytree(store.place(unit) / BUNDLE.folder, work / BUNDLE.folder, dirs_exist_ok=True)

@@ -68,6 +68,14 @@ class Store:
             return there
         return record
 
+    @property
+    def shared(self) -> list[Path]:
+        """Paths that every node must see."""
+        return [self.root]
+
+    def fetch(self, unit: Unit) -> None:
+        """Have a finished unit's folder on this machine: it is there."""
+
     def check(self) -> None:
         """Refuse a folder that cannot be written to.
 
