@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -111,7 +111,12 @@ def test_work_goes_where_its_resources_are_and_a_lost_nodes_work_is_done_by_the_
         assert {node.name: QUIET in node.resources for node in running.now()} == {"first": True, "second": False}
         runner = Runner(running, store, 2)
         runner.run(timed, lambda outcome: [])
-        killer = threading.Thread(target=lambda: (wait_until(lambda: len(store.begun()) > 7), second.kill()))
+
+        def kill_in_the_middle() -> None:
+            wait_until(lambda: len(store.begun()) > 7)
+            second.kill()
+
+        killer = threading.Thread(target=kill_in_the_middle)
         killer.start()
         ended = run_all(runner, ordinary)
         killer.join(PATIENCE_S)
@@ -146,8 +151,7 @@ def alive(pid: int) -> bool:
     return True
 
 
-def wait_until(true: object) -> None:
-    assert callable(true)
+def wait_until(true: Callable[[], bool]) -> None:
     until = time.monotonic() + PATIENCE_S
     while not true():
         assert time.monotonic() < until, "it took too long"
