@@ -47,7 +47,9 @@ def sweep(options: SweepOptions, progress: Progress = no_progress) -> SweepResul
         if requested and where.address is not None:
             phones = running.phones(requested)
         if where.address is not None:
-            _refuse_blind(running, [*store.shared, *_local(options.base.model)])
+            named = store.shared if where.store is not None else []
+            _refuse_blind(running, [*named, *_local(options.base.model)])
+            running.carries = any(running.blind(path) for path in store.shared)
         runner = Runner(running, store, where.retries)
         course = Course(options, planned, running.machines(), phones)
         try:

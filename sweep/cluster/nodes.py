@@ -20,8 +20,8 @@ from distributed import Client, Future, LocalCluster
 from gemma_edge.bench import machine
 from gemma_edge.errors import InputError, one_line
 from gemma_edge.memory import room_bytes
-from gemma_edge.sweep.cluster import work
-from gemma_edge.sweep.cluster.store import Store
+from gemma_edge.sweep.cluster import carried, work
+from gemma_edge.sweep.cluster.store import Record, Store
 from gemma_edge.sweep.options import EVERY_PHONE
 from gemma_edge.sweep.units import CORES, QUIET, RAM, Unit, phone_resource
 
@@ -63,6 +63,8 @@ class Nodes:
 
     def __init__(self, client: Client, store: Store) -> None:
         self._client, self._store, self._sweep = client, store, secrets.token_hex(6)
+        self.carries = False  # whether results travel through Dask, because nodes do not see the store
+        self._parcels: dict[str, Any] = {}  # id of a unit -> its packed result, where Dask keeps it
 
     def now(self) -> list[Node]:
         """The nodes that are there at the moment."""
@@ -82,17 +84,36 @@ class Nodes:
         """Have a unit done; on a node that is not in `avoid` where another one offers what it needs."""
         able = [node.address for node in self.now() if node.offers(unit.needs)]
         elsewhere = [address for address in able if address not in avoid]
+        for other in unit.after.values() if attempt else ():
+            self._parcels.pop(other.id, None)  # the node that kept it may be the one that was lost
+        told: list[Any] = [{kind: self._parcel(other) for kind, other in unit.after.items()}] if self.carries else []
         return self._client.submit(
-            work.run_unit,
+            carried.run_carried if self.carries else work.run_unit,
             unit,
             self._store,
             self._sweep,
+            *told,
             key=f"{unit.id}-{self._sweep}-{attempt}",
             pure=False,
             resources=dict(unit.needs),
             workers=elsewhere if avoid and elsewhere else None,
             priority=PRIORITIES.get(unit.kind, 0),
         )
+
+    def _parcel(self, unit: Unit) -> Any:
+        """The packed result of a unit, sent once."""
+        if unit.id not in self._parcels:
+            self._parcels[unit.id] = self._client.scatter(carried.pack(self._store.place(unit)), hash=False)
+        return self._parcels[unit.id]
+
+    def taken(self, unit: Unit, future: Future) -> Record:
+        """The record of a unit that ended well, whose result is then in the store."""
+        if not self.carries:
+            record: Record = future.result()
+            return record
+        record, packed = future.result()
+        carried.unpack(packed, self._store.place(unit))
+        return record
 
     def machines(self) -> list[str]:
         """The processors of the nodes on which things are timed."""

@@ -133,7 +133,7 @@ class Runner:
         unit = attempt.unit
         if future.status == "finished":
             self.computed[unit.kind] += 1
-            return Outcome(unit, future.result())
+            return Outcome(unit, self._nodes.taken(unit, future))
         error = future.exception() if future.status == "error" else None
         reason, again, log = _reason(error)
         if not again or attempt.number >= self._retries or isinstance(error, KilledWorker):

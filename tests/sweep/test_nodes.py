@@ -129,6 +129,21 @@ def test_work_goes_where_its_resources_are_and_a_lost_nodes_work_is_done_by_the_
     assert len(finished) == 15
 
 
+def test_without_a_shared_folder_results_travel_through_the_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GEMMA_EDGE_CACHE", str(tmp_path / "node"))
+    store, first = FakeStore(tmp_path / "driver"), unit("slow-1")
+    with nodes(None, store, 0, []) as running:
+        running.carries = True
+        ended = run_all(Runner(running, store, 0), [Unit("lower", "l", "", JOB, {"phone": first}, {CORES: 1})])
+    assert all(outcome.record for outcome in ended.values()) and len(ended) == 2
+    own = FakeStore(tmp_path / "node" / "sweep" / "carried")
+    assert [key for key, _, _ in own.begun()] == ["slow-1", "l"] and store.begun() == []
+    for one in (first, Unit("lower", "l", "", JOB)):
+        assert store.record(one) == own.record(one) is not None
+
+
 def test_workers_that_do_not_say_what_they_offer_are_refused(tmp_path: Path) -> None:
     """Dask would wait for a node with cores for ever."""
     from distributed import LocalCluster

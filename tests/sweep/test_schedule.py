@@ -59,6 +59,9 @@ class FakeNodes:
     def now(self) -> list[Node]:
         return [Node("tcp://a", "a", self.offers)]
 
+    def taken(self, unit: Unit, future: Done) -> object:
+        return future.result()
+
     def start(self, unit: Unit, attempt: int, avoid: Collection[str]) -> Done:
         self.started.append((unit.key, attempt, sorted(avoid)))
         if self._failures.get(unit.key):
