@@ -6,11 +6,13 @@ import importlib.util
 import json
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
+from gemma_edge.bench.cli import numbers
 from gemma_edge.bench.result import Settings
 from gemma_edge.command import Command, DefaultGroup, clean_up_when_ended, given
 from gemma_edge.errors import InputError
@@ -39,6 +41,60 @@ def _axes(command: F) -> F:
     return command
 
 
+# FIRST, REST: arguments and options of a sweep, before and after those of its axes
+FIRST = (
+    click.argument("model", default=DEFAULT_MODEL),
+    click.option(
+        "-o", "--out", type=PATH, required=True, help="The sweep's folder: table, page, picked bundle, units."
+    ),
+)
+REST = (
+    click.option("--space", type=PATH, help="TOML file with the same lists, such as bits = [4, 8]."),
+    click.option("--budget", type=int, metavar="N", help="Try N points: on few tokens first, the best third on more."),
+    click.option("--max-size", help=f"Largest size of the weights, {UNITS_OF_BYTES}."),
+    click.option("--max-ram", help=f"Most memory on the device, as planned, {UNITS_OF_BYTES}."),
+    click.option("--max-kl", type=float, help="Largest KL divergence to the original, in nats per token."),
+    click.option("--min-decode", type=float, help="Slowest decoding, in tokens per second."),
+    click.option("--pick", help=f"Publish the best bundle within the limits, by {', '.join(PICKS)}."),
+    click.option(
+        "--verify", default="quick", show_default=True, help=f"How the picked bundle is judged: {', '.join(LEVELS)}."
+    ),
+    click.option("--target", default="android", show_default=True, help=f"Class of devices: {', '.join(TARGETS)}."),
+    click.option("--ram", "ram_gib", type=float, help="GiB of memory that the app may take. Default: the target's."),
+    click.option(
+        "--calibration", "calibration_text", type=PATH, multiple=True, help="Text to calibrate on; repeatable."
+    ),
+    click.option("--text", "texts", type=PATH, multiple=True, help="UTF-8 file to evaluate on; repeatable."),
+    click.option("--max-tokens", type=int, default=4096, show_default=True, help="Tokens of an evaluation."),
+    click.option("--no-bench", is_flag=True, help="Time nothing."),
+    click.option("-p", "--prefill", type=int, default=128, show_default=True, help="Tokens of a benchmark's prompt."),
+    click.option("-n", "--decode", type=int, default=64, show_default=True, help="Tokens generated after it."),
+    click.option("-r", "--repeat", type=int, default=5, show_default=True, help="Repetitions that count."),
+    click.option(
+        "-t", "--threads", type=int, help="Threads of a benchmark. Default: the target's, at most this machine's cores."
+    ),
+    click.option("--phones", metavar="all|SERIAL,...", help="Time every bundle on these phones, too."),
+    click.option(
+        "--address", help="Address of a Dask scheduler. Default: this machine, for as long as the sweep lasts."
+    ),
+    click.option("--store", help="Folder or URL that every node reaches, for the units' results. Default: in DIR."),
+    click.option("--cores", type=int, default=1, show_default=True, help="Cores of one quantization or evaluation."),
+    click.option(
+        "--retries", type=int, default=2, show_default=True, help="How often work that was lost is tried again."
+    ),
+)
+
+
+def _sweeping(command: F) -> F:
+    """The arguments and options that every command on a sweep has."""
+    for option in reversed(REST):
+        command = option(command)
+    command = _axes(command)
+    for option in reversed(FIRST):
+        command = option(command)
+    return command
+
+
 @click.group(cls=DefaultGroup, default="run", context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="gemma-edge")
 def main() -> None:
@@ -49,36 +105,7 @@ def main() -> None:
 
 
 @main.command(cls=Command)
-@click.argument("model", default=DEFAULT_MODEL)
-@click.option("-o", "--out", type=PATH, required=True, help="The sweep's folder: table, page, picked bundle, units.")
-@_axes
-@click.option("--space", type=PATH, help="TOML file with the same lists, such as bits = [4, 8].")
-@click.option("--budget", type=int, metavar="N", help="Try N points: on few tokens first, the best third on more.")
-@click.option("--max-size", help=f"Largest size of the weights, {UNITS_OF_BYTES}.")
-@click.option("--max-ram", help=f"Most memory on the device, as planned, {UNITS_OF_BYTES}.")
-@click.option("--max-kl", type=float, help="Largest KL divergence to the original, in nats per token.")
-@click.option("--min-decode", type=float, help="Slowest decoding, in tokens per second.")
-@click.option("--pick", help=f"Publish the best bundle within the limits, by {', '.join(PICKS)}.")
-@click.option(
-    "--verify", default="quick", show_default=True, help=f"How the picked bundle is judged: {', '.join(LEVELS)}."
-)
-@click.option("--target", default="android", show_default=True, help=f"Class of devices: {', '.join(TARGETS)}.")
-@click.option("--ram", "ram_gib", type=float, help="GiB of memory that the app may take. Default: the target's.")
-@click.option("--calibration", "calibration_text", type=PATH, multiple=True, help="Text to calibrate on; repeatable.")
-@click.option("--text", "texts", type=PATH, multiple=True, help="UTF-8 file to evaluate on; repeatable.")
-@click.option("--max-tokens", type=int, default=4096, show_default=True, help="Tokens of an evaluation.")
-@click.option("--no-bench", is_flag=True, help="Time nothing.")
-@click.option("-p", "--prefill", type=int, default=128, show_default=True, help="Tokens of a benchmark's prompt.")
-@click.option("-n", "--decode", type=int, default=64, show_default=True, help="Tokens generated after it.")
-@click.option("-r", "--repeat", type=int, default=5, show_default=True, help="Repetitions that count.")
-@click.option(
-    "-t", "--threads", type=int, help="Threads of a benchmark. Default: the target's, at most this machine's cores."
-)
-@click.option("--phones", metavar="all|SERIAL,...", help="Time every bundle on these phones, too.")
-@click.option("--address", help="Address of a Dask scheduler. Default: this machine, for as long as the sweep lasts.")
-@click.option("--store", help="Folder or URL that every node reaches, for the units' results. Default: in DIR.")
-@click.option("--cores", type=int, default=1, show_default=True, help="Cores of one quantization or evaluation.")
-@click.option("--retries", type=int, default=2, show_default=True, help="How often work that was lost is tried again.")
+@_sweeping
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout instead of tables.")
 @click.pass_context
 def run(context: click.Context, /, as_json: bool, **choices: Any) -> None:
@@ -98,6 +125,33 @@ def run(context: click.Context, /, as_json: bool, **choices: Any) -> None:
         click.echo(json.dumps(result.to_json(), indent=1, default=str))
     else:
         report.print_tables(result)
+
+
+@main.command(cls=Command)
+@_sweeping
+@click.option(
+    "--nodes", default="1,2,4", show_default=True, help="Numbers of nodes, each working on one unit at a time."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout instead of a table.")
+@click.pass_context
+def plan(context: click.Context, /, nodes: str, as_json: bool, **choices: Any) -> None:
+    """Predict how much work a sweep of MODEL is, and how long clusters would take at least; nothing is computed."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    need_torch()
+    _need_extra()
+    counts = numbers("nodes", nodes)
+    if min(counts) < 1:
+        raise InputError(f"`nodes` {nodes}: a cluster has at least one node", field="nodes", value=nodes)
+    options = _options(context, choices)
+    from gemma_edge.report.console import progress_bar
+    from gemma_edge.sweep import report
+    from gemma_edge.sweep.estimate import estimate
+
+    found = estimate(options, counts, progress_bar)
+    if as_json:
+        click.echo(json.dumps(asdict(found), indent=1))
+    else:
+        report.print_estimate(found)
 
 
 @main.command(cls=Command)

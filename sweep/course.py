@@ -51,8 +51,8 @@ class Course:
         """
         self._options, self._planned, self._machines, self._phones = options, planned, machines, phones
         self.rows = {point.number: _row(point) for point in planned.points}
-        for number, (choice, name, why) in enumerate(planned.left_out, start=len(planned.points)):
-            self.rows[-1 - number] = Row(-1, name, choice, LEFT_OUT, why)
+        for one in planned.left_out:
+            self.rows[one.number] = Row(one.number, one.name, one.choice, LEFT_OUT, one.why)
         fitting = [point for point in planned.points if self._fits(point)]
         self._window = min(DEFAULT_WINDOW, planned.smallest_context)
         self._texts = files_key(options.measuring.texts)
@@ -161,6 +161,15 @@ class Course:
 
     # what follows from what
 
+    def everything(self) -> list[Unit]:
+        """Every unit that may run, once."""
+        return list({unit.id: unit for point in self._tried for unit in self._of_point(point)}.values())
+
+    def _of_point(self, point: Point) -> list[Unit]:
+        """Every unit of a point, if it goes all the way."""
+        last = [*(self._evaluating(point, tokens) for tokens in self._rungs), *self._timing(point)]
+        return [each for unit in last for each in _with_needs(unit)]
+
     def first(self) -> list[Unit]:
         """The units to begin with; they bring along those that they need."""
         return [self._evaluating(point, self._rungs[0]) for point in self._tried]
@@ -169,10 +178,9 @@ class Course:
         """Every unit that may run, by its id, with the points that it is for."""
         found: dict[str, list[Point]] = defaultdict(list)
         for point in self._tried:
-            for unit in [*(self._evaluating(point, tokens) for tokens in self._rungs), *self._timing(point)]:
-                for each in _with_needs(unit):
-                    if point not in found[each.id]:
-                        found[each.id].append(point)
+            for unit in self._of_point(point):
+                if point not in found[unit.id]:
+                    found[unit.id].append(point)
         return found
 
     def follow(self, runner: Runner, advance: Callable[[int], None]) -> Callable[[Outcome], Sequence[Unit]]:
@@ -267,7 +275,8 @@ class Course:
         """The rows, and what it took."""
         kinds = sorted({*runner.computed, *runner.reused})
         units = {kind: {"computed": runner.computed[kind], "reused": runner.reused[kind]} for kind in kinds}
-        return SweepResult(self._options.base.model, list(self.rows.values()), units, runner.repeated, nodes)
+        rows = [row for _, row in sorted(self.rows.items())]
+        return SweepResult(self._options.base.model, rows, units, runner.repeated, nodes)
 
 
 def _row(point: Point) -> Row:

@@ -44,11 +44,21 @@ class Point:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """One combination of values that cannot be exported."""
+
+    number: int
+    name: str
+    choice: Choice
+    why: str
+
+
+@dataclass(frozen=True)
 class Planned:
     """All points of a sweep."""
 
     points: list[Point]
-    left_out: list[tuple[Choice, str, str]]  # combinations that cannot be exported: values, name, why
+    left_out: list[LeftOut]
     model: str  # key
     layers: int
 
@@ -69,25 +79,25 @@ def plan_points(options: SweepOptions, progress: Progress) -> Planned:
     source = open_source(base.model, base.lora, base.vocab)
     model = _model_key(source)
     points: list[Point] = []
-    left_out = []
+    left_out: list[LeftOut] = []
     for number, choice in enumerate(choices):
         name = name_of(choice, options.space)
         try:
             exported = options_of(choice, base)
             opened = open_model(exported, progress, plan_only=True, source=source)
         except InputError as error:
-            left_out.append((choice, name, str(error)))
+            left_out.append(LeftOut(number, name, choice, str(error)))
             continue
         ((_, plan),) = opened.plans.items()
         quantization = _quantization_key(model, exported, opened, options.where.cores)
         lowering = key_of("lower", quantization, plan.to_json(), tool_versions())
         twin = next((point for point in points if point.lowering == lowering), None)
         if twin is not None:
-            left_out.append((choice, name, f"the same bundle as {twin.name}"))
+            left_out.append(LeftOut(number, name, choice, f"the same bundle as {twin.name}"))
             continue
         points.append(Point(number, name, choice, exported, plan, quantization, lowering))
     if not points:
-        raise InputError(f"no point of the space can be exported: {left_out[0][1]}: {left_out[0][2]}")
+        raise InputError(f"no point of the space can be exported: {left_out[0].name}: {left_out[0].why}")
     return Planned(points, left_out, model, source.config.num_hidden_layers)
 
 

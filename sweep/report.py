@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from gemma_edge.report.console import OUT, print_table, say, size
 from gemma_edge.sweep.result import MEASURED, Row, SweepResult
+
+if TYPE_CHECKING:
+    from gemma_edge.sweep.estimate import Estimate
 
 COLUMNS = (
     "",
@@ -99,6 +103,26 @@ def print_tables(result: SweepResult) -> None:
         print_table("points without figures", ("point", "state", "why"), others, names=TEXT_COLUMNS)
     for line in notes(result):
         say(OUT, line)
+
+
+def print_estimate(found: Estimate) -> None:
+    """Print what a sweep would take."""
+    rows = [
+        (
+            work.kind,
+            str(work.count),
+            _number(work.seconds, "{:.1f}"),
+            _number(None if work.seconds is None else work.count * work.seconds / 3600, "{:.2f}"),
+            _sized(work.ram_bytes),
+        )
+        for work in found.work
+    ]
+    columns = ("unit", "not done", "s each", "hours together", "RAM of the largest")
+    print_table(f"{found.points} points", columns, rows, names=("unit",))
+    for nodes, seconds in found.seconds.items():
+        say(OUT, f"{nodes} node{'s' * (nodes > 1)}: at least {seconds / 3600:.2f} hours")
+    if unknown := [work.kind for work in found.work if work.seconds is None]:
+        say(OUT, f"Not counted, because none was done here before: {', '.join(unknown)}.")
 
 
 def _sized(count: int | None) -> str:

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.checkpoints import DEMO
-from support.sweeps import SMALL, run
+from support.sweeping.command import SMALL, run
+
+from gemma_edge.sweep.cluster.quiet import VARIABLE
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_locks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Benchmarks of tests do not wait for other sweeps on this machine, nor these for them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, str(tmp_path_factory.mktemp("quiet")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("distributed", reason="distributed is not installed: pip install 'gemma-edge[sweep]'")
 
 from support.checkpoints import ROOT
-from support.fake_units import FakeStore
+from support.sweeping.fake_units import FakeStore
 
 from gemma_edge.errors import InputError
 from gemma_edge.export.options import ExportOptions

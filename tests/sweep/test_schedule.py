@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,71 +11,16 @@ import pytest
 pytest.importorskip("distributed", reason="distributed is not installed: pip install 'gemma-edge[sweep]'")
 
 from distributed.scheduler import KilledWorker
+from support.sweeping.fake_units import Done, FakeNodes
 
 from gemma_edge.export.options import ExportOptions
-from gemma_edge.files import write_whole
 from gemma_edge.sweep.cluster import schedule
-from gemma_edge.sweep.cluster.nodes import Node
 from gemma_edge.sweep.cluster.schedule import Outcome, Runner
 from gemma_edge.sweep.cluster.store import Store
 from gemma_edge.sweep.cluster.work import UnitFailed
-from gemma_edge.sweep.units import RECORD, Job, Unit
+from gemma_edge.sweep.units import Job, Unit
 
 JOB = Job(ExportOptions())
-
-
-class Done:
-    """A future that has ended."""
-
-    def __init__(self, value: object) -> None:
-        self._value = value
-        self.status = "error" if isinstance(value, Exception) else "finished"
-
-    def add_done_callback(self, call: Callable[[Any], None]) -> None:
-        threading.Thread(target=call, args=(self,)).start()
-
-    def done(self) -> bool:
-        return True
-
-    def result(self) -> object:
-        return self._value
-
-    def exception(self) -> object:
-        return self._value
-
-    def cancel(self) -> None:
-        pass
-
-
-class FakeNodes:
-    """Nodes that answer with what a test prepared, unit by unit and attempt by attempt."""
-
-    def __init__(self, store: Store, failures: Mapping[str, Sequence[Exception]]) -> None:
-        self._store, self._failures = store, {key: list(errors) for key, errors in failures.items()}
-        self.started: list[tuple[str, int, list[str]]] = []
-        self.offers: dict[str, float] = {"cores": 4}
-
-    def now(self) -> list[Node]:
-        return [Node("tcp://a", "a", self.offers)]
-
-    def taken(self, unit: Unit, future: Done) -> object:
-        return future.result()
-
-    def start(self, unit: Unit, attempt: int, avoid: Collection[str]) -> Done:
-        self.started.append((unit.key, attempt, sorted(avoid)))
-        if self._failures.get(unit.key):
-            return Done(self._failures[unit.key].pop(0))
-        record = finish(self._store, unit)
-        return Done(record)
-
-
-def finish(store: Store, unit: Unit) -> dict[str, Any]:
-    import json
-
-    record = {"result": {"key": unit.key}, "node": "a", "cpu_s": 1.0}
-    store.place(unit).mkdir(parents=True)
-    write_whole(store.place(unit) / RECORD, json.dumps(record))
-    return record
 
 
 def chain() -> Unit:

@@ -12,7 +12,7 @@ import pytest
 from support.checkpoints import DEMO
 from support.commands import refused
 from support.phones import PATIENCE_S, Adb, Phone, answer, app, missing
-from support.sweeps import SMALL, run
+from support.sweeping.command import SMALL, run
 
 from gemma_edge.bench import phones
 from gemma_edge.bench.adb import AdbError, Device

@@ -16,7 +16,7 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip insta
 
 from support.checkpoints import DEMO
 from support.commands import refused
-from support.sweeps import SMALL, run
+from support.sweeping.command import SMALL, run
 
 from gemma_edge.bundle.manifest import Manifest, check_hashes
 
@@ -52,6 +52,24 @@ def test_a_sweep_that_overlaps_takes_over_what_is_done(swept: tuple[Path, dict[s
     figures = ("bytes", "kl", "ppl", "top1", "export_cpu_s", "recipe")
     assert {name: first[name] for name in figures} == {name: before["rows"][0][name] for name in figures}
     assert left_out["state"] == "left out" and "33 is not a multiple of 32" in left_out["reason"]
+
+
+def test_a_plan_counts_what_is_not_done_and_computes_nothing(swept: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = swept
+    before = sorted(out.rglob("*"))
+    space = ("--bits", "4", "--method", "rtn,gptq", "--group-size", "32", "--backend", "onnx", "--context", "256")
+    done = run("plan", DEMO, "-o", out, *space, "--max-tokens", "128", "--no-bench", "--nodes", "1,3", "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["points"] == 2 and {one["kind"]: one["count"] for one in found["work"]} == {
+        kind: 1 for kind in ("quantize", "lower", "evaluate")
+    }
+    assert all(one["seconds"] > 0 for one in found["work"])
+    assert 0 < found["seconds"]["3"] <= found["seconds"]["1"] == pytest.approx(sum(w["seconds"] for w in found["work"]))
+    assert sorted(out.rglob("*")) == before
+    table = run("plan", DEMO, "-o", out, *space, "--max-tokens", "128", "--no-bench")
+    assert "4 nodes: at least" in table.stdout
+    refused(run("plan", DEMO, "-o", out, *space, "--nodes", "0"), "--nodes 0", "at least one node")
 
 
 @pytest.mark.parametrize(
