@@ -75,7 +75,7 @@ def plan_points(options: SweepOptions, progress: Progress) -> Planned:
         InputError: the model cannot be used, or no combination can be exported.
     """
     choices = list(combinations(options.space))
-    base = options.base
+    base = replace(options.base, verify="none")  # the gate judges what is picked
     source = open_source(base.model, base.lora, base.vocab)
     model = _model_key(source)
     points: list[Point] = []
@@ -83,7 +83,7 @@ def plan_points(options: SweepOptions, progress: Progress) -> Planned:
     for number, choice in enumerate(choices):
         name = name_of(choice, options.space)
         try:
-            exported = options_of(choice, base)
+            exported = absolute(options_of(choice, base))
             opened = open_model(exported, progress, plan_only=True, source=source)
         except InputError as error:
             left_out.append(LeftOut(number, name, choice, str(error)))
@@ -133,13 +133,13 @@ def _files(path: Path) -> Iterable[Path]:
 
 def absolute(options: ExportOptions) -> ExportOptions:
     """The same options for a process with another current folder."""
-    model = Path(options.model)
-    text = options.quantization.calibration_text
-    text = replace(text, paths=tuple(path.absolute() for path in text.paths))
+    model, chosen = Path(options.model), options.quantization
+    text = replace(chosen.calibration_text, paths=tuple(path.absolute() for path in chosen.calibration_text.paths))
+    recipe = None if chosen.recipe is None else chosen.recipe.absolute()
     return replace(
         options,
         model=str(model.absolute()) if model.exists() else options.model,
-        quantization=replace(options.quantization, calibration_text=text),
+        quantization=replace(chosen, calibration_text=text, recipe=recipe),
     )
 
 

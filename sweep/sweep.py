@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from gemma_edge.bundle.staging import BUNDLE, staged
@@ -37,7 +36,6 @@ def sweep(options: SweepOptions, progress: Progress = no_progress) -> SweepResul
     _refuse(options)
     store = open_store(options.where.store, options.out / UNITS)
     store.check()
-    options = replace(options, base=replace(planning.absolute(options.base), verify="none"))
     planned = planning.plan_points(options, progress)
     limits = options.limits
     planning.refuse_impossible(planned.points, {"max_size": limits.max_size, "max_ram": limits.max_ram})
@@ -48,7 +46,7 @@ def sweep(options: SweepOptions, progress: Progress = no_progress) -> SweepResul
             phones = running.phones(requested)
         if where.address is not None:
             named = store.shared if where.store is not None else []
-            _refuse_blind(running, [*named, *_local(options.base.model)])
+            _refuse_blind(running, [*named, *_local(planned.points[0].options.model)])
             running.carries = any(running.blind(path) for path in store.shared)
         runner = Runner(running, store, where.retries)
         course = Course(options, planned, running.machines(), phones)
@@ -118,7 +116,8 @@ def _publish(result: SweepResult, options: SweepOptions, course: Course, runner:
         InputError: no point keeps to the limits, or none passes the gate.
     """
     assert options.pick is not None
-    for row in candidates(result.rows, options.limits, options.pick):
+    fitting = candidates(result.rows, options.limits, options.pick)
+    for row in fitting:
         unit = course.judging(row.number)
         runner.run([unit], lambda outcome: [])
         outcome = runner.outcomes[unit.id]
@@ -131,7 +130,8 @@ def _publish(result: SweepResult, options: SweepOptions, course: Course, runner:
             shutil.copytree(store.place(unit) / BUNDLE.folder, work / BUNDLE.folder, dirs_exist_ok=True)
         row.picked = True
         return str(out)
-    raise InputError("no point that keeps to the limits passes the gate; the table says why for each")
+    best = fitting[0]
+    raise InputError(f"no point that keeps to the limits could be published; the best, {best.name}: {best.reason}")
 
 
 def _write(result: SweepResult, options: SweepOptions, runner: Runner) -> None:
