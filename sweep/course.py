@@ -268,6 +268,8 @@ class Course:
         figures = result["summary"] if unit.kind in (BENCH, PHONE) else result
         if unit.kind == PHONE:
             row.phones[unit.job.phone] = {**figures, "throttled": result["throttled"]}
+        if unit.kind == BENCH:
+            row.others_cores = result.get("result", {}).get("others_cores")
         for name in FIGURES.get(unit.kind, ()):
             setattr(row, name, figures[name])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from gemma_edge.bench.report import BUSY_CORES
 from gemma_edge.report.console import OUT, print_table, say, size
 from gemma_edge.sweep.result import MEASURED, Row, SweepResult
 
@@ -88,6 +89,10 @@ def notes(result: SweepResult) -> list[str]:
     lines = [f"Units of work: {counted}." if counted else "No unit of work was needed."]
     if result.attempts_repeated:
         lines.append(f"{result.attempts_repeated} attempts were repeated on other nodes.")
+    if (busy := max((row.others_cores or 0.0 for row in result.rows), default=0.0)) > BUSY_CORES:
+        lines.append(
+            f"Other programs kept up to {busy:.1f} cores busy while points were timed: do not quote the speeds."
+        )
     lines += [f"{row.name}: {row.reason}" for row in result.rows if row.state == MEASURED and row.reason]
     if result.bundle is not None:
         lines.append(f"The picked bundle is in {result.bundle}.")

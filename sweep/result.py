@@ -48,6 +48,7 @@ class Row:
     prefill_tokens_per_s: float | None = None
     decode_tokens_per_s: float | None = None
     rss_peak_mib: float | None = None
+    others_cores: float | None = None  # cores that other programs kept busy while it was timed
     export_cpu_s: float | None = None  # of quantization and lowering
     nodes: dict[str, str] = field(default_factory=dict)  # kind of unit -> the node that did it
     phones: dict[str, dict[str, Any]] = field(default_factory=dict)  # serial number -> medians, or a failure

@@ -31,6 +31,7 @@ def many() -> SweepResult:
     ]
     mark_front(rows)
     rows[6].picked = True
+    rows[5].others_cores = 1.5
     rows[3].phones = {"S1": {"decode_tokens_per_s": 5.0, "throttled": True}, "S2": {"failure": "S2: it is gone"}}
     failed = Row(24, "bits 8", {"bits": 8}, FAILED, "lower: killed (3 attempts)")
     return SweepResult("m", [*rows, failed], {"lower": {"computed": 24, "reused": 1}}, 2, ["a"], "out/bundle")
@@ -53,6 +54,7 @@ def test_the_page_holds_every_point_the_front_the_pick_phones_and_failures() -> 
     assert text.count("bits 4, group_size ") == 24 + 2  # and twice more in the table of phones
     for part in ("PICK", "front", "throttled", "S2: it is gone", "lower: killed (3 attempts)", "&lt;&amp;&gt;"):
         assert part in text, part
+    assert "Other programs kept up to 1.5 cores busy" in text
     assert "24 done and 1 taken over" in text and "2 attempts were repeated" in text and "out/bundle" in text
 
 
