@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 		|| { echo 'Python 3.11 or newer is needed; name one: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)'; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@uv --version >/dev/null 2>&1 || test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet -c constraints.txt uv
-	PATH="$(BIN):$$PATH" uv pip install --python $(BIN)/python -e '.[export,onnx,executorch,litertlm,hub,gguf,eval,serve,json,chat,adb,dev]' -c constraints.txt
+	PATH="$(BIN):$$PATH" uv pip install --python $(BIN)/python -e '.[export,onnx,executorch,litertlm,hub,gguf,eval,serve,json,chat,adb,sweep,dev]' -c constraints.txt
 	@touch $@
 
 demo: setup
@@ -117,4 +117,4 @@ sbom: setup
 
 clean:
 	rm -rf out build android_demo/build android_demo/*/target android_demo/doubles/*/target *.egg-info .pytest_cache .mypy_cache .ruff_cache
-	find model quantize export runtimes evaluate bench src tests tools -name __pycache__ -prune -exec rm -rf {} +
+	find model quantize export runtimes evaluate bench sweep src tests tools -name __pycache__ -prune -exec rm -rf {} +

@@ -6,11 +6,13 @@ The original is computed once. Its logits are written to a temporary file, becau
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,6 +25,7 @@ from gemma_edge.evaluate.model import Model
 from gemma_edge.evaluate.options import EvaluationOptions
 from gemma_edge.evaluate.prepare import Job, prepare
 from gemma_edge.evaluate.result import Evaluation, Result
+from gemma_edge.files import write_whole
 from gemma_edge.logits import Logits
 from gemma_edge.progress import Progress, no_progress
 from gemma_edge.text.windows import Window
@@ -31,16 +34,22 @@ from gemma_edge.text.windows import Window
 POSITION_BINS = 32
 # LAYER_TOKENS: how many tokens are fed to compare the outputs of the layers.
 LAYER_TOKENS = 256
+# REFERENCE, LOGITS: files of a folder that keeps what a reference predicts: its own result, and its logits.
+REFERENCE, LOGITS = "reference.json", "logits.f32"
 
 Rows = Iterable[tuple[Window, int, Logits]]  # what `Model.rows` yields
 
 
-def evaluate(options: EvaluationOptions, progress: Progress = no_progress) -> Evaluation:
+def evaluate(
+    options: EvaluationOptions, progress: Progress = no_progress, *, reference_folder: Path | None = None
+) -> Evaluation:
     """Measure models on the same tokens, and compare each with the original.
 
     Args:
         options: the models, the reference, the texts and how they are cut, and the tasks.
         progress: called as `progress(what, total, in_bytes)`; returns a context whose value is called with the steps done.
+        reference_folder: keeps what the reference predicts for these tokens: it is computed where the folder is empty, and read
+            where it is not. None: it is computed, and forgotten at the end.
 
     Returns:
         one result per model, in order: perplexity; with a reference also KL, top-1 agreement and perplexity change; with tasks
@@ -52,7 +61,7 @@ def evaluate(options: EvaluationOptions, progress: Progress = no_progress) -> Ev
     """
     job = prepare(options)
     results = []
-    with _reference(job, progress) as (reference, saved):
+    with _reference(job, progress, reference_folder) as (reference, saved):
         for name, model in zip(job.names, job.models, strict=True):
             result = _new_result(job, name, model)
             with progress(f"evaluate {name}", model.steps(job.windows), False) as advance:
@@ -95,15 +104,42 @@ class SavedLogits:
 
 
 @contextmanager
-def _reference(job: Job, progress: Progress) -> Iterator[tuple[Result | None, SavedLogits | None]]:
+def _reference(job: Job, progress: Progress, kept: Path | None) -> Iterator[tuple[Result | None, SavedLogits | None]]:
     """The reference's own result, and its logits of every scored position; (None, None) where there is no reference.
 
-    The file with the logits has no name, so that it vanishes with this process, however that ends.
+    Where they are not kept, the file with the logits has no name, so that it vanishes with this process, however that ends.
     """
     if job.reference is None:
         yield None, None
         return
-    model, folder = job.reference, scratch_folder()
+    vocab_size = job.reference.config.vocab_size
+    if kept is None:
+        with tempfile.TemporaryFile(dir=scratch_folder()) as file:
+            saved = SavedLogits(file, vocab_size)
+            yield _save_reference(job, job.reference, saved, scratch_folder(), progress), saved
+        return
+    figures = kept / REFERENCE
+    if not figures.is_file():
+        with (kept / LOGITS).open("wb") as file:
+            reference = _save_reference(job, job.reference, SavedLogits(file, vocab_size), kept, progress)
+        write_whole(figures, json.dumps(asdict(reference)))
+    with (kept / LOGITS).open("rb") as file:
+        yield Result(**json.loads(figures.read_text(encoding="utf-8"))), SavedLogits(file, vocab_size)
+
+
+def _save_reference(job: Job, model: Model, saved: SavedLogits, folder: Path, progress: Progress) -> Result:
+    """Compute the reference, and save its logits.
+
+    Args:
+        job: the tokens.
+        model: the reference.
+        saved: where its logits go.
+        folder: on the disk that they take.
+        progress: shows how far the work is.
+
+    Raises:
+        InputError: the disk is too full.
+    """
     vocab_size = model.config.vocab_size
     needed = 4 * vocab_size * sum(window.scored for window in job.windows)
     free = shutil.disk_usage(folder).free
@@ -114,12 +150,10 @@ def _reference(job: Job, progress: Progress) -> Iterator[tuple[Result | None, Sa
             hint="lower `max_tokens`, or name another disk in TMPDIR",
         )
     result = _new_result(job, model.path.resolve().name, model)
-    with tempfile.TemporaryFile(dir=folder) as file:
-        saved = SavedLogits(file, vocab_size)
-        what = f"reference ({needed / 1e9:.2f} GB of logits in {folder})"
-        with progress(what, model.steps(job.windows), False) as advance:
-            _score(result, model.rows(job.windows, advance), save=saved.append)
-        yield result, saved
+    what = f"reference ({needed / 1e9:.2f} GB of logits in {folder})"
+    with progress(what, model.steps(job.windows), False) as advance:
+        _score(result, model.rows(job.windows, advance), save=saved.append)
+    return result
 
 
 def scratch_folder() -> Path:

@@ -40,6 +40,7 @@ from gemma_edge.quantize.api import (
     open_source,
     way_to_kv_scales,
 )
+from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
 from gemma_edge.quantize.mixed.choose import parse_size
 from gemma_edge.quantize.options import QuantizeOptions
 from gemma_edge.quantize.recipe import FIXED, Recipe
@@ -60,9 +61,32 @@ class Export:
     stages: list[Stage] = field(default_factory=list)
 
 
-def open_model(options: ExportOptions, progress: Progress = no_progress, *, plan_only: bool = False) -> Opened:
+@dataclass(frozen=True)
+class Ready:
+    """What an earlier export left of the same model with the same choices."""
+
+    checkpoint: Path  # its integers
+    learnt: Mapping[str, Any]  # what the manifest says of their calibration
+    bundle: Path | None = None  # the bundle as it was lowered, which only has to be judged; None: it is lowered now
+
+    def open(self, source: Weights) -> QuantizedCheckpoint:
+        """The integers, with the configuration of the model that they were made from."""
+        quantized = QuantizedCheckpoint.open(self.checkpoint)
+        quantized.config = source.config  # it may have more stop ids than the files
+        return quantized
+
+
+def open_model(
+    options: ExportOptions, progress: Progress = no_progress, *, plan_only: bool = False, source: Weights | None = None
+) -> Opened:
     """Find and check the model, and plan its export. Reads headers only, and the calibration text unless `plan_only`; under a
     budget it measures what each weight costs, unless that was done before.
+
+    Args:
+        options: what the user chose.
+        progress: shows how far measuring is.
+        plan_only: nothing will be exported: neither the destination nor the gate is checked, and no text is read.
+        source: the options' model where it is open already, as for many plans of one model; None opens it.
 
     Raises:
         InputError: the model, an option or the target cannot be used.
@@ -80,7 +104,7 @@ def open_model(options: ExportOptions, progress: Progress = no_progress, *, plan
         target = replace(target, ram_bytes=int(options.ram_gib * GIB))
     gated = backends if options.verify != "none" and not plan_only else []
     pythons = gate_pythons(gated, options.runtime_python)
-    source = open_source(options.model, options.lora, options.vocab)
+    source = source or open_source(options.model, options.lora, options.vocab)
     options = replace(options, quantization=_for_kernels(options.quantization, backends, options.accelerator, source))
     typed_config(source.config.to_json())  # refuses, before any work, what no bundle could hold
     source, recipe, choice = choose_recipe(options.quantization, source, onnx_weights, progress)
@@ -158,8 +182,16 @@ def _check_size(options: ExportOptions, plans: Mapping[str, planning.Plan]) -> N
             )
 
 
-def export(options: ExportOptions, progress: Progress = no_progress, opened: Opened | None = None) -> Export:
+def export(
+    options: ExportOptions, progress: Progress = no_progress, opened: Opened | None = None, ready: Ready | None = None
+) -> Export:
     """Make a bundle. It appears at `options.out` complete and verified, or not at all.
+
+    Args:
+        options: what the user chose.
+        progress: is told how far each stage is.
+        opened: the result of `open_model` for the same options; None opens the model here.
+        ready: work that was done before with the same choices, and is not done again.
 
     Raises:
         InputError: bad input, too little disk, or the gate failed; nothing is left behind.
@@ -178,10 +210,15 @@ def export(options: ExportOptions, progress: Progress = no_progress, opened: Ope
         # not earlier: only now is gone what a killed export left
         check_disk(work, opened.plans.values(), source, opened.recipe, opened.calibration)
         checkpoint = work / "checkpoint"
-        quantization = Quantization(options.quantization, source, opened.recipe, opened.calibration)
-        quantized, learnt = make_checkpoint(quantization, checkpoint, progress, stages)
+        if ready is not None:
+            quantized, learnt = ready.open(source), ready.learnt
+        else:
+            quantization = Quantization(options.quantization, source, opened.recipe, opened.calibration)
+            quantized, learnt = make_checkpoint(quantization, checkpoint, progress, stages)
         integers = Integers(quantized, learnt, Path(options.lora).name if options.lora else None)
         assembly = Assembly(opened, integers, options.verify, work, progress, stages)
+        if ready is not None and ready.bundle is not None:
+            assembly.adopt(ready.bundle)
         manifest = assembly.make()
         small = [name for name in assembly.failures if opened.plans[name].kv_dtype != "float32"]
         if small and options.kv_bits is None:

@@ -5,6 +5,7 @@ When one backend must be made again, the others stay as they are, and so do the 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from gemma_edge.bundle.codec import convert
 from gemma_edge.bundle.entries import BackendEntry, GateResult, PlanEntry
-from gemma_edge.bundle.manifest import Manifest, typed_settings
+from gemma_edge.bundle.manifest import Manifest, confined, typed_settings
 from gemma_edge.export.backend import LoweringTask, exporter
 from gemma_edge.export.contents import Integers, copy_tokenizer, make_manifest
 from gemma_edge.export.gate import verify as gate
@@ -47,6 +48,14 @@ class Assembly:
     def failures(self) -> dict[str, list[str]]:
         """Figures that are out of bounds, by backend that failed the gate."""
         return {name: list(result.failures) for name, result in self._verification.items() if result.failures}
+
+    def adopt(self, bundle: Path) -> None:
+        """Take over a bundle that was lowered before, from the same integers and with the same plans."""
+        shutil.copytree(bundle, self.bundle, dirs_exist_ok=True)
+        manifest = Manifest.load(bundle)
+        for name in self.opened.plans:
+            self._entries[name] = manifest.backends[name]
+            self._files[name] = {confined(self.bundle, file) for file in manifest.backends[name].files}
 
     def forget(self, backends: Iterable[str], opened: Opened) -> None:
         """Have `make` make backends again, after a change of plan.

@@ -22,6 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "export": {*GROUND, "model", "quantize", "runtimes"},
     "evaluate": {*GROUND, "runtimes", "model", "quantize"},
     "bench": {*GROUND, "runtimes"},
+    "sweep": {*GROUND, "model", "quantize", "runtimes", "export", "evaluate", "bench"},
 }
 PUBLIC = "gemma_edge"
 # Public names and the command in front of all commands are resolved lazily, and so may name every room.

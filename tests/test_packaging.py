@@ -19,7 +19,7 @@ from support.checkpoints import DEMO, ROOT
 
 from gemma_edge.bundle.backends import registered
 
-TOPS = ("model", "quantize", "export", "runtimes", "evaluate", "bench")
+TOPS = ("model", "quantize", "export", "runtimes", "evaluate", "bench", "sweep")
 LINKS = ROOT / "src" / "gemma_edge"
 BUILT_FROM = (*TOPS, "src", "demo/tiny-gemma2/LICENSE.md", "pyproject.toml", "README.md", "LICENSE")
 

@@ -21,6 +21,7 @@ SIGNATURES = {
     "quantize": "(model: 'str | Path', out: 'str | Path', options: 'QuantizeOptions | None' = None, *,"
     " lora: 'str | Path | None' = None, vocab: 'str | None' = None, force: 'bool' = False, progress: 'Progress' ="
     " no_progress) -> 'QuantizedModel'",
+    "sweep": "(options: 'SweepOptions', progress: 'Progress' = no_progress) -> 'SweepResult'",
 }
 CLASSES = {
     "Adapter": ["folder", "manifest", "factors"],
@@ -89,6 +90,9 @@ CLASSES = {
     "Recipe": ["name", "rules", "float_bits"],
     "SamplingParams": ["temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"],
     "Session": ["runtime", "tokenizer", "template", "options", "prefix", "adapter", "notify"],
+    "SweepOptions": [
+        *("base", "out", "space", "limits", "pick", "budget", "measuring", "where", "verify"),
+    ],
     "InputError": ["problem", "field", "value", "allowed", "hint"],
 }
 SCRIPT = """
@@ -115,6 +119,8 @@ try:
     folder = gemma_edge.quantize("folder", "checkpoint", gemma_edge.QuantizeOptions(bits=4), progress=show)
     measured = gemma_edge.evaluate(gemma_edge.EvaluationOptions(models=(made.bundle,), reference=Path("folder")))
     perplexity: float = measured.results[0].ppl
+    swept = gemma_edge.sweep(gemma_edge.SweepOptions(options, Path("sweep"), {"bits": (4, 8)}, pick="kl"), show)
+    front: list[str] = [row.name for row in swept.rows if row.front]
     runtime = gemma_edge.load(made.bundle, threads=2)
     logits = runtime.prefill([2, 10])
     session = gemma_edge.Session.open(made.bundle)
@@ -151,11 +157,13 @@ def test_parameters_of_public_classes_are_pinned(name: str) -> None:
     assert list(inspect.signature(getattr(gemma_edge, name)).parameters) == CLASSES[name]
 
 
-@pytest.mark.parametrize("first", ["", "import gemma_edge.export.api, gemma_edge.quantize.api; "])
+@pytest.mark.parametrize(
+    "first", ["", "import gemma_edge.export.api, gemma_edge.quantize.api, gemma_edge.sweep.options; "]
+)
 def test_functions_can_be_called_before_and_after_their_package_was_imported(first: str) -> None:
     code = (
         f"{first}import gemma_edge\n"
-        "for call in (gemma_edge.export, gemma_edge.quantize, gemma_edge.evaluate):\n"
+        "for call in (gemma_edge.export, gemma_edge.quantize, gemma_edge.evaluate, gemma_edge.sweep):\n"
         "    try: call()\n"
         "    except TypeError as error: assert 'missing' in str(error), error\n"
     )

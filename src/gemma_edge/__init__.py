@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from gemma_edge.errors import InputError
-from gemma_edge.public import evaluate, export, inspect, load, plan, quantize
+from gemma_edge.public import evaluate, export, inspect, load, plan, quantize, sweep
 
 if TYPE_CHECKING:
     from gemma_edge.evaluate.options import EvaluationOptions as EvaluationOptions
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from gemma_edge.runtimes.guard import Guard as Guard
     from gemma_edge.runtimes.tools.tool import Call as Call
     from gemma_edge.runtimes.tools.tool import Tool as Tool
+    from gemma_edge.sweep.options import SweepOptions as SweepOptions
 
 __version__ = "0.1.0"
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "SamplingParams",
     "Session",
     "Tool",
+    "SweepOptions",
     "__version__",
     "evaluate",
     "export",
@@ -48,6 +50,7 @@ __all__ = [
     "load",
     "plan",
     "quantize",
+    "sweep",
 ]
 
 # class -> the module that defines it
@@ -64,6 +67,7 @@ _CLASSES = {
     "SamplingParams": "gemma_edge.runtimes.generation.sampling",
     "Session": "gemma_edge.runtimes.generation.session",
     "Tool": "gemma_edge.runtimes.tools.tool",
+    "SweepOptions": "gemma_edge.sweep.options",
 }
 
 

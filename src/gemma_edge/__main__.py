@@ -1,4 +1,4 @@
-"""`gemma-edge` and `python -m gemma_edge`: one command in front of the four. Each is imported when it is called."""
+"""`gemma-edge` and `python -m gemma_edge`: one command in front of the five. Each is imported when it is called."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ COMMANDS = {
     "run": ("Run a bundle: continue a text, chat, or serve (gemma-run).", "gemma_edge.runtimes.cli"),
     "eval": ("Measure the quality of bundles and folders (gemma-eval).", "gemma_edge.evaluate.cli"),
     "bench": ("Measure the speed and memory of bundles (gemma-bench).", "gemma_edge.bench.cli"),
+    "sweep": ("Find the best bundle under constraints (gemma-sweep).", "gemma_edge.sweep.cli"),
 }
 
 

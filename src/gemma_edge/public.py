@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from gemma_edge.quantize.api import QuantizedModel
     from gemma_edge.quantize.options import QuantizeOptions
     from gemma_edge.runtimes.engines.base import Runtime
+    from gemma_edge.sweep.options import SweepOptions
+    from gemma_edge.sweep.result import SweepResult
 
 
 def load(
@@ -140,6 +142,19 @@ def evaluate(options: EvaluationOptions, progress: Progress = no_progress) -> Ev
     return module.evaluate(options, progress)
 
 
+def sweep(options: SweepOptions, progress: Progress = no_progress) -> SweepResult:
+    """Export a model in every combination of a space, measure each bundle, and publish the best one within limits.
+
+    Call it under `if __name__ == "__main__":`, because every unit of its work is a process that imports the calling script.
+
+    Raises:
+        InputError: the model, an option or the storage cannot be used, or no point keeps to the limits.
+    """
+    from gemma_edge.sweep import sweep as module
+
+    return module.sweep(options, progress)
+
+
 class _CallablePackage(ModuleType):
     """A package that is called like the function of the same name: `gemma_edge.export(...)` and `gemma_edge.export.api`."""
 
@@ -148,7 +163,7 @@ class _CallablePackage(ModuleType):
         return _FUNCTIONS[self.__name__](*args, **options)
 
 
-_FUNCTIONS = {f"gemma_edge.{function.__name__}": function for function in (export, quantize, evaluate)}
+_FUNCTIONS = {f"gemma_edge.{function.__name__}": function for function in (export, quantize, evaluate, sweep)}
 
 
 def callable_package(name: str) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from support.phones import Adb, Phone, app, kotlin_classpath, missing
+from support.phones import Adb, Phone, answer, app, kotlin_classpath, missing, results_file
 from support.toys import edit_json, toy_backend, write_toy_bundle
 
 from gemma_edge.bench import adb as adb_module
@@ -61,38 +61,6 @@ def phone(adb: Adb) -> Phone:
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_toy_bundle(tmp_path_factory.mktemp("phones") / "toy")
-
-
-def results_file(phone: Phone, extras: dict[str, str]) -> Path:
-    folder = phone.files / phones.RESULTS.lstrip("/")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / extras["result"]
-
-
-def answer(phone: Phone, extras: dict[str, str], **changes: Any) -> None:
-    """The app's file, with made-up times."""
-    repeat, decode = int(extras["repeat"]), int(extras["decode"])
-    settings = {name: int(extras[name]) for name in ("threads", "prefill", "decode", "repeat", "warmup")}
-    result = {
-        "tool": "gemma-edge-android",
-        "started": "2026-01-01T00:00:00+00:00",
-        "model": {"name": "x", "backend": extras.get("backend", "onnx"), "context": 10},
-        "settings": settings,
-        "device": {"name": "the app's", "read_gb_per_s": 20.0},
-        "load": {"warm_s": 0.5},
-        "prefill_s": [0.1] * repeat,
-        "ttft_s": [0.11] * repeat,
-        "decode_s": [0.05 * decode] * repeat,
-        "decode_ms": [[50.0] * decode] * repeat,
-        "decode_at_s": [1.0 + 10 * number for number in range(repeat)],
-        "memory": {"end_mib": 100.0, "peak_mib": 120.0, "samples": [[0.0, 1.0], [1.0, 100.0]]},
-        "state": {"before": {"thermal_headroom": 0.4}, "after": {"thermal_headroom": 0.6}},
-        **changes,
-    }
-    file = results_file(phone, extras)
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(json.dumps({"schema_version": 1, "results": [result]}))
-    partial.rename(file)
 
 
 Play = Callable[[Phone, dict[str, str]], None]

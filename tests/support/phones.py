@@ -6,6 +6,7 @@ the real one enters the network of the phone that is named. A thread of the test
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -17,9 +18,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from gemma_edge.bench import phones
 from gemma_edge.bench.adb import find_adb
 from gemma_edge.errors import InputError
 from support.checkpoints import ROOT
@@ -244,3 +247,35 @@ def app(phone: Phone, play: Callable[[Phone, dict[str, str]], None]) -> Iterator
         yield thread
     finally:
         thread.stop()
+
+
+def results_file(phone: Phone, extras: dict[str, str]) -> Path:
+    folder = phone.files / phones.RESULTS.lstrip("/")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / extras["result"]
+
+
+def answer(phone: Phone, extras: dict[str, str], **changes: Any) -> None:
+    """The app's file, with made-up times."""
+    repeat, decode = int(extras["repeat"]), int(extras["decode"])
+    settings = {name: int(extras[name]) for name in ("threads", "prefill", "decode", "repeat", "warmup")}
+    result = {
+        "tool": "gemma-edge-android",
+        "started": "2026-01-01T00:00:00+00:00",
+        "model": {"name": "x", "backend": extras.get("backend", "onnx"), "context": 10},
+        "settings": settings,
+        "device": {"name": "the app's", "read_gb_per_s": 20.0},
+        "load": {"warm_s": 0.5},
+        "prefill_s": [0.1] * repeat,
+        "ttft_s": [0.11] * repeat,
+        "decode_s": [0.05 * decode] * repeat,
+        "decode_ms": [[50.0] * decode] * repeat,
+        "decode_at_s": [1.0 + 10 * number for number in range(repeat)],
+        "memory": {"end_mib": 100.0, "peak_mib": 120.0, "samples": [[0.0, 1.0], [1.0, 100.0]]},
+        "state": {"before": {"thermal_headroom": 0.4}, "after": {"thermal_headroom": 0.6}},
+        **changes,
+    }
+    file = results_file(phone, extras)
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text(json.dumps({"schema_version": 1, "results": [result]}))
+    partial.rename(file)

@@ -1,0 +1,1 @@
+"""Where units of work run: nodes, processes, and the store of what is done."""

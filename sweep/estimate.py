@@ -1,0 +1,115 @@
+"""What a sweep would take on so many nodes, before any work: from a calibration's own estimate, and from units done before."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from gemma_edge.export.api import open_model
+from gemma_edge.progress import Progress, no_progress
+from gemma_edge.quantize.api import calibration_tokens
+from gemma_edge.quantize.calibration.layerwise import Calibration, estimate_s
+from gemma_edge.quantize.recipe import DEFAULT_QUALITY, QUALITIES
+from gemma_edge.sweep.cluster.remote import open_store
+from gemma_edge.sweep.cluster.store import Store
+from gemma_edge.sweep.course import Course
+from gemma_edge.sweep.options import SweepOptions
+from gemma_edge.sweep.points import Planned, plan_points
+from gemma_edge.sweep.units import BENCH, RAM, RECORD, Unit
+
+
+@dataclass(frozen=True)
+class Work:
+    """All units of a kind that are not done yet."""
+
+    kind: str
+    count: int
+    seconds: float | None  # of one of them on this machine, with the cores of a unit; None: none was done here before
+    ram_bytes: int  # of the largest
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a sweep would take."""
+
+    points: int
+    work: list[Work]
+    seconds: dict[int, float]  # number of nodes that each work on one unit at a time -> seconds at least
+
+
+def estimate(options: SweepOptions, nodes: Sequence[int], progress: Progress = no_progress) -> Estimate:
+    """Plan every point, and add up what is not done yet.
+
+    Args:
+        options: the sweep's.
+        nodes: numbers of nodes.
+        progress: shows how far measuring is, where a point is mixed precision.
+
+    Raises:
+        InputError: as `sweep`, before any work.
+    """
+    torch.set_num_threads(options.where.cores)
+    planned = plan_points(options, progress)
+    store = open_store(options.where.store, options.out / "units")
+    units = {unit.id: unit for unit in Course(options, planned, [], []).everything() if store.record(unit) is None}
+    known = _known(store)
+    calibrations = _calibrations(planned, progress)
+    each = {id_: calibrations.get(unit.key, known.get(unit.kind)) for id_, unit in units.items()}
+    by_kind: dict[str, list[Unit]] = defaultdict(list)
+    for unit in units.values():
+        by_kind[unit.kind].append(unit)
+    work = [_work(kind, same, each) for kind, same in by_kind.items()]
+    return Estimate(len(planned.points), work, {count: _least(units, each, count) for count in nodes})
+
+
+def _work(kind: str, units: Sequence[Unit], each: Mapping[str, float | None]) -> Work:
+    seconds = [value for unit in units if (value := each[unit.id]) is not None]
+    ram = max(int(unit.needs.get(RAM, 0)) for unit in units)
+    return Work(kind, len(units), median(seconds) if seconds else None, ram)
+
+
+def _least(units: Mapping[str, Unit], each: Mapping[str, float | None], nodes: int) -> float:
+    """Seconds that so many nodes need at least: their share of the work, or the longest chain of units."""
+    total = sum(value or 0.0 for value in each.values())
+    chains = (_chain(unit, each) for unit in units.values())
+    return max(total / nodes, max(chains, default=0.0))
+
+
+def _chain(unit: Unit, each: Mapping[str, float | None]) -> float:
+    before = max((_chain(other, each) for other in unit.after.values()), default=0.0)
+    return before + (each.get(unit.id) or 0.0)
+
+
+def _known(store: Store) -> dict[str, float]:
+    """Seconds of the units that are done, by kind: processor time, and of a benchmark all of it, as nothing runs beside it."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for record in _records(store.root):
+        figure = record["seconds" if record["kind"] == BENCH else "cpu_s"]
+        found[str(record["kind"])].append(float(str(figure)))
+    return {kind: median(values) for kind, values in found.items()}
+
+
+def _records(root: Path) -> Iterable[Mapping[str, object]]:
+    for path in sorted(root.glob(f"*/*/{RECORD}")):
+        yield json.loads(path.read_text(encoding="utf-8"))
+
+
+def _calibrations(planned: Planned, progress: Progress) -> dict[str, float]:
+    """Key of a quantization -> seconds of its calibration on this machine, where it has one."""
+    found: dict[str, float] = {}
+    for point in planned.points:
+        if point.quantization in found:
+            continue
+        opened = open_model(point.options, progress, plan_only=True)
+        chosen = point.options.quantization
+        if tokens := calibration_tokens(chosen, opened.source, opened.recipe):
+            quality = QUALITIES[chosen.quality or DEFAULT_QUALITY]
+            calibration = Calibration(torch.empty(1, tokens), quality.rounds, quality.refit)
+            found[point.quantization] = estimate_s(opened.source.config, opened.recipe, calibration)
+    return found

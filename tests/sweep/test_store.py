@@ -1,0 +1,84 @@
+"""Where results lie: whole or not at all, on a shared path or behind a URL with a mirror on every node."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fsspec", reason="fsspec is not installed: pip install 'gemma-edge[sweep]'")
+
+from gemma_edge.errors import InputError
+from gemma_edge.export.options import ExportOptions
+from gemma_edge.sweep.cluster import store as module
+from gemma_edge.sweep.cluster.remote import RemoteStore, open_store
+from gemma_edge.sweep.cluster.store import Store
+from gemma_edge.sweep.units import RECORD, Job, Unit
+from gemma_edge.user_cache import VARIABLE
+
+JOB = Job(ExportOptions())
+FIRST = Unit("quantize", "q", "quantize", JOB)
+SECOND = Unit("lower", "l", "lower", JOB, {"quantize": FIRST})
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The units that were computed; each leaves a file, and reads those of the units that it needs."""
+    done: list[str] = []
+
+    def compute(unit: Unit, folder: Path, inputs: Mapping[str, Path]) -> dict[str, Any]:
+        done.append(unit.key)
+        (folder / "deep").mkdir()
+        (folder / "deep" / "file").write_text(unit.key)
+        return {"read": [(path / "deep" / "file").read_text() for path in inputs.values()]}
+
+    monkeypatch.setattr(module, "compute", compute)
+    return done
+
+
+def test_a_result_appears_whole_and_a_failure_leaves_nothing(
+    tmp_path: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path)
+    assert store.record(FIRST) is None
+    assert store.make(FIRST, "node")["result"] == {"read": []} and store.make(SECOND, "node")["result"] == {
+        "read": ["q"]
+    }
+    found = store.record(SECOND)
+    assert found is not None and found["node"] == "node" and found["cpu_s"] >= 0
+    assert store.make(FIRST, "other")["node"] == "node"  # another sweep was faster
+
+    def fail(unit: Unit, folder: Path, inputs: Mapping[str, Path]) -> dict[str, Any]:
+        (folder / "half").write_text("half")
+        raise InputError("no")
+
+    monkeypatch.setattr(module, "compute", fail)
+    with pytest.raises(InputError, match="no"):
+        store.make(Unit("quantize", "x", "x", JOB), "node")
+    assert sorted(path.name for path in (tmp_path / "quantize").iterdir()) == ["q"]
+
+
+def test_behind_a_url_every_node_has_a_mirror_of_what_it_needs(
+    tmp_path: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(f"file://{tmp_path}/bucket", tmp_path / "default")
+    assert isinstance(store, RemoteStore) and store.shared == []
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "one"))
+    store.check()
+    store.make(FIRST, "one")
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "two"))
+    assert store.record(FIRST) == json.loads((tmp_path / "bucket/quantize/q" / RECORD).read_text())
+    assert store.make(SECOND, "two")["result"] == {"read": ["q"]} and computed == ["q", "l"]
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "three"))
+    store.fetch(SECOND)
+    assert (store.place(SECOND) / "deep" / "file").read_text() == "l"
+
+
+@pytest.mark.parametrize("url", ["nonsense://bucket/x", "file:///proc/nowhere/x"])
+def test_a_url_that_cannot_be_used_is_one_line(url: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be used") as caught:
+        open_store(url, tmp_path).check()
+    assert caught.value.field == "store"
