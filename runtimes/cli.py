@@ -139,7 +139,12 @@ def _open(bundle: Path, load_prefix: Path | None, choices: dict[str, Any]) -> tu
     from gemma_edge.runtimes.engines import load
     from gemma_edge.runtimes.generation import prefix as prefixes
 
-    runtime = load.open_runtime(bundle, **choices)
+    adapters = choices.pop("adapter")
+    if len(adapters) > 1:
+        raise InputError(
+            field="adapter", value=" ".join(map(str, adapters)), hint="one answer takes one adapter: pass only one"
+        )
+    runtime = load.open_runtime(bundle, **choices, adapter=next(iter(adapters), None))
     return runtime, prefixes.load(runtime, load_prefix) if load_prefix else ""
 
 

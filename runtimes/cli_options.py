@@ -197,10 +197,12 @@ CHOICES = (
         help=f"What computes: {', '.join(ACCELERATORS)}. Default: what the backend was made for; cpu runs every bundle.",
     ),
     _choice(
-        (RUN, CHAT, PREFIX),
+        COMMANDS,
         "--adapter",
         type=FILE,
-        help="Adapter to use with the bundle: a folder that gemma-export adapter made for it.",
+        multiple=True,
+        help="Adapter to use with the bundle: a folder that gemma-export adapter made for it. With serve it can be repeated,"
+        " and requests name it as the model BUNDLE:ADAPTER.",
     ),
     _choice(
         COMMANDS,

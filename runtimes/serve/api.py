@@ -73,7 +73,7 @@ class Answers:
 
     async def _answer(self, job: Job, scope: Scope, receive: Receive, send: Send) -> None:
         request = await job.request()
-        form = ResponseForm(self.engine.name, self.chat, request.logprobs is not None)
+        form = ResponseForm(request.model, self.chat, request.logprobs is not None)
         if request.stream:
             await _stream(job, request, form, send)
             return
@@ -119,17 +119,21 @@ class Api:
 
     async def models(self, request: Request) -> Response:
         """`/v1/models`."""
-        return JSONResponse({"object": "list", "data": [self._model()]})
+        return JSONResponse({"object": "list", "data": [self._model(name) for name in self._names()]})
 
     async def one_model(self, request: Request) -> Response:
         """`/v1/models/NAME`."""
         name = request.path_params["name"]
-        if name != self.engine.name:
-            raise Refused(404, f"there is no model {name!r}; this server has {self.engine.name!r}", param="model")
-        return JSONResponse(self._model())
+        if name not in self._names():
+            there = ", ".join(map(repr, self._names()))
+            raise Refused(404, f"there is no model {name!r}; this server has {there}", param="model")
+        return JSONResponse(self._model(name))
 
-    def _model(self) -> dict[str, Any]:
-        return {"id": self.engine.name, "object": "model", "created": self.engine.created, "owned_by": "gemma-edge"}
+    def _names(self) -> list[str]:
+        return [self.engine.name, *self.engine.adapters]
+
+    def _model(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": self.engine.created, "owned_by": "gemma-edge"}
 
     async def health(self, request: Request) -> Response:
         """`/health`: whether the server runs."""

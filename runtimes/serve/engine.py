@@ -11,14 +11,16 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain
 from time import monotonic
 from typing import Any
 
+from gemma_edge.errors import InputError
 from gemma_edge.memory import give_back
+from gemma_edge.runtimes.engines.adapter import Adapter
 from gemma_edge.runtimes.engines.base import Runtime
 from gemma_edge.runtimes.generation.constrain import Grammar
 from gemma_edge.runtimes.generation.generate import GenerationOptions, GenerationState, Usage
@@ -102,6 +104,7 @@ class Engine:
         *,
         time_limit_s: float = TIME_LIMIT_S,
         guard: Guard | None = None,
+        adapters: Sequence[Adapter] = (),
     ) -> None:
         """Take over a runtime.
 
@@ -111,17 +114,29 @@ class Engine:
             notify: called with one sentence when prompt lookup turns out to be of no use with this runtime.
             time_limit_s: how many seconds an answer may take.
             guard: judges prompts and answers; an answer is then sent when it is complete.
+            adapters: requests choose one by the model's name, NAME:ADAPTER.
 
         Raises:
-            InputError: a token-level bundle.
+            InputError: a token-level bundle, an adapter that the runtime cannot take, or two of one name.
         """
         self.runtime, self.options, self.time_limit_s, self.guard = runtime, options, time_limit_s, guard
         tokenizer, template = Tokenizer(runtime.bundle, runtime.manifest), ChatTemplate.from_bundle(runtime.bundle)
         form = form_of(template, tokenizer)
-        self.model = Model(tokenizer, template, form, runtime.vocab_size, runtime.cache.context)
+        self.name = runtime.manifest.model.name
+        self.adapters = {f"{self.name}:{adapter.manifest.name}": adapter for adapter in adapters}
+        if len(self.adapters) < len(adapters):
+            raise InputError(
+                f"two adapters have the same name, among {', '.join(self.adapters)}",
+                field="adapter",
+                hint="make one of them again from a folder of another name",
+            )
+        for adapter in adapters:
+            runtime.use_adapter(adapter)  # refuses one of another bundle before any request comes
+        self.model = Model(
+            tokenizer, template, form, runtime.vocab_size, runtime.cache.context, self.name, tuple(self.adapters)
+        )
         self.generator = TextGenerator(runtime, tokenizer, notify, form)
         self.generator.prepare(options)
-        self.name = runtime.manifest.model.name
         self.created = int(time.time())
         self.counts = dict.fromkeys(
             ("requests", "refused", "cancelled", "prompt_tokens", "cached_tokens", "new_tokens"), 0
@@ -212,6 +227,7 @@ class Engine:
         def cancelled() -> bool:
             return job.cancelled.is_set() or monotonic() > end
 
+        self.runtime.use_adapter(self.adapters.get(request.model))
         state = GenerationState(Sampler(request.options.sampling), cancelled=cancelled, grammar=grammar)
         for index in range(request.choices):
             usage = Usage()

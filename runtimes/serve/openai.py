@@ -39,6 +39,8 @@ class Model:
     form: ToolForm
     vocab_size: int
     context: int
+    name: str = ""
+    adapters: tuple[str, ...] = ()  # names of models too: NAME:ADAPTER
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class ParsedRequest:
     include_usage: bool = False  # whether a stream ends with the usage
     logprobs: int | None = None  # how many alternatives come with each token; None: no log-probabilities
     echo: tuple[str, ...] = ()  # what stands in front of each answer: its prompt, if requested
+    model: str = ""  # which of the server's answers
 
     @property
     def choices(self) -> int:
@@ -108,7 +111,19 @@ class ParsedRequest:
             include_usage=bool(get(body, "stream_options", dict, {}).get("include_usage")),
             logprobs=logprobs,
             echo=tuple(_echoed(body["prompt"], prompts, model.tokenizer)) if echo else (),
+            model=_model(body, model),
         )
+
+
+def _model(body: Mapping[str, Any], model: Model) -> str:
+    """The model that a request names. A name of another server's means the bundle, as clients have one set."""
+    name = get(body, "model", str, model.name)
+    if name in model.adapters:
+        return str(name)
+    if model.adapters and name.startswith(f"{model.name}:"):
+        allowed = ", ".join((model.name, *model.adapters))
+        raise InputError(f"model {shown(name)} is not served here; there are {allowed}", field="model", value=name)
+    return model.name
 
 
 def _default_tokens(defaults: GenerationOptions, context: int, prompt_tokens: int) -> int:

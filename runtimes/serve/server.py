@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from gemma_edge.command import note
 from gemma_edge.errors import InputError
 from gemma_edge.memory import limit_arenas
+from gemma_edge.runtimes.engines.adapter import Adapter
 from gemma_edge.runtimes.engines.load import open_runtime
 from gemma_edge.runtimes.generation.generate import GenerationOptions
 from gemma_edge.runtimes.guard import Guard
@@ -39,6 +40,7 @@ class ServerOptions:
     time_limit: float = 600.0  # seconds that one answer may take
     log: bool = False  # whether each request is printed to stderr
     guard: str | Path | None = None  # a bundle of ShieldGemma that judges prompts and answers
+    adapter: tuple[str | Path, ...] = ()  # folders of adapters that requests may name
 
     def __post_init__(self) -> None:
         """Raises InputError for a value that cannot be used."""
@@ -100,8 +102,9 @@ def serve(
     from gemma_edge.runtimes.serve.engine import Engine
 
     runtime = open_runtime(bundle, backend=backend, threads=threads, accelerator=accelerator)
+    adapters = [Adapter.open(folder) for folder in server.adapter]
     guard = Guard(server.guard, threads=threads) if server.guard is not None else None
-    engine = Engine(runtime, options, note, time_limit_s=server.time_limit, guard=guard)
+    engine = Engine(runtime, options, note, time_limit_s=server.time_limit, guard=guard, adapters=adapters)
     hosts = {*names_of_this_machine(), server.host.lower(), *(name.lower() for name in server.allow_host)}
     access = Access(server.api_key, frozenset(hosts), server.cors)
     logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stderr)

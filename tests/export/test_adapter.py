@@ -250,3 +250,30 @@ def test_backends_without_adapters_say_so(tmp_path: Path, demo: tuple[Path, list
         gemma_edge.load(out, adapter=folders[0])
     with pytest.raises(InputError, match="adapters are switched by the onnx backend alone"):
         make_adapter(AdapterOptions(folders[0].with_name("peft-0"), out, tmp_path / "adapter"))
+
+
+def test_the_server_answers_as_the_named_adapter(demo: tuple[Path, list[Path]]) -> None:
+    pytest.importorskip("starlette", reason="starlette is not installed: pip install 'gemma-edge[serve]'")
+    openai = pytest.importorskip("openai", reason="the package openai is not installed")
+    from support.serving import in_a_thread
+
+    from gemma_edge.runtimes.serve.engine import Engine
+
+    base, folders = demo
+    opened = [Adapter.open(folder) for folder in folders]
+    options = GenerationOptions(max_tokens=8)
+    engine = Engine(gemma_edge.load(base), options, adapters=opened)
+    with in_a_thread(engine) as port:
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
+        names = [model.id for model in client.models.list()]
+        assert names == [engine.name, f"{engine.name}:peft-0", f"{engine.name}:peft-1"]
+        for _ in range(2):
+            for name, folder in zip(names, (None, *folders), strict=True):
+                messages: Any = [{"role": "user", "content": "Who is there?"}]
+                answer = client.chat.completions.create(model=name, messages=messages)
+                alone = Session.open(base, options, adapter=folder).send("Who is there?")
+                assert (answer.model, answer.choices[0].message.content) == (name, "".join(alone))
+        with pytest.raises(openai.BadRequestError, match="is not served here; there are"):
+            client.chat.completions.create(model=f"{engine.name}:other", messages=messages)
+    with pytest.raises(InputError, match="two adapters have the same name"):
+        Engine(gemma_edge.load(base), options, adapters=[opened[0], opened[0]])
