@@ -34,10 +34,10 @@ class OnnxRuntimeTest : EngineTest("onnx") {
         val folder = Fixtures.copyOfDemo(temporary.root)
         val manifest = File(folder, Bundle.MANIFEST)
         val text = manifest.readText()
-        manifest.writeText(text.replaceFirst("\"accelerator\": \"cpu\"", "\"accelerator\": \"gpu\""))
+        manifest.writeText(text.replace("\"accelerator\": \"cpu\"", "\"accelerator\": \"gpu\""))
         assertEquals("gpu", Bundle.open(folder).backend("onnx").accelerator)
         assertRefuses<UnsupportedException>("onnx backend", "accelerator gpu", "--accelerator") { open(folder) }
-        manifest.writeText(text.replaceFirst("\"accelerator\": \"cpu\"", "\"accelerator\": \"npu\""))
+        manifest.writeText(text.replace("\"accelerator\": \"cpu\"", "\"accelerator\": \"npu\""))
         assertRefuses<BundleException>("accelerator is not one of cpu, gpu") { Bundle.open(folder) }
     }
 
