@@ -33,7 +33,11 @@ def tools_of(body: Mapping[str, Any]) -> dict[str, Any]:
 def _tool(given: Any) -> Tool:
     function = given.get("function") if isinstance(given, dict) else None
     if not isinstance(function, dict) or given.get("type") != "function":
-        raise InputError(f"the tool {shown(given)} is not of type function", field="tools", value=given)
+        raise InputError(
+            f"the tool {shown(given)} is not of type function with an object in its field function",
+            field="tools",
+            value=given,
+        )
     name, description = get(function, "name", str, ""), get(function, "description", str, "")
     return Tool(name, description, get(function, "parameters", dict, NO_PARAMETERS))
 

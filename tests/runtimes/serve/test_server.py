@@ -126,8 +126,8 @@ def test_the_bundle_is_the_one_model(client: Any, port: int) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n": 2}, "n 2 is not supported"),
-        ({"tools": [{"type": "function"}]}, "tools .* is not supported"),
+        ({"n": 33}, "n 33 is too large for 1 prompts: at most 32 answers"),
+        ({"tools": [{"type": "function"}]}, "is not of type function with an object in"),
         ({"max_completion_tokens": 0, "max_tokens": 3}, "max_completion_tokens 0 is below 1"),
         ({"max_tokens": -1}, "max_tokens -1 is below 1"),
         ({"temperature": -1}, "temperature -1 is neither"),
