@@ -32,7 +32,7 @@ class BundleModel:
         self.backend = choose_backend(path, manifest, backend)
         self.config, self._cache = manifest.config, manifest.backends[self.backend].cache
         self.context = self._cache.context
-        self.size = sum(entry.bytes for entry in manifest.files.values())
+        self.size = manifest.bytes
         parts = manifest.recipe.parts
         weights = sum(part.weights for part in parts)
         self.bits_per_weight = 8 * sum(part.bytes for part in parts) / weights if weights else None

@@ -48,9 +48,7 @@ def inspect(bundle: Path, check_hashes: bool, as_json: bool) -> None:
 
     manifest = bundles.Manifest.load(bundle)
     if check_hashes:
-        with report.progress_bar(
-            "check hashes", sum(entry.bytes for entry in manifest.files.values()), True
-        ) as advance:
+        with report.progress_bar("check hashes", manifest.bytes, True) as advance:
             bundles.check_hashes(bundle, manifest, advance)
         click.echo(f"{len(manifest.files)} files: all hashes match the manifest", err=True)
     if as_json:

@@ -133,8 +133,7 @@ def print_export(done: Export) -> None:
     ERR.print(parts_table(done.manifest))
     for line in gate_lines(done.manifest):
         say(ERR, line)
-    total = sum(entry.bytes for entry in done.manifest.files.values())
-    say(ERR, f"{size(total)} in {done.bundle}; try: gemma-run {done.bundle} --prompt 'Hello'")
+    say(ERR, f"{size(done.manifest.bytes)} in {done.bundle}; try: gemma-run {done.bundle} --prompt 'Hello'")
 
 
 def print_verified(verified: Verified) -> None:

@@ -117,7 +117,7 @@ def _export(options: ExportOptions, folder: Path, inputs: Mapping[str, Path]) ->
     options = replace(options, out=folder / BUNDLE)
     opened = open_model(options)
     done = export(options, opened=opened, ready=Ready(quantized / CHECKPOINT, learnt, lowered))
-    return {"bytes": sum(entry.bytes for entry in done.manifest.files.values())}
+    return {"bytes": done.manifest.bytes}
 
 
 def _reference(job: Job, folder: Path, inputs: Mapping[str, Path]) -> dict[str, Any]:

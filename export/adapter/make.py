@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 from safetensors.numpy import save
 
-from gemma_edge.bundle.entries import FileEntry, GateResult
-from gemma_edge.bundle.manifest import Manifest, check_hashes
+from gemma_edge.bundle.entries import GateResult
+from gemma_edge.bundle.manifest import Manifest, check_hashes, list_files, total_bytes
 from gemma_edge.bundle.staging import Kind, refuse_existing, staged
 from gemma_edge.errors import InputError
 from gemma_edge.export.adapter.factors import DTYPES, AdaptedWeights, Factors, factors_of, refolded, stored
@@ -19,7 +18,6 @@ from gemma_edge.export.gate import again
 from gemma_edge.export.gate.limits import LEVELS
 from gemma_edge.export.gate.verify import gate_pythons
 from gemma_edge.export.onnx.adapted import write_graphs
-from gemma_edge.files import sha256
 from gemma_edge.model import hub
 from gemma_edge.model.checkpoint import Weights, adaptable_shapes
 from gemma_edge.model.config import GemmaConfig
@@ -56,7 +54,7 @@ class MadeAdapter:
     @property
     def bytes(self) -> int:
         """Of all files that adapter.json lists."""
-        return sum(entry.bytes for entry in self.manifest.files.values())
+        return total_bytes(self.manifest.files)
 
 
 def make_adapter(options: AdapterOptions, progress: Progress = no_progress) -> MadeAdapter:
@@ -88,7 +86,7 @@ def make_adapter(options: AdapterOptions, progress: Progress = no_progress) -> M
             rank=max(a.shape[1] for a, _ in factors.values()),
             linears=len(factors),
             graphs=graphs,
-            files=_files(folder, [FACTORS, *graphs.values()]),
+            files=list_files(folder),
             verification=None,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
@@ -102,7 +100,7 @@ def make_adapter(options: AdapterOptions, progress: Progress = no_progress) -> M
                     hint="use `factors` float32, or merge the adapter into a bundle of its own with `lora`",
                 )
             if options.reference is not None:
-                made = AdapterManifest(**{**vars(made), "verification": result})
+                made = replace(made, verification=result)
                 _save(folder, made)
     return MadeAdapter(options.out, made)
 
@@ -162,10 +160,6 @@ def _judged(options: AdapterOptions, manifest: Manifest, base: Weights, folder: 
     return again.judged(
         chosen, manifest, [BACKEND], gate_pythons([BACKEND], None), original, integers, progress, adapter=folder
     )[BACKEND]
-
-
-def _files(folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:
-    return {name: FileEntry((folder / name).stat().st_size, sha256(folder / name)) for name in names}
 
 
 def _save(folder: Path, manifest: AdapterManifest) -> None:

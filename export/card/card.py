@@ -61,7 +61,6 @@ def write_card(bundle: Path, out: Path, options: CardOptions, *, force: bool) ->
 def card(manifest: Manifest, options: CardOptions, *, plots: Sequence[str] = ()) -> str:
     """The Markdown text; `plots` are names of images beside it."""
     model, recipe = manifest.model, manifest.recipe
-    total = sum(entry.bytes for entry in manifest.files.values())
     license = f"[Gemma's terms of use]({TERMS})" if options.license == GEMMA else _text(options.license)
     merged = [("adapter merged", model.lora)] if model.lora else []
     calibration = recipe.calibration
@@ -69,7 +68,7 @@ def card(manifest: Manifest, options: CardOptions, *, plots: Sequence[str] = ())
         *_head(options),
         f"# {_text(model.name)}, {_text(recipe.name)}",
         "",
-        f"{size(total)} for {', '.join(map(_text, manifest.backends))}: {_text(model.name)} with"
+        f"{size(manifest.bytes)} for {', '.join(map(_text, manifest.backends))}: {_text(model.name)} with"
         f" {model.parameters / 1e9:.3f} billion parameters, made by gemma-edge for {_text(manifest.target.name)}.",
         "",
         *_table(

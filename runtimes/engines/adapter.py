@@ -9,29 +9,25 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma_edge.bundle.codec import parse, typed_value
+from gemma_edge.bundle.codec import convert, damage_named, parse, text_of
 from gemma_edge.bundle.entries import FileEntry, GateResult
 from gemma_edge.bundle.manifest import intact
 from gemma_edge.bundle.ranges import Count, Name, Sha256
 from gemma_edge.errors import InputError, one_line
-from gemma_edge.reading import present, read_bytes
+from gemma_edge.reading import MAX_JSON, present, read_bytes
+from gemma_edge.runtimes.engines.state import ERRORS
 
 ADAPTER, FACTORS = "adapter.json", "factors.safetensors"
-SCHEMA_VERSION = 1
 HINT = "make the adapter again with gemma-export adapter"
-MAX_BYTES = 16 << 20  # of adapter.json
 ROLES = ("generate", "score")  # of the graphs, as in the bundle
 SIDES = ("a", "b")  # names of a linear's factors end with these
-# ERRORS: what safetensors raises for a file of another format, or for types that NumPy does not have.
-ERRORS = (KeyError, TypeError, ValueError, AttributeError, OSError, MemoryError)
 
 Factor = NDArray[np.float32]
 
@@ -54,7 +50,7 @@ class AdapterManifest:
 
     def to_json(self) -> str:
         """The text of adapter.json."""
-        return msgspec.json.format(msgspec.json.encode(asdict(self)), indent=1).decode() + "\n"
+        return text_of(self)
 
 
 @dataclass(frozen=True)
@@ -81,17 +77,21 @@ class Adapter:
                 value=place,
                 hint="make one with gemma-export adapter",
             )
-        try:
-            data = parse(read_bytes(path, HINT, max_bytes=MAX_BYTES))
-        except ValueError as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{path} is damaged ({error}); {HINT}") from None
-        manifest = typed_value(data, AdapterManifest, path, HINT)
+        with damage_named(path, HINT):
+            manifest = convert(parse(read_bytes(path, HINT, max_bytes=MAX_JSON)), AdapterManifest)
         adapter = cls(place, manifest, _factors(intact(place, manifest.files, FACTORS)))
         for role in ROLES:
             adapter.graph(role)
         return adapter
+
+    @property
+    def by_input(self) -> dict[str, Factor]:
+        """The factors by the names of the graphs' inputs."""
+        return {
+            f"{name}.{side}": half
+            for name, pair in self.factors.items()
+            for side, half in zip(SIDES, pair, strict=True)
+        }
 
     @property
     def digest(self) -> str:
@@ -130,7 +130,7 @@ def _factors(path: Path) -> dict[str, tuple[Factor, Factor]]:
         stored = load_file(path)
     except ERRORS as error:
         raise InputError(f"{path} is damaged ({one_line(error)}); {HINT}") from None
-    linears = sorted({name.rpartition(".")[0] for name in stored if name.rpartition(".")[2] in SIDES})
+    linears = sorted({name.rpartition(".")[0] for name in filter(is_factor, stored)})
     found = {}
     for linear in linears:
         a, b = (_floats(path, stored, f"{linear}.{side}", side) for side in SIDES)

@@ -108,7 +108,6 @@ class OnnxRuntime(Runtime):
 
     def use_adapter(self, adapter: Adapter | None) -> None:
         """See Runtime. The first adapter costs a load of the graph, a switch to another one only the copying of its factors."""
-        before = (self.adapter, self._graphs_of, self.identity)
         if adapted_identity(self._base_identity, adapter) == self.identity:
             return
         if adapter is not None and adapter.manifest.base != self._base_identity:
@@ -119,37 +118,32 @@ class OnnxRuntime(Runtime):
                 hint="make it again with gemma-export adapter and this bundle as `base`",
             )
         self.reset()
-        self.adapter, self._graphs_of = adapter, adapter or self._graphs_of
-        self.identity = adapted_identity(self._base_identity, adapter)
-        role = "score" if self._scores_only else "generate"
+        before = (self.adapter, self._graphs_of)
         try:
-            switched = self._loaded
-            if self._open(role) is switched:
-                self._bind_factors(switched)
+            self._take(adapter, adapter or self._graphs_of)
         except InputError:
-            self.adapter, self._graphs_of, self.identity = before
-            self._loaded = None
+            self._take(*before)
             raise
+
+    def _take(self, adapter: Adapter | None, graphs_of: Adapter | None) -> None:
+        """Compute with an adapter, in the graphs of one, from now on."""
+        self.adapter, self._graphs_of = adapter, graphs_of
+        self.identity = adapted_identity(self._base_identity, adapter)
+        loaded = self._loaded
+        if self._open("score" if self._scores_only else "generate") is loaded:
+            self._bind_factors(loaded)
 
     def _bind_factors(self, loaded: _Loaded) -> None:
         """Give a graph that takes factors those of the adapter, and factors of rank 0 for what it does not change."""
-        if not loaded.adapted:
-            return
-        factors = self.adapter.factors if self.adapter else {}
         inputs = {node.name: node.shape for node in loaded.session.get_inputs() if is_factor(node.name)}
+        factors = self.adapter.by_input if self.adapter else {}
+        for name, value in factors.items():
+            shape = inputs.get(name, [])
+            if [size for size in shape if isinstance(size, int)] != [value.shape[SIDES.index(name.rpartition(".")[2])]]:
+                raise InputError(f"{name} of the adapter has shape {list(value.shape)}, its graph has {shape}; {HINT}")
         for name, shape in inputs.items():
-            linear, _, side = name.rpartition(".")
-            value = factors[linear][SIDES.index(side)] if linear in factors else _no_factor(shape)
-            if [size for size in shape if isinstance(size, int)] != [value.shape[SIDES.index(side)]]:
-                assert self.adapter is not None
-                raise InputError(
-                    f"{self.adapter.folder}: {name} has shape {list(value.shape)}, the graph {shape}; {HINT}"
-                )
+            value = factors.get(name, _no_factor(shape))
             loaded.binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(value))
-        unknown = sorted(f"{linear}.{SIDES[0]}" for linear in factors if f"{linear}.{SIDES[0]}" not in inputs)
-        if unknown:
-            assert self.adapter is not None
-            raise InputError(f"{self.adapter.folder}: {unknown[0]} is not an input of its graph; {HINT}")
 
     def _forward(self, ids: NDArray[np.int64], *, every_position: bool) -> Logits:
         """See Runtime; the logits belong to the caller."""

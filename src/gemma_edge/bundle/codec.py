@@ -6,6 +6,8 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any, NoReturn, TypeVar
 
 import msgspec
@@ -76,6 +78,28 @@ def shown(value: object) -> str:
         return "an object" if isinstance(value, dict) else "a list"
     text = json.dumps(value).replace("`", "'")
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
+
+
+@contextmanager
+def damage_named(path: object, hint: str = HINT) -> Iterator[None]:
+    """Turn what `parse` and `convert` raise in the block into the error for the user, which names the file.
+
+    Raises:
+        InputError: in their place.
+    """
+    try:
+        yield
+    except KeyProblem as problem:
+        raise problem.error(path, hint) from None
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}); {hint}") from None
+
+
+def text_of(value: Any) -> str:
+    """A dataclass as the text of a JSON file."""
+    return msgspec.json.format(msgspec.json.encode(asdict(value)), indent=1).decode() + "\n"
 
 
 def parse(text: bytes) -> Any:

@@ -56,7 +56,12 @@ class Manifest:
 
     def to_json(self) -> str:
         """The manifest's text."""
-        return msgspec.json.format(msgspec.json.encode(asdict(self)), indent=1).decode() + "\n"
+        return codec.text_of(self)
+
+    @property
+    def bytes(self) -> int:
+        """Of all files but the manifest."""
+        return total_bytes(self.files)
 
     def save(self, bundle: Path) -> None:
         """Write the manifest into a bundle that is being made."""
@@ -71,14 +76,8 @@ class Manifest:
                 a file that is missing, truncated or outside the folder.
         """
         path = bundle / MANIFEST
-        try:
+        with codec.damage_named(path):
             manifest = _decode(_read(bundle, path), path)
-        except KeyProblem as problem:
-            raise problem.error(path) from None
-        except ValueError as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{path} is damaged ({error}); {HINT}") from None
         _check_files(bundle, manifest)
         parts = manifest.model, manifest.config, manifest.backends, manifest.files, manifest.verification
         for conflict in problems(*parts):
@@ -267,6 +266,11 @@ def _compare(path: Path, entry: FileEntry, result: str) -> None:
             f"{path} was changed: sha256 {result[:16]}..., the manifest says {entry.sha256[:16]}...;"
             " copy the bundle again, or export it again"
         )
+
+
+def total_bytes(files: Mapping[str, FileEntry]) -> int:
+    """Of all files that a manifest lists."""
+    return sum(entry.bytes for entry in files.values())
 
 
 def list_files(folder: Path) -> dict[str, FileEntry]:
