@@ -117,12 +117,13 @@ def run(context: click.Context, /, as_json: bool, **choices: Any) -> None:
     options = _options(context, choices)
     from gemma_edge.report.console import progress_bar
     from gemma_edge.sweep import html, report
+    from gemma_edge.sweep.result import to_json
     from gemma_edge.sweep.sweep import sweep
 
     result = sweep(options, progress_bar)
     write_whole(options.out / HTML, html.page(result))
     if as_json:
-        click.echo(json.dumps(result.to_json(), indent=1, default=str))
+        click.echo(to_json(result), nl=False)
     else:
         report.print_tables(result)
 

@@ -11,9 +11,7 @@ from statistics import median
 
 import torch
 
-from gemma_edge.export.api import open_model
 from gemma_edge.progress import Progress, no_progress
-from gemma_edge.quantize.api import calibration_tokens
 from gemma_edge.quantize.calibration.layerwise import Calibration, estimate_s
 from gemma_edge.quantize.recipe import DEFAULT_QUALITY, QUALITIES
 from gemma_edge.sweep.cluster.remote import open_store
@@ -56,10 +54,10 @@ def estimate(options: SweepOptions, nodes: Sequence[int], progress: Progress = n
     """
     torch.set_num_threads(options.where.cores)
     planned = plan_points(options, progress)
-    store = open_store(options.where.store, options.out / "units")
+    store = open_store(options.where.store, options.out)
     units = {unit.id: unit for unit in Course(options, planned, [], []).everything() if store.record(unit) is None}
     known = _known(store)
-    calibrations = _calibrations(planned, progress)
+    calibrations = _calibrations(planned)
     each = {id_: calibrations.get(unit.key, known.get(unit.kind)) for id_, unit in units.items()}
     by_kind: dict[str, list[Unit]] = defaultdict(list)
     for unit in units.values():
@@ -100,16 +98,12 @@ def _records(root: Path) -> Iterable[Mapping[str, object]]:
         yield json.loads(path.read_text(encoding="utf-8"))
 
 
-def _calibrations(planned: Planned, progress: Progress) -> dict[str, float]:
+def _calibrations(planned: Planned) -> dict[str, float]:
     """Key of a quantization -> seconds of its calibration on this machine, where it has one."""
     found: dict[str, float] = {}
     for point in planned.points:
-        if point.quantization in found:
-            continue
-        opened = open_model(point.options, progress, plan_only=True)
-        chosen = point.options.quantization
-        if tokens := calibration_tokens(chosen, opened.source, opened.recipe):
-            quality = QUALITIES[chosen.quality or DEFAULT_QUALITY]
-            calibration = Calibration(torch.empty(1, tokens), quality.rounds, quality.refit)
-            found[point.quantization] = estimate_s(opened.source.config, opened.recipe, calibration)
+        if point.calibration_tokens and point.quantization not in found:
+            quality = QUALITIES[point.options.quantization.quality or DEFAULT_QUALITY]
+            calibration = Calibration(torch.empty(1, point.calibration_tokens), quality.rounds, quality.refit)
+            found[point.quantization] = estimate_s(planned.config, point.recipe, calibration)
     return found

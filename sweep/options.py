@@ -14,6 +14,12 @@ PICKS = ("decode", "kl", "size")
 EVERY_PHONE = "all"
 
 
+def named_phones(requested: str) -> list[str] | None:
+    """The serial numbers that `phones` names; None: every phone."""
+    names = [name.strip() for name in requested.split(",") if name.strip()]
+    return None if names == [EVERY_PHONE] else names
+
+
 @dataclass(frozen=True)
 class Limits:
     """What a point must keep to; None: anything goes."""

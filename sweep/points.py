@@ -11,17 +11,18 @@ import torch
 
 import gemma_edge
 from gemma_edge.errors import InputError
-from gemma_edge.export.api import Opened, open_model
+from gemma_edge.export.api import open_model
 from gemma_edge.export.contents import tool_versions
 from gemma_edge.export.options import ExportOptions
 from gemma_edge.export.plan import Plan
 from gemma_edge.file_hash import file_hash
 from gemma_edge.model.checkpoint import Weights
+from gemma_edge.model.config import GemmaConfig
 from gemma_edge.progress import Progress
 from gemma_edge.quantize.api import calibration_tokens, open_source
 from gemma_edge.quantize.calibration import layerwise
 from gemma_edge.quantize.options import CalibrationText
-from gemma_edge.quantize.recipe import DEFAULT_QUALITY, QUALITIES
+from gemma_edge.quantize.recipe import DEFAULT_QUALITY, QUALITIES, Recipe
 from gemma_edge.sweep.options import SweepOptions
 from gemma_edge.sweep.space import Choice, combinations, name_of, options_of
 from gemma_edge.sweep.units import key_of
@@ -41,6 +42,8 @@ class Point:
     plan: Plan
     quantization: str  # key
     lowering: str  # key
+    recipe: Recipe
+    calibration_tokens: int  # 0: its integers need no text
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Planned:
     points: list[Point]
     left_out: list[LeftOut]
     model: str  # key
-    layers: int
+    config: GemmaConfig
 
     @property
     def smallest_context(self) -> int:
@@ -89,16 +92,17 @@ def plan_points(options: SweepOptions, progress: Progress) -> Planned:
             left_out.append(LeftOut(number, name, choice, str(error)))
             continue
         ((_, plan),) = opened.plans.items()
-        quantization = _quantization_key(model, exported, opened, options.where.cores)
+        tokens = calibration_tokens(exported.quantization, opened.source, opened.recipe)
+        quantization = _quantization_key(model, exported, opened.recipe, tokens, options.where.cores)
         lowering = key_of("lower", quantization, plan.to_json(), tool_versions())
         twin = next((point for point in points if point.lowering == lowering), None)
         if twin is not None:
             left_out.append(LeftOut(number, name, choice, f"the same bundle as {twin.name}"))
             continue
-        points.append(Point(number, name, choice, exported, plan, quantization, lowering))
+        points.append(Point(number, name, choice, exported, plan, quantization, lowering, opened.recipe, tokens))
     if not points:
         raise InputError(f"no point of the space can be exported: {left_out[0].name}: {left_out[0].why}")
-    return Planned(points, left_out, model, source.config.num_hidden_layers)
+    return Planned(points, left_out, model, source.config)
 
 
 def _model_key(source: Weights) -> str:
@@ -107,10 +111,9 @@ def _model_key(source: Weights) -> str:
     return key_of(sorted((path.name, file_hash(path)) for path in files), source.config.to_json(), source.vocabulary)
 
 
-def _quantization_key(model: str, options: ExportOptions, opened: Opened, cores: int) -> str:
+def _quantization_key(model: str, options: ExportOptions, recipe: Recipe, tokens: int, cores: int) -> str:
     """A hash of everything that the integers depend on."""
-    chosen, source, recipe = options.quantization, opened.source, opened.recipe
-    tokens = calibration_tokens(chosen, source, recipe)
+    chosen = options.quantization
     quality = QUALITIES[chosen.quality or DEFAULT_QUALITY]
     seen = _text_of(chosen.calibration_text) if tokens or chosen.distill else None
     work = (tokens, quality.rounds, quality.refit) if tokens else None

@@ -9,7 +9,7 @@ from typing import Any
 from gemma_edge.bench import adb, phones
 from gemma_edge.bench.adb import AdbError
 from gemma_edge.errors import InputError
-from gemma_edge.sweep.options import EVERY_PHONE
+from gemma_edge.sweep.options import named_phones
 
 COOL = 0  # Android's thermal status of a phone that does not throttle
 POLL_S = 5.0
@@ -22,8 +22,8 @@ def connected(requested: str) -> list[str]:
         InputError: none is connected, or one of those that are named is not.
     """
     program = adb.find_adb()
-    names = [name.strip() for name in requested.split(",") if name.strip()]
-    if names == [EVERY_PHONE]:
+    names = named_phones(requested)
+    if names is None:
         return [phone.serial for phone in adb.choose(program, None, every=True, note=lambda line: None)]
     there = {phone.serial: phone.state for phone in adb.list_phones(program)}
     for name in names:

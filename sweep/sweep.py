@@ -14,14 +14,13 @@ from gemma_edge.sweep import points as planning
 from gemma_edge.sweep.cluster.nodes import Nodes, nodes
 from gemma_edge.sweep.cluster.remote import open_store
 from gemma_edge.sweep.cluster.schedule import Runner
-from gemma_edge.sweep.cluster.store import Store
+from gemma_edge.sweep.cluster.store import UNITS, Store, write_probe
 from gemma_edge.sweep.course import Course
 from gemma_edge.sweep.options import PICKS, SweepOptions
-from gemma_edge.sweep.result import MEASURED, SweepResult, candidates, mark_front, to_csv, to_json
+from gemma_edge.sweep.result import SweepResult, candidates, mark_front, to_csv, to_json
 from gemma_edge.sweep.shelf import connected
 
 JSON, CSV, PICKED, LOG = "sweep.json", "sweep.csv", "bundle", "failures.log"
-UNITS = "units"  # folder of the store in `out`, where no other is named
 OURS = {JSON, CSV, PICKED, LOG, UNITS, "sweep.html"}
 
 
@@ -34,7 +33,7 @@ def sweep(options: SweepOptions, progress: Progress = no_progress) -> SweepResul
         InputError: something that was given cannot be used, or no point keeps to the limits; what was measured stays.
     """
     _refuse(options)
-    store = open_store(options.where.store, options.out / UNITS)
+    store = open_store(options.where.store, options.out)
     store.check()
     planned = planning.plan_points(options, progress)
     limits = options.limits
@@ -77,13 +76,13 @@ def _refuse(options: SweepOptions) -> None:
     if not timed and (options.pick == "decode" or options.limits.min_decode is not None):
         field = "min_decode" if options.limits.min_decode is not None else "pick"
         raise InputError(f"`{field}` needs benchmarks; leave out `no_bench`", field=field)
-    for field, least in (("budget", 1),):
-        value = getattr(options, field)
+    where = options.where
+    for field, value, least in (
+        ("budget", options.budget, 1),
+        ("cores", where.cores, 1),
+        ("retries", where.retries, 0),
+    ):
         if value is not None and value < least:
-            raise InputError(f"`{field}` {value} is below {least}", field=field, value=value)
-    for field, least in (("cores", 1), ("retries", 0)):
-        value = getattr(options.where, field)
-        if value < least:
             raise InputError(f"`{field}` {value} is below {least}", field=field, value=value)
     out = options.out
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or OURS & {path.name for path in out.iterdir()})):
@@ -94,9 +93,7 @@ def _refuse(options: SweepOptions) -> None:
             hint="pass another folder as `out`",
         )
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".probe").touch()
-        (out / ".probe").unlink()
+        write_probe(out)
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror}", field="out", value=out) from None
 
@@ -141,8 +138,3 @@ def _write(result: SweepResult, options: SweepOptions, runner: Runner) -> None:
     (options.out / LOG).unlink(missing_ok=True)
     if logs:
         write_whole(options.out / LOG, "\n\n".join(logs))
-
-
-def measured(result: SweepResult) -> int:
-    """How many points were measured."""
-    return sum(row.state == MEASURED for row in result.rows)

@@ -26,9 +26,12 @@ QUANTIZE, LOWER, REFERENCE, EVALUATE, BENCH, PHONE, JUDGE = (
 CORES, RAM, QUIET = "cores", "ram", "bench"  # resources of a node; phones have one each: phone:SERIAL
 
 
+PHONE_PREFIX = "phone:"
+
+
 def phone_resource(serial: str) -> str:
     """The resource of one phone."""
-    return f"phone:{serial}"
+    return f"{PHONE_PREFIX}{serial}"
 
 
 @dataclass(frozen=True)

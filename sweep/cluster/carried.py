@@ -10,11 +10,9 @@ from pathlib import Path
 
 from gemma_edge import user_cache
 from gemma_edge.bundle.staging import staged
-from gemma_edge.sweep.cluster.store import UNIT, Record, Store
+from gemma_edge.sweep.cluster.store import CACHED, UNIT, Record, Store
 from gemma_edge.sweep.cluster.work import run_unit
 from gemma_edge.sweep.units import Unit
-
-OWN = "sweep"  # kind of folder in a node's cache
 
 
 def pack(folder: Path) -> bytes:
@@ -45,7 +43,7 @@ def run_carried(unit: Unit, store: Store, sweep: str, parcels: Mapping[str, byte
     Returns:
         the record, and the packed result.
     """
-    own = replace(store, root=user_cache.folder(OWN, "carried"))
+    own = replace(store, root=user_cache.folder(CACHED, "carried"))
     for kind, other in unit.after.items():
         unpack(parcels[kind], own.place(other))
     record = run_unit(unit, own, sweep)

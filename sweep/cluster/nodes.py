@@ -22,8 +22,8 @@ from gemma_edge.errors import InputError, one_line
 from gemma_edge.memory import room_bytes
 from gemma_edge.sweep.cluster import carried, work
 from gemma_edge.sweep.cluster.store import Record, Store
-from gemma_edge.sweep.options import EVERY_PHONE
-from gemma_edge.sweep.units import CORES, QUIET, RAM, Unit, phone_resource
+from gemma_edge.sweep.options import named_phones
+from gemma_edge.sweep.units import CORES, PHONE_PREFIX, QUIET, RAM, Unit, phone_resource
 
 ANSWER_S = 5.0  # how long a scheduler may take to answer
 SPARE_THREADS = 4  # of a node, for phones and benchmarks beside what takes its cores
@@ -127,12 +127,10 @@ class Nodes:
         Raises:
             InputError: none is offered, or one of those that are named is not.
         """
-        offered = {
-            name.partition(":")[2] for node in self.now() for name in node.resources if name.startswith("phone:")
-        }
-        names = [name.strip() for name in requested.split(",") if name.strip()]
-        if names == [EVERY_PHONE]:
-            names = sorted(offered)
+        resources = {name for node in self.now() for name in node.resources}
+        offered = {name.removeprefix(PHONE_PREFIX) for name in resources if name.startswith(PHONE_PREFIX)}
+        named = named_phones(requested)
+        names = sorted(offered) if named is None else named
         missing = [name for name in names if name not in offered]
         if missing or not names:
             seen = ", ".join(sorted(offered)) or "none"

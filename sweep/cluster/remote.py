@@ -14,20 +14,18 @@ import fsspec
 from gemma_edge import user_cache
 from gemma_edge.bundle.staging import staged
 from gemma_edge.errors import InputError, one_line
-from gemma_edge.sweep.cluster.store import UNIT, Record, Store
+from gemma_edge.sweep.cluster.store import CACHED, UNIT, UNITS, Record, Store
 from gemma_edge.sweep.units import RECORD, Unit, key_of
 
-MIRROR = "sweep"  # kind of folder in the user's cache
 
-
-def open_store(named: str | None, default: Path) -> Store:
-    """The store at a path or URL; a folder by default.
+def open_store(named: str | None, out: Path) -> Store:
+    """The store at a path or URL; None: in the sweep's folder `out`.
 
     Raises:
         InputError: a URL that fsspec cannot reach.
     """
     if named is None or "://" not in named:
-        return Store(Path(named or default).absolute())
+        return Store(Path(named or out / UNITS).absolute())
     return RemoteStore(Path(), named.rstrip("/"))
 
 
@@ -44,7 +42,7 @@ class RemoteStore(Store):
 
     def place(self, unit: Unit) -> Path:
         """The folder of a unit in this machine's mirror."""
-        return user_cache.folder(MIRROR, key_of(self.url)) / unit.kind / unit.key
+        return user_cache.folder(CACHED, key_of(self.url)) / unit.kind / unit.key
 
     def record(self, unit: Unit) -> Record | None:
         """What a finished unit found, here or behind the URL."""
@@ -62,11 +60,11 @@ class RemoteStore(Store):
         for other in unit.after.values():
             self.fetch(other)
         record = super().make(unit, node)
-        folder = self.place(unit)
+        folder, there = self.place(unit), self._there(unit)
         paths = sorted((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.name == RECORD)
         with self._reached() as files:
             for path in paths:
-                target = f"{self._there(unit)}/{path.relative_to(folder).as_posix()}"
+                target = f"{there}/{path.relative_to(folder).as_posix()}"
                 files.makedirs(target.rpartition("/")[0], exist_ok=True)
                 files.put_file(str(path), target)
         return record

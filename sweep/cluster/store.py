@@ -17,6 +17,8 @@ from gemma_edge.files import write_whole
 from gemma_edge.sweep.units import RECORD, Unit, compute
 
 UNIT = Kind("unit", "finished unit of a sweep", lambda folder: (folder / RECORD).is_file())
+UNITS = "units"  # folder of the store in that of a sweep, where no other is named
+CACHED = "sweep"  # kind of folder in the user's cache, of results that came from elsewhere
 Record = Mapping[str, Any]  # kind, key, what, result, cpu_s, seconds, peak_rss_bytes, node
 
 
@@ -83,10 +85,7 @@ class Store:
             InputError: with the reason.
         """
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            probe = self.root / f".probe-{os.getpid()}"
-            probe.touch()
-            probe.unlink()
+            write_probe(self.root)
         except OSError as error:
             raise InputError(
                 f"`store` {self.root} cannot be written to: {error.strerror}",
@@ -94,6 +93,18 @@ class Store:
                 value=self.root,
                 hint="give a folder that can",
             ) from None
+
+
+def write_probe(folder: Path) -> None:
+    """Make a folder if there is none, and try to write into it.
+
+    Raises:
+        OSError: that is not possible.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".probe-{os.getpid()}"
+    probe.touch()
+    probe.unlink()
 
 
 def _cpu_s() -> float:

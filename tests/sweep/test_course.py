@@ -11,11 +11,14 @@ import pytest
 pytest.importorskip("distributed", reason="distributed is not installed: pip install 'gemma-edge[sweep]'")
 pytest.importorskip("optuna", reason="optuna is not installed: pip install 'gemma-edge[sweep]'")
 
+from support.checkpoints import DEMO
 from support.sweeping.fake_units import FakeNodes
 
 from gemma_edge.bench.result import Settings
 from gemma_edge.export.options import ExportOptions
 from gemma_edge.export.plan import Plan
+from gemma_edge.model.config import GemmaConfig
+from gemma_edge.quantize.recipe import make_recipe
 from gemma_edge.sweep.cluster.schedule import Runner
 from gemma_edge.sweep.cluster.store import Store
 from gemma_edge.sweep.cluster.work import UnitFailed
@@ -25,6 +28,7 @@ from gemma_edge.sweep.points import LeftOut, Planned, Point
 from gemma_edge.sweep.result import FAILED, LEFT_OUT, MEASURED, PRUNED, SweepResult
 from gemma_edge.sweep.units import Unit
 
+CONFIG = GemmaConfig.from_hf(DEMO)
 BENCH = Settings(threads=1, prefill=4, decode=4)
 
 
@@ -32,7 +36,9 @@ def point(number: int) -> Point:
     """Three points share each quantization; the weights of point n have n MB."""
     plan = Plan("android", "onnx", "int4", 256, 64, "float32", number * 10**6, 1, 1, 10**7, 10**9, 10**8, 10**8)
     choice = {"bits": number}
-    return Point(number, f"bits {number}", choice, ExportOptions(), plan, f"q{number // 3}", f"l{number}")
+    return Point(
+        number, f"bits {number}", choice, ExportOptions(), plan, f"q{number // 3}", f"l{number}", make_recipe(4), 0
+    )
 
 
 def swept(
@@ -51,7 +57,7 @@ def swept(
 
     started: list[Unit] = []
     planned = Planned(
-        [point(number) for number in range(count)], [LeftOut(count, "no", {"bits": 99}, "why not")], "m", 4
+        [point(number) for number in range(count)], [LeftOut(count, "no", {"bits": 99}, "why not")], "m", CONFIG
     )
     store = Store(tmp_path)
     runner = Runner(FakeNodes(store, failures or {}, results), store, 0)  # type: ignore[arg-type]
