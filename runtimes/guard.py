@@ -91,6 +91,7 @@ class Guard:
             raise InputError(
                 f"{bundle} cannot judge: its tokenizer has no tokens Yes and No", hint="give a bundle of ShieldGemma"
             )
+        self._last: tuple[str, str | None] | None = None  # the prompt that was judged last, and what it violates
         self._yes, self._no = (int(token) for token in ids if token is not None)
 
     def score(self, policy: str, prompt: str, answer: str | None = None) -> float:
@@ -112,8 +113,16 @@ class Guard:
         return 0.5 + 0.5 * math.tanh((float(logits[self._yes]) - float(logits[self._no])) / 2)  # the softmax of two
 
     def violated(self, prompt: str, answer: str | None = None) -> str | None:
-        """The first policy in POLICIES that a text violates with a probability above LIMIT; None if there is none."""
-        return next((name for name in POLICIES if self.score(name, prompt, answer) > LIMIT), None)
+        """The first policy in POLICIES that a text violates with a probability above LIMIT; None if there is none.
+
+        The prompt that was judged last is not judged again: several answers may follow it.
+        """
+        if answer is None and self._last is not None and prompt == self._last[0]:
+            return self._last[1]
+        policy = next((name for name in POLICIES if self.score(name, prompt, answer) > LIMIT), None)
+        if answer is None:
+            self._last = prompt, policy
+        return policy
 
 
 def question(policy: str, prompt: str, answer: str | None = None) -> str:

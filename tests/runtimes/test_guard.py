@@ -82,6 +82,34 @@ def bundle(tmp_path: Path) -> Path:
     return write_toy_bundle(tmp_path / "bundle")
 
 
+def test_a_prompt_is_judged_once_for_all_its_answers(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged: list[tuple[str, str | None]] = []
+
+    def score(self: Guard, policy: str, prompt: str, answer: str | None = None) -> float:
+        judged.append((prompt, answer))
+        return float(prompt == "bad")
+
+    monkeypatch.setattr(Guard, "score", score)
+    guard = Guard(bundle, threads=1)
+    for prompt, answer in (
+        ("", None),
+        ("good", None),
+        ("good", "a"),
+        ("good", None),
+        ("good", "b"),
+        ("bad", None),
+        ("bad", None),
+    ):
+        assert guard.violated(prompt, answer) == ("dangerous" if prompt == "bad" else None)
+    every = len(POLICIES)
+    assert [judged.count(pair) for pair in (("", None), ("good", None), ("good", "a"), ("bad", None))] == [
+        every,
+        every,
+        every,
+        1,
+    ]
+
+
 @pytest.fixture
 def judge(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str | None]]]:
     """A guard that refuses what holds "bad", and every answer to "trap"; and what it was asked."""

@@ -6,7 +6,6 @@ import android.net.Uri
 import android.os.Bundle
 import android.text.format.DateUtils
 import android.view.View
-import android.view.ViewGroup
 import android.widget.PopupMenu
 import androidx.activity.result.contract.ActivityResultContracts
 import androidx.activity.viewModels
@@ -19,9 +18,9 @@ import androidx.lifecycle.lifecycleScope
 import androidx.lifecycle.repeatOnLifecycle
 import androidx.lifecycle.viewModelScope
 import androidx.recyclerview.widget.LinearLayoutManager
-import androidx.recyclerview.widget.RecyclerView
 import gemma.edge.app.databinding.ConversationBinding
 import gemma.edge.app.databinding.ConversationsBinding
+import gemma.edge.app.views.RowAdapter
 import gemma.edge.app.views.askText
 import gemma.edge.app.views.confirmDelete
 import gemma.edge.app.views.share
@@ -71,7 +70,8 @@ class ConversationsViewModel(application: Application) : AndroidViewModel(applic
 /** The screen of conversations. Its result is the id of the one to go on with, in the extra [ID]. */
 class ConversationsActivity : AppCompatActivity() {
     val conversations: ConversationsViewModel by viewModels { ViewModelProvider.AndroidViewModelFactory(application) }
-    private val adapter = Adapter()
+    private val adapter =
+        RowAdapter({ ConversationBinding.inflate(layoutInflater, it, false) }, { it.root }) { row: Conversation -> show(row) }
     private lateinit var binding: ConversationsBinding
     private var exported: Conversation? = null
     private val file = registerForActivityResult(ActivityResultContracts.CreateDocument("text/markdown")) { uri: Uri? ->
@@ -115,31 +115,15 @@ class ConversationsActivity : AppCompatActivity() {
         return true
     }
 
-    private class Holder(val binding: ConversationBinding) : RecyclerView.ViewHolder(binding.root)
-
-    private inner class Adapter : RecyclerView.Adapter<Holder>() {
-        private var rows: List<Conversation> = emptyList()
-
-        fun show(rows: List<Conversation>) {
-            this.rows = rows
-            notifyDataSetChanged()
+    private fun ConversationBinding.show(row: Conversation) {
+        name.text = row.title
+        details.text = getString(R.string.model_row, row.model, DateUtils.getRelativeTimeSpanString(row.changedMs))
+        root.setOnClickListener {
+            setResult(RESULT_OK, Intent().putExtra(ID, row.id))
+            finish()
         }
-
-        override fun getItemCount() = rows.size
-
-        override fun onCreateViewHolder(parent: ViewGroup, viewType: Int) = Holder(ConversationBinding.inflate(layoutInflater, parent, false))
-
-        override fun onBindViewHolder(holder: Holder, position: Int): Unit = with(holder.binding) {
-            val row = rows[position]
-            name.text = row.title
-            details.text = getString(R.string.model_row, row.model, DateUtils.getRelativeTimeSpanString(row.changedMs))
-            root.setOnClickListener {
-                setResult(RESULT_OK, Intent().putExtra(ID, row.id))
-                finish()
-            }
-            more.contentDescription = getString(R.string.more, row.title)
-            more.setOnClickListener { openMenu(more, row) }
-        }
+        more.contentDescription = getString(R.string.more, row.title)
+        more.setOnClickListener { openMenu(more, row) }
     }
 
     companion object {

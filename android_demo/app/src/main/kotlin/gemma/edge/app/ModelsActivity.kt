@@ -6,7 +6,6 @@ import android.net.Uri
 import android.os.Build
 import android.os.Bundle
 import android.text.format.Formatter
-import android.view.ViewGroup
 import androidx.activity.result.contract.ActivityResultContracts
 import androidx.activity.viewModels
 import androidx.appcompat.app.AppCompatActivity
@@ -16,13 +15,13 @@ import androidx.lifecycle.ViewModelProvider
 import androidx.lifecycle.lifecycleScope
 import androidx.lifecycle.repeatOnLifecycle
 import androidx.recyclerview.widget.LinearLayoutManager
-import androidx.recyclerview.widget.RecyclerView
 import gemma.edge.app.bundles.ImportRequest
 import gemma.edge.app.bundles.ImportRequest.Kind
 import gemma.edge.app.bundles.ImportService
 import gemma.edge.app.bundles.ImportState
 import gemma.edge.app.databinding.ModelBinding
 import gemma.edge.app.databinding.ModelsBinding
+import gemma.edge.app.views.RowAdapter
 import gemma.edge.app.views.askText
 import gemma.edge.app.views.confirmDelete
 import kotlinx.coroutines.launch
@@ -30,7 +29,7 @@ import kotlinx.coroutines.launch
 /** The models screen: it shows the [ModelsUiState] and passes the user's actions on to the [ModelsViewModel]. */
 class ModelsActivity : AppCompatActivity() {
     val models: ModelsViewModel by viewModels { ViewModelProvider.AndroidViewModelFactory(application) }
-    private val adapter = Adapter()
+    private val adapter = RowAdapter({ ModelBinding.inflate(layoutInflater, it, false) }, { it.root }) { row: ModelRow -> show(row) }
     private lateinit var binding: ModelsBinding
     private val picker = registerForActivityResult(ActivityResultContracts.OpenDocumentTree()) { tree: Uri? ->
         if (tree != null) import(Kind.FOLDER, tree)
@@ -92,32 +91,14 @@ class ModelsActivity : AppCompatActivity() {
         is ImportState.Importing -> import.describe(this)
     }
 
-    private class Holder(val binding: ModelBinding) : RecyclerView.ViewHolder(binding.root)
-
-    private inner class Adapter : RecyclerView.Adapter<Holder>() {
-        private var rows: List<ModelRow> = emptyList()
-
-        fun show(rows: List<ModelRow>) {
-            this.rows = rows
-            notifyDataSetChanged()
-        }
-
-        override fun getItemCount() = rows.size
-
-        override fun onCreateViewHolder(parent: ViewGroup, viewType: Int) = Holder(ModelBinding.inflate(layoutInflater, parent, false))
-
-        override fun onBindViewHolder(holder: Holder, position: Int) {
-            val row = rows[position]
-            val model = row.folder.name
-            val size = Formatter.formatShortFileSize(this@ModelsActivity, row.bytes)
-            with(holder.binding) {
-                name.text = getString(R.string.model_row, model, size)
-                use.text = getString(if (row.selected) R.string.used else R.string.use)
-                use.isEnabled = !row.selected
-                use.setOnClickListener { models.use(row.folder) }
-                delete.contentDescription = getString(R.string.delete, model)
-                delete.setOnClickListener { confirmDelete(model) { models.delete(row.folder) } }
-            }
-        }
+    private fun ModelBinding.show(row: ModelRow) {
+        val model = row.folder.name
+        val size = Formatter.formatShortFileSize(this@ModelsActivity, row.bytes)
+        name.text = getString(R.string.model_row, model, size)
+        use.text = getString(if (row.selected) R.string.used else R.string.use)
+        use.isEnabled = !row.selected
+        use.setOnClickListener { models.use(row.folder) }
+        delete.contentDescription = getString(R.string.delete, model)
+        delete.setOnClickListener { confirmDelete(model) { models.delete(row.folder) } }
     }
 }

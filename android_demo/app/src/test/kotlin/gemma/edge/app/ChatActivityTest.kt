@@ -58,6 +58,16 @@ class ChatActivityTest {
 
     private fun launch() = Robolectric.buildActivity(ChatActivity::class.java).setup()
 
+    /** A chat in the middle of an answer that ends only when it is stopped. */
+    private fun launchIntoALongAnswer(): ActivityController<ChatActivity> {
+        SettingsStore(application).save(Settings(temperature = 0.0, maxTokens = 1_000_000))
+        val chat = launch().loaded()
+        chat.get().type(R.id.input, "Tell me everything.")
+        chat.get().press(R.id.send)
+        waitUntil("an answer begins") { chat.messages().size == 2 && chat.messages()[1].length > 20 }
+        return chat
+    }
+
     private fun ActivityController<ChatActivity>.loaded() = also {
         waitUntil("a model is loaded, or it is said why not") { get().findViewById<View>(R.id.send).isEnabled || "/" in get().text(R.id.status) }
         assertTrue(get().text(R.id.status), get().findViewById<View>(R.id.send).isEnabled)
@@ -129,11 +139,7 @@ class ChatActivityTest {
 
     @Test
     fun stop_ends_an_answer_and_what_was_said_stands() {
-        SettingsStore(application).save(Settings(temperature = 0.0, maxTokens = 1_000_000))
-        val chat = launch().loaded()
-        chat.get().type(R.id.input, "Tell me everything.")
-        chat.get().press(R.id.send)
-        waitUntil("an answer begins") { chat.messages().size == 2 && chat.messages()[1].length > 20 }
+        val chat = launchIntoALongAnswer()
         assertTrue(chat.answering())
         chat.get().press(R.id.send)
         waitUntil("it ends") { chat.settled() }
@@ -280,11 +286,7 @@ class ChatActivityTest {
 
     @Test
     fun a_benchmark_takes_the_model_from_an_answer_and_the_chat_goes_on_after_it() {
-        SettingsStore(application).save(Settings(temperature = 0.0, maxTokens = 1_000_000))
-        val chat = launch().loaded()
-        chat.get().type(R.id.input, "Tell me everything.")
-        chat.get().press(R.id.send)
-        waitUntil("an answer begins") { chat.messages().size == 2 && chat.messages()[1].length > 20 }
+        val chat = launchIntoALongAnswer()
         val screen = Robolectric.buildActivity(BenchmarkActivity::class.java).setup().get()
         for (field in listOf(R.id.prefill, R.id.decode, R.id.repeat)) screen.type(field, "3")
         screen.press(R.id.run)
