@@ -137,7 +137,8 @@ class ChatViewModel(application: Application) : AndroidViewModel(application), S
 
     /** The session of a bundle, with the conversation in it. */
     private suspend fun opened(folder: File): GemmaSession {
-        val (backend, names) = withContext(Dispatchers.IO) { store.backend(folder) to Engine.backendsOf(folder) }
+        val names = withContext(Dispatchers.IO) { Engine.backendsOf(folder) }
+        val backend = store.backend(folder, names)
         val opened = engine.open(folder, backend)
         session = opened
         resume(opened)

@@ -49,7 +49,7 @@ class ModelsActivity : AppCompatActivity() {
         binding.importModel.setOnClickListener { picker.launch(null) }
         binding.importZip.setOnClickListener { zipPicker.launch(arrayOf("application/zip")) }
         binding.download.setOnClickListener { askText(getString(R.string.address), "https://") { import(ImportRequest(Kind.DOWNLOAD, it)) } }
-        binding.stopImport.setOnClickListener { startService(Intent(this, ImportService::class.java)) }
+        binding.stopImport.setOnClickListener { startService(ImportService.stopIntent(this)) }
         binding.goOn.setOnClickListener { models.state.value.last?.let(::import) }
         binding.removeLeftovers.setOnClickListener { models.removeLeftovers() }
         lifecycleScope.launch { repeatOnLifecycle(Lifecycle.State.STARTED) { models.state.collect(::show) } }

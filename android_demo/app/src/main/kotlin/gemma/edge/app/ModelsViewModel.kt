@@ -77,7 +77,7 @@ class ModelsViewModel(application: Application) : AndroidViewModel(application) 
     private suspend fun change(act: suspend () -> Unit) = changing.withLock {
         withContext(Dispatchers.IO) {
             act()
-            val leftovers = store.leftovers().map { it.name.removePrefix(".").removeSuffix(".partial") }
+            val leftovers = store.leftovers().map(store::nameOf)
             mutable.update { it.copy(rows = rows(), leftovers = leftovers, last = store.lastImport()) }
         }
     }

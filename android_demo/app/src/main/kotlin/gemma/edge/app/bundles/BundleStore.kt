@@ -33,8 +33,13 @@ class BundleStore(private val context: Context) {
     /** Remember which bundle the user chose. */
     fun select(bundle: File) = preferences.edit().putString(SELECTED, bundle.name).apply()
 
-    /** The backend that the user chose for a bundle; null for the first one that has an engine, also where the chosen one has none. */
-    fun backend(bundle: File): String? = preferences.getString(BACKEND + bundle.name, null)?.takeIf { it in Engine.backendsOf(bundle) }
+    /**
+     * The backend that the user chose for a bundle; null for the first one that has an engine, also where the chosen one has none.
+     *
+     * @param among those of the bundle that have an engine.
+     */
+    fun backend(bundle: File, among: List<String> = Engine.backendsOf(bundle)): String? =
+        preferences.getString(BACKEND + bundle.name, null)?.takeIf { it in among }
 
     /** Remember which backend the user chose for a bundle; null for the first one that has an engine. */
     fun chooseBackend(bundle: File, backend: String?) = preferences.edit().putString(BACKEND + bundle.name, backend).apply()
@@ -49,6 +54,9 @@ class BundleStore(private val context: Context) {
 
     /** What imports left that did not come to their end; an import of the same name goes on with it. */
     fun leftovers(): List<File> = root.listFiles { file -> file.name.startsWith(".") && file.name.endsWith(PARTIAL) }.orEmpty().sortedBy { it.name }
+
+    /** The name of the model that a leftover is the beginning of. */
+    fun nameOf(leftover: File): String = leftover.name.removePrefix(".").removeSuffix(PARTIAL)
 
     fun removeLeftovers() = leftovers().forEach { it.deleteRecursively() }
 

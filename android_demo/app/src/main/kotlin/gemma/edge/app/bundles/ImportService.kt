@@ -66,7 +66,7 @@ class ImportService : Service() {
         val importing = state as? ImportState.Importing ?: ImportState.Importing("")
         val step = importing.step
         val screen = PendingIntent.getActivity(this, 0, Intent(this, ModelsActivity::class.java), PendingIntent.FLAG_IMMUTABLE)
-        val stop = PendingIntent.getService(this, 0, Intent(this, ImportService::class.java), PendingIntent.FLAG_IMMUTABLE)
+        val stop = PendingIntent.getService(this, 0, stopIntent(this), PendingIntent.FLAG_IMMUTABLE)
         NotificationManagerCompat.from(this).createNotificationChannel(
             NotificationChannelCompat.Builder(CHANNEL, NotificationManagerCompat.IMPORTANCE_LOW).setName(getString(R.string.models)).build(),
         )
@@ -89,9 +89,12 @@ class ImportService : Service() {
         private const val KIND = "kind"
         private const val ADDRESS = "address"
 
-        /** The intent that starts an import; without a request it stops the import that is running. */
+        /** The intent that stops the import that is running. */
+        fun stopIntent(context: Context): Intent = Intent(context, ImportService::class.java)
+
+        /** The intent that starts an import. */
         fun intent(context: Context, request: ImportRequest): Intent =
-            Intent(context, ImportService::class.java).putExtra(KIND, request.kind.name).putExtra(ADDRESS, request.address)
+            stopIntent(context).putExtra(KIND, request.kind.name).putExtra(ADDRESS, request.address)
 
         private fun requestIn(intent: Intent): ImportRequest? {
             val kind = ImportRequest.Kind.entries.firstOrNull { it.name == intent.getStringExtra(KIND) } ?: return null
