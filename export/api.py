@@ -156,6 +156,7 @@ def _plan(
                 planning.Requested(
                     context=context,
                     prefill_chunk=options.prefill_chunk,
+                    pinned=options.pinned,
                     kv_dtype=kv_dtype,
                     accelerator=options.accelerator,
                     verify=options.verify,

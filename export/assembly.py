@@ -100,7 +100,7 @@ class Assembly:
         plan, quantized = self.opened.plans[name], self.integers.quantized
         backend = exporter(name, plan.accelerator)
         sizes = plan.context, plan.prefill_chunk, plan.kv_dtype
-        cache = geometry(quantized.config, *sizes, backend=name, accelerator=plan.accelerator)
+        cache = geometry(quantized.config, *sizes, pinned=plan.pinned, backend=name, accelerator=plan.accelerator)
         float_bits, before = self.opened.recipe.float_bits, set(self.bundle.rglob("*"))
         with (
             stage(self.stages, f"lower {name}"),

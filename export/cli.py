@@ -18,7 +18,7 @@ from gemma_edge.export.bundle_cli import ADAPTER, COMMANDS, KEPT_TOKENS, OTHER_P
 from gemma_edge.export.gate.limits import LEVELS
 from gemma_edge.export.options import ExportOptions
 from gemma_edge.export.room import need_torch
-from gemma_edge.export.targets import DEFAULT_CHUNK, TARGETS
+from gemma_edge.export.targets import DEFAULT_CHUNK, DEFAULT_PINNED, TARGETS
 from gemma_edge.files import check_writable, need, write_whole
 from gemma_edge.model.hub import DEFAULT_MODEL
 from gemma_edge.quantize.options import CalibrationText, QuantizeOptions
@@ -103,6 +103,13 @@ DEVICE = (
     click.option("--context", type=int, help="Tokens that the model can look back on. Default: what fits the target."),
     click.option(
         "--prefill-chunk", type=int, help=f"Largest number of prompt tokens in one call. Default: {DEFAULT_CHUNK}."
+    ),
+    click.option(
+        "--pinned",
+        type=int,
+        metavar="TOKENS",
+        help="Tokens at the beginning of a chat, such as its system turn, that the model can go on seeing beyond the context."
+        f" Default: {DEFAULT_PINNED}, or a quarter of the context where that is less.",
     ),
     click.option(
         "--kv-bits",

@@ -20,6 +20,7 @@ class ExportOptions:
     quantization: QuantizeOptions = QuantizeOptions()
     context: int | None = None
     prefill_chunk: int | None = None
+    pinned: int | None = None
     kv_bits: int | None = None
     backend: str | None = None
     accelerator: str = CPU  # what will compute the bundle: one of ACCELERATORS

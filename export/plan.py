@@ -13,10 +13,11 @@ from typing import Any
 from gemma_edge.bundle.accelerators import CPU
 from gemma_edge.bundle.backends import KV_DTYPES, registered
 from gemma_edge.bundle.geometry import CacheGeometry, LayerCache, slots_needed
+from gemma_edge.bundle.ranges import MAX_PINNED
 from gemma_edge.errors import InputError
 from gemma_edge.export.backend import Backend, StoredWeights, exporter
 from gemma_edge.export.gate.limits import LEVELS
-from gemma_edge.export.targets import DEFAULT_CHUNK, GIB, Target
+from gemma_edge.export.targets import DEFAULT_CHUNK, DEFAULT_PINNED, GIB, Target
 from gemma_edge.model.checkpoint import SLICE_BYTES, TABLE, Weights, linear_shapes
 from gemma_edge.model.config import GemmaConfig
 from gemma_edge.model.kv_cache import windows
@@ -26,6 +27,7 @@ from gemma_edge.quantize.recipe import Recipe
 MIB = 1 << 20
 SMALLEST_CONTEXT = 256  # a context that was not requested is not halved below it
 CONTEXT_STEP = 64  # the context that a refusal names is a multiple of it
+PINNED_SHARE = 4  # without `pinned`, at most the context divided by it is kept
 MAX_CHUNK = 4096  # tokens in one prefill call
 
 
@@ -35,6 +37,7 @@ class Requested:
 
     context: int | None = None  # tokens; None: the largest of the target's halvings that fits its RAM
     prefill_chunk: int | None = None  # tokens; None: DEFAULT_CHUNK
+    pinned: int | None = None  # that a text's beginning may keep beyond the context; None: DEFAULT_PINNED, or less
     kv_dtype: str = "float32"  # element type of the KV cache, a value of KV_DTYPES
     accelerator: str = CPU  # one of the backend's `runs_on`
     verify: str = "quick"  # level of the gate, one of LEVELS: its logits take disk
@@ -50,6 +53,7 @@ class Plan:
     recipe: str
     context: int  # tokens
     prefill_chunk: int  # tokens
+    pinned: int  # tokens that a text's beginning may keep beyond the context
     kv_dtype: str  # element type of the KV cache, a value of KV_DTYPES
     weights_bytes: int  # weights file, exact; a backend's other files take under 5 MB
     token_bytes: int  # of the weights file that a decoded token reads: all of it but a table that is only looked up in
@@ -71,6 +75,7 @@ def geometry(
     prefill_chunk: int,
     dtype: str = "float32",
     *,
+    pinned: int = 0,
     backend: str = "onnx",
     accelerator: str = CPU,
 ) -> CacheGeometry:
@@ -80,10 +85,16 @@ def geometry(
         config: the model's.
         context, prefill_chunk: in tokens.
         dtype: a value of KV_DTYPES.
+        pinned: tokens that a text's beginning may keep in the global layers.
         backend, accelerator: the name of a registered backend, and one of those that it `runs_on`.
     """
     half = exporter(backend, accelerator)
     behind, multiple = half.slots_behind(prefill_chunk), half.slot_multiple
+
+    def layer_cache(window: int, pinned: int) -> LayerCache:
+        slots = slots_needed(window, prefill_chunk, pinned) + behind
+        return LayerCache(window, -(-slots // multiple) * multiple, pinned)
+
     return CacheGeometry(
         context=context,
         prefill_chunk=prefill_chunk,
@@ -91,8 +102,8 @@ def geometry(
         head_dim=config.head_dim,
         dtype=dtype,
         layers=tuple(
-            LayerCache(window, -(-(slots_needed(window, prefill_chunk) + behind) // multiple) * multiple)
-            for window in windows(config, context)
+            layer_cache(window, 0 if config.is_local(layer) else pinned)
+            for layer, window in enumerate(windows(config, context))
         ),
     )
 
@@ -122,6 +133,15 @@ def make_plan(
         _check_range("context", context, 1, config.max_position_embeddings)
     half = exporter(backend, requested.accelerator)
     prediction = _Prediction.of(source, recipe, target, half, requested)
+    if requested.pinned is not None:
+        _check_range("pinned", requested.pinned, 0, MAX_PINNED)
+        if requested.pinned and not half.pins:
+            raise InputError(
+                f"`pinned` {requested.pinned}: the {backend} backend for {requested.accelerator} keeps no beginning of a text;"
+                " use `pinned` 0, or leave this backend out",
+                field="pinned",
+                value=requested.pinned,
+            )
     tried = context or min(target.context, config.max_position_embeddings)
     while context is None and tried > SMALLEST_CONTEXT and not prediction.fits(tried, chunk):
         tried //= 2
@@ -225,9 +245,16 @@ class _Prediction:
 
     def cache(self, context: int, chunk: int) -> CacheGeometry:
         """Geometry of the KV cache of a context."""
-        kv_dtype, accelerator = self.requested.kv_dtype, self.requested.accelerator
+        wanted = self.requested
+        default = min(DEFAULT_PINNED, context // PINNED_SHARE) if self.exporter.pins else 0
         return geometry(
-            self.source.config, context, chunk, kv_dtype, backend=self.exporter.name, accelerator=accelerator
+            self.source.config,
+            context,
+            chunk,
+            wanted.kv_dtype,
+            pinned=default if wanted.pinned is None else wanted.pinned,
+            backend=self.exporter.name,
+            accelerator=wanted.accelerator,
         )
 
     def device_ram(self, cache: CacheGeometry) -> int:
@@ -252,6 +279,7 @@ class _Prediction:
             recipe=self.recipe.name,
             context=context,
             prefill_chunk=chunk,
+            pinned=cache.pinned,
             weights_bytes=self.file_bytes,
             token_bytes=self.file_bytes - self.looked_up_bytes + self.looked_up_bytes // config.vocab_size,
             kv_dtype=cache.dtype,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 GIB = 1 << 30
 DEFAULT_CHUNK = 128  # tokens in the largest forward call
+DEFAULT_PINNED = 256  # tokens that a text's beginning may keep beyond the context
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,7 @@ AXES: dict[str, Axis] = {
     "calibration_tokens": Axis(int, CALIBRATION, "Number of calibration tokens."),
     "context": Axis(int, EXPORT, "Tokens that the model can look back on."),
     "prefill_chunk": Axis(int, EXPORT, "Largest number of prompt tokens in one call."),
+    "pinned": Axis(int, EXPORT, "Tokens at the beginning of a chat that are kept beyond the context."),
     "kv_bits": Axis(int, EXPORT, "Bits of the KV cache.", tuple(KV_DTYPES)),
     "backend": Axis(str, EXPORT, "Runtimes to export for.", tuple(registered())),
     "accelerator": Axis(str, EXPORT, "What will compute the bundle.", ACCELERATORS),

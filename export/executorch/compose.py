@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gemma_edge.bundle.geometry import CacheGeometry, LayerCache
+from gemma_edge.bundle.geometry import PINNED_UNIT, CacheGeometry, LayerCache
 from gemma_edge.export.executorch.packing import CODES, SCALE, row_bytes
 from gemma_edge.export.executorch.seams import HIDDEN
 from gemma_edge.export.executorch.templates import Lowered
 from gemma_edge.model.config import GemmaConfig
 from gemma_edge.model.gemma import inverse_frequencies, layer_ropes
-from gemma_edge.model.kv_cache import visible
+from gemma_edge.model.kv_cache import slots_of, visible
 from gemma_edge.quantize.recipe import QuantConfig
 
 for operators in ("executorch.extension.llm.custom_ops.custom_ops", "executorch.kernels.quantized"):
@@ -101,11 +101,19 @@ class Composed(nn.Module):
             self.register_buffer(f"value_{index}", torch.zeros(shape), persistent=False)
 
     def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
-        """Logits of the tokens (1, T) written at `input_pos` (1,): (1, 1, V), or (1, T, V) with `every_position`."""
+        """Logits of the tokens (1, T) written at `input_pos` (1,): (1, 1, V), or (1, T, V) with `every_position`.
+
+        Where the caches keep the beginning of a text, `input_pos` also says how many tokens of it are pinned: PINNED_UNIT for each.
+        So the official runners, which know nothing of it, pin none.
+        """
         count = tokens.shape[1]
+        pinned: Tensor | int = 0
+        if self.geometry.pinned:
+            pinned = torch.div(input_pos, PINNED_UNIT, rounding_mode="floor")  # (1,)
+            input_pos = torch.remainder(input_pos, PINNED_UNIT)
         ropes = layer_ropes(self, self.config, input_pos, count)
         positions = input_pos + torch.arange(count)  # (T,)
-        views = {layer: self._view(layer, positions) for layer in dict.fromkeys(self.geometry.layers)}
+        views = {layer: self._view(layer, positions, pinned) for layer in dict.fromkeys(self.geometry.layers)}
         x = self.embed_tokens(tokens) * self.config.hidden_size**0.5  # (1, T, hidden)
         for index, (layer, rope, project, attend) in enumerate(
             zip(self.geometry.layers, ropes, self.project, self.attend, strict=True)
@@ -116,11 +124,13 @@ class Composed(nn.Module):
         x = x if self.every_position else x[:, -1:]
         return torch.cat([piece(x)[0] for piece in self.head], dim=-1)
 
-    def _view(self, layer: LayerCache, positions: Tensor) -> View:
+    def _view(self, layer: LayerCache, positions: Tensor, pinned: Tensor | int) -> View:
         """What the layers of one geometry share."""
         group = self.config.num_attention_heads // self.config.num_key_value_heads
-        slots = torch.remainder(positions, layer.slots).unsqueeze(0).expand(self.geometry.kv_heads, -1).contiguous()
-        mask = torch.where(visible(positions, layer.slots, layer.window), 0.0, HIDDEN)  # (T, S)
+        slots = slots_of(positions, layer.slots, layer.pinned)
+        slots = slots.unsqueeze(0).expand(self.geometry.kv_heads, -1).contiguous()  # (K, T)
+        seen = visible(positions, layer.slots, layer.window, layer.pinned, pinned)
+        mask = torch.where(seen, 0.0, HIDDEN)  # (T, S)
         mask = mask.unsqueeze(0).expand(group, -1, -1).reshape(1, -1, layer.slots)  # (1, G*T, S)
         # until the ring is full, the slots behind hold nothing yet
         steps = torch.div(positions[-1] + USED_STEP, USED_STEP, rounding_mode="floor")

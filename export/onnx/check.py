@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from gemma_edge.bundle.geometry import CacheGeometry
-from gemma_edge.export.onnx.seams import INT8_CACHE, SCALE_INPUTS
+from gemma_edge.export.onnx.seams import BIAS_INPUT, INT8_CACHE, KEPT, SCALE_INPUTS
 from gemma_edge.export.onnx.weights import HEAD_PACKED, Blob
 from gemma_edge.model.checkpoint import TABLE, norm_sizes, weight_shapes
 from gemma_edge.model.config import GemmaConfig
@@ -80,12 +80,11 @@ def _check_counts(path: Path, graph: ir.Graph, config: GemmaConfig, configs: Map
 
 def _check_attention(path: Path, graph: ir.Graph, config: GemmaConfig, geometry: CacheGeometry, windowed: bool) -> None:
     for layer, node in enumerate(node for node in graph if node.op_type == "GroupQueryAttention"):
-        window = geometry.layers[layer].window
-        if not windowed and not config.is_local(layer):
-            window = -1
+        cache = geometry.layers[layer]
+        slides = windowed and not cache.pinned
         expected: dict[str, float] = {
-            "local_window_size": window,
-            "sliding_window_cache": int(windowed),
+            "local_window_size": cache.window if slides or config.is_local(layer) else -1,
+            "sliding_window_cache": int(slides),
             "softcap": config.attn_logit_softcapping or 0.0,
             "scale": config.query_pre_attn_scalar**-0.5,
             "num_heads": config.num_attention_heads,
@@ -96,16 +95,17 @@ def _check_attention(path: Path, graph: ir.Graph, config: GemmaConfig, geometry:
             actual = node.attributes[name].value
             if abs(actual - value) > 1e-6 * abs(value):
                 raise RuntimeError(f"{path.name}: layer {layer} attends with {name} {actual}, expected {value}")
-        _check_cache(path, node, layer, geometry.dtype)
+        _check_cache(path, node, layer, geometry.dtype, biased=windowed and cache.pinned > 0)
 
 
-def _check_cache(path: Path, node: ir.Node, layer: int, dtype: str) -> None:
+def _check_cache(path: Path, node: ir.Node, layer: int, dtype: str, *, biased: bool) -> None:
     """An attention node reads and writes the caches of its layer, in their type, and rounds to the scales of its layer."""
     int8 = dtype == "int8"
     kinds = ("key", "value")
     expected = {
         **{3 + i: f"past_key_values.{layer}.{kind}" for i, kind in enumerate(kinds)},
         **{i: scale_name(layer, kind) for i, kind in zip(SCALE_INPUTS, KINDS, strict=True) if int8},
+        **({BIAS_INPUT: KEPT[1]} if biased else {}),
     }
     inputs = {index: value.name for index, value in enumerate(node.inputs) if value is not None and index not in USUAL}
     if inputs != expected:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gemma_edge.bundle.geometry import CacheGeometry
 from gemma_edge.export.hollow import hollow
-from gemma_edge.export.onnx.seams import GroupQueryAttention
+from gemma_edge.export.onnx.seams import BIAS_INPUT, KEPT, GroupQueryAttention
 from gemma_edge.export.onnx.weights import HEAD_PACKED, Blob
 from gemma_edge.model.checkpoint import TABLE
 from gemma_edge.model.config import GemmaConfig
@@ -25,6 +25,7 @@ from gemma_edge.model.gemma import Gemma, Layers
 from gemma_edge.quantize.checkpoint.kv_scales import KINDS, scale_name
 
 OPSET = 23
+TRACED, TRACED_ROWS = 3, 7  # values of the free sizes while tracing
 MODULE = "gemma2"  # name of the decoder inside the traced module
 DTYPES = {
     torch.float32: ir.DataType.FLOAT,
@@ -49,13 +50,18 @@ class Step(nn.Module):
                     layer.get_submodule("self_attn").register_buffer(kind, scale)
         self.add_module(MODULE, decoder)
 
-    def forward(self, input_ids: Tensor, input_pos: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
-        """Logits (1, 1, V) of the last of the tokens (1, T), and the caches after them."""
+    def forward(
+        self, input_ids: Tensor, input_pos: Tensor, past: list[Tensor], kept: list[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """Logits (1, 1, V) of the last of the tokens (1, T), and the caches after them.
+
+        `kept` is what `KEPT` names, where layers keep the beginning of a text; else it is empty.
+        """
         decoder = self.get_submodule(MODULE)
         assert isinstance(decoder, Gemma)
         count = decoder.config.num_hidden_layers if self.geometry.dtype == "int8" else 0
         scales = [decoder.get_buffer(scale_name(layer, kind)) for layer in range(count) for kind in KINDS]
-        cache = GroupQueryAttention(decoder.config, self.geometry, past, scales)
+        cache = GroupQueryAttention(decoder.config, self.geometry, past, scales, *kept)
         x = decoder.model(input_ids, input_pos, cache)  # (1, T, hidden)
         return decoder.head(x[:, -1:]), *cache.present  # the 256k-row head never runs over a prompt
 
@@ -73,16 +79,18 @@ def trace(config: GemmaConfig, geometry: CacheGeometry, layers: Layers) -> ir.Mo
     kv = [(1, geometry.kv_heads, layer.slots, geometry.head_dim) for layer in geometry.layers for _ in ("key", "value")]
     past = [hollow(torch.empty(shape, device="meta", dtype=CACHE_DTYPES[geometry.dtype])) for shape in kv]
     count = config.num_hidden_layers
+    tokens, rows = torch.export.Dim("tokens", min=1, max=1 << 20), torch.export.Dim("rows", min=1, max=1 << 24)
+    kept = [torch.zeros(1, dtype=torch.int64), torch.zeros(1, 1, TRACED, TRACED_ROWS)] if geometry.pinned else []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             step,
-            (torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), past),
+            (torch.zeros(1, TRACED, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), past, kept),
             dynamo=True,
             opset_version=OPSET,
-            input_names=["input_ids", "input_pos", *cache_names(count, "past_key_values")],
+            input_names=["input_ids", "input_pos", *cache_names(count, "past_key_values"), *KEPT[: len(kept)]],
             output_names=["logits", *cache_names(count, "present")],
-            dynamic_shapes=({1: torch.export.Dim("tokens", min=1, max=1 << 20)}, None, [None] * len(past)),
+            dynamic_shapes=({1: tokens}, None, [None] * len(past), [None, {2: tokens, 3: rows}][: len(kept)]),
             optimize=False,  # the exporter's own optimiser reads the weights, and there are none
             verbose=False,
         )
@@ -92,6 +100,8 @@ def trace(config: GemmaConfig, geometry: CacheGeometry, layers: Layers) -> ir.Mo
     for value in model.graph.inputs:
         if value.name == "input_ids":
             value.shape = ir.Shape([1, "tokens"])
+        if value.name == KEPT[1]:
+            value.shape = ir.Shape([1, 1, "tokens", "rows"])
     return model
 
 
@@ -228,7 +238,13 @@ def genai_graph(model: ir.Model, config: GemmaConfig) -> ir.Model:
     convenience.replace_all_uses_with(input_pos, before.outputs[0])
     graph.inputs.remove(input_pos)
     graph.inputs.insert(1, mask)
+    for value in [value for value in graph.inputs if value.name in KEPT]:
+        if value.name == KEPT[0]:
+            convenience.replace_all_uses_with(value, before.outputs[0])
+        graph.inputs.remove(value)
     for layer, node in enumerate(node for node in graph if node.op_type == "GroupQueryAttention"):
+        if len(node.inputs) > BIAS_INPUT:
+            node.replace_input_with(BIAS_INPUT, None)
         node.attributes["sliding_window_cache"] = ir.AttrInt64("sliding_window_cache", 0)
         if not config.is_local(layer):
             node.attributes["local_window_size"] = ir.AttrInt64("local_window_size", -1)

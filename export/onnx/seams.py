@@ -24,6 +24,8 @@ Attrs = dict[str, int | float | str | bool | Sequence[int] | Sequence[float] | S
 # of GroupQueryAttention with int8 caches: it rounds rotated keys and values to the scales, and attends to what the cache holds
 INT8_CACHE: Attrs = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
 SCALE_INPUTS = (12, 13)  # where it takes the scales of K and V
+KEPT = ("past_rows", "attention_bias")  # the graph's inputs for layers that keep the beginning of a text
+BIAS_INPUT = 10  # where it takes what is added to the scores
 
 
 class MatMulNBits(nn.Module):
@@ -143,12 +145,17 @@ class GroupQueryAttention:
     `sliding_window_cache` keeps each layer in a buffer of fixed size (`LayerCache.slots`), the window moving inside. A global
     layer is one whose window is the whole context, so that no layer ever grows. The rotation is a node of its own because the
     operator's own rotary table has an end.
+
+    A layer that keeps the beginning of a text has no sliding window, because the operator knows none with a beginning: the engine
+    moves its rows, says how many are in use, and hides those that have left the window by `bias`.
     """
 
     config: GemmaConfig
     geometry: CacheGeometry
     past: list[Tensor]  # 2 * layers x (1, K, slots, D): key 0, value 0, key 1, ...
     scales: list[Tensor]  # 2 * layers x (1, K, 1, D), in the same order, for int8 caches; else empty
+    past_rows: Tensor | None = None  # (1,) int64, rows in use before this chunk, of a layer that keeps the beginning
+    bias: Tensor | None = None  # (1, 1, T, past_rows + T), added to such a layer's scores
     present: list[Tensor] = field(default_factory=list)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope, input_pos: Tensor) -> Tensor:
@@ -157,18 +164,22 @@ class GroupQueryAttention:
         cos, sin = rope.cos.unsqueeze(0), rope.sin.unsqueeze(0)  # (1, T, D/2)
         q = ops.rotary_embedding(q, cos, sin, num_heads=c.num_attention_heads)  # (1, T, H*D)
         k = ops.rotary_embedding(k, cos, sin, num_heads=c.num_key_value_heads)  # (1, T, K*D)
-        total = (input_pos + q.shape[1]).to(torch.int32)  # (1,) tokens after this chunk
+        keeps = self.geometry.layers[layer].pinned > 0
+        before = self.past_rows if keeps and self.past_rows is not None else input_pos
+        total = (before + q.shape[1]).to(torch.int32)  # (1,) tokens, or rows in use, after this chunk
         past_k, past_v = self.past[2 * layer], self.past[2 * layer + 1]
         attrs: Attrs = {
             "num_heads": c.num_attention_heads,
             "kv_num_heads": c.num_key_value_heads,
             "scale": c.query_pre_attn_scalar**-0.5,
             "softcap": c.attn_logit_softcapping or 0.0,
-            "local_window_size": self.geometry.layers[layer].window,
-            "sliding_window_cache": 1,
+            "local_window_size": -1 if keeps else self.geometry.layers[layer].window,
+            "sliding_window_cache": 0 if keeps else 1,
             "do_rotary": 0,
         }
         inputs: list[Tensor | None] = [q, k, v, past_k, past_v, total - 1, total.squeeze(0)]
+        if keeps:
+            inputs += [*[None] * (BIAS_INPUT - len(inputs)), self.bias]
         if self.scales:
             attrs |= INT8_CACHE
             inputs += [*[None] * (SCALE_INPUTS[0] - len(inputs)), *self.scales[2 * layer : 2 * layer + 2]]

@@ -42,6 +42,7 @@ class TFLiteBackend(Backend):
     signatures: Callable[[CacheGeometry], list[Signature]] = signatures  # of the model
     group_size: int | None = None
     slot_multiple: int = 1
+    pins: bool = True
 
     def refuse_weight(self, weight: str, config: QuantConfig | None, columns: int, float_bits: int) -> None:
         """See Kernels."""
@@ -126,5 +127,6 @@ TFLITE_RUNTIME = TFLiteBackend(
     Kernels("tflite-runtime", "tflite-runtime", bits=(8,)),
     packing.TFLITE_RUNTIME,
     variables=True,
+    pins=False,  # the engine cannot reach the variables
     needs={"min_tflite_runtime": "2.14"},
 )

@@ -268,6 +268,8 @@ OPERATORS: Mapping[Any, Lower] = {
     aten.view.default: _reshape,
     aten.where.Scalar: _where,
     aten.where.ScalarOther: _where,
+    aten.where.ScalarSelf: _where,
+    aten.where.self: _where,
     operator.getitem: _getitem,
     UPDATE_SLICE: _update_slice,
 }

@@ -11,6 +11,10 @@ slots as far as a whole chunk does, so that R >= W + N - 1 (model/kv_cache.py) i
 While a text is short, most slots hold nothing of it, and reading them takes as long as reading the others. So there are
 signatures that look at the first L slots only. They are right for texts of at most L tokens: position p of a chunk from a on
 lies in the slot a mod R + p - a, which is at most p, so all that counts lies in front of L.
+
+In a layer that keeps the first P tokens, P slots lie before the ring: position p < P lives in slot p, and a chunk from a >= P on
+goes to the slots P + (a - P) mod R .... An engine pins a token by turning the number in its slot's position negative: every query
+sees such a slot, and no chunk touches it.
 """
 
 from __future__ import annotations
@@ -53,8 +57,8 @@ UPDATE_SLICE = torch.ops.gemma_edge_tflite.update_slice.default  # as it stands 
 
 
 def ring_of(layer: LayerCache, chunk: int) -> int:
-    """R of a layer's S slots: how many of them a chunk of at most `chunk` tokens may begin in."""
-    return layer.slots - chunk + 1
+    """R of a layer's S slots: how many of them a chunk of at most `chunk` tokens may begin in, beside those it keeps."""
+    return layer.slots - layer.pinned - chunk + 1
 
 
 def looked_at(layer: LayerCache, longest: int | None) -> int:
@@ -77,7 +81,7 @@ def view(
     """Where a chunk goes and what it sees.
 
     Args:
-        slot_positions: (1, 1, 1, S) int32, the position in each slot plus one; 0: nothing.
+        slot_positions: (1, 1, 1, S) int32, the position in each slot plus one; 0: nothing; below 0: pinned.
         input_pos: (T,) int32; those that do not follow the first are padding.
         layer, ring: the caches' geometry, and R of it.
         longest: length of the longest text; None: there is no limit.
@@ -91,13 +95,18 @@ def view(
     kept = torch.where(slot_positions <= first, slot_positions, 0)
     new = torch.where(input_pos == positions, positions + 1, 0).view(1, 1, 1, tokens)
     start = torch.remainder(first, ring)
+    if kept := layer.pinned:
+        start = torch.where(first < kept, first, torch.remainder(first - kept, ring) + kept)
     zeros = torch.zeros(3, dtype=torch.int32)
     slot_positions = update_slice(kept, new, torch.cat([zeros, start]))
     slots = looked_at(layer, longest)
     first_positions = slot_positions[..., :slots]
     age = positions.view(1, 1, tokens, 1) - (first_positions - 1)  # (1, 1, T, L)
     seen = (first_positions > 0) & (age >= 0) & (age < layer.window)
-    return View(start, slots, torch.where(seen, 0.0, HIDDEN)), slot_positions
+    mask = torch.where(seen, 0.0, HIDDEN)
+    if layer.pinned:
+        mask = torch.where(first_positions < 0, 0.0, mask)
+    return View(start, slots, mask), slot_positions
 
 
 class SlotCache:

@@ -72,6 +72,8 @@ class Runtime(ABC):
         self.identity = identity  # hash of what a saved state depends on: `state_identity` in bundle/manifest.py
         self.vocab_size = manifest.config.vocab_size
         self.stats = Stats()
+        self.pinned = 0  # tokens at the beginning that every later one sees; `pin` sets it
+        self._first: list[int] = []  # ids of the first tokens, as many as could be pinned
         self._position = 0
         self._written = 0  # the highest position ever reached with what is in the cache
         self._kept = array("i")  # the remembered ids, up to the position
@@ -95,7 +97,9 @@ class Runtime(ABC):
             position: of the next token.
             written: the highest position written so far.
         """
-        return all(max(0, position - layer.window + 1) >= written - layer.slots for layer in self.cache.layers)
+        return all(
+            max(0, position - layer.window + 1 - layer.pinned) >= written - layer.slots for layer in self.cache.layers
+        )
 
     def _buffers(self) -> Buffers:
         """The cache itself, not a copy: arrays (..., slots, head_dim). At most their first `_written` rows are in use.
@@ -121,6 +125,26 @@ class Runtime(ABC):
                 value=adapter.folder,
                 hint="use `backend` onnx, or merge the adapter into a bundle of its own with `lora`",
             )
+
+    def pin(self, count: int) -> None:
+        """Let every token see the first `count` ones of its text in the global layers, however far back they are; 0 pins nothing.
+
+        They may be fed before or afterwards. Once the text is longer than the context, another number than before begins at
+        position 0.
+
+        Raises:
+            InputError: the bundle does not keep so many.
+        """
+        if not 0 <= count <= self.cache.pinned:
+            raise InputError(
+                f"cannot pin {count} tokens: this bundle keeps at most {self.cache.pinned} beyond its context",
+                field="count",
+                value=count,
+                hint="export it with a larger `pinned`",
+            )
+        if count != self.pinned and self._position > self.cache.context:
+            self.reset()
+        self.pinned = count
 
     @property
     def scored_at_once(self) -> int:
@@ -239,7 +263,8 @@ class Runtime(ABC):
                 break
             same += 1
         # without the ids before `first` only those count that the cache depends on
-        if first and (len(ids) <= first or same - first < self.reach):
+        pinned = self._first[: self.pinned]
+        if first and (len(ids) <= first or same - first < self.reach or list(ids[: len(pinned)]) != pinned):
             same = 0
         if same:
             self.rewind(self._position - same)
@@ -250,7 +275,9 @@ class Runtime(ABC):
     def snapshot(self) -> State:
         """A copy of the state, tokens and cache; as large as what the cache holds."""
         rows = {name: buffer[..., : self._written, :].copy() for name, buffer in self._buffers().items()}
-        return State(self.identity, self._position, self._written, np.array(self._kept, np.int32), rows)
+        ids = np.array(self._kept, np.int32)
+        first = np.array(self._first[: min(self.pinned, self._position)], np.int32)
+        return State(self.identity, self._position, self._written, ids, rows, self.pinned, first)
 
     def restore(self, state: State) -> None:
         """Go on from a state of this bundle and backend. The tokens of a state without a cache are fed again.
@@ -261,7 +288,10 @@ class Runtime(ABC):
         buffers = self._buffers() if state.rows else {}  # Kotlin saves no cache where its library cannot reach it
         state.check(self.identity, {name: buffer[..., : state.written, :] for name, buffer in buffers.items()})
         tokens = self._chunks(state.ids.tolist(), len(state.ids)) if len(state.ids) else []
+        first = self._chunks(state.first.tolist(), self.cache.pinned)[0].tolist() if len(state.first) else []
+        self.pin(state.pinned)
         self.reset()
+        self._first = first
         if not buffers and tokens:
             self._feed_again(array("i", tokens[0].tolist()), state.position - len(state.ids))
             return
@@ -271,13 +301,15 @@ class Runtime(ABC):
         self._position, self._written = state.position, state.written
 
     def _feed_again(self, ids: Sequence[int], start: int) -> None:
-        """Write the cache anew with `ids`, which begin at position `start`."""
+        """Write the cache anew with what is pinned and with `ids`, which begin at position `start`."""
         self._clear()
-        self._position = self._written = start
-        self.stats.refed_tokens += len(ids)
         size = self._at_once
-        for at in range(0, len(ids), size):
-            self._step(np.array(ids[at : at + size], np.int64), every_position=False)
+        for begin, part in ((0, self._first[: min(self.pinned, start)]), (start, ids)):
+            self._position = self._written = begin
+            self._kept = array("i")
+            self.stats.refed_tokens += len(part)
+            for at in range(0, len(part), size):
+                self._step(np.array(part[at : at + size], np.int64), every_position=False)
 
     def _step(self, chunk: NDArray[np.int64], *, every_position: bool) -> Logits:
         done = False
@@ -287,6 +319,8 @@ class Runtime(ABC):
         finally:
             if not done:  # interrupted, so the contents of the cache are unknown
                 self.reset()
+        if self._position < self.cache.pinned:
+            self._first = [*self._first[: self._position], *chunk.tolist()][: self.cache.pinned]
         self._position += len(chunk)
         self._written = max(self._written, self._position)
         self._kept.extend(chunk.tolist())

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma_edge.bundle.entries import BackendEntry
+from gemma_edge.bundle.geometry import PINNED_UNIT
 from gemma_edge.bundle.manifest import Manifest, intact
 from gemma_edge.bundle.settings import ExecuTorchSettings
 from gemma_edge.errors import InputError
@@ -122,7 +123,8 @@ class ExecuTorchRuntime(Runtime):
 
         tokens = torch.from_numpy(np.ascontiguousarray(ids[None]))  # (1, T)
         with in_library(self._path, "does not run", ERRORS):
-            (logits,) = self._method.call((tokens, torch.tensor([position])))  # (1, T or 1, V)
+            place = torch.tensor([position + self.pinned * PINNED_UNIT])
+            (logits,) = self._method.call((tokens, place))  # (1, T or 1, V)
         rows: Logits = logits[0].numpy()
         return rows
 

@@ -34,6 +34,7 @@ from gemma_edge.runtimes.engines.software_gpu import gpu_name
 from gemma_edge.runtimes.engines.weight_cache import kept_weights
 
 OLDEST_LITERT = (2, 3)
+HELD = "kv_cache_held_"  # which position each slot holds, plus one; by kind of layer
 Named = Mapping[str, TensorBuffer]
 
 
@@ -119,6 +120,15 @@ class TFLiteRuntime(SignatureRuntime):
             {key: self._caches.get(key) or model.create_input_buffer_by_name(name, key) for key in inputs},
             {key: self._caches.get(key) or model.create_output_buffer_by_name(name, key) for key in outputs},
         )
+
+    def _mark(self, count: int) -> None:
+        """See SignatureRuntime."""
+        for kind, layer in enumerate(dict.fromkeys(self.cache.layers)):
+            if layer.pinned:
+                held = self._caches[f"{HELD}{kind}"]
+                rows = np.abs(held.read(layer.slots, np.int32))
+                rows[:count] *= -1
+                held.write(rows)
 
     def _call(self, signature: Signature, tokens: NDArray[np.int32], input_pos: NDArray[np.int32]) -> Logits | None:
         """See SignatureRuntime."""

@@ -1,8 +1,9 @@
 """ONNX Runtime on the CPU: the KV cache is written in place, one binding serves every step.
 
-The graphs are made by export/onnx; docs/export/bundle-format.md is their contract. The window slides inside GroupQueryAttention,
-which reads only rows it has written, so positions never end and a reset leaves the buffers as they are.
-How it slides decides what can be taken back: see `_holds`.
+The graphs are made by export/onnx; docs/export/bundle-format.md is their contract. A local layer's window slides inside
+GroupQueryAttention, a global layer's in moving_rows.py, where the beginning of a text can be kept. Only rows that were written are
+read, so positions never end and a reset leaves the buffers as they are. How a window slides decides what can be taken back: see
+`_holds`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from gemma_edge.logits import Logits
 from gemma_edge.runtimes.engines.adapter import HINT, SIDES, Adapter, adapted_identity, is_factor
 from gemma_edge.runtimes.engines.base import Buffers, Runtime
 from gemma_edge.runtimes.engines.load import in_library, refuse_older, thread_count
+from gemma_edge.runtimes.engines.moving_rows import MovingRows
+from gemma_edge.runtimes.engines.state import State
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +94,8 @@ class OnnxRuntime(Runtime):
                 for index, layer in enumerate(cache.layers)
                 for kind in ("key", "value")
             }
+        self._moving = MovingRows(cache, self._rows) if cache.pinned else None
+        self._past_rows = np.zeros(1, np.int64)
         self._cache = {name: ort.OrtValue.ortvalue_from_numpy(rows) for name, rows in self._rows.items()}
         self._input_pos = np.zeros(1, np.int64)
         self._token = np.zeros((1, 1), np.int64)
@@ -98,6 +103,7 @@ class OnnxRuntime(Runtime):
         self._values = {
             "input_pos": ort.OrtValue.ortvalue_from_numpy(self._input_pos),
             "token": ort.OrtValue.ortvalue_from_numpy(self._token),
+            "past_rows": ort.OrtValue.ortvalue_from_numpy(self._past_rows),
             "logits": ort.OrtValue.ortvalue_from_numpy(self._logits),
         }
         self._base_identity = entry.identity
@@ -160,6 +166,10 @@ class OnnxRuntime(Runtime):
             tokens = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(ids[None]))  # (1, T)
         # bound again each time, which costs 2 us; the local names keep the memory alive while the graph runs
         binding.bind_ortvalue_input("input_ids", tokens)
+        if self._moving:
+            self._past_rows[0] = self._moving.make_room(self.position, len(ids))
+            bias = ort.OrtValue.ortvalue_from_numpy(self._moving.bias(self.position, len(ids), self.pinned))
+            binding.bind_ortvalue_input("attention_bias", bias)
         if not every_position:
             self._run(loaded)
             last: Logits = self._logits[0].copy()  # (1, V)
@@ -175,7 +185,9 @@ class OnnxRuntime(Runtime):
             loaded.session.run_with_iobinding(loaded.binding)
 
     def _clear(self) -> None:
-        """Nothing to do: at position 0 no row of the cache is read before it is written."""
+        """At position 0 no row of the cache is read before it is written."""
+        if self._moving:
+            self._moving.clear()
 
     def _holds(self, position: int, written: int) -> bool:
         """See Runtime. The window is contiguous and moved down in steps, depending only on the highest position written.
@@ -183,7 +195,9 @@ class OnnxRuntime(Runtime):
         A layer of C slots and window W drops G = C - W + 1 rows at a time: ceil(max(T - C, 0) / G) times after T tokens. With as
         many drops at both positions every row is where it was; else rows are lost, and others would be read in their place.
         """
-        for layer in self.cache.layers:
+        if self._moving and not self._moving.holds(position, written):
+            return False
+        for layer in [layer for layer in self.cache.layers if not layer.pinned]:
             step = layer.slots - layer.window + 1
             drops = {-(-max(0, total - layer.slots) // step) for total in (position, written)}
             if len(drops) > 1:
@@ -193,6 +207,18 @@ class OnnxRuntime(Runtime):
     def _buffers(self) -> Buffers:
         """See Runtime."""
         return dict(self._rows)
+
+    def snapshot(self) -> State:
+        """See Runtime."""
+        if self._moving:
+            self._moving.settle(self.position, self._written)
+        return super().snapshot()
+
+    def restore(self, state: State) -> None:
+        """See Runtime."""
+        super().restore(state)
+        if self._moving and state.rows:
+            self._moving.settled(state.position, state.written)
 
     def prepare_decode_many(self) -> None:
         """Use the graph with logits at every position for everything from now on. A prompt pays for the head at each token."""
@@ -220,6 +246,8 @@ class OnnxRuntime(Runtime):
             self._check_contract(path, session)
         binding = session.io_binding()
         binding.bind_ortvalue_input("input_pos", self._values["input_pos"])
+        if self._moving:
+            binding.bind_ortvalue_input("past_rows", self._values["past_rows"])
         binding.bind_ortvalue_output("logits", self._values["logits"])
         for name, value in self._cache.items():
             # the same buffer on both sides: the graph writes in place
@@ -238,6 +266,9 @@ class OnnxRuntime(Runtime):
                 shapes[f"{side}.{name}"] = value.shape()
                 types[f"{side}.{name}"] = value.data_type()
         shapes["logits"] = [1, None, self._logits.shape[-1]]
+        if self._moving:
+            shapes |= {"past_rows": [1], "attention_bias": [1, 1, None, None]}
+            types |= {"past_rows": "tensor(int64)", "attention_bias": "tensor(float)"}
         nodes = {node.name: node for node in (*session.get_inputs(), *session.get_outputs())}
         if self._graphs_of:
             nodes = {name: node for name, node in nodes.items() if not is_factor(name)}

@@ -67,10 +67,15 @@ class SignatureRuntime(Runtime):
         self._path = intact(bundle, manifest.files, entry.settings.program)
         log.info("loading %s with %d threads", self._path, self.threads)
         self._signatures = entry.settings.signatures
+        self._marked = 0  # tokens whose slots say that they are pinned
 
     @abstractmethod
     def _call(self, signature: Signature, tokens: NDArray[np.int32], input_pos: NDArray[np.int32]) -> Logits | None:
         """Run a signature over (1, T) tokens at (T,) positions; its logits (T, V), unless it only prefills."""
+
+    def _mark(self, count: int) -> None:
+        """Mark the slots of the first `count` tokens as pinned, and no others; export/tflite/seams.py says how."""
+        raise NotImplementedError
 
     def _roles(self, *roles: str) -> list[Signature]:
         return [signature for signature in self._signatures if signature.role in roles]
@@ -89,9 +94,15 @@ class SignatureRuntime(Runtime):
     def _feed(self, ids: NDArray[np.int64], position: int, signatures: Sequence[Signature]) -> Iterator[Logits | None]:
         """Run tokens through the signatures that take the shortest time; yield the logits (t, V) of each call, or None."""
         while len(ids):
+            pinned = self.pinned if position >= self.pinned else 0
+            if pinned != self._marked:
+                self._mark(pinned)
+                self._marked = pinned
             right = (each for each in signatures if each.is_right(position, len(ids)))
             best = max(right, key=lambda each: each.worth(len(ids)))
             count = min(len(ids), best.tokens)
+            if position < self.pinned:  # only what was written can be marked
+                count = min(count, self.pinned - position)
             tokens, input_pos = np.zeros((1, best.tokens), np.int32), np.full(best.tokens, PADDING, np.int32)
             tokens[0, :count], input_pos[:count] = ids[:count], np.arange(position, position + count)
             logits = self._run(best, tokens, input_pos)
@@ -135,7 +146,10 @@ class SignatureRuntime(Runtime):
         return position == written or super()._holds(position, written + 2 * (self.cache.prefill_chunk - 1))
 
     def _clear(self) -> None:
-        """Nothing to do: at position 0 the model forgets."""
+        """At position 0 the model forgets what is not pinned."""
+        if self._marked:
+            self._mark(0)
+            self._marked = 0
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from gemma_edge.files import others_can_change, replacing
 
 FORMAT = "gemma-edge state 2"
 IDS = "ids"
+FIRST = "first"  # ids of the pinned tokens
 DIGEST = "sha256"
 MAX_POSITION = 1 << 30  # tokens; the engines count in 32 bits
 # ERRORS: what safetensors raises for a file of another format, or for types that NumPy does not have.
@@ -31,6 +32,7 @@ class _Numbers:
     identity: str
     position: int
     written: int
+    pinned: int = 0
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,10 @@ class State:
     written: int  # highest position written with what the cache holds; more than `position` after a rewind
     ids: NDArray[np.int32]  # (N,), the last tokens fed
     rows: Mapping[str, NDArray[Any]]  # cache buffer -> (..., rows in use, head_dim)
+    pinned: int = 0  # tokens at the beginning that every later one sees
+    first: NDArray[np.int32] = field(
+        default_factory=lambda: np.zeros(0, np.int32)
+    )  # their ids, as far as they were fed
     name: str = "the state"  # for messages: the path of the file that it was read from
 
     def check(self, identity: str, buffers: Mapping[str, NDArray[Any]]) -> None:
@@ -67,6 +73,10 @@ class State:
                 f"{self.name} is damaged: {odd[0]} is {actual.get(odd[0])}, this bundle has {expected.get(odd[0])};"
                 " make it again"
             )
+        if len(self.first) != min(self.pinned, self.position):
+            raise InputError(
+                f"{self.name} is damaged: {len(self.first)} ids of {self.pinned} pinned tokens; make it again"
+            )
         if not len(self.ids) <= self.position <= self.written <= MAX_POSITION or (self.position and not len(self.ids)):
             raise InputError(
                 f"{self.name} is damaged: {len(self.ids)} ids, position {self.position} of {self.written}; make it again"
@@ -90,9 +100,15 @@ def write_state(path: Path, state: State, notes: Mapping[str, Any]) -> None:
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    numbers = {"identity": state.identity, "position": state.position, "written": state.written}
+    numbers = {
+        "identity": state.identity,
+        "position": state.position,
+        "written": state.written,
+        **({"pinned": state.pinned} if state.pinned else {}),
+    }
     header = {"format": FORMAT, "state": json.dumps(numbers), "notes": json.dumps(notes, ensure_ascii=False)}
-    named = {IDS: state.ids, **{f"cache.{name}": rows for name, rows in state.rows.items()}}
+    first = {FIRST: state.first} if len(state.first) else {}
+    named = {IDS: state.ids, **first, **{f"cache.{name}": rows for name, rows in state.rows.items()}}
     tensors = {name: np.ascontiguousarray(rows) for name, rows in named.items()}
     try:
         with replacing(path) as partial:
@@ -141,11 +157,12 @@ def _parse(header: dict[str, str], tensors: dict[str, NDArray[Any]], name: str) 
         raise ValueError("its bytes were changed")
     numbers = convert(parse(header["state"].encode()), _Numbers)
     notes = convert(parse(header["notes"].encode()), dict[str, Any])
-    ids = tensors.pop(IDS)
-    if ids.ndim != 1 or ids.dtype != np.int32:
-        raise TypeError(f"ids are {ids.dtype} {ids.shape}")
+    ids, first = tensors.pop(IDS), tensors.pop(FIRST, np.zeros(0, np.int32))
+    for each in (ids, first):
+        if each.ndim != 1 or each.dtype != np.int32:
+            raise TypeError(f"ids are {each.dtype} {each.shape}")
     rows = {key.removeprefix("cache."): value for key, value in tensors.items()}
-    return State(numbers.identity, numbers.position, numbers.written, ids, rows, name), notes
+    return State(numbers.identity, numbers.position, numbers.written, ids, rows, numbers.pinned, first, name), notes
 
 
 def _digest(header: Mapping[str, str], tensors: Mapping[str, NDArray[Any]]) -> str:

@@ -237,6 +237,7 @@ def plan_of(cache: CacheGeometry, backend: str) -> PlanEntry:
         recipe="float32",
         context=cache.context,
         prefill_chunk=cache.prefill_chunk,
+        pinned=cache.pinned,
         kv_dtype=cache.dtype,
         weights_bytes=0,
         kv_bytes=cache.bytes,
@@ -283,7 +284,7 @@ def hf_logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 
 def hf_windowed(
-    model: HFModel, ids: torch.Tensor, *, local_window: int, global_window: int, start: int = 0
+    model: HFModel, ids: torch.Tensor, *, local_window: int, global_window: int, start: int = 0, pinned: int = 0
 ) -> torch.Tensor:
     """As `hf_logits`, with an explicit window per kind of layer: a global layer sees the context and no more.
 
@@ -293,15 +294,16 @@ def hf_windowed(
         local_window: tokens that a local layer sees.
         global_window: tokens that a global layer sees.
         start: position of the first token.
+        pinned: tokens at the beginning that a global layer also sees.
     """
     position = torch.arange(len(ids))
     age = position[:, None] - position[None, :]  # (T, T)
 
-    def mask(window: int) -> torch.Tensor:
-        hidden = (age < 0) | (age >= window)
+    def mask(window: int, pinned: int = 0) -> torch.Tensor:
+        hidden = (age < 0) | ((age >= window) & (position >= pinned))
         return torch.zeros(1, 1, *age.shape).masked_fill(hidden, torch.finfo(torch.float32).min)  # (1, 1, T, T)
 
-    masks: Any = {"sliding_attention": mask(local_window), "full_attention": mask(global_window)}
+    masks: Any = {"sliding_attention": mask(local_window), "full_attention": mask(global_window, pinned)}
     if isinstance(model, GemmaForCausalLM):
         masks = masks["full_attention"]
     with torch.no_grad():

@@ -27,13 +27,14 @@ def lower_bundle(
     chunk: int,
     *,
     accelerator: Accelerator = "cpu",
+    pinned: int = 0,
 ) -> tuple[QuantizedCheckpoint, Path]:
     """Quantize, lower and check a checkpoint for a backend; the bundle lies in `out`."""
     source = split_where_needed(open_weights(folder), recipe)
     quantized = write_quantized(source, recipe, out / "checkpoint")
     bundle = out / "bundle"
     bundle.mkdir()
-    cache = geometry(source.config, context, chunk, backend=backend.name, accelerator=accelerator)
+    cache = geometry(source.config, context, chunk, pinned=pinned, backend=backend.name, accelerator=accelerator)
     task = LoweringTask(quantized, cache, bundle, recipe.float_bits)
     settings = backend.lower(task)
     backend.check(task)

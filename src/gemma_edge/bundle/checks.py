@@ -7,7 +7,7 @@ from typing import Any
 
 from gemma_edge.bundle.codec import Key, KeyProblem
 from gemma_edge.bundle.entries import LOCAL, BackendEntry, GateResult, ModelConfig, ModelEntry
-from gemma_edge.bundle.geometry import CacheGeometry
+from gemma_edge.bundle.geometry import CacheGeometry, slots_needed
 from gemma_edge.bundle.settings import SignatureSettings, roles
 from gemma_edge.bundle.signature import Signature
 
@@ -73,6 +73,7 @@ def _backend(
     predicted = {
         "context": entry.cache.context,
         "prefill_chunk": entry.cache.prefill_chunk,
+        "pinned": entry.cache.pinned,
         "kv_dtype": entry.cache.dtype,
         "kv_bytes": entry.cache.bytes,
     }
@@ -102,9 +103,13 @@ def _cache(at: tuple[Key, ...], config: ModelConfig, cache: CacheGeometry) -> It
         if layer.window != window:
             why = "the smaller of config.sliding_window and context" if kind == LOCAL else "as context says"
             yield KeyProblem((*at, "layers", index, "window"), layer.window, f"{window}, {why}")
-        most = window + 2 * chunk - 2 + MAX_ROUNDING
-        if not window + chunk - 1 <= layer.slots <= most:
-            expected = f"from {window + chunk - 1} (window + prefill_chunk - 1) to {most}"
+        pinned = 0 if kind == LOCAL else cache.pinned
+        if layer.pinned != pinned:
+            yield KeyProblem((*at, "layers", index, "pinned"), layer.pinned, f"{pinned}, as in every {kind} layer")
+        least = slots_needed(window, chunk, layer.pinned)
+        most = least + chunk - 1 + MAX_ROUNDING
+        if not least <= layer.slots <= most:
+            expected = f"from {least} (pinned + window + prefill_chunk - 1) to {most}"
             yield KeyProblem((*at, "layers", index, "slots"), layer.slots, expected)
     if cache.bytes > MAX_CACHE_BYTES:
         yield KeyProblem((*at, "context"), cache.context, f"small enough for a cache of {MAX_CACHE_BYTES} bytes")

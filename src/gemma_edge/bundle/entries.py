@@ -198,6 +198,7 @@ class PlanEntry:
     export_disk_bytes: Bytes
     # token_bytes: of the weights that a decoded token reads; None: made before this was predicted
     token_bytes: Bytes | None = None
+    pinned: Count = 0  # tokens that a text's beginning may keep beyond the context
     accelerator: Accelerator = CPU  # as in BackendEntry
 
 

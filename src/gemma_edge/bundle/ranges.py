@@ -9,12 +9,14 @@ from msgspec import Meta
 # MAX_TOKENS: more than any model looks back on; keeps what is computed from a manifest's numbers small.
 MAX_TOKENS = 1 << 24
 MAX_CHUNK = 4096
+MAX_PINNED = 1 << 16
 MAX_LAYERS = 1024
 MAX_BYTES = 1 << 62
 MAX_NAME = 1024
 
 Tokens = Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
 TokenId = Annotated[int, Meta(ge=0, lt=MAX_TOKENS)]
+Pinned = Annotated[int, Meta(ge=0, le=MAX_PINNED)]
 Chunk = Annotated[int, Meta(ge=1, le=MAX_CHUNK)]
 Width = Annotated[int, Meta(ge=1, le=1 << 20)]
 Heads = Annotated[int, Meta(ge=1, le=1024)]
