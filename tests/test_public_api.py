@@ -50,6 +50,7 @@ CLASSES = {
             "quantization",
             "context",
             "prefill_chunk",
+            "pinned",
             "kv_bits",
             "backend",
             "accelerator",
@@ -89,7 +90,7 @@ CLASSES = {
     ],
     "Recipe": ["name", "rules", "float_bits"],
     "SamplingParams": ["temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"],
-    "Session": ["runtime", "tokenizer", "template", "options", "prefix", "adapter", "notify"],
+    "Session": ["runtime", "tokenizer", "template", "options", "prefix", "adapter", "pin_system", "notify"],
     "SweepOptions": [
         *("base", "out", "space", "limits", "pick", "budget", "measuring", "where", "verify"),
     ],

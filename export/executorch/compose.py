@@ -103,8 +103,8 @@ class Composed(nn.Module):
     def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
         """Logits of the tokens (1, T) written at `input_pos` (1,): (1, 1, V), or (1, T, V) with `every_position`.
 
-        Where the caches keep the beginning of a text, `input_pos` also says how many tokens of it are pinned: PINNED_UNIT for each.
-        So the official runners, which know nothing of it, pin none.
+        Where the caches keep the beginning of a text, `input_pos` also says how many of its tokens are pinned, PINNED_UNIT for
+        each. So the official runners, which know nothing of it, pin none.
         """
         count = tokens.shape[1]
         pinned: Tensor | int = 0

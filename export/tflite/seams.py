@@ -95,8 +95,8 @@ def view(
     kept = torch.where(slot_positions <= first, slot_positions, 0)
     new = torch.where(input_pos == positions, positions + 1, 0).view(1, 1, 1, tokens)
     start = torch.remainder(first, ring)
-    if kept := layer.pinned:
-        start = torch.where(first < kept, first, torch.remainder(first - kept, ring) + kept)
+    if own := layer.pinned:
+        start = torch.where(first < own, first, torch.remainder(first - own, ring) + own)
     zeros = torch.zeros(3, dtype=torch.int32)
     slot_positions = update_slice(kept, new, torch.cat([zeros, start]))
     slots = looked_at(layer, longest)

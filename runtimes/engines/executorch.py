@@ -28,7 +28,7 @@ from gemma_edge.logits import Logits
 from gemma_edge.memory import MappedTable
 from gemma_edge.runtimes.engines.base import Buffers, Runtime
 from gemma_edge.runtimes.engines.load import in_library, refuse_older, thread_count
-from gemma_edge.runtimes.engines.pte_structure import check_program
+from gemma_edge.runtimes.engines.structure.pte import check_program
 
 log = logging.getLogger(__name__)
 

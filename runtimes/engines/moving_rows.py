@@ -1,8 +1,8 @@
 """The rows of global layers that keep the beginning of a text, as ONNX Runtime's attention reads them: in order, without a ring.
 
 The first P rows belong to the first P tokens. Behind them the others follow in order; when a buffer is full, those that no query
-needs any more are dropped, and the rest moves down behind the first P. GroupQueryAttention has no window here: a row that has left
-it is hidden by a bias. So the row of position p is p, or p less what was dropped.
+needs any more are dropped, and the rest moves down behind the first P. GroupQueryAttention has no window here: a bias hides a row
+that has left it. So the row of position p is p, or p less what was dropped.
 """
 
 from __future__ import annotations

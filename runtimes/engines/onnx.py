@@ -1,9 +1,9 @@
 """ONNX Runtime on the CPU: the KV cache is written in place, one binding serves every step.
 
 The graphs are made by export/onnx; docs/export/bundle-format.md is their contract. A local layer's window slides inside
-GroupQueryAttention, a global layer's in moving_rows.py, where the beginning of a text can be kept. Only rows that were written are
-read, so positions never end and a reset leaves the buffers as they are. How a window slides decides what can be taken back: see
-`_holds`.
+GroupQueryAttention, a global layer's in moving_rows.py, where the beginning of a text can be kept. Only rows that were written
+are read, so positions never end and a reset leaves the buffers as they are. How a window slides decides what can be taken back:
+see `_holds`.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from gemma_edge.errors import InputError
 from gemma_edge.logits import Logits
 from gemma_edge.runtimes.engines.base import Runtime
 from gemma_edge.runtimes.engines.load import in_library, refuse_older, thread_count
-from gemma_edge.runtimes.engines.tflite_structure import check_model
+from gemma_edge.runtimes.engines.structure.tflite import check_model
 
 log = logging.getLogger(__name__)
 

@@ -73,13 +73,13 @@ class State:
                 f"{self.name} is damaged: {odd[0]} is {actual.get(odd[0])}, this bundle has {expected.get(odd[0])};"
                 " make it again"
             )
-        if len(self.first) != min(self.pinned, self.position):
-            raise InputError(
-                f"{self.name} is damaged: {len(self.first)} ids of {self.pinned} pinned tokens; make it again"
-            )
         if not len(self.ids) <= self.position <= self.written <= MAX_POSITION or (self.position and not len(self.ids)):
             raise InputError(
                 f"{self.name} is damaged: {len(self.ids)} ids, position {self.position} of {self.written}; make it again"
+            )
+        if len(self.first) != min(self.pinned, self.position):
+            raise InputError(
+                f"{self.name} is damaged: {len(self.first)} ids of {self.pinned} pinned tokens; make it again"
             )
         for name, rows in self.rows.items():
             if rows.dtype.kind == "f" and not np.isfinite(rows).all():

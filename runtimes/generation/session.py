@@ -19,6 +19,7 @@ from gemma_edge.runtimes.engines.state import read_state, write_state
 from gemma_edge.runtimes.generation.generate import GenerationOptions, GenerationState, Usage
 from gemma_edge.runtimes.generation.sampling import Sampler
 from gemma_edge.runtimes.generation.text_generator import TextGenerator
+from gemma_edge.runtimes.generation.turn import OTHER_WORDS, Turn, beginning, ids_after
 from gemma_edge.runtimes.tools.form import AnswerReader, Message
 from gemma_edge.runtimes.tools.forms import form_of
 from gemma_edge.runtimes.tools.tool import Call, compact
@@ -31,19 +32,10 @@ Messages = tuple[Message, ...]
 
 
 @dataclass(frozen=True)
-class _Turn:
-    """The conversation at the end of a turn."""
-
-    messages: Messages = ()
-    ids: tuple[int, ...] = ()  # the tokens as the model read and wrote them; the last one may not be fed yet
-    texts: tuple[str, ...] = ()  # the text of these ids, in each form that a template may write
-
-
-@dataclass(frozen=True)
 class _Saved:
     """The notes of a saved session."""
 
-    said: tuple[_Turn, ...]
+    said: tuple[Turn, ...]
     before: str
 
 
@@ -57,6 +49,7 @@ class Session:
         options: how answers are generated, unless a turn brings its own.
         prefix: the text in front of the first turn.
         adapter: computes the answers together with the bundle; None: the bundle alone does.
+        pin_system: whether the beginning stays visible beyond the context.
         usage: the cost of the last answer.
     """
 
@@ -69,6 +62,7 @@ class Session:
         *,
         prefix: str = "",
         adapter: Adapter | None = None,
+        pin_system: bool = True,
         notify: Callable[[str], None] = log.info,
     ) -> None:
         """Begin with an empty conversation, whatever the runtime has seen before.
@@ -80,6 +74,8 @@ class Session:
             prefix: text in front of the first turn, because Gemma has no turn of the system's own.
             adapter: computes the answers together with the bundle; None takes the one that the runtime has now, if any.
                 Sessions with different ones may share a runtime.
+            pin_system: whether the model goes on seeing what stands before the user's own words, such as `prefix` and tools, when
+                the conversation is longer than the context. The bundle must keep so many tokens.
             notify: called with one sentence when prompt lookup turns out to be of no use with this runtime.
 
         Raises:
@@ -89,14 +85,14 @@ class Session:
         runtime.use_adapter(self.adapter)
         self.runtime, self.tokenizer, self.template = runtime, tokenizer, template
         self.options = options or GenerationOptions()
-        self.prefix = prefix
+        self.prefix, self.pin_system = prefix, pin_system
         self.usage = Usage()
         self._form = form_of(template, tokenizer)
         self._generator = TextGenerator(runtime, tokenizer, notify, self._form)
         self._generator.prepare(self.options)
         self._generator.grammar(self.options)
         self._sampler = Sampler(self.options.sampling)
-        self._turns = [_Turn()]  # the conversation after each turn, the newest last
+        self._turns = [Turn()]  # the conversation after each turn, the newest last
         self._answer_ids: list[int] = []
         self._answer: Generator[str, None, None] = _nothing()
         self._cancelled = threading.Event()
@@ -111,6 +107,7 @@ class Session:
         threads: int | None = None,
         accelerator: str | None = None,
         adapter: str | Path | None = None,
+        pin_system: bool = True,
     ) -> Session:
         """Open a bundle and start a conversation.
 
@@ -118,6 +115,7 @@ class Session:
             bundle: the bundle's folder.
             options: how to generate; None for `GenerationOptions()`.
             backend, threads, accelerator, adapter: as in `gemma_edge.load`.
+            pin_system: as in `Session`.
 
         Raises:
             InputError: as `gemma_edge.load`; also for a bundle without a tokenizer.
@@ -125,7 +123,8 @@ class Session:
         runtime = open_runtime(bundle, backend=backend, threads=threads, accelerator=accelerator)
         tokenizer = Tokenizer(runtime.bundle, runtime.manifest)
         opened = Adapter.open(adapter) if adapter is not None else None
-        return cls(runtime, tokenizer, ChatTemplate.from_bundle(runtime.bundle), options, adapter=opened)
+        template = ChatTemplate.from_bundle(runtime.bundle)
+        return cls(runtime, tokenizer, template, options, adapter=opened, pin_system=pin_system)
 
     @property
     def guesses_refused(self) -> bool:
@@ -156,7 +155,7 @@ class Session:
     def reset(self) -> None:
         """Start a new conversation."""
         self._answer.close()
-        self._turns = [_Turn()]
+        self._turns = [Turn()]
         self._sampler.forget()
         self.runtime.use_adapter(self.adapter)
         self.runtime.reset()
@@ -271,21 +270,21 @@ class Session:
         last = self._turns[-1]
         messages = (*last.messages, *new)
         prompt = self._form.render(self.template, messages, options.tools)
-        ids = self._ids_of(prompt, last)
+        ids = ids_after(last, prompt, self.tokenizer.encode)
         if self._sampler.params != options.sampling:
             self._sampler = Sampler(options.sampling)
         self._sampler.forget()
         state = GenerationState(self._sampler, cancelled=self._cancelled.is_set)
         self.usage, self._answer_ids = state.usage, state.ids
         self.runtime.use_adapter(self.adapter)
-        pieces = self._generator.answer(ids, options, state)
-        question = _Turn(messages, tuple(ids), (prompt,))
+        pieces = self._generator.answer(ids, options, state, pinned=self._beginning(ids, prompt, options))
+        question = Turn(messages, tuple(ids), (prompt,))
         self._answer = self._run(question, pieces, self._form.reader(options), state.ids, cut=bool(options.stop))
         return self._answer
 
     def _run(
         self,
-        question: _Turn,
+        question: Turn,
         pieces: Generator[str, None, None],
         reader: AnswerReader,
         answer_ids: list[int],
@@ -318,23 +317,23 @@ class Session:
                     said["tool_calls"] = calls
                 self._turns.append(self._answered(question, said, answer, answer_ids, cut=cut))
 
-    def _answered(self, question: _Turn, said: Message, answer: str, answer_ids: list[int], *, cut: bool) -> _Turn:
+    def _answered(self, question: Turn, said: Message, answer: str, answer_ids: list[int], *, cut: bool) -> Turn:
         """The conversation after the answer; `cut` says that a stop text may have shortened it."""
         messages = (*question.messages, said)
         if cut and "".join(self.tokenizer.stream(answer_ids)) != answer:
-            return _Turn(
+            return Turn(
                 messages, question.ids, question.texts
             )  # the tokens of the stop text are not the conversation's
         (prompt,) = question.texts
         # Gemma's template trims an answer; the blanks around it stay in the cache, where the model wrote them
-        return _Turn(messages, (*question.ids, *answer_ids), (prompt + answer, prompt + answer.strip()))
+        return Turn(messages, (*question.ids, *answer_ids), (prompt + answer, prompt + answer.strip()))
 
-    def _ids_of(self, prompt: str, last: _Turn) -> list[int]:
-        """The whole conversation as tokens; its earlier part as the model read and wrote it."""
-        for text in last.texts:
-            if prompt.startswith(text):
-                return [*last.ids, *self.tokenizer.encode(prompt.removeprefix(text), bos=False)]
-        return self.tokenizer.encode(prompt)
+    def _beginning(self, ids: Sequence[int], prompt: str, options: GenerationOptions) -> int:
+        """How many tokens to pin."""
+        if not (self.pin_system and self.runtime.cache.pinned):
+            return 0
+        said: Message = {"role": "user", "content": self.prefix + OTHER_WORDS}
+        return beginning(ids, prompt, self._form.render(self.template, [said], options.tools), self.tokenizer.encode)
 
 
 def _nothing() -> Generator[str, None, None]:

@@ -53,6 +53,7 @@ class TextGenerator:
         self._vocabulary: Vocabulary | None = None
         self._grammar: tuple[Rules, Grammar] | None = None  # those that were used last
         self._speculations: dict[str, Speculation] = {}
+        self._told = False  # that the beginning of a text cannot be pinned
 
     @classmethod
     def open(cls, runtime: Runtime, notify: Callable[[str], None] = log.info) -> TextGenerator:
@@ -123,6 +124,8 @@ class TextGenerator:
         ids: Sequence[int],
         options: GenerationOptions = DEFAULT_OPTIONS,
         state: GenerationState | None = None,
+        *,
+        pinned: int = 0,
     ) -> Generator[str, None, None]:
         """Continue a text. The part of it that the runtime's cache already holds is not fed again.
 
@@ -131,6 +134,7 @@ class TextGenerator:
             options: how to generate.
             state: the answer's own sampler, which replaces one made from `options.sampling`, its usage and cancelling;
                 a grammar in it replaces the one made from `options`.
+            pinned: tokens at the beginning that the model goes on seeing beyond the context, if the bundle can keep so many.
 
         Returns:
             Pieces of text. Closing the iterator ends the answer.
@@ -146,11 +150,22 @@ class TextGenerator:
             grammar=state.grammar or self.grammar(options),
             speculation=state.speculation or self.prepare(options),
         )
+        self._pin(pinned, len(ids))
         known = self.runtime.align(ids)
         state.sampler.observe(ids[:known])
         rest = GenerationOptions(options.max_tokens, options.sampling, strict=options.strict)
         tokens = generate(self.runtime, ids[known:], rest, stop_ids=self.stop_ids, state=state)
         return self._pieces(tokens, options.stop, state)
+
+    def _pin(self, count: int, length: int) -> None:
+        kept, context = self.runtime.cache.pinned, self.runtime.cache.context
+        if count > kept and length > context and kept and not self._told:
+            self._notify(
+                f"the first {count} tokens of this text are more than the {kept} that the bundle keeps beyond its context, so"
+                f" they slide out like the others; export it with --pinned {count}"
+            )
+            self._told = True
+        self.runtime.pin(count if count <= kept else 0)
 
     def _pieces(self, tokens: Iterator[int], stop: Sequence[str], state: GenerationState) -> Generator[str, None, None]:
         with contextlib.closing(tokens):  # type: ignore[type-var]

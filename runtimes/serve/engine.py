@@ -248,7 +248,7 @@ class Engine:
         if request.echo:
             yield Piece(index, request.echo[prompt], recorder.take() if recorder else ())
         reader = self.model.form.reader(request.options)
-        answer: Iterator[str] = self.generator.answer(ids, request.options, state)
+        answer: Iterator[str] = self.generator.answer(ids, request.options, state, pinned=request.pinned)
         try:
             for text, calls in _read(guarded(self.guard, request.judged[prompt], answer), reader):
                 yield Piece(index, text, recorder.take() if recorder else (), calls=calls)

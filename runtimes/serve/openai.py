@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 from gemma_edge.errors import InputError
 from gemma_edge.runtimes.generation.generate import GenerationOptions, check_fits
 from gemma_edge.runtimes.generation.sampling import SamplingParams
+from gemma_edge.runtimes.generation.turn import OTHER_WORDS, beginning
 from gemma_edge.runtimes.serve.fields import get, refuse_unsupported
-from gemma_edge.runtimes.serve.messages import messages_of
+from gemma_edge.runtimes.serve.messages import SYSTEM, messages_of
 from gemma_edge.runtimes.serve.refused import shown
 from gemma_edge.runtimes.serve.schemas import schema_of
 from gemma_edge.runtimes.serve.tools import tools_of
 from gemma_edge.runtimes.tools.form import ToolForm
+from gemma_edge.runtimes.tools.tool import Tool
 from gemma_edge.text.chat import ChatTemplate
 from gemma_edge.text.tokenizer import Tokenizer
 
@@ -58,6 +61,7 @@ class ParsedRequest:
     logprobs: int | None = None  # how many alternatives come with each token; None: no log-probabilities
     echo: tuple[str, ...] = ()  # what stands in front of each answer: its prompt, if requested
     model: str = ""  # which of the server's answers
+    pinned: int = 0  # tokens of a conversation before the user's own words
 
     @property
     def choices(self) -> int:
@@ -85,10 +89,12 @@ class ParsedRequest:
         echo = get(body, "echo", bool, False)
         if chat and echo:
             raise InputError("echo is not supported with messages; leave it out", field="echo", value=echo)
-        tools = tools_of(body)
+        tools, pinned = tools_of(body), 0
         if chat:
             messages = messages_of(body, takes_system=model.template.takes_system, tools=tools["tools"])
-            prompts = [_ids(model.form.render(model.template, messages, tools["tools"]), model)]
+            prompt = model.form.render(model.template, messages, tools["tools"])
+            prompts = [_ids(prompt, model)]
+            pinned = _beginning(body, prompt, prompts[0], model, tools["tools"])
             judged = [message["content"] for message in messages if message["role"] in ("user", "tool")][-1:] or [""]
         elif tools["tools"]:
             raise InputError("tools are not supported without messages; leave them out", field="tools")
@@ -112,7 +118,16 @@ class ParsedRequest:
             logprobs=logprobs,
             echo=tuple(_echoed(body["prompt"], prompts, model.tokenizer)) if echo else (),
             model=_model(body, model),
+            pinned=pinned,
         )
+
+
+def _beginning(body: Mapping[str, Any], prompt: str, ids: list[int], model: Model, tools: Sequence[Tool]) -> int:
+    """How many tokens of a conversation come before the user's own words."""
+    system = takewhile(lambda message: message["role"] in SYSTEM, body["messages"])
+    opened = {"messages": [*system, {"role": "user", "content": OTHER_WORDS}]}
+    messages = messages_of(opened, takes_system=model.template.takes_system, tools=tools)
+    return beginning(ids, prompt, model.form.render(model.template, messages, tools), model.tokenizer.encode)
 
 
 def _model(body: Mapping[str, Any], model: Model) -> str:

@@ -44,7 +44,7 @@ def edit(bundle: Path, path: str, value: object) -> None:
             -5,
             r"backends.onnx.cache.layers\[0\].slots is -5; it must be a whole num",
         ),
-        ("backends/onnx/cache/layers/0/slots", 8, r"layers\[0\].slots is 8; it must be from 9 .window"),
+        ("backends/onnx/cache/layers/0/slots", 8, r"layers\[0\].slots is 8; it must be from 9 .pinned . window"),
         ("backends/onnx/cache/layers/0/window", 9, r"layers\[0\].window is 9; it must be 6, the smaller"),
         ("backends/onnx/cache/layers/1/window", 6, r"layers\[1\].window is 6; it must be 10, as context says"),
         ("backends/onnx/cache/layers", [], r"backends.onnx.cache.layers is a list; it must be a list of 2 layers"),

@@ -23,9 +23,9 @@ from gemma_edge.bundle.manifest import Manifest
 from gemma_edge.errors import InputError
 from gemma_edge.export.api import Export
 from gemma_edge.runtimes.engines import load
-from gemma_edge.runtimes.engines.flatbuffer import Damaged
-from gemma_edge.runtimes.engines.pte_structure import check_program
-from gemma_edge.runtimes.engines.tflite_structure import check_model
+from gemma_edge.runtimes.engines.structure.flatbuffer import Damaged
+from gemma_edge.runtimes.engines.structure.pte import check_program
+from gemma_edge.runtimes.engines.structure.tflite import check_model
 from gemma_edge.runtimes.generation.text_generator import TextGenerator
 
 

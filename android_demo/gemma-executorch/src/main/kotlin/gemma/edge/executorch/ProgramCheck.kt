@@ -10,7 +10,7 @@ private const val IN_SEGMENT = 1L // DataLocation.SEGMENT
 
 /**
  * Follow every offset and index of a program, some of which ExecuTorch takes unchecked, which can end the process.
- * runtimes/engines/pte_structure.py does the same. Source: ExecuTorch's schema/program.fbs and schema/extended_header.h.
+ * runtimes/engines/structure/pte.py does the same. Source: ExecuTorch's schema/program.fbs and schema/extended_header.h.
  *
  * @throws gemma.edge.BundleException one leads nowhere.
  */

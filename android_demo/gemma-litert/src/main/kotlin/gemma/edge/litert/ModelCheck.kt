@@ -7,7 +7,7 @@ import java.nio.ByteBuffer
 
 /**
  * Follow every offset and index of a model's graph, some of which LiteRT takes unchecked, which can end the process.
- * runtimes/engines/tflite_structure.py does the same. Source: TFLite's schema.fbs. Parts that no bundle uses are left out: sparse
+ * runtimes/engines/structure/tflite.py does the same. Source: TFLite's schema.fbs. Parts that no bundle uses are left out: sparse
  * tensors, external buffers, options with vectors.
  *
  * @throws gemma.edge.BundleException one leads nowhere.

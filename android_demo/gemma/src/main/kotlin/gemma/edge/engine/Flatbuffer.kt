@@ -10,7 +10,7 @@ public class DamagedException(message: String) : RuntimeException(message)
 
 /**
  * Checks a flatbuffer against a schema before a native library follows its offsets, which may lead anywhere in a damaged file.
- * `Verifier` in runtimes/engines/flatbuffer.py does the same and explains the fields of a schema.
+ * `Verifier` in runtimes/engines/structure/flatbuffer.py does the same and explains the fields of a schema.
  *
  * @param data the file, or its beginning with the whole flatbuffer.
  * @param size of the flatbuffer.

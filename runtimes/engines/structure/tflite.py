@@ -10,7 +10,7 @@ from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
 from gemma_edge.file_hash import remembered
-from gemma_edge.runtimes.engines.flatbuffer import Damaged, Schema, Verifier
+from gemma_edge.runtimes.engines.structure.flatbuffer import Damaged, Schema, Verifier
 
 IDENTIFIER = b"TFL3"
 WHOLE = "whole"

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
-from gemma_edge.runtimes.engines.flatbuffer import Damaged, Schema, Verifier
+from gemma_edge.runtimes.engines.structure.flatbuffer import Damaged, Schema, Verifier
 
 IDENTIFIER, HEADER = b"ET12", b"eh00"
 IN_SEGMENT = 1  # DataLocation.SEGMENT
