@@ -25,7 +25,7 @@ from gemma_edge.model.gemma import Gemma, Layers
 from gemma_edge.quantize.checkpoint.kv_scales import KINDS, scale_name
 
 OPSET = 23
-TRACED, TRACED_ROWS = 3, 7  # values of the free sizes while tracing
+TRACED, TRACED_BIAS = 3, (4, 7)  # values of the free sizes while tracing
 MODULE = "gemma2"  # name of the decoder inside the traced module
 DTYPES = {
     torch.float32: ir.DataType.FLOAT,
@@ -79,8 +79,10 @@ def trace(config: GemmaConfig, geometry: CacheGeometry, layers: Layers) -> ir.Mo
     kv = [(1, geometry.kv_heads, layer.slots, geometry.head_dim) for layer in geometry.layers for _ in ("key", "value")]
     past = [hollow(torch.empty(shape, device="meta", dtype=CACHE_DTYPES[geometry.dtype])) for shape in kv]
     count = config.num_hidden_layers
-    tokens, rows = torch.export.Dim("tokens", min=1, max=1 << 20), torch.export.Dim("rows", min=1, max=1 << 24)
-    kept = [torch.zeros(1, dtype=torch.int64), torch.zeros(1, 1, TRACED, TRACED_ROWS)] if geometry.pinned else []
+    tokens = torch.export.Dim("tokens", min=1, max=1 << 20)
+    # sizes of their own, or the number of tokens would be read from the bias, which genai's graph does not have
+    bias = {axis: torch.export.Dim(name, min=1, max=1 << 24) for axis, name in ((2, "queries"), (3, "rows"))}
+    kept = [torch.zeros(1, dtype=torch.int64), torch.zeros(1, 1, *TRACED_BIAS)] if geometry.pinned else []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
@@ -90,7 +92,7 @@ def trace(config: GemmaConfig, geometry: CacheGeometry, layers: Layers) -> ir.Mo
             opset_version=OPSET,
             input_names=["input_ids", "input_pos", *cache_names(count, "past_key_values"), *KEPT[: len(kept)]],
             output_names=["logits", *cache_names(count, "present")],
-            dynamic_shapes=({1: tokens}, None, [None] * len(past), [None, {2: tokens, 3: rows}][: len(kept)]),
+            dynamic_shapes=({1: tokens}, None, [None] * len(past), [None, bias][: len(kept)]),
             optimize=False,  # the exporter's own optimiser reads the weights, and there are none
             verbose=False,
         )

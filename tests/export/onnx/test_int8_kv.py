@@ -84,7 +84,7 @@ def test_cache_and_weights_file_have_exactly_the_planned_bytes(done: Export) -> 
     assert manifest.files["model.onnx.data"].bytes == manifest.backends["onnx"].plan.weights_bytes
     session = ort.InferenceSession(done.bundle / "generate.onnx")
     shapes = [node.shape for node in session.get_inputs() if node.name.startswith("past_key_values.")]
-    assert {node.type for node in session.get_inputs() if node.name.startswith("past_")} == {"tensor(int8)"}
+    assert {node.type for node in session.get_inputs() if node.name.startswith("past_key_values.")} == {"tensor(int8)"}
     assert (
         sum(int(np.prod(shape)) for shape in shapes)
         == manifest.backends["onnx"].cache.bytes
