@@ -50,7 +50,8 @@ NATIVE := $(ANDROID_BUILD)/native
 android-native-test: $(FIXTURES)/.made $(NATIVE)/.made $(GEMMA)/.tests-compiled
 	PYTHONPATH=tools/apk $(BIN)/python tools/native/run_tests.py $(NATIVE) $(BUNDLE)
 
-$(NATIVE)/.made: $(EVERY_BACKEND)/manifest.json tools/kotlin_fixtures/native_fixtures.py tools/kotlin_fixtures/model_fixtures.py
+$(NATIVE)/.made: $(EVERY_BACKEND)/manifest.json $(addprefix tools/kotlin_fixtures/,native_fixtures.py model_fixtures.py) \
+		$(wildcard runtimes/engines/*.py)
 	rm -rf $(NATIVE)
 	$(BIN)/python tools/kotlin_fixtures/native_fixtures.py $(NATIVE) $(EVERY_BACKEND)
 	@touch $@

@@ -50,9 +50,9 @@ public interface GemmaRuntime : AutoCloseable {
     public fun rewind(count: Int)
 
     /**
-     * Write the state to a file, which the same backend of the same bundle can [load] again. The ONNX backend saves the tokens and the
-     * rows of the cache that are in use, and the Python runtime can load them too; the other backends save the tokens only. The file is
-     * written whole or not at all.
+     * Write the state to a file, which the same backend of the same bundle can [load] again, and the Python runtime too: the tokens and
+     * the rows of the cache that are in use. ExecuTorch's library cannot hand out its cache, so its backend saves the tokens only. The
+     * file is written whole or not at all.
      *
      * @param notes a JSON object that is saved with the state.
      * @throws java.io.IOException the file cannot be written.
@@ -60,7 +60,8 @@ public interface GemmaRuntime : AutoCloseable {
     public fun save(file: File, notes: String = "{}")
 
     /**
-     * Continue from a saved state. The ONNX backend feeds nothing; the other backends feed the saved tokens again.
+     * Continue from a saved state. Nothing is fed, except by the ExecuTorch backend and from a file without a cache: then the saved
+     * tokens are fed again.
      *
      * @return the notes that were saved with the state.
      * @throws StateException the file is missing, damaged or of another bundle. The runtime is unchanged, or empty if the file could

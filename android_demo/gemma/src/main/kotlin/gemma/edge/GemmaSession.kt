@@ -113,8 +113,7 @@ public class GemmaSession(
     }
 
     /**
-     * Write the conversation and the runtime's state to one file, for [load] here and, with the ONNX backend, `Session.restore` in
-     * Python. If an answer is being given, this waits until it ends.
+     * Write the conversation and the runtime's state to one file, for [load] here and `Session.restore` in Python. If an answer is being given, this waits until it ends.
      *
      * @throws java.io.IOException the file cannot be written.
      */
@@ -127,7 +126,7 @@ public class GemmaSession(
     }
 
     /**
-     * Continue a saved conversation. The ONNX backend feeds nothing again; the other backends feed the saved tokens again.
+     * Continue a saved conversation. Only the ExecuTorch backend feeds the saved tokens again.
      *
      * @throws StateException the file is missing, is damaged, is of another bundle, or holds no conversation. If the runtime could not
      *   load it, the present conversation is unchanged.

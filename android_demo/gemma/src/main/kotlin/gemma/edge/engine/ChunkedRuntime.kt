@@ -113,7 +113,7 @@ public abstract class ChunkedRuntime(final override val bundle: Bundle, final ov
             }
             val last = idsIn(state)
             val cache = savedCache
-            if (cache == null) {
+            if (cache == null || state.tensors.size == 1) { // a state without a cache: its ids alone
                 position = header.position
                 feedAgain(last)
             } else {
@@ -171,13 +171,19 @@ public abstract class ChunkedRuntime(final override val bundle: Bundle, final ov
         if (different != null) throw StateException("the state is damaged: ${different.name} is not what this bundle has; save it again")
         var complete = false
         try {
-            cache.fill(expected, state::read)
+            cache.fill(expected) { tensor -> state.read(tensor).also { checkFinite(tensor, it) } }
             complete = true
         } catch (error: JsonException) {
             throw StateException("the state is damaged (${error.message}); save it again", error)
         } finally {
             if (!complete) startAt(0) // the contents of the cache are unknown
         }
+    }
+
+    private fun checkFinite(tensor: StateTensor, bytes: ByteBuffer) {
+        if (tensor.dtype != "F32") return
+        val floats = bytes.asFloatBuffer()
+        while (floats.hasRemaining()) if (!floats.get().isFinite()) throw JsonException("${tensor.name} holds numbers that are not finite")
     }
 
     private fun idsIn(state: StateFile): IntArray {
