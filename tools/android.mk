@@ -9,6 +9,8 @@ GEMMA_TOKENIZER ?=
 # than the .venv's, so the fixtures have a Python environment of their own.
 FIXTURE_PYTHON := $(ANDROID_BUILD)/python
 FIXTURES := $(ANDROID_BUILD)/fixtures
+ADAPTERS := $(ANDROID_BUILD)/adapters
+ADAPTED := $(ANDROID_BUILD)/bundles/float-cache
 FIXTURE_BUNDLES := $(BUNDLE) $(addprefix $(ANDROID_BUILD)/bundles/,float-cache random random-gemma3)
 
 # Maven compiles the library's classes for the tests and for the APK.
@@ -74,8 +76,10 @@ android-lint: $(STAMP) $(GEMMA)/.compiled
 android-screenshots: $(FIXTURES)/.made $(GEMMA)/.compiled
 	$(BIN)/python tools/apk/test_app.py $(BUNDLE) --screenshots docs/android
 
-$(FIXTURES)/.made: $(FIXTURE_PYTHON)/.set-up $(FIXTURE_BUNDLES:=/manifest.json) $(wildcard tools/kotlin_fixtures/*fixtures.py)
+$(FIXTURES)/.made: $(FIXTURE_PYTHON)/.set-up $(FIXTURE_BUNDLES:=/manifest.json) $(ADAPTERS)/.made \
+		$(wildcard tools/kotlin_fixtures/*fixtures.py)
 	PYTHONPATH=src $(FIXTURE_PYTHON)/bin/python tools/kotlin_fixtures/fixtures.py $(FIXTURES) demo/tiny-gemma2 $(FIXTURE_BUNDLES) \
+		--adapted $(ADAPTED) --adapters $(ADAPTERS)/made \
 		$(if $(GEMMA_TOKENIZER),--gemma $(GEMMA_TOKENIZER))
 	@touch $@
 
@@ -94,6 +98,11 @@ $(BUNDLE)/manifest.json:
 $(ANDROID_BUILD)/bundles/float-cache/manifest.json: $(STAMP)
 	$(BIN)/gemma-export demo/tiny-gemma2 --target android --bits 8 --kv-bits 32 --context 128 --prefill-chunk 16 --verify none \
 		-o $(@D) --force
+
+# Adapters of that bundle
+$(ADAPTERS)/.made: $(ADAPTED)/manifest.json tools/kotlin_fixtures/random_adapters.py
+	$(BIN)/python tools/kotlin_fixtures/random_adapters.py $(@D)/made $(ADAPTED) demo/tiny-gemma2
+	@touch $@
 
 # Bundles of another shape: three layers, windows of 8 and 24 tokens
 $(ANDROID_BUILD)/bundles/random/manifest.json: PRESET := gemma2-2b

@@ -20,6 +20,9 @@ public interface GemmaRuntime : AutoCloseable {
     /** The library that runs it. */
     public val library: EngineLibrary
 
+    /** The adapter that computes together with the bundle, if any. */
+    public val adapter: Adapter?
+
     /** The number of tokens fed since the last reset, including those that have fallen out of the cache. */
     public val position: Int
 
@@ -40,6 +43,16 @@ public interface GemmaRuntime : AutoCloseable {
 
     /** Forget all tokens. The next token is fed at position 0. */
     public fun reset()
+
+    /**
+     * Compute with an adapter from now on, or with the bundle alone. Another one than before begins at position 0. The first one takes as
+     * long as opening the bundle, a switch to another one only the copying of its factors.
+     *
+     * @throws UnsupportedException the backend takes no adapters; the message names it.
+     * @throws AdapterException it was made for another bundle, or was changed. The runtime then computes as before.
+     * @throws NotEnoughMemoryException the device has too little free memory for it.
+     */
+    public fun useAdapter(adapter: Adapter?)
 
     /**
      * Take back the last [count] tokens: what follows is as if they had never been fed. This costs nothing as long as the cache holds
@@ -64,7 +77,7 @@ public interface GemmaRuntime : AutoCloseable {
      * tokens are fed again.
      *
      * @return the notes that were saved with the state.
-     * @throws StateException the file is missing, damaged or of another bundle. The runtime is unchanged, or empty if the file could
+     * @throws StateException the file is missing, damaged, or of another bundle or adapter. The runtime is unchanged, or empty if the file could
      *   not be read to its end.
      */
     public fun load(file: File): String

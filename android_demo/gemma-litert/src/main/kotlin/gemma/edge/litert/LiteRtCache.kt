@@ -3,7 +3,7 @@ package gemma.edge.litert
 import com.google.ai.edge.litert.TensorBuffer
 import gemma.edge.CacheGeometry
 import gemma.edge.engine.SavedCache
-import gemma.edge.engine.StateTensor
+import gemma.edge.engine.StoredTensor
 import gemma.edge.engine.goTo
 import java.nio.ByteBuffer
 import java.nio.ByteOrder
@@ -22,17 +22,17 @@ internal class LiteRtCache(private val geometry: CacheGeometry, create: (name: S
         create(name).also { if (holdsPositions(name)) it.writeInt(IntArray(elements)) else it.writeFloat(FloatArray(elements)) }
     }
 
-    override fun saved(written: Int): List<StateTensor> = buffers.keys.map { name ->
+    override fun saved(written: Int): List<StoredTensor> = buffers.keys.map { name ->
         val rows = minOf(slotsOf(name), written)
         if (holdsPositions(name)) {
-            StateTensor(PREFIX + name, "I32", listOf(rows, 1))
+            StoredTensor(PREFIX + name, "I32", listOf(rows, 1))
         } else {
-            StateTensor(PREFIX + name, "F32", listOf(1, geometry.kvHeads, rows, geometry.headDim))
+            StoredTensor(PREFIX + name, "F32", listOf(1, geometry.kvHeads, rows, geometry.headDim))
         }
     }
 
     /** See SavedCache. A slot that holds nothing is saved as zeros, because an earlier text may have left its rows there. */
-    override fun rows(saved: StateTensor): List<ByteBuffer> {
+    override fun rows(saved: StoredTensor): List<ByteBuffer> {
         val name = saved.name.removePrefix(PREFIX)
         val bytes = ByteBuffer.allocate(saved.bytes.toInt()).order(ByteOrder.LITTLE_ENDIAN)
         val held = buffers.getValue(heldBy(name)).readInt()
@@ -53,7 +53,7 @@ internal class LiteRtCache(private val geometry: CacheGeometry, create: (name: S
         return listOf(bytes)
     }
 
-    override fun fill(saved: List<StateTensor>, read: (StateTensor) -> ByteBuffer) {
+    override fun fill(saved: List<StoredTensor>, read: (StoredTensor) -> ByteBuffer) {
         for (tensor in saved) {
             val name = tensor.name.removePrefix(PREFIX)
             val slots = slotsOf(name)

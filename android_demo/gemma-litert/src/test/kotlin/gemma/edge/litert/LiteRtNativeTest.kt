@@ -1,12 +1,14 @@
 package gemma.edge.litert
 
+import gemma.edge.Adapter
 import gemma.edge.Bundle
 import gemma.edge.BundleException
 import gemma.edge.Fixtures
 import gemma.edge.StateException
+import gemma.edge.UnsupportedException
 import gemma.edge.assertRefuses
 import gemma.edge.engine.EngineTest
-import gemma.edge.engine.StateTensor
+import gemma.edge.engine.StoredTensor
 import gemma.edge.run
 import gemma.edge.state.StateFile
 import gemma.edge.state.StateHeader
@@ -106,9 +108,9 @@ class LiteRtNativeTest : EngineTest("tflite") {
     /** Python's state, with another header, other tensors or other bytes, and with the hash that belongs to them. */
     private fun rewritten(
         header: (StateHeader) -> StateHeader = { it },
-        keep: (StateTensor) -> Boolean = { true },
-        rename: (StateTensor) -> StateTensor = { it },
-        change: (StateTensor, ByteBuffer) -> ByteBuffer = { _, bytes -> bytes },
+        keep: (StoredTensor) -> Boolean = { true },
+        rename: (StoredTensor) -> StoredTensor = { it },
+        change: (StoredTensor, ByteBuffer) -> ByteBuffer = { _, bytes -> bytes },
     ): File = File.createTempFile("state", null, temporary.root).also { file ->
         StateFile.open(model.state).use { state ->
             val originals = state.tensors.filter(keep).associateBy(rename)
@@ -121,6 +123,12 @@ class LiteRtNativeTest : EngineTest("tflite") {
     /** Python's state with other bytes. */
     private fun edited(change: (ByteArray) -> ByteArray): File =
         File.createTempFile("state", null, temporary.root).also { it.writeBytes(change(model.state.readBytes())) }
+
+    @Test
+    fun adapters_are_refused_by_name() = open(model.bundle).use { runtime ->
+        assertRefuses<UnsupportedException>("the tflite backend takes no adapters", "--lora") { runtime.useAdapter(Adapter.open(Fixtures.anAdapter)) }
+        runtime.useAdapter(null)
+    }
 
     @Test
     fun a_model_with_a_changed_byte_is_refused_or_runs() = damageEverywhere(model, bytes = 20_000)
