@@ -100,7 +100,8 @@ def conversation(runtime: Runtime, tokenizer: Tokenizer, saved: Path) -> list[di
 def write_interleaved(out: Path, bundle: Path, adapters: list[Path]) -> None:
     """Write `interleaved.json`: answers of sessions that share a runtime and take turns.
 
-    There is one session with each adapter, and the last has none. A session feeds its tokens again, in larger chunks than alone, so the last bits differ and now and then an answer does.
+    There is one session with each adapter, and the last has none. A session feeds its tokens again, in larger chunks than
+    alone, so the last bits differ and now and then an answer does.
     """
     runtime = gemma_edge.load(bundle, backend="onnx", threads=1)
     tokenizer, template = Tokenizer(bundle, runtime.manifest), ChatTemplate.from_bundle(bundle)
