@@ -121,11 +121,11 @@ OFFICIAL := $(if $(ORT_AAR),--onnx-aar $(ORT_AAR)) $(if $(EXECUTORCH_AAR),--exec
 android: $(STAMP) $(BUNDLE)/manifest.json $(GEMMA)/.compiled
 	$(BIN)/python tools/apk/build_apk.py $(BUNDLE) --engines $(ENGINES) $(OFFICIAL) $(if $(SHRINK),--shrink)
 
-# The sizes of APKs for one ABI with one, two and three engines; each is checked as every APK is.
+# The sizes of APKs for one ABI with one, two and three engines; each is checked as every APK is. SHRINK=1 shrinks them with R8.
 android-sizes: $(STAMP) $(BUNDLE)/manifest.json $(GEMMA)/.compiled
 	for engines in onnx executorch,onnx executorch,tflite,onnx; do \
 		$(BIN)/python tools/apk/build_apk.py $(BUNDLE) --engines $$engines --abi arm64-v8a $(if $(SHRINK),--shrink) \
-			--out $(ANDROID_BUILD)/gemma-edge-$$engines.apk || exit 1; \
+			--out $(ANDROID_BUILD)/gemma-edge-$$engines$(if $(SHRINK),-shrunk).apk || exit 1; \
 	done
 
 # Compares the doubles that the modules are compiled against with official files: EXECUTORCH_AAR=FILE, LITERT_AAR=FILE.

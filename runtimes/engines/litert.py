@@ -173,7 +173,8 @@ class TFLiteRuntime(SignatureRuntime):
 
     def _read(self, name: str) -> NDArray[Any]:
         shape, kind = self._shape(name), np.int32 if name.startswith(HELD) else np.float32
-        return self._caches[name].read(math.prod(shape), kind).reshape(shape)
+        rows: NDArray[Any] = self._caches[name].read(math.prod(shape), kind).reshape(shape)
+        return rows
 
 
 class WebRuntime(TFLiteRuntime):
