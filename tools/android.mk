@@ -9,6 +9,8 @@ GEMMA_TOKENIZER ?=
 # than the .venv's, so the fixtures have a Python environment of their own.
 FIXTURE_PYTHON := $(ANDROID_BUILD)/python
 FIXTURES := $(ANDROID_BUILD)/fixtures
+ADAPTERS := $(ANDROID_BUILD)/adapters
+ADAPTED := $(ANDROID_BUILD)/bundles/float-cache
 FIXTURE_BUNDLES := $(BUNDLE) $(addprefix $(ANDROID_BUILD)/bundles/,float-cache random random-gemma3)
 
 # Maven compiles the library's classes for the tests and for the APK.
@@ -50,7 +52,8 @@ NATIVE := $(ANDROID_BUILD)/native
 android-native-test: $(FIXTURES)/.made $(NATIVE)/.made $(GEMMA)/.tests-compiled
 	PYTHONPATH=tools/apk $(BIN)/python tools/native/run_tests.py $(NATIVE) $(BUNDLE)
 
-$(NATIVE)/.made: $(EVERY_BACKEND)/manifest.json tools/kotlin_fixtures/native_fixtures.py tools/kotlin_fixtures/model_fixtures.py
+$(NATIVE)/.made: $(EVERY_BACKEND)/manifest.json $(addprefix tools/kotlin_fixtures/,native_fixtures.py model_fixtures.py) \
+		$(wildcard runtimes/engines/*.py)
 	rm -rf $(NATIVE)
 	$(BIN)/python tools/kotlin_fixtures/native_fixtures.py $(NATIVE) $(EVERY_BACKEND)
 	@touch $@
@@ -73,8 +76,10 @@ android-lint: $(STAMP) $(GEMMA)/.compiled
 android-screenshots: $(FIXTURES)/.made $(GEMMA)/.compiled
 	$(BIN)/python tools/apk/test_app.py $(BUNDLE) --screenshots docs/android
 
-$(FIXTURES)/.made: $(FIXTURE_PYTHON)/.set-up $(FIXTURE_BUNDLES:=/manifest.json) $(wildcard tools/kotlin_fixtures/*fixtures.py)
+$(FIXTURES)/.made: $(FIXTURE_PYTHON)/.set-up $(FIXTURE_BUNDLES:=/manifest.json) $(ADAPTERS)/.made \
+		$(wildcard tools/kotlin_fixtures/*fixtures.py)
 	PYTHONPATH=src $(FIXTURE_PYTHON)/bin/python tools/kotlin_fixtures/fixtures.py $(FIXTURES) demo/tiny-gemma2 $(FIXTURE_BUNDLES) \
+		--adapted $(ADAPTED) --adapters $(ADAPTERS)/made \
 		$(if $(GEMMA_TOKENIZER),--gemma $(GEMMA_TOKENIZER))
 	@touch $@
 
@@ -94,6 +99,11 @@ $(ANDROID_BUILD)/bundles/float-cache/manifest.json: $(STAMP)
 	$(BIN)/gemma-export demo/tiny-gemma2 --target android --bits 8 --kv-bits 32 --context 128 --prefill-chunk 16 --verify none \
 		-o $(@D) --force
 
+# Adapters of that bundle
+$(ADAPTERS)/.made: $(ADAPTED)/manifest.json tools/kotlin_fixtures/random_adapters.py
+	$(BIN)/python tools/kotlin_fixtures/random_adapters.py $(@D)/made $(ADAPTED) demo/tiny-gemma2
+	@touch $@
+
 # Bundles of another shape: three layers, windows of 8 and 24 tokens
 $(ANDROID_BUILD)/bundles/random/manifest.json: PRESET := gemma2-2b
 $(ANDROID_BUILD)/bundles/random-gemma3/manifest.json: PRESET := gemma3-4b
@@ -111,11 +121,11 @@ OFFICIAL := $(if $(ORT_AAR),--onnx-aar $(ORT_AAR)) $(if $(EXECUTORCH_AAR),--exec
 android: $(STAMP) $(BUNDLE)/manifest.json $(GEMMA)/.compiled
 	$(BIN)/python tools/apk/build_apk.py $(BUNDLE) --engines $(ENGINES) $(OFFICIAL) $(if $(SHRINK),--shrink)
 
-# The sizes of APKs for one ABI with one, two and three engines; each is checked as every APK is.
+# The sizes of APKs for one ABI with one, two and three engines; each is checked as every APK is. SHRINK=1 shrinks them with R8.
 android-sizes: $(STAMP) $(BUNDLE)/manifest.json $(GEMMA)/.compiled
 	for engines in onnx executorch,onnx executorch,tflite,onnx; do \
 		$(BIN)/python tools/apk/build_apk.py $(BUNDLE) --engines $$engines --abi arm64-v8a $(if $(SHRINK),--shrink) \
-			--out $(ANDROID_BUILD)/gemma-edge-$$engines.apk || exit 1; \
+			--out $(ANDROID_BUILD)/gemma-edge-$$engines$(if $(SHRINK),-shrunk).apk || exit 1; \
 	done
 
 # Compares the doubles that the modules are compiled against with official files: EXECUTORCH_AAR=FILE, LITERT_AAR=FILE.

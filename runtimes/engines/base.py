@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from gemma_edge.bundle.manifest import Manifest
 from gemma_edge.errors import InputError
 from gemma_edge.logits import Logits, scored_at_once
 from gemma_edge.runtimes.engines.adapter import Adapter
-from gemma_edge.runtimes.engines.state import State
+from gemma_edge.runtimes.engines.state import Layout, State
 
 Buffers = dict[str, NDArray[Any]]  # name -> (..., slots, head_dim), views of the cache itself
 MIN_REMEMBERED = 1 << 13  # token ids that are remembered whatever the cache
@@ -57,10 +57,10 @@ class Stats:
 class Runtime(ABC):
     """A loaded bundle with one KV cache.
 
-    A backend's engine must have `_forward` and `_clear`. Three more methods are right for most engines, and can be overridden:
+    A backend's engine must have `_forward` and `_clear`. More methods are right for most engines, and can be overridden:
     `_holds`, by an engine whose cache is not a ring as in model/kv_cache.py; `_buffers`, by an engine whose cache can be reached,
-    without which a state is restored by feeding its tokens again; `prepare_decode_many`, by an engine that loads something in
-    between.
+    or `_layout`, `_saved_rows` and `_fill` if it can only be copied, without which a state is restored by feeding its tokens
+    again; `prepare_decode_many`, by an engine that loads something in between.
     """
 
     def __init__(self, bundle: Path, manifest: Manifest, cache: CacheGeometry, identity: str) -> None:
@@ -107,6 +107,19 @@ class Runtime(ABC):
         {} if it cannot be reached.
         """
         return {}
+
+    def _layout(self, written: int) -> Layout:
+        """Shapes and types of the rows of the cache that are in use after `written` positions; {} if it cannot be reached."""
+        return {name: (buffer[..., :written, :].shape, buffer.dtype) for name, buffer in self._buffers().items()}
+
+    def _saved_rows(self) -> Buffers:
+        """Copies of the rows in use."""
+        return {name: buffer[..., : self._written, :].copy() for name, buffer in self._buffers().items()}
+
+    def _fill(self, rows: Mapping[str, NDArray[Any]]) -> None:
+        """Put rows, as `_layout` has them, at the beginning of the cache's buffers."""
+        for name, buffer in self._buffers().items():
+            buffer[..., : rows[name].shape[-2], :] = rows[name]
 
     def prepare_decode_many(self) -> None:  # noqa: B027 (most engines need not do anything)
         """Have `decode` and `decode_many` alternate from now on without a graph or program being loaded in between."""
@@ -274,10 +287,9 @@ class Runtime(ABC):
 
     def snapshot(self) -> State:
         """A copy of the state, tokens and cache; as large as what the cache holds."""
-        rows = {name: buffer[..., : self._written, :].copy() for name, buffer in self._buffers().items()}
         ids = np.array(self._kept, np.int32)
         first = np.array(self._first[: min(self.pinned, self._position)], np.int32)
-        return State(self.identity, self._position, self._written, ids, rows, self.pinned, first)
+        return State(self.identity, self._position, self._written, ids, self._saved_rows(), self.pinned, first)
 
     def restore(self, state: State) -> None:
         """Go on from a state of this bundle and backend. The tokens of a state without a cache are fed again.
@@ -285,18 +297,17 @@ class Runtime(ABC):
         Raises:
             InputError: the state belongs to another bundle or backend, or is damaged; this runtime is then as it was.
         """
-        buffers = self._buffers() if state.rows else {}  # Kotlin saves no cache where its library cannot reach it
-        state.check(self.identity, {name: buffer[..., : state.written, :] for name, buffer in buffers.items()})
+        # Kotlin saves no cache where its library cannot reach it
+        state.check(self.identity, self._layout(state.written) if state.rows else {})
         tokens = self._chunks(state.ids.tolist(), len(state.ids)) if len(state.ids) else []
         first = self._chunks(state.first.tolist(), self.cache.pinned)[0].tolist() if len(state.first) else []
         self.pin(state.pinned)
         self.reset()
         self._first = first
-        if not buffers and tokens:
+        if not state.rows and tokens:
             self._feed_again(array("i", tokens[0].tolist()), state.position - len(state.ids))
             return
-        for name, buffer in buffers.items():
-            buffer[..., : state.written, :] = state.rows[name]
+        self._fill(state.rows)
         self._kept = array("i", state.ids.tolist())
         self._position, self._written = state.position, state.written
 

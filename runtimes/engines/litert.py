@@ -6,13 +6,14 @@ signatures.py chooses what is fed to which signature.
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import sys
 from collections.abc import Mapping
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from ai_edge_litert.compiled_model import CompiledModel
@@ -29,12 +30,14 @@ from gemma_edge.bundle.signature import Signature
 from gemma_edge.errors import InputError, one_line
 from gemma_edge.logits import Logits
 from gemma_edge.memory import MappedTable
+from gemma_edge.runtimes.engines.base import Buffers
 from gemma_edge.runtimes.engines.signatures import ERRORS, SignatureRuntime
 from gemma_edge.runtimes.engines.software_gpu import gpu_name
+from gemma_edge.runtimes.engines.state import Layout
 from gemma_edge.runtimes.engines.weight_cache import kept_weights
 
 OLDEST_LITERT = (2, 3)
-HELD = "kv_cache_held_"  # which position each slot holds, plus one; by kind of layer
+HELD = "kv_cache_held_"  # begins the names of the buffers that say which position each slot of a kind of layer holds
 Named = Mapping[str, TensorBuffer]
 
 
@@ -125,10 +128,9 @@ class TFLiteRuntime(SignatureRuntime):
         """See SignatureRuntime."""
         for kind, layer in enumerate(dict.fromkeys(self.cache.layers)):
             if layer.pinned:
-                held = self._caches[f"{HELD}{kind}"]
-                rows = np.abs(held.read(layer.slots, np.int32))
+                rows = np.abs(self._read(f"{HELD}{kind}"))  # (slots, 1)
                 rows[:count] *= -1
-                held.write(rows)
+                self._caches[f"{HELD}{kind}"].write(rows)
 
     def _call(self, signature: Signature, tokens: NDArray[np.int32], input_pos: NDArray[np.int32]) -> Logits | None:
         """See SignatureRuntime."""
@@ -142,6 +144,47 @@ class TFLiteRuntime(SignatureRuntime):
         flat = outputs["logits"].read(signature.tokens * self.vocab_size, np.float32)
         logits: Logits = flat.reshape(signature.tokens, self.vocab_size)
         return logits
+
+    def _layout(self, written: int) -> Layout:
+        """See Runtime. A position p lies in a slot that is at most p: export/tflite/seams.py."""
+        layout = {}
+        for name in self._caches:
+            *lead, slots, width = self._shape(name)
+            layout[name] = (
+                (*lead, min(slots, written), width),
+                np.dtype(np.int32 if name.startswith(HELD) else np.float32),
+            )
+        return layout
+
+    def _saved_rows(self) -> Buffers:
+        """See Runtime. A slot that holds nothing is saved as zeros, because an earlier text may have left its rows there."""
+        layout = self._layout(self._written)
+        rows = {name: self._read(name)[..., : layout[name][0][-2], :].copy() for name in layout}
+        kinds = list(dict.fromkeys(self.cache.layers))
+        for index in range(len(kinds)):  # without the marks: what is pinned stands in the state
+            np.abs(rows[f"{HELD}{index}"], out=rows[f"{HELD}{index}"])
+        for index, layer in enumerate(self.cache.layers):
+            empty = rows[f"{HELD}{kinds.index(layer)}"][:, 0] == 0  # (rows,)
+            for kind in "kv":
+                rows[f"kv_cache_{kind}_{index}"][..., empty, :] = 0
+        return rows
+
+    def _fill(self, rows: Mapping[str, NDArray[Any]]) -> None:
+        """See Runtime."""
+        for name, saved in rows.items():
+            whole = np.zeros(self._shape(name), saved.dtype)
+            whole[..., : saved.shape[-2], :] = saved
+            self._caches[name].write(whole)
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        """Of a cache, as a state has it: (..., slots, width)."""
+        shape = tuple(self._caches[name].get_tensor_details()["shape"])
+        return (math.prod(shape), 1) if name.startswith(HELD) else shape
+
+    def _read(self, name: str) -> NDArray[Any]:
+        shape, kind = self._shape(name), np.int32 if name.startswith(HELD) else np.float32
+        rows: NDArray[Any] = self._caches[name].read(math.prod(shape), kind).reshape(shape)
+        return rows
 
 
 class WebRuntime(TFLiteRuntime):

@@ -24,6 +24,9 @@ MAX_POSITION = 1 << 30  # tokens; the engines count in 32 bits
 # ERRORS: what safetensors raises for a file of another format, or for types that NumPy does not have.
 ERRORS = (KeyError, TypeError, ValueError, AttributeError, OSError, MemoryError)
 
+# Layout: name of a cache's buffer -> shape and type of its rows that are in use
+Layout = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]
+
 
 @dataclass(frozen=True)
 class _Numbers:
@@ -50,12 +53,12 @@ class State:
     )  # their ids, as far as they were fed
     name: str = "the state"  # for messages: the path of the file that it was read from
 
-    def check(self, identity: str, buffers: Mapping[str, NDArray[Any]]) -> None:
+    def check(self, identity: str, expected: Layout) -> None:
         """Compare with the runtime that is to go on from it.
 
         Args:
             identity: the runtime's identity.
-            buffers: the rows that this state would fill.
+            expected: the rows that this state would fill.
 
         Raises:
             InputError: it belongs to another bundle or backend, or it is damaged.
@@ -66,7 +69,6 @@ class State:
                 f" {identity[:16]}...); feed its text again"
             )
         actual = {name: (rows.shape, rows.dtype) for name, rows in self.rows.items()}
-        expected = {name: (rows.shape, rows.dtype) for name, rows in buffers.items()}
         odd = sorted(name for name in actual.keys() | expected.keys() if actual.get(name) != expected.get(name))
         if odd:
             raise InputError(

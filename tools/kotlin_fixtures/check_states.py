@@ -63,16 +63,16 @@ def check_conversation(runtime: Runtime, answers: dict[str, Any], saved: Path) -
 
 
 def main() -> None:
-    """Check the states of every bundle, and that a bundle refuses the state of another one."""
+    """Check the states of every bundle, and that a bundle refuses the state of another one, or of another adapter."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("fixtures", type=Path)
     parser.add_argument("--backend", help="backend of the bundles; default: the first that is installed")
     options = parser.parse_args()
     fixtures: Path = options.fixtures
     states: list[Path] = []
-    for folder in sorted((fixtures / "models").iterdir()):
+    for folder in sorted([*fixtures.glob("models/*"), *fixtures.glob("adapters/*")]):
         answers = json.loads((folder / "answers.json").read_text(encoding="utf-8"))
-        runtime = gemma_edge.load(answers["bundle"], backend=options.backend, threads=1)
+        runtime = gemma_edge.load(answers["bundle"], backend=options.backend, threads=1, adapter=answers["adapter"])
         saved = fixtures / "from-kotlin" / folder.name
         check_state(runtime, answers, folder / "state.f32", saved / "state.safetensors")
         check_conversation(runtime, answers, saved / "conversation.safetensors")
@@ -81,9 +81,9 @@ def main() -> None:
                 runtime.restore(read_state(foreign)[0])
             except InputError:
                 continue
-            raise SystemExit(f"{folder.name} accepted {foreign}, the state of another bundle")
+            raise SystemExit(f"{folder.name} accepted {foreign}, the state of another bundle or adapter")
         states.append(saved / "state.safetensors")
-    print(f"{options.backend or 'onnx'}: states saved by Kotlin go on in Python: {len(states)} bundles")
+    print(f"{options.backend or 'onnx'}: states saved by Kotlin go on in Python: {len(states)} bundles and adapters")
 
 
 if __name__ == "__main__":

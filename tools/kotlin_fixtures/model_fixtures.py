@@ -14,6 +14,7 @@ import numpy as np
 
 import gemma_edge
 from gemma_edge.logits import Logits
+from gemma_edge.runtimes.engines.adapter import Adapter
 from gemma_edge.runtimes.engines.base import Runtime
 from gemma_edge.runtimes.engines.state import write_state
 from gemma_edge.runtimes.generation.generate import GenerationOptions, generate
@@ -96,6 +97,22 @@ def conversation(runtime: Runtime, tokenizer: Tokenizer, saved: Path) -> list[di
     return rows
 
 
+def write_interleaved(out: Path, bundle: Path, adapters: list[Path]) -> None:
+    """Write `interleaved.json`: answers of sessions that share a runtime and take turns.
+
+    There is one session with each adapter, and the last has none. A session feeds its tokens again, in larger chunks than
+    alone, so the last bits differ and now and then an answer does.
+    """
+    runtime = gemma_edge.load(bundle, backend="onnx", threads=1)
+    tokenizer, template = Tokenizer(bundle, runtime.manifest), ChatTemplate.from_bundle(bundle)
+    sessions = []
+    for adapter in [*map(Adapter.open, adapters), None]:
+        runtime.use_adapter(None)
+        sessions.append(Session(runtime, tokenizer, template, GenerationOptions(max_tokens=20), adapter=adapter))
+    rows = [["".join(session.send(text)) for session in sessions] for text in TURNS]
+    (out / "interleaved.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+
+
 def chats(runtime: Runtime) -> list[dict[str, Any]]:
     """Conversations, with system turns too where the model is a Gemma 3, and the text that its chat template makes of them."""
     template = ChatTemplate.from_bundle(runtime.bundle)
@@ -127,16 +144,17 @@ def filters() -> list[dict[str, Any]]:
     return rows
 
 
-def write_answers(out: Path, bundle: Path, backend: str = "onnx") -> None:
-    """Write all fixtures of a bundle's backend into the folder `out`."""
+def write_answers(out: Path, bundle: Path, backend: str = "onnx", adapter: Path | None = None) -> None:
+    """Write all fixtures of a bundle's backend, with or without an adapter, into the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    runtime = gemma_edge.load(bundle, backend=backend, threads=1)
+    runtime = gemma_edge.load(bundle, backend=backend, threads=1, adapter=adapter)
     tokenizer = Tokenizer(bundle, runtime.manifest)
     tokens, calls = fed(runtime)
     logits_of(runtime, tokens, calls).astype("<f4").tofile(out / "runtime.f32")
     write_rewound_state(out, runtime, tokens, calls)
     answers = {
         "bundle": str(bundle.resolve()),
+        "adapter": str(adapter.resolve()) if adapter else None,
         "tokens": tokens,
         "calls": calls,
         "state_calls": state_calls(calls),

@@ -65,7 +65,8 @@ def host(abi: Abi, used: list[engines.Engine], jvm: list[object], demo: Path) ->
     """
     android = gathered(abi, used)
     libraries = host_libraries(abi, android)
-    flags: Flags = {"java.library.path": libraries, "onnxruntime.native.path": libraries, "gemma.demo.bundle": demo}
+    flags: Flags = {"java.library.path": libraries, "onnxruntime.native.path": libraries}
+    flags |= {"gemma.demo.bundle": demo, "gemma.adapters": BUILD / "adapters" / "made"}
     return Host(abi, jvm, flags, android / LITERT)
 
 
@@ -97,10 +98,11 @@ def onnx_fixtures(fixtures: Path) -> Path:
     folder = fixtures / "suite"
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "models").mkdir(parents=True)
-    (folder / "tokenizers").symlink_to(BUILD / "fixtures" / "tokenizers")
     for model in sorted((BUILD / "fixtures" / "models").iterdir()):
         if model.name not in ROUNDED:
             (folder / "models" / model.name).symlink_to(model)
+    for name in ("tokenizers", "adapters", "interleaved.json"):
+        (folder / name).symlink_to(BUILD / "fixtures" / name)
     return folder
 
 

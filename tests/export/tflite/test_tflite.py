@@ -12,16 +12,18 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from support.checkpoints import DEMO, SHAPES, hf_logits, hf_model, hf_windowed, relative_error
-from support.lowered import prefilled, some_ids
+from support.lowered import lower_bundle, prefilled, some_ids
 from support.rewinding import worst_error
 from support.tflite_bundles import CHUNK, UNEVEN, assert_holds_integers, make_bundle, reference
 
 pytest.importorskip("ai_edge_litert", reason="ai-edge-litert is not installed: pip install 'gemma-edge[tflite]'")
 
 import gemma_edge
+from gemma_edge.bundle.accelerators import Accelerator
 from gemma_edge.bundle.signature import Signature
 from gemma_edge.errors import InputError
 from gemma_edge.export import api as pipeline
+from gemma_edge.export.backend import exporter
 from gemma_edge.export.options import ExportOptions
 from gemma_edge.export.plan import geometry
 from gemma_edge.export.tflite.backend import LITERT as BACKEND
@@ -34,6 +36,7 @@ from gemma_edge.quantize.options import QuantizeOptions
 from gemma_edge.quantize.recipe import QuantConfig, Recipe, make_recipe
 from gemma_edge.runtimes.engines.base import Runtime
 from gemma_edge.runtimes.engines.litert import TFLiteRuntime
+from gemma_edge.runtimes.engines.state import State, read_state, write_state
 from gemma_edge.user_cache import VARIABLE
 
 FILE = BACKEND.file
@@ -260,3 +263,36 @@ def test_every_rewind_of_the_ring_is_exact(
     assert {each.name for each in found if each.name.startswith("short_")} == short
     worst, free, again = worst_error(runtime, some_ids(60, 320), range(0, 50, 3), range(1, 20))
     assert worst < 1e-3 and free > 50 and again > 50  # logits of a range of 60
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", "gpu"])
+def test_a_saved_state_carries_the_cache_bit_for_bit(
+    accelerator: Accelerator, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Past window and context, also after a rewind; LiteRT's states held the ids alone, and their text was fed again."""
+    recipe = make_recipe(8, group_size=0, method="rtn")
+    half = exporter("tflite", accelerator)
+    bundle = lower_bundle(half, checkpoint(), tmp_path, recipe, 24, 7, accelerator=accelerator)[1]
+    runtime, other = (gemma_edge.load(bundle, accelerator="cpu", threads=1) for _ in range(2))
+    ids = some_ids(80, runtime.vocab_size)
+
+    def fed(which: Runtime, end: int) -> State:
+        which.reset()
+        for part in (ids[:end], ids[end : end + 3]):
+            if part:
+                which.prefill(part)
+        which.rewind(1)
+        return which.snapshot()
+
+    for end in (0, 5, 23, 61):
+        runtime.score(ids[::-1])  # an earlier text, of which nothing may be left
+        state = fed(runtime, end)
+        write_state(tmp_path / "state", state, {})
+        expected = [runtime.decode(token) for token in ids[:9]]
+        other.prefill(ids[7:70])
+        other.restore(read_state(tmp_path / "state")[0])
+        assert np.array_equal([other.decode(token) for token in ids[:9]], expected)
+        assert not other.stats.refed_tokens
+        fresh = fed(gemma_edge.load(bundle, accelerator="cpu", threads=1), end)
+        assert fresh.rows.keys() == state.rows.keys() and len(state.rows) == 10
+        assert all(np.array_equal(fresh.rows[name], rows) for name, rows in state.rows.items())

@@ -96,7 +96,7 @@ def test_a_state_of_another_version_is_named(path: Path) -> None:
 def test_what_an_engine_could_not_take_is_refused(changes: dict[str, Any], message: str) -> None:
     damaged = replace(STATE, **changes)
     with pytest.raises(InputError, match=message):
-        damaged.check(STATE.identity, damaged.rows)
+        damaged.check(STATE.identity, {name: (rows.shape, rows.dtype) for name, rows in damaged.rows.items()})
 
 
 def anybody(path: Path) -> None:

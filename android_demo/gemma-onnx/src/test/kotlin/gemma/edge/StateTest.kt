@@ -1,6 +1,6 @@
 package gemma.edge
 
-import gemma.edge.engine.StateTensor
+import gemma.edge.engine.StoredTensor
 import gemma.edge.state.StateFile
 import gemma.edge.state.StateHeader
 import java.io.File
@@ -154,7 +154,7 @@ class StateTest {
     }
 
     /** The bytes of the state written again with another position or other names of tensors, and with the hash that belongs to them. */
-    private fun written(file: File, position: Int = 4, rename: (StateTensor) -> StateTensor = { it }): ByteArray {
+    private fun written(file: File, position: Int = 4, rename: (StoredTensor) -> StoredTensor = { it }): ByteArray {
         val changed = File(temporary.root, "changed")
         StateFile.open(file).use { state ->
             val originals = state.tensors.associateBy(rename)

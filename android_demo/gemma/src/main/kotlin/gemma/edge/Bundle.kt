@@ -191,7 +191,7 @@ private val ACCELERATORS = listOf(CPU, "gpu")
 private val SHA256 = Regex("[0-9a-f]{64}")
 
 /** Whether a name stays below a folder; false for what is not a file name. */
-private fun isInside(folder: File, name: String): Boolean = try {
+internal fun isInside(folder: File, name: String): Boolean = try {
     !File(name).isAbsolute && File(folder, name).canonicalFile.toPath().startsWith(folder.canonicalFile.toPath())
 } catch (error: IOException) {
     false

@@ -26,6 +26,17 @@ public data class Device(public val availableBytes: Long, public val bigCores: I
         )
     }
 
+    /** Check that the factors of an adapter fit into the free memory. */
+    internal fun requireMemoryFor(adapter: Adapter) {
+        if (availableBytes == UNKNOWN || adapter.bytes <= availableBytes) return
+        throw NotEnoughMemoryException(
+            adapter.bytes,
+            availableBytes,
+            "the adapter ${adapter.folder.name} needs ${mib(adapter.bytes)} MiB of memory and the device has ${mib(availableBytes)} MiB free; " +
+                "close other apps, or train an adapter of a smaller rank",
+        )
+    }
+
     /** The number of threads for a bundle: one per big core, but no more than the bundle's target has. */
     public fun threadsFor(bundle: Bundle): Int = minOf(bundle.threads, bigCores)
 

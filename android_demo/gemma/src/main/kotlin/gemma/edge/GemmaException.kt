@@ -15,6 +15,9 @@ public class UnsupportedException(message: String) : GemmaException(message)
 /** A saved state is damaged or belongs to another bundle or backend. Feed the text again. */
 public class StateException(message: String, cause: Throwable? = null) : GemmaException(message, cause)
 
+/** The folder is not an adapter, was damaged or changed, or was made for another bundle. Import or make the adapter again. */
+public class AdapterException(message: String, cause: Throwable? = null) : GemmaException(message, cause)
+
 /** A prompt, a token or a setting cannot be used. */
 public class InputException(message: String) : GemmaException(message)
 

@@ -20,6 +20,9 @@ public interface GemmaRuntime : AutoCloseable {
     /** The library that runs it. */
     public val library: EngineLibrary
 
+    /** The adapter that computes together with the bundle, if any. */
+    public val adapter: Adapter?
+
     /** The number of tokens fed since the last reset, including those that have fallen out of the cache. */
     public val position: Int
 
@@ -42,6 +45,16 @@ public interface GemmaRuntime : AutoCloseable {
     public fun reset()
 
     /**
+     * Compute with an adapter from now on, or with the bundle alone. Another one than before begins at position 0. The first one takes as
+     * long as opening the bundle, a switch to another one only the copying of its factors.
+     *
+     * @throws UnsupportedException the backend takes no adapters; the message names it.
+     * @throws AdapterException it was made for another bundle, or was changed. The runtime then computes as before.
+     * @throws NotEnoughMemoryException the device has too little free memory for it.
+     */
+    public fun useAdapter(adapter: Adapter?)
+
+    /**
      * Take back the last [count] tokens: what follows is as if they had never been fed. This costs nothing as long as the cache holds
      * every key that is needed from there on. If it does not, the remaining tokens are fed again.
      *
@@ -50,9 +63,9 @@ public interface GemmaRuntime : AutoCloseable {
     public fun rewind(count: Int)
 
     /**
-     * Write the state to a file, which the same backend of the same bundle can [load] again. The ONNX backend saves the tokens and the
-     * rows of the cache that are in use, and the Python runtime can load them too; the other backends save the tokens only. The file is
-     * written whole or not at all.
+     * Write the state to a file, which the same backend of the same bundle can [load] again, and the Python runtime too: the tokens and
+     * the rows of the cache that are in use. ExecuTorch's library cannot hand out its cache, so its backend saves the tokens only. The
+     * file is written whole or not at all.
      *
      * @param notes a JSON object that is saved with the state.
      * @throws java.io.IOException the file cannot be written.
@@ -60,10 +73,11 @@ public interface GemmaRuntime : AutoCloseable {
     public fun save(file: File, notes: String = "{}")
 
     /**
-     * Continue from a saved state. The ONNX backend feeds nothing; the other backends feed the saved tokens again.
+     * Continue from a saved state. Nothing is fed, except by the ExecuTorch backend and from a file without a cache: then the saved
+     * tokens are fed again.
      *
      * @return the notes that were saved with the state.
-     * @throws StateException the file is missing, damaged or of another bundle. The runtime is unchanged, or empty if the file could
+     * @throws StateException the file is missing, damaged, or of another bundle or adapter. The runtime is unchanged, or empty if the file could
      *   not be read to its end.
      */
     public fun load(file: File): String

@@ -4,6 +4,7 @@ import gemma.edge.state.SavedConversation
 import gemma.edge.text.IntList
 import gemma.edge.text.StopTexts
 import java.io.File
+import java.util.WeakHashMap
 import kotlinx.coroutines.CoroutineDispatcher
 import kotlinx.coroutines.Dispatchers
 import kotlinx.coroutines.channels.Channel
@@ -26,21 +27,28 @@ import kotlinx.coroutines.withContext
  * received by then stays in the conversation. The model runs on [dispatcher], never on the caller's thread, and gives one answer at a
  * time.
  *
- * @param runtime the runtime, which nothing else may use.
+ * @param runtime the runtime. Several sessions may share it, also with different adapters: each feeds its own tokens again after another
+ *   one has answered. Nothing else may use it.
  * @param tokenizer the tokenizer of the same bundle.
  * @param template the chat format; it may be null if only [complete] is used.
  * @param dispatcher where the model runs.
+ * @param adapter computes the answers together with the bundle; null takes the one that the runtime has now, if any.
  */
 public class GemmaSession(
     private val runtime: GemmaRuntime,
     private val tokenizer: Tokenizer,
     private val template: ChatTemplate?,
     private val dispatcher: CoroutineDispatcher = Dispatchers.Default,
+    adapter: Adapter? = null,
 ) : AutoCloseable {
-    private val turn = Mutex()
+    private val shared = Shared.of(runtime)
+    private val self = Any()
     private var cached = CachedText.NOTHING
     private val fed = IntList() // ids of all tokens fed since the cache was empty
     private val seen = HashSet<Int>() // distinct ids of the context, for the repetition penalty
+
+    /** The adapter that computes the answers together with the bundle, if any. */
+    public val adapter: Adapter? = adapter ?: runtime.adapter
 
     /** The bundle of the runtime. */
     public val bundle: Bundle get() = runtime.bundle
@@ -105,51 +113,44 @@ public class GemmaSession(
     }
 
     /** Replace the conversation, for example by a saved one. The next turn feeds all of it. */
-    public suspend fun restore(messages: List<Message>): Unit = withContext(dispatcher) {
-        turn.withLock {
-            forget()
-            remember(messages)
-        }
+    public suspend fun restore(messages: List<Message>): Unit = onRuntime {
+        forget()
+        remember(messages)
     }
 
     /**
-     * Write the conversation and the runtime's state to one file, for [load] here and, with the ONNX backend, `Session.restore` in
-     * Python. If an answer is being given, this waits until it ends.
+     * Write the conversation and the runtime's state to one file, for [load] here and `Session.restore` in Python. If an answer is being given, this waits until it ends.
      *
      * @throws java.io.IOException the file cannot be written.
      */
-    public suspend fun save(file: File): Unit = withContext(dispatcher) {
-        turn.withLock {
-            val known = cached.texts.isNotEmpty() && runtime.position == cached.position
-            val ids = if (known) fed.toArray() + cached.pending else IntArray(0)
-            runtime.save(file, SavedConversation(messages, ids, if (known) cached.texts else emptySet()).toNotes())
-        }
+    public suspend fun save(file: File): Unit = onRuntime {
+        val known = cached.texts.isNotEmpty() && (runtime.position == cached.position || runtime.position == 0)
+        val ids = if (known) fed.toArray() + cached.pending else IntArray(0)
+        runtime.save(file, SavedConversation(messages, ids, if (known) cached.texts else emptySet()).toNotes())
     }
 
     /**
-     * Continue a saved conversation. The ONNX backend feeds nothing again; the other backends feed the saved tokens again.
+     * Continue a saved conversation. Only the ExecuTorch backend feeds the saved tokens again.
      *
-     * @throws StateException the file is missing, is damaged, is of another bundle, or holds no conversation. If the runtime could not
-     *   load it, the present conversation is unchanged.
+     * @throws StateException the file is missing, is damaged, is of another bundle or adapter, or holds no conversation. If the runtime
+     *   could not load it, the present conversation is unchanged.
      */
-    public suspend fun load(file: File): Unit = withContext(dispatcher) {
-        turn.withLock {
-            val notes = runtime.load(file)
-            forgetTokens()
-            val saved = try {
-                SavedConversation.of(notes)
-            } catch (error: JsonException) {
-                throw StateException("$file holds no conversation (${error.message}); save one with GemmaSession.save", error)
-            }
-            remember(saved.messages)
-            val position = runtime.position
-            val last = runtime.ids
-            // if tokens were taken back, the cache holds other tokens than the conversation; then the next turn feeds all again
-            if (position in last.size..saved.ids.size && last contentEquals saved.ids.copyOfRange(position - last.size, position)) {
-                fed.addAll(saved.ids.copyOf(position))
-                seen.addAll(saved.ids.asList())
-                cached = CachedText(saved.texts, position, saved.ids.copyOfRange(position, saved.ids.size))
-            }
+    public suspend fun load(file: File): Unit = onRuntime {
+        val notes = runtime.load(file)
+        forgetTokens()
+        val saved = try {
+            SavedConversation.of(notes)
+        } catch (error: JsonException) {
+            throw StateException("$file holds no conversation (${error.message}); save one with GemmaSession.save", error)
+        }
+        remember(saved.messages)
+        val position = runtime.position
+        val last = runtime.ids
+        // if tokens were taken back, the cache holds other tokens than the conversation; then the next turn feeds all again
+        if (position in last.size..saved.ids.size && last contentEquals saved.ids.copyOfRange(position - last.size, position)) {
+            fed.addAll(saved.ids.copyOf(position))
+            seen.addAll(saved.ids.asList())
+            cached = CachedText(saved.texts, position, saved.ids.copyOfRange(position, saved.ids.size))
         }
     }
 
@@ -163,17 +164,35 @@ public class GemmaSession(
         if (maxTokens < 1) throw InputException("maxTokens $maxTokens is below 1")
         if (stop.any { it.isEmpty() }) throw InputException("stop holds an empty text; give texts that have a character")
         val handover = Handover()
-        val pieces = flow { turn.withLock { run(handover) } }.buffer(Channel.RENDEZVOUS).flowOn(dispatcher)
+        val pieces = flow { alone { run(handover) } }.buffer(Channel.RENDEZVOUS).flowOn(dispatcher)
         pieces.collect { piece -> if (handover.receive()) emit(piece) }
     }
 
-    /** The tokens of [prompt] that must be fed. If the cache holds anything but the beginning of [prompt], it is emptied. */
+    /** Run [act] where the model runs, after the answer that is being given, and with this session's adapter. */
+    private suspend fun onRuntime(act: () -> Unit): Unit = withContext(dispatcher) { alone(act) }
+
+    /** Run [act] while no other session uses the runtime. If another one did, the cache is empty. */
+    private suspend inline fun alone(act: () -> Unit) = shared.turn.withLock {
+        runtime.useAdapter(adapter)
+        if (shared.last !== self) runtime.reset()
+        shared.last = self
+        act()
+    }
+
+    /** The tokens that must be fed, so that the cache holds [prompt]. If it holds anything but a beginning of it, it is emptied. */
     private fun newTokens(prompt: String): IntArray {
-        // the position differs if the runtime was used by something else in the meantime
-        val beginning = cached.texts.firstOrNull { prompt.startsWith(it) && runtime.position == cached.position }
-        if (beginning != null) return cached.pending + tokenizer.encode(prompt.removePrefix(beginning), bos = false)
-        forget()
-        return tokenizer.encode(prompt)
+        val beginning = cached.texts.firstOrNull(prompt::startsWith)
+        if (beginning == null) {
+            forget()
+            return tokenizer.encode(prompt)
+        }
+        val new = cached.pending + tokenizer.encode(prompt.removePrefix(beginning), bos = false)
+        if (runtime.position == cached.position) return new
+        // another session has used the runtime: the same tokens again, because those of the text may be others
+        val again = fed.toArray()
+        runtime.reset()
+        fed.clear()
+        return again + new
     }
 
     private fun forget() {
@@ -277,7 +296,9 @@ public class GemmaSession(
          * @param threads number of threads; null takes one per big core, but no more than the bundle's target has.
          * @param cacheDir folder of the app for files that make the next start faster; null keeps none.
          * @param template the chat format; null takes the bundle's.
-         * @throws GemmaException the bundle cannot be used here; see [Bundle.open], [GemmaRuntime.open], [Tokenizer.open], [ChatTemplate.of].
+         * @param adapter folder of an adapter of the bundle, which computes the answers together with it.
+         * @throws GemmaException the bundle cannot be used here; see [Bundle.open], [GemmaRuntime.open], [GemmaRuntime.useAdapter],
+         *   [Adapter.open], [Tokenizer.open], [ChatTemplate.of].
          */
         public suspend fun open(
             folder: File,
@@ -285,12 +306,33 @@ public class GemmaSession(
             threads: Int? = null,
             cacheDir: File? = null,
             template: ChatTemplate? = null,
+            adapter: File? = null,
         ): GemmaSession = withContext(Dispatchers.IO) {
             val bundle = Bundle.open(folder)
             val format = template ?: ChatTemplate.of(bundle)
             val tokenizer = Tokenizer.open(bundle)
-            GemmaSession(GemmaRuntime.open(bundle, backend, threads, cacheDir), tokenizer, format)
+            val opened = adapter?.let(Adapter::open)
+            val runtime = GemmaRuntime.open(bundle, backend, threads, cacheDir)
+            try {
+                runtime.useAdapter(opened)
+            } catch (error: GemmaException) {
+                runtime.close()
+                throw error
+            }
+            GemmaSession(runtime, tokenizer, format)
         }
+    }
+}
+
+/** What the sessions of a runtime share. */
+private class Shared {
+    val turn = Mutex()
+    var last: Any? = null // the session whose tokens are in the cache
+
+    companion object {
+        private val all = WeakHashMap<GemmaRuntime, Shared>()
+
+        fun of(runtime: GemmaRuntime): Shared = synchronized(all) { all.getOrPut(runtime) { Shared() } }
     }
 }
 

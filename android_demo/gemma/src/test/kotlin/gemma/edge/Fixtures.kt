@@ -16,6 +16,15 @@ internal object Fixtures {
 
     val models: List<Model> get() = folders("models").map(::Model)
 
+    /** A bundle with each of its adapters. */
+    val adapters: List<Model> get() = folders("adapters").map(::Model)
+
+    /** Answers of sessions that share a runtime, by turn: one with each adapter, the last without one. */
+    val interleaved: List<List<String>> get() = json(File(root, "interleaved.json")).list.map { row -> row.list.map { it.string } }
+
+    /** An adapter, of no bundle in particular. */
+    val anAdapter: File get() = File(System.getProperty("gemma.adapters"), "int8")
+
     private fun folders(name: String): List<File> {
         val folders = File(root, name).listFiles().orEmpty().sorted()
         check(folders.isNotEmpty()) { "${File(root, name)} is empty or missing: run make android-test" }
@@ -27,6 +36,7 @@ internal object Fixtures {
         private val answers = json(File(folder, "answers.json"))
         val name: String get() = folder.name
         val bundle = File(answers["bundle"].string)
+        val adapter: File? = if (answers["adapter"].value == null) null else File(answers["adapter"].string)
         val tokens = ints(answers["tokens"])
         val calls = ints(answers["calls"])
         val greedy = answers["greedy"].list

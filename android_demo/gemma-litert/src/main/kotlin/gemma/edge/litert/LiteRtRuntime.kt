@@ -42,23 +42,17 @@ internal class LiteRtRuntime(bundle: Bundle, backend: Backend, threads: Int, pac
     private val resources = Resources()
     private val signatures = Signatures(backend.signatures)
     private val model: CompiledModel
+    private val cache: LiteRtCache
     private val inputs = HashMap<String, Map<String, TensorBuffer>>() // by signature
     private val outputs = HashMap<String, Map<String, TensorBuffer>>()
     private var logits = FloatArray(0)
-
-    /** Keys and values of each layer, and which position each slot holds, by kind of layer. */
-    private val cacheShapes: Map<String, List<Int>> = backend.cache.run {
-        val layers = slots.flatMapIndexed { layer, count -> listOf("k", "v").map { "kv_cache_${it}_$layer" to listOf(1, kvHeads, count, headDim) } }
-        val kinds = windows.zip(slots).distinct().mapIndexed { kind, (_, count) -> "$HELD$kind" to listOf(1, 1, 1, count) }
-        (layers + kinds).toMap()
-    }
 
     /** What the logits are before a call: a call that failed without an error leaves them so. */
     private val unknown = FloatArray(bundle.vocabSize) { Float.NaN }
 
     override val library = EngineLibrary("litert", "")
 
-    override val savedCache: SavedCache? get() = null
+    override val savedCache: SavedCache get() = cache
 
     override val atOnce: Int get() = Int.MAX_VALUE // `forward` splits by itself
 
@@ -71,6 +65,7 @@ internal class LiteRtRuntime(bundle: Bundle, backend: Backend, threads: Int, pac
             val options = CompiledModel.Options(Accelerator.CPU)
             options.cpuOptions = CompiledModel.CpuOptions(threads, null, packedWeights)
             model = resources.add(CompiledModel.create(file, options, environment))
+            cache = LiteRtCache(backend.cache) { resources.add(model.createInputBuffer(it, backend.signatures.first().name)) }
             bindBuffers()
             complete = true
         } catch (error: LiteRtException) {
@@ -111,23 +106,18 @@ internal class LiteRtRuntime(bundle: Bundle, backend: Backend, threads: Int, pac
     }
 
     private fun bindBuffers() {
-        val caches = HashMap<String, TensorBuffer>()
+        val caches = cache.buffers
         for (signature in backend.signatures) {
             val name = signature.name
-            for ((key, shape) in cacheShapes) caches.getOrPut(key) { resources.add(model.createInputBuffer(key, name)).also { it.clear(key, shape) } }
             inputs[name] = caches + listOf("tokens", "input_pos").associateWith { resources.add(model.createInputBuffer(it, name)) }
             outputs[name] = if (signature.prefills) caches else caches + ("logits" to resources.add(model.createOutputBuffer("logits", name)))
         }
     }
 
-    private fun TensorBuffer.clear(key: String, shape: List<Int>) {
-        val elements = shape.fold(1, Int::times)
-        if (key.startsWith(HELD)) writeInt(IntArray(elements)) else writeFloat(FloatArray(elements))
-    }
-
     /** Compare the shapes of a signature with the manifest. */
     private fun checkContract(file: Model, signature: Signature) {
-        val named = mapOf("tokens" to listOf(1, signature.tokens), "input_pos" to listOf(signature.tokens)) + cacheShapes
+        val named = mapOf("tokens" to listOf(1, signature.tokens), "input_pos" to listOf(signature.tokens)) +
+            LiteRtCache.shapesOf(backend.cache)
         for ((key, shape) in named) check(signature, key, shape, file.getInputTensorType(key, signature.name).layout?.dimensions)
         if (signature.prefills) return
         check(signature, "logits", listOf(1, signature.tokens, bundle.vocabSize), file.getOutputTensorType("logits", signature.name).layout?.dimensions)
@@ -141,6 +131,5 @@ internal class LiteRtRuntime(bundle: Bundle, backend: Backend, threads: Int, pac
     private companion object {
         // PADDING: the position of a token that fills up a call.
         const val PADDING = -1
-        const val HELD = "kv_cache_held_"
     }
 }

@@ -1,12 +1,19 @@
 package gemma.edge.litert
 
+import gemma.edge.Adapter
 import gemma.edge.Bundle
 import gemma.edge.BundleException
 import gemma.edge.Fixtures
+import gemma.edge.StateException
+import gemma.edge.UnsupportedException
 import gemma.edge.assertRefuses
 import gemma.edge.engine.EngineTest
+import gemma.edge.engine.StoredTensor
 import gemma.edge.run
+import gemma.edge.state.StateFile
+import gemma.edge.state.StateHeader
 import java.io.File
+import java.nio.ByteBuffer
 import org.junit.Assert.assertArrayEquals
 import org.junit.Assert.assertEquals
 import org.junit.Assert.assertNotEquals
@@ -42,6 +49,85 @@ class LiteRtNativeTest : EngineTest("tflite") {
         open(model.bundle, cacheDir).use { assertArrayEquals(model.logits(), it.run(model), 0f) }
         assertNotEquals("it was written again", time - 10_000, kept().lastModified())
         assertEquals(1, File(cacheDir, "gemma-packed").list()!!.size)
+    }
+
+    @Test
+    fun the_saved_cache_goes_on_and_its_tokens_are_not_fed() = open(model.bundle).use { runtime ->
+        runtime.load(rewritten { tensor, bytes -> if (tensor.name == StateFile.IDS) bytes.also { it.putInt(0, 7).putInt(4, 9) } else bytes })
+        assertArrayEquals(intArrayOf(7, 9), runtime.ids.copyOf(2))
+        assertArrayEquals(model.logitsAfterState(), runtime.run(model, rest), 0f)
+    }
+
+    @Test
+    fun a_state_without_a_cache_is_fed_again() = open(model.bundle).use { runtime ->
+        runtime.load(rewritten(keep = { it.name == StateFile.IDS }))
+        assertEquals(model.tokens.size - rest.count(), runtime.position)
+        // chunks of another size round differently
+        assertArrayEquals(model.logitsAfterState(), runtime.run(model, rest), 0.1f)
+    }
+
+    @Test
+    fun nothing_of_an_earlier_text_is_saved() {
+        val files = List(2) { File(temporary.root, "state-$it") }
+        for ((file, earlier) in files.zip(listOf(model.tokens, intArrayOf(2)))) open(model.bundle).use { runtime ->
+            runtime.prefill(earlier)
+            runtime.reset()
+            runtime.run(model, 0 until model.stateCalls)
+            runtime.save(file)
+        }
+        assertArrayEquals(files[0].readBytes(), files[1].readBytes())
+    }
+
+    @Test
+    fun a_foreign_or_damaged_state_is_refused() = open(model.bundle).use { runtime ->
+        runtime.prefill(intArrayOf(2, 3))
+        val first = runtime.decode(5).copyOf()
+        val key = "cache.kv_cache_k_0"
+        val wrong = mapOf(
+            "another bundle" to rewritten(header = { it.copy(identity = "0".repeat(64)) }),
+            "$key is not what this bundle has" to rewritten(keep = { it.name != key }),
+            "cache.kv_cache_held_9 is not" to rewritten(rename = { it.copy(name = it.name.replace("held_1", "held_9")) }),
+            "do not lead to position" to rewritten(header = { it.copy(position = 3) }),
+            "its bytes were changed" to edited { it.also { bytes -> bytes[bytes.size - 1]++ } },
+            "lies outside" to edited { it.copyOf(it.size - 1) },
+        )
+        for ((message, file) in wrong) {
+            assertRefuses<StateException>(message) { runtime.load(file) }
+            assertEquals(message, 3, runtime.position)
+        }
+        runtime.rewind(1)
+        assertArrayEquals("nothing was changed", first, runtime.decode(5), 0f)
+        val infinite = rewritten { tensor, bytes -> if (tensor.name == key) bytes.also { it.putFloat(0, Float.NaN) } else bytes }
+        assertRefuses<StateException>("$key holds numbers that are not finite") { runtime.load(infinite) }
+        assertEquals("the cache is unknown", 0, runtime.position)
+        assertArrayEquals(model.logits(), runtime.run(model), 0f)
+    }
+
+    private val rest = model.stateCalls until model.calls.size
+
+    /** Python's state, with another header, other tensors or other bytes, and with the hash that belongs to them. */
+    private fun rewritten(
+        header: (StateHeader) -> StateHeader = { it },
+        keep: (StoredTensor) -> Boolean = { true },
+        rename: (StoredTensor) -> StoredTensor = { it },
+        change: (StoredTensor, ByteBuffer) -> ByteBuffer = { _, bytes -> bytes },
+    ): File = File.createTempFile("state", null, temporary.root).also { file ->
+        StateFile.open(model.state).use { state ->
+            val originals = state.tensors.filter(keep).associateBy(rename)
+            StateFile.write(file, header(state.header), originals.keys.toList()) { tensor ->
+                listOf(originals.getValue(tensor).let { change(it, state.read(it)) })
+            }
+        }
+    }
+
+    /** Python's state with other bytes. */
+    private fun edited(change: (ByteArray) -> ByteArray): File =
+        File.createTempFile("state", null, temporary.root).also { it.writeBytes(change(model.state.readBytes())) }
+
+    @Test
+    fun adapters_are_refused_by_name() = open(model.bundle).use { runtime ->
+        assertRefuses<UnsupportedException>("the tflite backend takes no adapters", "--lora") { runtime.useAdapter(Adapter.open(Fixtures.anAdapter)) }
+        runtime.useAdapter(null)
     }
 
     @Test

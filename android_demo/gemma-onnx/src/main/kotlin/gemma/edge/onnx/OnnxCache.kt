@@ -5,7 +5,7 @@ import ai.onnxruntime.OnnxTensor
 import ai.onnxruntime.OrtEnvironment
 import gemma.edge.CacheGeometry
 import gemma.edge.engine.SavedCache
-import gemma.edge.engine.StateTensor
+import gemma.edge.engine.StoredTensor
 import gemma.edge.engine.direct
 import gemma.edge.engine.endAt
 import gemma.edge.engine.goTo
@@ -35,19 +35,19 @@ internal class OnnxCache(private val geometry: CacheGeometry, private val enviro
     }
 
     /** The part of each tensor that is in use: (1, kvHeads, rows, headDim). */
-    override fun saved(written: Int): List<StateTensor> = slots.map { (name, count) ->
-        StateTensor(PREFIX + name, if (geometry.int8) "I8" else "F32", shape(minOf(count, written)).map { it.toInt() })
+    override fun saved(written: Int): List<StoredTensor> = slots.map { (name, count) ->
+        StoredTensor(PREFIX + name, if (geometry.int8) "I8" else "F32", shape(minOf(count, written)).map { it.toInt() })
     }
 
     /** See SavedCache; head by head. */
-    override fun rows(saved: StateTensor): List<ByteBuffer> {
+    override fun rows(saved: StoredTensor): List<ByteBuffer> {
         val name = saved.name.removePrefix(PREFIX)
         val all = byName.getValue(name).byteBuffer // a copy of the tensor
         val head = bytesOf(slots.getValue(name)) / geometry.kvHeads
         return List(geometry.kvHeads) { part(all, it * head, saved.bytes.toInt() / geometry.kvHeads) }
     }
 
-    override fun fill(saved: List<StateTensor>, read: (StateTensor) -> ByteBuffer) {
+    override fun fill(saved: List<StoredTensor>, read: (StoredTensor) -> ByteBuffer) {
         // one buffer per size, because the memory of a direct buffer is freed only when the garbage collector finds it
         val whole = HashMap<Int, ByteBuffer>()
         NativeTensors(environment, type).use { memory ->

@@ -4,9 +4,7 @@ import ai.onnxruntime.OnnxJavaType
 import ai.onnxruntime.OnnxTensor
 import ai.onnxruntime.OrtEnvironment
 import ai.onnxruntime.OrtException
-import ai.onnxruntime.OrtLoggingLevel
-import ai.onnxruntime.OrtSession
-import ai.onnxruntime.TensorInfo
+import gemma.edge.Adapter
 import gemma.edge.Backend
 import gemma.edge.Bundle
 import gemma.edge.BundleException
@@ -18,12 +16,12 @@ import gemma.edge.engine.EngineLibrary
 import gemma.edge.engine.EngineOptions
 import gemma.edge.engine.Resources
 import gemma.edge.engine.SavedCache
-import gemma.edge.engine.StateTensor
+import gemma.edge.engine.StoredTensor
 import gemma.edge.engine.direct
 import gemma.edge.engine.endAt
 import gemma.edge.engine.goTo
+import gemma.edge.engine.isFactor
 import gemma.edge.engine.noNativeLibrary
-import java.io.File
 import java.nio.ByteBuffer
 import java.nio.FloatBuffer
 import java.nio.LongBuffer
@@ -57,11 +55,11 @@ public class OnnxEngine : Engine {
  * updates it in place. The graph moves the window itself and reads only rows that it has written. Therefore there is no last position,
  * and a reset does not have to clear the buffers. The inputs and outputs of the graph are described in docs/export/bundle-format.md.
  */
-internal class OnnxRuntime(bundle: Bundle, backend: Backend, private val environment: OrtEnvironment, threads: Int) :
+internal class OnnxRuntime(bundle: Bundle, backend: Backend, private val environment: OrtEnvironment, private val threads: Int) :
     ChunkedRuntime(bundle, backend) {
-    private val graph = bundle.file(backend.program)
     private val resources = Resources()
-    private val session: OrtSession
+    private var graph: OnnxGraph? = null // null only while another one is opened
+    private var graphOf: Adapter? = null // an adapter whose graph is open; it also computes without one
     private val inputs = HashMap<String, OnnxTensor>()
     private val pinned = HashMap<String, OnnxTensor>()
     private val inputPos: LongBuffer = direct(Long.SIZE_BYTES).asLongBuffer()
@@ -77,19 +75,19 @@ internal class OnnxRuntime(bundle: Bundle, backend: Backend, private val environ
 
     init {
         try {
-            session = resources.add(open(graph, threads))
+            graph = OnnxGraph.open(bundle, backend.program, environment, threads)
             cache = resources.add(OnnxCache(backend.cache, environment))
             bindCache()
             inputs["input_pos"] = resources.add(OnnxTensor.createTensor(environment, inputPos, longArrayOf(1)))
             pinned["logits"] = resources.add(
                 OnnxTensor.createTensor(environment, logitsBuffer, longArrayOf(1, 1, bundle.vocabSize.toLong())),
             )
-            checkContract()
+            graph?.checkContract(contract())
         } catch (error: OrtException) {
-            resources.close()
-            throw BundleException("$graph is damaged or is not the graph of this bundle: ${error.message}", error)
+            free()
+            throw BundleException("${bundle.folder} cannot be opened: ${error.message}; import the bundle again", error)
         } catch (error: GemmaException) {
-            resources.close()
+            free()
             throw error
         }
     }
@@ -98,6 +96,7 @@ internal class OnnxRuntime(bundle: Bundle, backend: Backend, private val environ
         for (i in start until end) idBuffer.put(i - start, ids[i].toLong())
         inputPos.put(0, position.toLong())
         inputs["input_ids"] = idTensor(end - start)
+        val session = graph?.session ?: throw BundleException("${bundle.folder} has no open graph; open the bundle again")
         session.run(inputs, emptySet(), pinned).close() // this leaves the pinned outputs open
     }
 
@@ -113,7 +112,39 @@ internal class OnnxRuntime(bundle: Bundle, backend: Backend, private val environ
 
     override fun free() {
         idTensors.values.forEach { it.close() }
+        graph?.close()
         resources.close()
+    }
+
+    override val takesAdapters: Boolean get() = true
+
+    override fun take(adapter: Adapter?) {
+        val before = graphOf
+        try {
+            compute(adapter, adapter ?: before)
+        } catch (error: GemmaException) {
+            compute(this.adapter, before)
+            throw error
+        }
+    }
+
+    /** Compute with an adapter, in the graph of one, from now on. The open graph is closed before another one packs its weights. */
+    private fun compute(adapter: Adapter?, of: Adapter?) {
+        if (graph?.digest != of?.graphDigest.orEmpty()) {
+            graph?.close()
+            graph = null
+            val opened = if (of == null) {
+                OnnxGraph.open(bundle, backend.program, environment, threads)
+            } else {
+                OnnxGraph.open(bundle, of, environment, threads)
+            }
+            graph = opened
+            opened.checkContract(contract())
+        }
+        graphOf = of
+        graph?.take(adapter)
+        inputs.keys.removeAll(::isFactor)
+        inputs.putAll(graph?.inputs.orEmpty())
     }
 
     /** A tensor of the first [length] ids; the tensors of all lengths share one buffer. */
@@ -130,16 +161,6 @@ internal class OnnxRuntime(bundle: Bundle, backend: Backend, private val environ
         return logits
     }
 
-    private fun open(graph: File, threads: Int): OrtSession = OrtSession.SessionOptions().use { options ->
-        options.setIntraOpNumThreads(threads)
-        options.setInterOpNumThreads(1)
-        options.setSessionLogLevel(OrtLoggingLevel.ORT_LOGGING_LEVEL_ERROR)
-        // without an arena, activations are freed after each step: less memory at the same speed (runtimes/engines/onnx.py)
-        options.setCPUArenaAllocator(false)
-        options.setMemoryPatternOptimization(false)
-        environment.createSession(graph.path, options)
-    }
-
     private fun bindCache() {
         for ((name, tensor) in cache.tensors) {
             inputs["past_key_values.$name"] = tensor
@@ -147,43 +168,21 @@ internal class OnnxRuntime(bundle: Bundle, backend: Backend, private val environ
         }
     }
 
-    /** Compare the graph's names, types and shapes with the manifest. A buffer of another shape would crash the process. */
-    private fun checkContract() {
-        val actual = (session.inputInfo + session.outputInfo).mapValues { it.value.info as? TensorInfo }
-        val expected = HashMap<String, Pair<OnnxJavaType, LongArray>>()
-        for ((name, tensor) in inputs + pinned) expected[name] = tensor.info.type to tensor.info.shape
-        expected["input_ids"] = OnnxJavaType.INT64 to longArrayOf(1, ANY)
-        val unmatched = (actual.keys - expected.keys + (expected.keys - actual.keys)).minOrNull()
-        if (unmatched != null) {
-            throw BundleException("$graph is not the graph of this bundle: only one of them has $unmatched; export the bundle again")
-        }
-        for ((name, typeAndShape) in expected.toSortedMap()) {
-            val (type, shape) = typeAndShape
-            val info = actual[name]
-            val same = info != null && info.type == type && info.shape.size == shape.size &&
-                shape.indices.all { info.shape[it] == ANY || shape[it] == ANY || info.shape[it] == shape[it] }
-            if (!same) {
-                throw BundleException(
-                    "$graph: $name is ${info?.type} ${info?.shape?.contentToString()}, " +
-                        "the manifest says $type ${shape.contentToString()}; export the bundle again",
-                )
-            }
-        }
+    /** The types and shapes that a graph of this bundle must have. */
+    private fun contract(): Map<String, Pair<OnnxJavaType, LongArray>> {
+        val bound = inputs.filterKeys { !isFactor(it) } + pinned
+        return bound.mapValues { (_, tensor) -> tensor.info.type to tensor.info.shape } +
+            ("input_ids" to (OnnxJavaType.INT64 to longArrayOf(1, OnnxGraph.ANY)))
     }
 
     /** The cache, bound to the session again after its tensors were replaced. */
     private inner class BoundCache : SavedCache by cache {
-        override fun fill(saved: List<StateTensor>, read: (StateTensor) -> ByteBuffer) {
+        override fun fill(saved: List<StoredTensor>, read: (StoredTensor) -> ByteBuffer) {
             try {
                 cache.fill(saved, read)
             } finally {
                 bindCache()
             }
         }
-    }
-
-    private companion object {
-        // ANY: a size that the graph does not fix.
-        const val ANY = -1L
     }
 }

@@ -26,6 +26,21 @@ class AssistantTest {
     }
 
     @Test
+    fun the_example_with_adapters_answers_with_each() {
+        val adapted = Fixtures.adapters
+        val answers = ArrayList<String>()
+        Skills(adapted.first().bundle, adapted.map { it.adapter!! }).use { skills ->
+            for (model in adapted) runBlocking {
+                val pieces = ArrayList<String>()
+                skills.ask(model.adapter!!.name, model.conversation.first()["text"].string) { pieces += it }
+                answers += pieces.joinToString("")
+                assertTrue(answers.last(), answers.last().startsWith(model.conversation.first()["answer"].string))
+            }
+        }
+        assertEquals(adapted.size, answers.toSet().size)
+    }
+
+    @Test
     fun the_example_shows_what_is_wrong_in_one_line() {
         val pieces = ask(File("nowhere"), "Hi")
         assertEquals(1, pieces.size)

@@ -1,11 +1,15 @@
 package gemma.edge.engine
 
+import gemma.edge.Adapter
+import gemma.edge.AdapterException
 import gemma.edge.Backend
 import gemma.edge.Bundle
+import gemma.edge.Device
 import gemma.edge.GemmaRuntime
 import gemma.edge.InputException
 import gemma.edge.JsonException
 import gemma.edge.StateException
+import gemma.edge.UnsupportedException
 import gemma.edge.state.StateFile
 import gemma.edge.state.StateHeader
 import gemma.edge.text.IntList
@@ -26,6 +30,9 @@ public abstract class ChunkedRuntime(final override val bundle: Bundle, final ov
     final override var position: Int = 0
         private set
 
+    final override var adapter: Adapter? = null
+        private set
+
     final override val ids: IntArray
         @Synchronized get() = kept.toArray()
 
@@ -34,6 +41,12 @@ public abstract class ChunkedRuntime(final override val bundle: Bundle, final ov
 
     /** The largest number of tokens that [forward] takes. */
     protected open val atOnce: Int get() = backend.cache.prefillChunk
+
+    /** Whether [take] can be called. */
+    protected open val takesAdapters: Boolean get() = false
+
+    /** Compute with an adapter of this bundle from now on, or with none. If it cannot, everything is as before. */
+    protected open fun take(adapter: Adapter?): Unit = Unit
 
     /** Run the tokens from [start] until [end] of [ids] at [position]. At position 0 the cache must forget what it holds. */
     protected abstract fun forward(ids: IntArray, start: Int, end: Int)
@@ -72,6 +85,16 @@ public abstract class ChunkedRuntime(final override val bundle: Bundle, final ov
     }
 
     @Synchronized
+    final override fun useAdapter(adapter: Adapter?) {
+        checkOpen()
+        if (identityWith(adapter) == identityWith(this.adapter)) return
+        if (adapter != null) check(adapter)
+        startAt(0)
+        take(adapter)
+        this.adapter = adapter
+    }
+
+    @Synchronized
     final override fun rewind(count: Int) {
         checkOpen()
         val target = position - count
@@ -93,8 +116,8 @@ public abstract class ChunkedRuntime(final override val bundle: Bundle, final ov
         checkOpen()
         val last = kept.toArray()
         val cache = savedCache
-        val tensors = listOf(StateTensor(StateFile.IDS, "I32", listOf(last.size))) + cache?.saved(written).orEmpty()
-        StateFile.write(file, StateHeader(backend.identity, position, written, notes), tensors) { tensor ->
+        val tensors = listOf(StoredTensor(StateFile.IDS, "I32", listOf(last.size))) + cache?.saved(written).orEmpty()
+        StateFile.write(file, StateHeader(identityWith(adapter), position, written, notes), tensors) { tensor ->
             if (tensor.name == StateFile.IDS) listOf(bytesOf(last)) else cache?.rows(tensor).orEmpty()
         }
     }
@@ -104,16 +127,16 @@ public abstract class ChunkedRuntime(final override val bundle: Bundle, final ov
         checkOpen()
         StateFile.open(file).use { state ->
             val header = state.header
-            val identity = backend.identity
+            val identity = identityWith(adapter)
             if (header.identity != identity) {
                 throw StateException(
-                    "$file belongs to another bundle or backend (${header.identity.take(16)}...; this one is ${identity.take(16)}...); " +
+                    "$file belongs to another bundle, backend or adapter (${header.identity.take(16)}...; this one is ${identity.take(16)}...); " +
                         "feed its text again",
                 )
             }
             val last = idsIn(state)
             val cache = savedCache
-            if (cache == null) {
+            if (cache == null || state.tensors.size == 1) { // a state without a cache: its ids alone
                 position = header.position
                 feedAgain(last)
             } else {
@@ -133,6 +156,26 @@ public abstract class ChunkedRuntime(final override val bundle: Bundle, final ov
         closed = true
         free()
     }
+
+    private fun check(adapter: Adapter) {
+        if (!takesAdapters) {
+            throw UnsupportedException(
+                "${bundle.folder}: the ${backend.name} backend takes no adapters; use the onnx backend, " +
+                    "or merge the adapter into a bundle of its own with gemma-export --lora",
+            )
+        }
+        if (adapter.base != backend.identity) {
+            throw AdapterException(
+                "the adapter ${adapter.folder} was made for another bundle than ${bundle.folder}; " +
+                    "make it again with gemma-export adapter and this bundle as --base",
+            )
+        }
+        Device.current().requireMemoryFor(adapter)
+    }
+
+    /** The hash of what a state depends on: `adapted_identity` in runtimes/engines/adapter.py. */
+    private fun identityWith(adapter: Adapter?): String =
+        if (adapter == null) backend.identity else sha256 { update("${backend.identity} ${adapter.digest}".toByteArray()) }
 
     private fun checkOpen() = check(!closed) { "the runtime was closed" }
 
@@ -171,13 +214,19 @@ public abstract class ChunkedRuntime(final override val bundle: Bundle, final ov
         if (different != null) throw StateException("the state is damaged: ${different.name} is not what this bundle has; save it again")
         var complete = false
         try {
-            cache.fill(expected, state::read)
+            cache.fill(expected) { tensor -> state.read(tensor).also { checkFinite(tensor, it) } }
             complete = true
         } catch (error: JsonException) {
             throw StateException("the state is damaged (${error.message}); save it again", error)
         } finally {
             if (!complete) startAt(0) // the contents of the cache are unknown
         }
+    }
+
+    private fun checkFinite(tensor: StoredTensor, bytes: ByteBuffer) {
+        if (tensor.dtype != "F32") return
+        val floats = bytes.asFloatBuffer()
+        while (floats.hasRemaining()) if (!floats.get().isFinite()) throw JsonException("${tensor.name} holds numbers that are not finite")
     }
 
     private fun idsIn(state: StateFile): IntArray {

@@ -8,23 +8,25 @@ import java.nio.ByteOrder
 @EngineApi
 public interface SavedCache {
     /** The tensors of a state after [written] positions. */
-    public fun saved(written: Int): List<StateTensor>
+    public fun saved(written: Int): List<StoredTensor>
 
     /** The bytes of one of these tensors, in pieces. */
-    public fun rows(saved: StateTensor): List<ByteBuffer>
+    public fun rows(saved: StoredTensor): List<ByteBuffer>
 
     /** Fill the cache with saved tensors; [read] returns the bytes of one of them. */
-    public fun fill(saved: List<StateTensor>, read: (StateTensor) -> ByteBuffer)
+    public fun fill(saved: List<StoredTensor>, read: (StoredTensor) -> ByteBuffer)
 }
 
-/** One tensor of a state; [dtype] is the type's name in safetensors. */
+/** One tensor of a safetensors file; [dtype] is the type's name there. */
 @EngineApi
-public data class StateTensor(public val name: String, public val dtype: String, public val shape: List<Int>) {
-    /** Its size in the file. */
-    public val bytes: Long get() = shape.fold(ITEM_BYTES.getValue(dtype)) { product, size -> product * size }
+public data class StoredTensor(public val name: String, public val dtype: String, public val shape: List<Int>) {
+    /** Its size in the file; -1 for one that is too large for an array. */
+    public val bytes: Long get() = shape.fold(ITEM_BYTES.getValue(dtype)) { product, size ->
+        if (product < 0 || product * size > Int.MAX_VALUE) -1 else product * size
+    }
 
     internal companion object {
-        val ITEM_BYTES = mapOf("I8" to 1L, "I32" to 4L, "F32" to 4L)
+        val ITEM_BYTES = mapOf("I8" to 1L, "F16" to 2L, "I32" to 4L, "F32" to 4L)
     }
 }
 

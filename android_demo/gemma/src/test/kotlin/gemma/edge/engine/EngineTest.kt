@@ -99,7 +99,7 @@ abstract class EngineTest(private val backend: String) {
     }
 
     /** The tensors of a state that Python saves and Kotlin does not. */
-    internal open fun notSaved(tensors: List<StateTensor>): Set<StateTensor> = emptySet()
+    internal open fun notSaved(tensors: List<StoredTensor>): Set<StoredTensor> = emptySet()
 
     @Test
     fun greedy_text_and_a_conversation_are_pythons() {

@@ -91,6 +91,8 @@ public class TensorBuffer internal constructor(handle: Long) : JniHandle(handle)
 
     public fun writeFloat(data: FloatArray): Unit = Native.copy(handle, data, 4L * data.size, true)
 
+    public fun readInt(): IntArray = IntArray((Native.size(handle) / 4).toInt()).also { Native.copy(handle, it, 4L * it.size, false) }
+
     public fun readFloat(): FloatArray = FloatArray((Native.size(handle) / 4).toInt()).also { Native.copy(handle, it, 4L * it.size, false) }
 }
 
