@@ -53,7 +53,6 @@ class Plan:
     recipe: str
     context: int  # tokens
     prefill_chunk: int  # tokens
-    pinned: int  # tokens that a text's beginning may keep beyond the context
     kv_dtype: str  # element type of the KV cache, a value of KV_DTYPES
     weights_bytes: int  # weights file, exact; a backend's other files take under 5 MB
     token_bytes: int  # of the weights file that a decoded token reads: all of it but a table that is only looked up in
@@ -63,6 +62,7 @@ class Plan:
     export_ram_bytes: int  # peak of the export, without the gate
     export_disk_bytes: int  # bundle, quantized checkpoint and the gate's logits
     accelerator: str = CPU  # what will compute it
+    pinned: int = 0  # tokens that a text's beginning may keep beyond the context
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -279,7 +279,6 @@ class _Prediction:
             recipe=self.recipe.name,
             context=context,
             prefill_chunk=chunk,
-            pinned=cache.pinned,
             weights_bytes=self.file_bytes,
             token_bytes=self.file_bytes - self.looked_up_bytes + self.looked_up_bytes // config.vocab_size,
             kv_dtype=cache.dtype,
@@ -290,6 +289,7 @@ class _Prediction:
             # The checkpoint is no larger than the bundle's file, unless it also keeps table and head in float.
             export_disk_bytes=2 * self.file_bytes + 4 * tables * config.vocab_size * config.hidden_size,
             accelerator=self.requested.accelerator,
+            pinned=cache.pinned,
         )
 
     def too_large(self, context: int, chunk: int) -> str:

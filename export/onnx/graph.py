@@ -61,7 +61,8 @@ class Step(nn.Module):
         assert isinstance(decoder, Gemma)
         count = decoder.config.num_hidden_layers if self.geometry.dtype == "int8" else 0
         scales = [decoder.get_buffer(scale_name(layer, kind)) for layer in range(count) for kind in KINDS]
-        cache = GroupQueryAttention(decoder.config, self.geometry, past, scales, *kept)
+        past_rows, bias = kept or (None, None)
+        cache = GroupQueryAttention(decoder.config, self.geometry, past, scales, past_rows, bias)
         x = decoder.model(input_ids, input_pos, cache)  # (1, T, hidden)
         return decoder.head(x[:, -1:]), *cache.present  # the 256k-row head never runs over a prompt
 

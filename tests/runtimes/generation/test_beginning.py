@@ -1,4 +1,4 @@
-"""What a chat pins: all that stands before the user's own words, and nothing else. What that does to logits: engines/test_pinned."""
+"""What a chat pins: all that stands before the user's own words, and nothing else. The logits: engines/test_pinned.py."""
 
 from __future__ import annotations
 
