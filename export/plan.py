@@ -17,7 +17,7 @@ from gemma_edge.bundle.ranges import MAX_PINNED
 from gemma_edge.errors import InputError
 from gemma_edge.export.backend import Backend, StoredWeights, exporter
 from gemma_edge.export.gate.limits import LEVELS
-from gemma_edge.export.targets import DEFAULT_CHUNK, DEFAULT_PINNED, GIB, Target
+from gemma_edge.export.targets import DEFAULT_CHUNK, GIB, Target
 from gemma_edge.model.checkpoint import SLICE_BYTES, TABLE, Weights, linear_shapes
 from gemma_edge.model.config import GemmaConfig
 from gemma_edge.model.kv_cache import windows
@@ -37,7 +37,7 @@ class Requested:
 
     context: int | None = None  # tokens; None: the largest of the target's halvings that fits its RAM
     prefill_chunk: int | None = None  # tokens; None: DEFAULT_CHUNK
-    pinned: int | None = None  # that a text's beginning may keep beyond the context; None: DEFAULT_PINNED, or less
+    pinned: int | None = None  # that a text's beginning may keep beyond the context; None: the target's, or less
     kv_dtype: str = "float32"  # element type of the KV cache, a value of KV_DTYPES
     accelerator: str = CPU  # one of the backend's `runs_on`
     verify: str = "quick"  # level of the gate, one of LEVELS: its logits take disk
@@ -246,7 +246,7 @@ class _Prediction:
     def cache(self, context: int, chunk: int) -> CacheGeometry:
         """Geometry of the KV cache of a context."""
         wanted = self.requested
-        default = min(DEFAULT_PINNED, context // PINNED_SHARE) if self.exporter.pins else 0
+        default = min(self.target.pinned, context // PINNED_SHARE) if self.exporter.pins else 0
         return geometry(
             self.source.config,
             context,

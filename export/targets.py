@@ -19,12 +19,14 @@ class Target:
     context: int  # tokens, tried first; halved until it fits
     kv_bits: int = 32  # bits of a KV cache whose scales are calibrated: a key of KV_DTYPES
     backend: str = "onnx"  # default of `backend`
+    pinned: int = DEFAULT_PINNED  # tokens that a text's beginning may keep; less where the context is short
 
 
 TARGETS = {
     target.name: target
     for target in (
-        Target("android", ram_bytes=4 * GIB, threads=4, context=2048, kv_bits=8),
+        # the Kotlin library cannot pin yet
+        Target("android", ram_bytes=4 * GIB, threads=4, context=2048, kv_bits=8, pinned=0),
         Target("raspberry-pi", ram_bytes=6 * GIB, threads=4, context=4096),
         Target("desktop", ram_bytes=16 * GIB, threads=8, context=8192),
         # a page's WebAssembly has 4 GiB of memory at most

@@ -100,6 +100,9 @@ public class CacheGeometry internal constructor(
             val layers = node["layers"].list
             val kinds = config["layer_types"].list
             if (layers.size != kinds.size || layers.isEmpty()) node["layers"].fail("a list of ${kinds.size} layers")
+            if (layers.any { "pinned" in it && it["pinned"].int(0..MAX_TOKENS) != 0 }) {
+                throw UnsupportedException("a KV cache that keeps the beginning of a text; export the bundle with --pinned 0")
+            }
             val local = minOf(config["sliding_window"].int(1..MAX_TOKENS), context)
             val windows = layers.zip(kinds) { layer, kind -> layer["window"].equalTo(if (kind.string == LOCAL) local else context) }
             // a buffer's bytes are an Int
