@@ -38,6 +38,11 @@ class BundleTest {
     }
 
     @Test
+    fun a_cache_that_keeps_the_beginning_of_a_text_is_refused_by_name() {
+        assertRefuses<UnsupportedException>("keeps the beginning of a text", "--pinned 0") { Bundle.open(changed("\"pinned\": 0", "\"pinned\": 9")) }
+    }
+
+    @Test
     fun every_byte_is_hashed_and_counted() {
         val bundle = Bundle.open(Fixtures.demoBundle)
         var last = 0L
