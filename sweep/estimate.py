@@ -12,7 +12,8 @@ from statistics import median
 import torch
 
 from gemma_edge.progress import Progress, no_progress
-from gemma_edge.quantize.calibration.layerwise import Calibration, estimate_s
+from gemma_edge.quantize.calibration.estimate import estimate_s
+from gemma_edge.quantize.calibration.layerwise import Calibration
 from gemma_edge.quantize.recipe import DEFAULT_QUALITY, QUALITIES
 from gemma_edge.sweep.cluster.remote import open_store
 from gemma_edge.sweep.cluster.store import Store
