@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ class Job:
     phone: str = ""  # serial number
     answer_s: float = 0.0  # of a phone
     cool_s: float = 0.0  # of a phone
+    split: bool = False  # whether idle nodes help with a calibration
+    helpers: Callable[[], AbstractContextManager[Any]] | None = None  # those, set by the node that does the unit
 
 
 @dataclass(frozen=True)
@@ -93,12 +96,14 @@ def _quantize(job: Job, folder: Path, inputs: Mapping[str, Path]) -> dict[str, A
     from gemma_edge.export.api import open_model
     from gemma_edge.progress import no_progress
     from gemma_edge.quantize.api import Quantization, choose_calibration, make_checkpoint
+    from gemma_edge.quantize.calibration.windows import in_turn
 
     opened = open_model(job.options, plan_only=True)
     quantization = job.options.quantization
     seen = choose_calibration(quantization, opened.source, opened.recipe)
     work = Quantization(quantization, opened.source, opened.recipe, seen)
-    _, learnt = make_checkpoint(work, folder / CHECKPOINT, no_progress, [])
+    with job.helpers() if job.helpers is not None else nullcontext(in_turn) as each:
+        _, learnt = make_checkpoint(work, folder / CHECKPOINT, no_progress, [], each)
     return {"learnt": learnt}
 
 

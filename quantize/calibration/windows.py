@@ -65,20 +65,22 @@ def runner(source: Weights, layer: int, tokens: int) -> LayerRun:
     return LayerRun(source.config, layer, tokens, rope)
 
 
-def shards(x: Tensor) -> tuple[Tensor, ...]:
-    """Views of windows (N, T, hidden): SHARD windows each, the last one fewer."""
-    return x.split(SHARD)
+def shards(x: Tensor) -> Iterator[Tensor]:
+    """Windows (N, T, hidden) in parts of SHARD, the last one of fewer; copies, as a view is pickled with all that it views."""
+    return (part.clone() for part in x.split(SHARD))
 
 
 def advance(block: nn.Module, x: Tensor, run: Run, each: Each = in_turn) -> None:
     """Apply a block to every window of (N, T, hidden), in place."""
-    for part, out in zip(shards(x), each(partial(_outputs, block, run), shards(x)), strict=True):
+    for part, out in zip(x.split(SHARD), each(partial(_outputs, block, run), shards(x)), strict=True):
         part.copy_(out)
 
 
 def advance_with_ranges(block: nn.Module, x: Tensor, run: LayerRun, ranges: KVRanges, each: Each = in_turn) -> None:
     """`advance`, and `ranges` is given the keys and values."""
-    for part, (out, seen) in zip(shards(x), each(partial(_outputs_and_ranges, block, run), shards(x)), strict=True):
+    for part, (out, seen) in zip(
+        x.split(SHARD), each(partial(_outputs_and_ranges, block, run), shards(x)), strict=True
+    ):
         part.copy_(out)
         ranges.merge(seen)
 

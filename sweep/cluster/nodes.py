@@ -20,7 +20,7 @@ from distributed import Client, Future, LocalCluster
 from gemma_edge.bench import machine
 from gemma_edge.errors import InputError, one_line
 from gemma_edge.memory import room_bytes
-from gemma_edge.sweep.cluster import carried, work
+from gemma_edge.sweep.cluster import carried, process, work
 from gemma_edge.sweep.cluster.store import Record, Store
 from gemma_edge.sweep.options import named_phones
 from gemma_edge.sweep.units import CORES, PHONE_PREFIX, QUIET, RAM, Unit, phone_resource
@@ -149,7 +149,7 @@ class Nodes:
 
     def stop(self) -> None:
         """End what still runs for this sweep."""
-        self._client.run(work.stop, self._sweep, on_error="ignore")
+        self._client.run(process.stop, self._sweep, on_error="ignore")
 
 
 # PRIORITIES: what is done first. Benchmarks last: they need a quiet machine, and other work would wait for them.

@@ -19,9 +19,9 @@ from gemma_edge.export.options import ExportOptions
 from gemma_edge.export.plan import Plan
 from gemma_edge.model.config import GemmaConfig
 from gemma_edge.quantize.recipe import make_recipe
+from gemma_edge.sweep.cluster.process import UnitFailed
 from gemma_edge.sweep.cluster.schedule import Runner
 from gemma_edge.sweep.cluster.store import Store
-from gemma_edge.sweep.cluster.work import UnitFailed
 from gemma_edge.sweep.course import Course
 from gemma_edge.sweep.options import Limits, Measuring, SweepOptions
 from gemma_edge.sweep.points import LeftOut, Planned, Point
