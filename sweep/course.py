@@ -16,6 +16,7 @@ from gemma_edge.sweep.units import (
     BENCH,
     CORES,
     EVALUATE,
+    GPU,
     JUDGE,
     LOWER,
     PHONE,
@@ -40,7 +41,15 @@ TOO_FAR = 1e9  # added to what is minimized where a point breaks a limit
 class Course:
     """Knows the units of every point, and what follows from each result."""
 
-    def __init__(self, options: SweepOptions, planned: Planned, machines: Sequence[str], phones: Sequence[str]) -> None:
+    def __init__(
+        self,
+        options: SweepOptions,
+        planned: Planned,
+        machines: Sequence[str] = (),
+        phones: Sequence[str] = (),
+        *,
+        gpu: bool = False,
+    ) -> None:
         """Nothing runs yet.
 
         Args:
@@ -48,7 +57,9 @@ class Course:
             planned: its points.
             machines: processors that time things: a figure of another one is not taken from the store.
             phones: serial numbers.
+            gpu: whether a node offers a GPU: what can use one goes there.
         """
+        self._gpu = gpu
         self._options, self._planned, self._machines, self._phones = options, planned, machines, phones
         self.rows = {point.number: _row(point) for point in planned.points}
         for one in planned.left_out:
@@ -93,13 +104,20 @@ class Course:
 
     def quantizing(self, point: Point) -> Unit:
         """The unit that makes a point's integers."""
-        needs = {CORES: self._options.where.cores, RAM: point.plan.export_ram_bytes}
-        return Unit(QUANTIZE, point.quantization, f"quantize {point.name}", Job(point.options), needs=needs)
+        needs = self._exporting(point)
+        if self._gpu and point.options.quantization.distill:
+            needs[GPU] = 1.0
+        job = Job(point.options, split=self._options.where.split and point.calibration_tokens > 0)
+        return Unit(QUANTIZE, point.quantization, f"quantize {point.name}", job, needs=needs)
+
+    def _exporting(self, point: Point) -> dict[str, float]:
+        return {CORES: self._options.where.cores, RAM: point.plan.export_ram_bytes}
 
     def lowering(self, point: Point) -> Unit:
         """The unit that makes a point's bundle."""
         before = self.quantizing(point)
-        return Unit(LOWER, point.lowering, f"lower {point.name}", Job(point.options), {QUANTIZE: before}, before.needs)
+        job, needs = Job(point.options), self._exporting(point)
+        return Unit(LOWER, point.lowering, f"lower {point.name}", job, {QUANTIZE: before}, needs)
 
     def _job(self, point: Point, tokens: int) -> Job:
         threads, texts = self._options.where.cores, tuple(path.absolute() for path in self._options.measuring.texts)
@@ -107,10 +125,9 @@ class Course:
 
     def _evaluating(self, point: Point, tokens: int) -> Unit:
         cores, texts = self._options.where.cores, (self._texts, self._window, tokens)
-        needs = {CORES: cores, RAM: point.plan.export_ram_bytes}
         job = self._job(point, tokens)
         key = key_of(REFERENCE, self._planned.model, texts, cores)
-        reference = Unit(REFERENCE, key, f"reference on {tokens} tokens", job, needs=needs)
+        reference = Unit(REFERENCE, key, f"reference on {tokens} tokens", job, needs=self._exporting(point))
         lowered = self.lowering(point)
         return Unit(
             EVALUATE,

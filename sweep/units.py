@@ -24,8 +24,7 @@ CHECKPOINT, BUNDLE = "checkpoint", "bundle"  # folders in a unit's own
 QUANTIZE, LOWER, REFERENCE, EVALUATE, BENCH, PHONE, JUDGE = (
     *("quantize", "lower", "reference", "evaluate", "bench", "phone", "judge"),
 )
-CORES, RAM, QUIET = "cores", "ram", "bench"  # resources of a node; phones have one each: phone:SERIAL
-
+CORES, RAM, QUIET, GPU = "cores", "ram", "bench", "gpu"  # resources of a node; phones have one each: phone:SERIAL
 
 PHONE_PREFIX = "phone:"
 

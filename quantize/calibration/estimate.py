@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 
@@ -54,6 +55,7 @@ def _makespan(jobs: Sequence[float], nodes: int) -> float:
     return max(busy)
 
 
+@cache
 def _seconds_per_flop() -> float:
     x = torch.ones(1024, 2048)
     fastest = float("inf")

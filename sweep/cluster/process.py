@@ -31,6 +31,7 @@ LOADED = (
     "gemma_edge.evaluate.evaluate",
     "gemma_edge.evaluate.folder_model",
 )
+VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"  # variable that CUDA and ROCm heed
 LOG_BYTES = 20_000  # of a failed unit's output that are kept
 Value = TypeVar("Value")
 _running: dict[int, str] = {}  # process -> the sweep that it works for
@@ -44,21 +45,23 @@ class UnitFailed(RuntimeError):
         self.reason, self.again, self.log, self.address = reason, again, log, address
 
 
-def in_process(work: Callable[[], Value], sweep: str, threads: int | None) -> Value:
+def in_process(work: Callable[[], Value], sweep: str, threads: int | None, *, gpu: bool = False) -> Value:
     """Do some work in a process of its own.
 
     Args:
         work: can be pickled.
         sweep: for `stop`.
         threads: of torch; None: it is not used.
+        gpu: whether it sees the machine's GPU.
 
     Raises:
         UnitFailed: it cannot be done, or its process died.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(LOADED))
+    environment = {**os.environ, **({} if gpu else {VISIBLE_GPUS: ""})}
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(work, threads, theirs, dict(os.environ)), daemon=False)
+    process = context.Process(target=_child, args=(work, threads, theirs, environment), daemon=False)
     process.start()
     theirs.close()
     assert process.pid is not None

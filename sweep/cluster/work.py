@@ -10,7 +10,7 @@ from gemma_edge.sweep.cluster import process
 from gemma_edge.sweep.cluster.helpers import helpers
 from gemma_edge.sweep.cluster.quiet import working
 from gemma_edge.sweep.cluster.store import Record, Store
-from gemma_edge.sweep.units import BENCH, CORES, EVALUATE, JUDGE, LOWER, QUANTIZE, REFERENCE, Unit
+from gemma_edge.sweep.units import BENCH, CORES, EVALUATE, GPU, JUDGE, LOWER, QUANTIZE, RAM, REFERENCE, Unit
 
 WITH_TORCH = (QUANTIZE, LOWER, REFERENCE, EVALUATE, JUDGE)
 
@@ -32,14 +32,15 @@ def run_unit(unit: Unit, store: Store, sweep: str) -> Record:
         unit = replace(unit, job=replace(unit.job, helpers=_helpers(unit, sweep)))
     threads = int(unit.needs.get(CORES, 1)) if unit.kind in WITH_TORCH else None
     with working(alone=unit.kind == BENCH):
-        return process.in_process(partial(store.make, unit, process.name()), sweep, threads)
+        return process.in_process(partial(store.make, unit, process.name()), sweep, threads, gpu=GPU in unit.needs)
 
 
 def _helpers(unit: Unit, sweep: str) -> object:
     from distributed import get_worker
 
     worker = get_worker()
-    return partial(helpers, worker.scheduler.address, worker.address, sweep, dict(unit.needs))
+    needs = {name: unit.needs[name] for name in (CORES, RAM)}
+    return partial(helpers, worker.scheduler.address, worker.address, sweep, needs)
 
 
 def sees(path: Path) -> bool:

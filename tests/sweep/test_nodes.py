@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,9 +19,9 @@ from support.sweeping.fake_units import FakeStore
 from gemma_edge.errors import InputError
 from gemma_edge.export.options import ExportOptions
 from gemma_edge.sweep.cluster import process
-from gemma_edge.sweep.cluster.nodes import nodes
+from gemma_edge.sweep.cluster.nodes import nodes, own_resources
 from gemma_edge.sweep.cluster.schedule import Outcome, Runner
-from gemma_edge.sweep.units import CORES, QUIET, RAM, Job, Unit
+from gemma_edge.sweep.units import CORES, GPU, QUIET, RAM, Job, Unit
 
 JOB = Job(ExportOptions())
 
@@ -100,6 +101,46 @@ def test_work_goes_where_its_resources_are_and_a_lost_nodes_work_is_done_by_the_
     assert where["second"] and where["first"] | where["second"] == {one.key for one in (*ordinary, *timed)}
     finished = [str(outcome.record["node"]) for outcome in ended.values() if outcome.record]
     assert len(finished) == 15
+
+
+def test_work_that_can_use_a_gpu_goes_where_one_is_and_other_work_does_not_see_it(tmp_path: Path) -> None:
+    """No GPU is needed for this: a resource is a name, and a process sees what its environment says."""
+    offers = {CORES: 1.0, RAM: 1e12}
+    names = {"plain": offers, "fast": {**offers, GPU: 1.0}}
+    store = FakeStore(tmp_path)
+    units = [unit(f"slow-{number}") for number in range(4)]
+    units += [unit(f"distill-{number}", **{CORES: 1, GPU: 1}) for number in range(3)]
+    variables = {name: {"CUDA_VISIBLE_DEVICES": "7"} for name in names}
+    with (
+        cluster(tmp_path, names, environments=variables) as (address, (_, fast)),
+        nodes(address, store, 0, []) as running,
+    ):
+        ended = run_all(Runner(running, store, 0), units)
+    places = {key: int(node.rpartition(":")[2]) for key, _, node in store.begun()}
+    assert {places[key] for key in places if key.startswith("distill")} == {fast.pid}
+    assert {places[key] for key in places if key.startswith("slow")} - {fast.pid}
+    assert {key: outcome.result["gpus"] for key, outcome in ended.items()} == {
+        key: "7" if key.startswith("distill") else "" for key in places
+    }
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_machine_offers_the_gpu_that_torch_sees(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    fake = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: there))
+    monkeypatch.setitem(sys.modules, "torch", fake)
+    assert (own_resources([]).get(GPU) == 1.0) == there
+    assert GPU not in own_resources([], gpu=False)
+    monkeypatch.delitem(sys.modules, "torch")
+    asked: list[list[str]] = []
+
+    def answer(words: list[str], **more: object) -> SimpleNamespace:
+        asked.append(words)
+        return SimpleNamespace(returncode=int(not there))
+
+    monkeypatch.setattr(subprocess, "run", answer)
+    assert (GPU in own_resources([])) == there and "torch.cuda.is_available()" in asked[0][2]
 
 
 def test_without_a_shared_folder_results_travel_through_the_engine(
