@@ -64,6 +64,7 @@ REST = (
     click.option(
         "--calibration", "calibration_text", type=PATH, multiple=True, help="Text to calibrate on; repeatable."
     ),
+    click.option("--calibration-chat", is_flag=True, help="Put plain calibration text into chat form, for -it models."),
     click.option("--text", "texts", type=PATH, multiple=True, help="UTF-8 file to evaluate on; repeatable."),
     click.option("--max-tokens", type=int, default=4096, show_default=True, help="Tokens of an evaluation."),
     click.option("--no-bench", is_flag=True, help="Time nothing."),
@@ -200,7 +201,7 @@ def _need_extra() -> None:
 
 def _options(context: click.Context, choices: dict[str, Any]) -> SweepOptions:
     space = _space(choices)
-    text = CalibrationText(paths=choices["calibration_text"])
+    text = CalibrationText(paths=choices["calibration_text"], chat=choices["calibration_chat"])
     base = ExportOptions(
         model=choices["model"],
         target=choices["target"],

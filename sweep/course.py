@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import gemma_edge
 from gemma_edge.sweep.cluster.schedule import Outcome, Runner
 from gemma_edge.sweep.halving import Halving, rungs
 from gemma_edge.sweep.options import SweepOptions
@@ -19,6 +20,7 @@ from gemma_edge.sweep.units import (
     GPU,
     JUDGE,
     LOWER,
+    MERGE,
     PHONE,
     QUANTIZE,
     QUIET,
@@ -113,6 +115,13 @@ class Course:
     def _exporting(self, point: Point) -> dict[str, float]:
         return {CORES: self._options.where.cores, RAM: point.plan.export_ram_bytes}
 
+    def _merging(self, point: Point) -> dict[str, Unit]:
+        """The unit that makes a point's original, where that is not the model's folder."""
+        if not point.merged:
+            return {}
+        key, job = key_of(MERGE, gemma_edge.__version__, point.model), Job(point.options)
+        return {MERGE: Unit(MERGE, key, f"original of {point.name}", job, needs=self._exporting(point))}
+
     def lowering(self, point: Point) -> Unit:
         """The unit that makes a point's bundle."""
         before = self.quantizing(point)
@@ -126,15 +135,15 @@ class Course:
     def _evaluating(self, point: Point, tokens: int) -> Unit:
         cores, texts = self._options.where.cores, (self._texts, self._window, tokens)
         job = self._job(point, tokens)
-        key = key_of(REFERENCE, self._planned.model, texts, cores)
-        reference = Unit(REFERENCE, key, f"reference on {tokens} tokens", job, needs=self._exporting(point))
+        key, merged = key_of(REFERENCE, point.model, texts, cores), self._merging(point)
+        reference = Unit(REFERENCE, key, f"reference on {tokens} tokens", job, merged, needs=self._exporting(point))
         lowered = self.lowering(point)
         return Unit(
             EVALUATE,
             key_of(EVALUATE, point.lowering, texts, cores),
             f"evaluate {point.name} on {tokens} tokens",
             job,
-            {LOWER: lowered, REFERENCE: reference},
+            {LOWER: lowered, REFERENCE: reference, **merged},
             {CORES: cores, RAM: point.plan.device_ram_bytes},
         )
 

@@ -46,7 +46,9 @@ def sweep(options: SweepOptions, progress: Progress = no_progress) -> SweepResul
             phones = running.phones(requested)
         if where.address is not None:
             named = store.shared if where.store is not None else []
-            _refuse_blind(running, [*named, *_local(planned.points[0].options.model)])
+            texts = [path.absolute() for path in options.measuring.texts]
+            read = [path for point in planned.points for path in planning.local_paths(point.options)]
+            _refuse_blind(running, list(dict.fromkeys([*named, *texts, *read])))
             running.carries = any(running.blind(path) for path in store.shared)
         runner = Runner(running, store, where.retries)
         gpu = any(GPU in node.resources for node in running.now())
@@ -63,11 +65,6 @@ def sweep(options: SweepOptions, progress: Progress = no_progress) -> SweepResul
             running.stop()
     _write(result, options, runner)
     return result
-
-
-def _local(model: str) -> list[Path]:
-    path = Path(model)
-    return [path] if path.exists() else []
 
 
 def _refuse(options: SweepOptions) -> None:

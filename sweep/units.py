@@ -21,8 +21,8 @@ from gemma_edge.export.options import ExportOptions
 
 CHECKPOINT, BUNDLE = "checkpoint", "bundle"  # folders in a unit's own
 # Kinds of units. The figures in a sweep's result count by them.
-QUANTIZE, LOWER, REFERENCE, EVALUATE, BENCH, PHONE, JUDGE = (
-    *("quantize", "lower", "reference", "evaluate", "bench", "phone", "judge"),
+MERGE, QUANTIZE, LOWER, REFERENCE, EVALUATE, BENCH, PHONE, JUDGE = (
+    *("merge", "quantize", "lower", "reference", "evaluate", "bench", "phone", "judge"),
 )
 CORES, RAM, QUIET, GPU = "cores", "ram", "bench", "gpu"  # resources of a node; phones have one each: phone:SERIAL
 
@@ -91,6 +91,16 @@ def compute(unit: Unit, folder: Path, inputs: Mapping[str, Path]) -> dict[str, A
     return _COMPUTE[unit.kind](unit.job, folder, inputs)
 
 
+def _merge(job: Job, folder: Path, inputs: Mapping[str, Path]) -> dict[str, Any]:
+    """The original of a point with an adapter or a smaller vocabulary, in float."""
+    from gemma_edge.quantize.api import quantize
+    from gemma_edge.quantize.options import QuantizeOptions
+
+    options = job.options
+    quantize(options.model, folder / CHECKPOINT, QuantizeOptions(bits=32), lora=options.lora, vocab=options.vocab)
+    return {}
+
+
 def _quantize(job: Job, folder: Path, inputs: Mapping[str, Path]) -> dict[str, Any]:
     from gemma_edge.export.api import open_model
     from gemma_edge.progress import no_progress
@@ -131,7 +141,7 @@ def _reference(job: Job, folder: Path, inputs: Mapping[str, Path]) -> dict[str, 
     from gemma_edge.evaluate.evaluate import evaluate
     from gemma_edge.evaluate.options import EvaluationOptions
 
-    options = EvaluationOptions((), _original(job), job.texts, window=job.window, max_tokens=job.tokens)
+    options = EvaluationOptions((), _original(job, inputs), job.texts, window=job.window, max_tokens=job.tokens)
     reference = evaluate(options, reference_folder=folder).reference
     assert reference is not None, "it was requested"
     return {"ppl": reference.ppl, "tokens": reference.tokens}
@@ -143,7 +153,7 @@ def _evaluate(job: Job, folder: Path, inputs: Mapping[str, Path]) -> dict[str, A
 
     options = EvaluationOptions(
         (inputs[LOWER] / BUNDLE,),
-        _original(job),
+        _original(job, inputs),
         job.texts,
         window=job.window,
         max_tokens=job.tokens,
@@ -155,10 +165,10 @@ def _evaluate(job: Job, folder: Path, inputs: Mapping[str, Path]) -> dict[str, A
     return {name: getattr(result, name) for name in names}
 
 
-def _original(job: Job) -> Path:
+def _original(job: Job, inputs: Mapping[str, Path]) -> Path:
     from gemma_edge.model import hub
 
-    return hub.resolve(job.options.model)
+    return inputs[MERGE] / CHECKPOINT if MERGE in inputs else hub.resolve(job.options.model)
 
 
 def _bench(job: Job, folder: Path, inputs: Mapping[str, Path]) -> dict[str, Any]:
@@ -203,6 +213,7 @@ def _phone(job: Job, folder: Path, inputs: Mapping[str, Path]) -> dict[str, Any]
 
 RECORD = "unit.json"  # file of a finished unit: its figures, and what it took
 _COMPUTE = {
+    MERGE: _merge,
     QUANTIZE: _quantize,
     LOWER: _lower,
     REFERENCE: _reference,

@@ -165,7 +165,7 @@ class Nodes:
 
 
 # PRIORITIES: what is done first. Benchmarks last: they need a quiet machine, and other work would wait for them.
-PRIORITIES = {"reference": 2, "quantize": 1, "bench": -1, "phone": 1}
+PRIORITIES = {"merge": 2, "reference": 2, "quantize": 1, "bench": -1, "phone": 1}
 
 
 @contextmanager

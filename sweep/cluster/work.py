@@ -10,9 +10,9 @@ from gemma_edge.sweep.cluster import process
 from gemma_edge.sweep.cluster.helpers import helpers
 from gemma_edge.sweep.cluster.quiet import working
 from gemma_edge.sweep.cluster.store import Record, Store
-from gemma_edge.sweep.units import BENCH, CORES, EVALUATE, GPU, JUDGE, LOWER, QUANTIZE, RAM, REFERENCE, Unit
+from gemma_edge.sweep.units import BENCH, CORES, EVALUATE, GPU, JUDGE, LOWER, MERGE, QUANTIZE, RAM, REFERENCE, Unit
 
-WITH_TORCH = (QUANTIZE, LOWER, REFERENCE, EVALUATE, JUDGE)
+WITH_TORCH = (MERGE, QUANTIZE, LOWER, REFERENCE, EVALUATE, JUDGE)
 
 
 def run_unit(unit: Unit, store: Store, sweep: str) -> Record:

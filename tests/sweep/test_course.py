@@ -39,7 +39,7 @@ def point(number: int) -> Point:
     plan = Plan("android", "onnx", "int4", 256, 64, "float32", number * 10**6, 1, 1, 10**7, 10**9, 10**8, 10**8)
     choice = {"bits": number}
     return Point(
-        number, f"bits {number}", choice, ExportOptions(), plan, f"q{number // 3}", f"l{number}", make_recipe(4), 0
+        number, f"bits {number}", choice, ExportOptions(), plan, f"q{number // 3}", f"l{number}", make_recipe(4), 0, "m"
     )
 
 
@@ -59,7 +59,7 @@ def swept(
 
     started: list[Unit] = []
     planned = Planned(
-        [point(number) for number in range(count)], [LeftOut(count, "no", {"bits": 99}, "why not")], "m", CONFIG
+        [point(number) for number in range(count)], [LeftOut(count, "no", {"bits": 99}, "why not")], CONFIG
     )
     store = Store(tmp_path)
     runner = Runner(FakeNodes(store, failures or {}, results), store, 0)  # type: ignore[arg-type]
@@ -124,7 +124,7 @@ def test_a_failed_unit_ends_its_points_only(tmp_path: Path, budget: int | None) 
 def test_a_distillation_is_placed_on_a_gpu_where_there_is_one(tmp_path: Path) -> None:
     plain, other = point(0), point(3)
     distilled = replace(other, options=ExportOptions(quantization=QuantizeOptions(distill=4096)))
-    planned = Planned([plain, distilled], [], "m", CONFIG)
+    planned = Planned([plain, distilled], [], CONFIG)
     for gpu in (False, True):
         course = Course(options(tmp_path), planned, gpu=gpu)
         placed = {unit.id for unit in course.everything() if GPU in unit.needs}
@@ -133,7 +133,7 @@ def test_a_distillation_is_placed_on_a_gpu_where_there_is_one(tmp_path: Path) ->
 
 def test_only_calibrations_are_split_and_only_where_that_is_requested(tmp_path: Path) -> None:
     plain, calibrated = point(0), replace(point(3), calibration_tokens=8192)
-    planned = Planned([plain, calibrated], [], "m", CONFIG)
+    planned = Planned([plain, calibrated], [], CONFIG)
     for split in (False, True):
         course = Course(options(tmp_path, where=Where(split=split)), planned)
         found = {unit.id for unit in course.everything() if unit.job.split}
