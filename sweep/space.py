@@ -144,4 +144,10 @@ def options_of(choice: Choice, base: ExportOptions) -> ExportOptions:
 def name_of(choice: Choice, space: Mapping[str, Sequence[Any]]) -> str:
     """A point's name for people: the values that tell it from other points."""
     varied = [name for name in choice if len(space[name]) > 1] or list(choice)
-    return ", ".join(choice[name] if AXES[name].kind is str else f"{name} {choice[name]}" for name in varied)
+    return ", ".join(_word(name, choice[name]) for name in varied)
+
+
+def _word(name: str, value: object) -> str:
+    if value == NONE:
+        return f"no {name}"
+    return str(value) if AXES[name].kind is str else f"{name} {value}"
