@@ -279,7 +279,7 @@ def _options(choices: dict[str, Any]) -> ExportOptions:
 def _say_how_long_calibration_takes(opened: Any) -> None:
     if opened.calibration is None:
         return
-    from gemma_edge.quantize.calibration.layerwise import estimate_s
+    from gemma_edge.quantize.calibration.estimate import estimate_s
 
     minutes = estimate_s(opened.source.config, opened.recipe, opened.calibration) / 60
     click.echo(

@@ -23,6 +23,7 @@ from gemma_edge.progress import Progress, Stage, no_progress, stage
 from gemma_edge.quantize.calibration import cache, layerwise
 from gemma_edge.quantize.calibration import text as calibration
 from gemma_edge.quantize.calibration.head import calibrates_head, head_quantizer
+from gemma_edge.quantize.calibration.windows import Each, in_turn
 from gemma_edge.quantize.checkpoint.split_table import split_where_needed
 from gemma_edge.quantize.checkpoint.store import (
     QuantizedCheckpoint,
@@ -253,9 +254,12 @@ def choose_calibration(options: QuantizeOptions, source: Weights, recipe: Recipe
 
 
 def make_checkpoint(
-    work: Quantization, out: Path, progress: Progress, stages: list[Stage]
+    work: Quantization, out: Path, progress: Progress, stages: list[Stage], each: Each = in_turn
 ) -> tuple[QuantizedCheckpoint, dict[str, Any]]:
     """Calibrate if there is text to look at, write the checkpoint, and distill if the options say so.
+
+    Args:
+        each: does the jobs of a calibration that do not depend on each other.
 
     Returns:
         the checkpoint, and what the manifest says of its calibration.
@@ -269,7 +273,7 @@ def make_checkpoint(
             stage(stages, "calibrate"),
             progress("calibrate, layers", source.config.num_hidden_layers, False) as advance,
         ):
-            reports, kv_scales = layerwise.calibrate(source, work.recipe, work.calibration, folder, advance)
+            reports, kv_scales = layerwise.calibrate(source, work.recipe, work.calibration, folder, advance, each)
         head = head_quantizer(folder, work.recipe) if calibrates_head(source, work.recipe) else None
         fitted = Fitted(partial(layerwise.layer_file, folder), head, kv_scales)
         learnt = _learnt(work.options.calibration_text, work.calibration, reports)

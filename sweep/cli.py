@@ -64,6 +64,7 @@ REST = (
     click.option(
         "--calibration", "calibration_text", type=PATH, multiple=True, help="Text to calibrate on; repeatable."
     ),
+    click.option("--calibration-chat", is_flag=True, help="Put plain calibration text into chat form, for -it models."),
     click.option("--text", "texts", type=PATH, multiple=True, help="UTF-8 file to evaluate on; repeatable."),
     click.option("--max-tokens", type=int, default=4096, show_default=True, help="Tokens of an evaluation."),
     click.option("--no-bench", is_flag=True, help="Time nothing."),
@@ -78,6 +79,11 @@ REST = (
         "--address", help="Address of a Dask scheduler. Default: this machine, for as long as the sweep lasts."
     ),
     click.option("--store", help="Folder or URL that every node reaches, for the units' results. Default: in DIR."),
+    click.option(
+        "--split",
+        is_flag=True,
+        help="Let idle nodes of the cluster help with a calibration; for models of billions of weights.",
+    ),
     click.option("--cores", type=int, default=1, show_default=True, help="Cores of one quantization or evaluation."),
     click.option(
         "--retries", type=int, default=2, show_default=True, help="How often work that was lost is tried again."
@@ -161,9 +167,16 @@ def plan(context: click.Context, /, nodes: str, as_json: bool, **choices: Any) -
 @click.option("--cores", type=int, help="Cores to offer. Default: all of this machine's.")
 @click.option("--ram", "ram_gib", type=float, help="GiB of memory to offer. Default: nine tenths of what is free.")
 @click.option("--no-bench", is_flag=True, help="Let nothing be timed on this machine.")
+@click.option("--no-gpu", is_flag=True, help="Do not offer this machine's GPU.")
 @click.option("--name", help="What the node is called.")
 def node(
-    address: str, phones: str | None, cores: int | None, ram_gib: float | None, no_bench: bool, name: str | None
+    address: str,
+    phones: str | None,
+    cores: int | None,
+    ram_gib: float | None,
+    no_bench: bool,
+    no_gpu: bool,
+    name: str | None,
 ) -> None:
     """Be a node of the Dask scheduler at ADDRESS, until it ends."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -172,7 +185,7 @@ def node(
     from gemma_edge.sweep.cluster import nodes
     from gemma_edge.sweep.units import CORES, RAM
 
-    offers = nodes.own_resources(shelf.connected(phones) if phones else [], quiet=not no_bench)
+    offers = nodes.own_resources(shelf.connected(phones) if phones else [], quiet=not no_bench, gpu=not no_gpu)
     chosen = {CORES: cores, RAM: None if ram_gib is None else ram_gib * 2**30}
     for field, value in chosen.items():
         if value is not None and value <= 0:
@@ -188,7 +201,7 @@ def _need_extra() -> None:
 
 def _options(context: click.Context, choices: dict[str, Any]) -> SweepOptions:
     space = _space(choices)
-    text = CalibrationText(paths=choices["calibration_text"])
+    text = CalibrationText(paths=choices["calibration_text"], chat=choices["calibration_chat"])
     base = ExportOptions(
         model=choices["model"],
         target=choices["target"],
@@ -212,7 +225,7 @@ def _options(context: click.Context, choices: dict[str, Any]) -> SweepOptions:
         choices["pick"],
         choices["budget"],
         Measuring(choices["texts"], choices["max_tokens"], _bench(choices), choices["phones"]),
-        Where(choices["address"], choices["store"], choices["cores"], choices["retries"]),
+        Where(choices["address"], choices["store"], choices["cores"], choices["retries"], choices["split"]),
         choices["verify"],
     )
 

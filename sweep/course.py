@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import gemma_edge
 from gemma_edge.sweep.cluster.schedule import Outcome, Runner
 from gemma_edge.sweep.halving import Halving, rungs
 from gemma_edge.sweep.options import SweepOptions
@@ -16,8 +17,10 @@ from gemma_edge.sweep.units import (
     BENCH,
     CORES,
     EVALUATE,
+    GPU,
     JUDGE,
     LOWER,
+    MERGE,
     PHONE,
     QUANTIZE,
     QUIET,
@@ -40,7 +43,15 @@ TOO_FAR = 1e9  # added to what is minimized where a point breaks a limit
 class Course:
     """Knows the units of every point, and what follows from each result."""
 
-    def __init__(self, options: SweepOptions, planned: Planned, machines: Sequence[str], phones: Sequence[str]) -> None:
+    def __init__(
+        self,
+        options: SweepOptions,
+        planned: Planned,
+        machines: Sequence[str] = (),
+        phones: Sequence[str] = (),
+        *,
+        gpu: bool = False,
+    ) -> None:
         """Nothing runs yet.
 
         Args:
@@ -48,7 +59,9 @@ class Course:
             planned: its points.
             machines: processors that time things: a figure of another one is not taken from the store.
             phones: serial numbers.
+            gpu: whether a node offers a GPU: what can use one goes there.
         """
+        self._gpu = gpu
         self._options, self._planned, self._machines, self._phones = options, planned, machines, phones
         self.rows = {point.number: _row(point) for point in planned.points}
         for one in planned.left_out:
@@ -93,13 +106,27 @@ class Course:
 
     def quantizing(self, point: Point) -> Unit:
         """The unit that makes a point's integers."""
-        needs = {CORES: self._options.where.cores, RAM: point.plan.export_ram_bytes}
-        return Unit(QUANTIZE, point.quantization, f"quantize {point.name}", Job(point.options), needs=needs)
+        needs = self._exporting(point)
+        if self._gpu and point.options.quantization.distill:
+            needs[GPU] = 1.0
+        job = Job(point.options, split=self._options.where.split and point.calibration_tokens > 0)
+        return Unit(QUANTIZE, point.quantization, f"quantize {point.name}", job, needs=needs)
+
+    def _exporting(self, point: Point) -> dict[str, float]:
+        return {CORES: self._options.where.cores, RAM: point.plan.export_ram_bytes}
+
+    def _merging(self, point: Point) -> dict[str, Unit]:
+        """The unit that makes a point's original, where that is not the model's folder."""
+        if not point.merged:
+            return {}
+        key, job = key_of(MERGE, gemma_edge.__version__, point.model), Job(point.options)
+        return {MERGE: Unit(MERGE, key, f"original of {point.name}", job, needs=self._exporting(point))}
 
     def lowering(self, point: Point) -> Unit:
         """The unit that makes a point's bundle."""
         before = self.quantizing(point)
-        return Unit(LOWER, point.lowering, f"lower {point.name}", Job(point.options), {QUANTIZE: before}, before.needs)
+        job, needs = Job(point.options), self._exporting(point)
+        return Unit(LOWER, point.lowering, f"lower {point.name}", job, {QUANTIZE: before}, needs)
 
     def _job(self, point: Point, tokens: int) -> Job:
         threads, texts = self._options.where.cores, tuple(path.absolute() for path in self._options.measuring.texts)
@@ -107,17 +134,16 @@ class Course:
 
     def _evaluating(self, point: Point, tokens: int) -> Unit:
         cores, texts = self._options.where.cores, (self._texts, self._window, tokens)
-        needs = {CORES: cores, RAM: point.plan.export_ram_bytes}
         job = self._job(point, tokens)
-        key = key_of(REFERENCE, self._planned.model, texts, cores)
-        reference = Unit(REFERENCE, key, f"reference on {tokens} tokens", job, needs=needs)
+        key, merged = key_of(REFERENCE, point.model, texts, cores), self._merging(point)
+        reference = Unit(REFERENCE, key, f"reference on {tokens} tokens", job, merged, needs=self._exporting(point))
         lowered = self.lowering(point)
         return Unit(
             EVALUATE,
             key_of(EVALUATE, point.lowering, texts, cores),
             f"evaluate {point.name} on {tokens} tokens",
             job,
-            {LOWER: lowered, REFERENCE: reference},
+            {LOWER: lowered, REFERENCE: reference, **merged},
             {CORES: cores, RAM: point.plan.device_ram_bytes},
         )
 

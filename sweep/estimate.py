@@ -11,9 +11,12 @@ from statistics import median
 
 import torch
 
+from gemma_edge.model.config import GemmaConfig
 from gemma_edge.progress import Progress, no_progress
-from gemma_edge.quantize.calibration.layerwise import Calibration, estimate_s
-from gemma_edge.quantize.recipe import DEFAULT_QUALITY, QUALITIES
+from gemma_edge.quantize.calibration.estimate import estimate_s
+from gemma_edge.quantize.calibration.layerwise import Calibration
+from gemma_edge.quantize.calibration.text import WINDOW
+from gemma_edge.quantize.recipe import DEFAULT_QUALITY, QUALITIES, Recipe
 from gemma_edge.sweep.cluster.remote import open_store
 from gemma_edge.sweep.cluster.store import Store
 from gemma_edge.sweep.course import Course
@@ -55,28 +58,35 @@ def estimate(options: SweepOptions, nodes: Sequence[int], progress: Progress = n
     torch.set_num_threads(options.where.cores)
     planned = plan_points(options, progress)
     store = open_store(options.where.store, options.out)
-    units = {unit.id: unit for unit in Course(options, planned, [], []).everything() if store.record(unit) is None}
-    known = _known(store)
-    calibrations = _calibrations(planned)
-    each = {id_: calibrations.get(unit.key, known.get(unit.kind)) for id_, unit in units.items()}
+    units = {unit.id: unit for unit in Course(options, planned).everything() if store.record(unit) is None}
+    known, calibrations = _known(store), _calibrations(planned)
+    each = _seconds(units, known, calibrations, 1)
     by_kind: dict[str, list[Unit]] = defaultdict(list)
     for unit in units.values():
         by_kind[unit.kind].append(unit)
     work = [_work(kind, same, each) for kind, same in by_kind.items()]
-    return Estimate(len(planned.points), work, {count: _least(units, each, count) for count in nodes})
+    total, least = sum(value or 0.0 for value in each.values()), {}
+    for count in nodes:
+        chained = _seconds(units, known, calibrations, count if options.where.split else 1)
+        chains = (_chain(unit, chained) for unit in units.values())
+        least[count] = max(total / count, max(chains, default=0.0))
+    return Estimate(len(planned.points), work, least)
+
+
+def _seconds(
+    units: Mapping[str, Unit], known: Mapping[str, float], calibrations: Mapping[str, Calibrated], helping: int
+) -> dict[str, float | None]:
+    """Seconds of each unit, where so many nodes help with a calibration; None: nothing is known of its kind."""
+    return {
+        id_: calibrations[unit.key].seconds(helping) if unit.key in calibrations else known.get(unit.kind)
+        for id_, unit in units.items()
+    }
 
 
 def _work(kind: str, units: Sequence[Unit], each: Mapping[str, float | None]) -> Work:
     seconds = [value for unit in units if (value := each[unit.id]) is not None]
     ram = max(int(unit.needs.get(RAM, 0)) for unit in units)
     return Work(kind, len(units), median(seconds) if seconds else None, ram)
-
-
-def _least(units: Mapping[str, Unit], each: Mapping[str, float | None], nodes: int) -> float:
-    """Seconds that so many nodes need at least: their share of the work, or the longest chain of units."""
-    total = sum(value or 0.0 for value in each.values())
-    chains = (_chain(unit, each) for unit in units.values())
-    return max(total / nodes, max(chains, default=0.0))
 
 
 def _chain(unit: Unit, each: Mapping[str, float | None]) -> float:
@@ -98,12 +108,27 @@ def _records(root: Path) -> Iterable[Mapping[str, object]]:
         yield json.loads(path.read_text(encoding="utf-8"))
 
 
-def _calibrations(planned: Planned) -> dict[str, float]:
-    """Key of a quantization -> seconds of its calibration on this machine, where it has one."""
-    found: dict[str, float] = {}
+@dataclass(frozen=True)
+class Calibrated:
+    """The calibration of a quantization, which a node's helpers share."""
+
+    config: GemmaConfig
+    recipe: Recipe
+    calibration: Calibration
+
+    def seconds(self, nodes: int) -> float:
+        """Seconds on so many machines like this one."""
+        return estimate_s(self.config, self.recipe, self.calibration, nodes)
+
+
+def _calibrations(planned: Planned) -> dict[str, Calibrated]:
+    """Key of a quantization -> its calibration, where it has one."""
+    found: dict[str, Calibrated] = {}
     for point in planned.points:
-        if point.calibration_tokens and point.quantization not in found:
+        if point.calibration_tokens:
             quality = QUALITIES[point.options.quantization.quality or DEFAULT_QUALITY]
-            calibration = Calibration(torch.empty(1, point.calibration_tokens), quality.rounds, quality.refit)
-            found[point.quantization] = estimate_s(planned.config, point.recipe, calibration)
+            length = min(WINDOW, planned.config.max_position_embeddings)
+            windows = torch.empty(max(1, point.calibration_tokens // length), length)
+            calibration = Calibration(windows, quality.rounds, quality.refit)
+            found[point.quantization] = Calibrated(planned.config, point.recipe, calibration)
     return found

@@ -52,6 +52,7 @@ class Where:
         1  # cores of one quantization, lowering or evaluation. Integers and KL may depend on it in the last bit.
     )
     retries: int = 2  # how often work is tried again after its node was lost or its process was killed
+    split: bool = False  # whether idle nodes help with a calibration; its integers do not depend on that
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from gemma_edge.quantize.api import calibration_tokens, open_source
 from gemma_edge.quantize.calibration import layerwise
 from gemma_edge.quantize.options import CalibrationText
 from gemma_edge.quantize.recipe import DEFAULT_QUALITY, QUALITIES, Recipe
+from gemma_edge.quantize.vocabulary.kept import AUTO
 from gemma_edge.sweep.options import SweepOptions
 from gemma_edge.sweep.space import Choice, combinations, name_of, options_of
 from gemma_edge.sweep.units import key_of
@@ -44,6 +45,12 @@ class Point:
     lowering: str  # key
     recipe: Recipe
     calibration_tokens: int  # 0: its integers need no text
+    model: str  # key of the original, with its adapter and vocabulary
+
+    @property
+    def merged(self) -> bool:
+        """Whether its original differs from the model's folder."""
+        return self.options.lora is not None or self.options.vocab is not None
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,6 @@ class Planned:
 
     points: list[Point]
     left_out: list[LeftOut]
-    model: str  # key
     config: GemmaConfig
 
     @property
@@ -79,14 +85,19 @@ def plan_points(options: SweepOptions, progress: Progress) -> Planned:
     """
     choices = list(combinations(options.space))
     base = replace(options.base, verify="none")  # the gate judges what is picked
-    source = open_source(base.model, base.lora, base.vocab)
-    model = _model_key(source)
+    plain = open_source(base.model, None)
+    originals = {(None, None): (plain, _model_key(plain))}
     points: list[Point] = []
     left_out: list[LeftOut] = []
     for number, choice in enumerate(choices):
         name = name_of(choice, options.space)
         try:
             exported = absolute(options_of(choice, base))
+            variant = (exported.lora, exported.vocab)
+            if variant not in originals:
+                source = open_source(exported.model, *variant)
+                originals[variant] = source, _model_key(source)
+            source, model = originals[variant]
             opened = open_model(exported, progress, plan_only=True, source=source)
         except InputError as error:
             left_out.append(LeftOut(number, name, choice, str(error)))
@@ -99,10 +110,10 @@ def plan_points(options: SweepOptions, progress: Progress) -> Planned:
         if twin is not None:
             left_out.append(LeftOut(number, name, choice, f"the same bundle as {twin.name}"))
             continue
-        points.append(Point(number, name, choice, exported, plan, quantization, lowering, opened.recipe, tokens))
+        points.append(Point(number, name, choice, exported, plan, quantization, lowering, opened.recipe, tokens, model))
     if not points:
         raise InputError(f"no point of the space can be exported: {left_out[0].name}: {left_out[0].why}")
-    return Planned(points, left_out, model, source.config)
+    return Planned(points, left_out, plain.config)
 
 
 def _model_key(source: Weights) -> str:
@@ -136,14 +147,34 @@ def _files(path: Path) -> Iterable[Path]:
 
 def absolute(options: ExportOptions) -> ExportOptions:
     """The same options for a process with another current folder."""
-    model, chosen = Path(options.model), options.quantization
+    chosen = options.quantization
     text = replace(chosen.calibration_text, paths=tuple(path.absolute() for path in chosen.calibration_text.paths))
     recipe = None if chosen.recipe is None else chosen.recipe.absolute()
     return replace(
         options,
-        model=str(model.absolute()) if model.exists() else options.model,
+        model=_absolute(options.model),
+        lora=None if options.lora is None else _absolute(str(options.lora)),
+        vocab=None if options.vocab is None else _of_file(options.vocab),
         quantization=replace(chosen, calibration_text=text, recipe=recipe),
     )
+
+
+def _absolute(name: str) -> str:
+    """A path, absolute; what is none, such as a Hugging Face id, as it is."""
+    return str(Path(name).absolute()) if Path(name).exists() else name
+
+
+def _of_file(vocab: str) -> str:
+    name = vocab.removeprefix(AUTO)
+    return vocab.removesuffix(name) + _absolute(name)
+
+
+def local_paths(options: ExportOptions) -> list[Path]:
+    """The files and folders of this machine that an export reads."""
+    chosen, vocab = options.quantization, options.vocab
+    names = [options.model, options.lora, chosen.recipe, vocab.removeprefix(AUTO) if vocab is not None else None]
+    paths = [*(Path(name) for name in names if name is not None), *chosen.calibration_text.paths]
+    return [path for path in paths if path.exists()]
 
 
 def refuse_impossible(points: Sequence[Point], bounds: Mapping[str, int | None]) -> None:

@@ -19,6 +19,7 @@ from gemma_edge.reading import read_text
 Choice = Mapping[str, Any]  # axis -> value
 TABLE_BITS = (4, 8)
 MAX_POINTS = 10_000
+NONE = "none"  # value of an axis whose option may also be left out
 QUANTIZATION, CALIBRATION, EXPORT = "quantization", "calibration_text", ""
 
 
@@ -68,6 +69,9 @@ AXES: dict[str, Axis] = {
     "recipe": Axis(Path, QUANTIZATION, "Saved recipes, or manifests of bundles."),
     "distill": Axis(int, QUANTIZATION, "Tokens of distillation afterwards."),
     "calibration_tokens": Axis(int, CALIBRATION, "Number of calibration tokens."),
+    "seed": Axis(int, CALIBRATION, "Seed for choosing the calibration passages."),
+    "lora": Axis(str, EXPORT, f"PEFT adapters to merge first; {NONE}: no adapter."),
+    "vocab": Axis(str, EXPORT, f"FILE or auto:FILE: texts whose tokens alone are kept; {NONE}: all tokens."),
     "context": Axis(int, EXPORT, "Tokens that the model can look back on."),
     "prefill_chunk": Axis(int, EXPORT, "Largest number of prompt tokens in one call."),
     "pinned": Axis(int, EXPORT, "Tokens at the beginning of a chat that are kept beyond the context."),
@@ -132,7 +136,7 @@ def options_of(choice: Choice, base: ExportOptions) -> ExportOptions:
     """The export that a point stands for; `base` is what all points share."""
     parts: dict[str, dict[str, Any]] = {QUANTIZATION: {}, CALIBRATION: {}, EXPORT: {}}
     for name, value in choice.items():
-        parts[AXES[name].part][name.removeprefix("calibration_")] = value
+        parts[AXES[name].part][name.removeprefix("calibration_")] = None if value == NONE else value
     text = replace(base.quantization.calibration_text, **parts[CALIBRATION])
     quantization = replace(base.quantization, calibration_text=text, **parts[QUANTIZATION])
     return replace(base, quantization=quantization, **parts[EXPORT])
@@ -141,4 +145,10 @@ def options_of(choice: Choice, base: ExportOptions) -> ExportOptions:
 def name_of(choice: Choice, space: Mapping[str, Sequence[Any]]) -> str:
     """A point's name for people: the values that tell it from other points."""
     varied = [name for name in choice if len(space[name]) > 1] or list(choice)
-    return ", ".join(choice[name] if AXES[name].kind is str else f"{name} {choice[name]}" for name in varied)
+    return ", ".join(_word(name, choice[name]) for name in varied)
+
+
+def _word(name: str, value: object) -> str:
+    if value == NONE:
+        return f"no {name}"
+    return str(value) if AXES[name].kind is str else f"{name} {value}"

@@ -19,6 +19,7 @@ from gemma_edge.sweep.course import Course
 from gemma_edge.sweep.options import PICKS, SweepOptions
 from gemma_edge.sweep.result import SweepResult, candidates, mark_front, to_csv, to_json
 from gemma_edge.sweep.shelf import connected
+from gemma_edge.sweep.units import GPU
 
 JSON, CSV, PICKED, LOG = "sweep.json", "sweep.csv", "bundle", "failures.log"
 OURS = {JSON, CSV, PICKED, LOG, UNITS, "sweep.html"}
@@ -45,10 +46,13 @@ def sweep(options: SweepOptions, progress: Progress = no_progress) -> SweepResul
             phones = running.phones(requested)
         if where.address is not None:
             named = store.shared if where.store is not None else []
-            _refuse_blind(running, [*named, *_local(planned.points[0].options.model)])
+            texts = [path.absolute() for path in options.measuring.texts]
+            read = [path for point in planned.points for path in planning.local_paths(point.options)]
+            _refuse_blind(running, list(dict.fromkeys([*named, *texts, *read])))
             running.carries = any(running.blind(path) for path in store.shared)
         runner = Runner(running, store, where.retries)
-        course = Course(options, planned, running.machines(), phones)
+        gpu = any(GPU in node.resources for node in running.now())
+        course = Course(options, planned, running.machines(), phones, gpu=gpu)
         try:
             with progress("sweep", course.expected, False) as advance:
                 runner.run(course.first(), course.follow(runner, advance))
@@ -61,11 +65,6 @@ def sweep(options: SweepOptions, progress: Progress = no_progress) -> SweepResul
             running.stop()
     _write(result, options, runner)
     return result
-
-
-def _local(model: str) -> list[Path]:
-    path = Path(model)
-    return [path] if path.exists() else []
 
 
 def _refuse(options: SweepOptions) -> None:
@@ -84,6 +83,8 @@ def _refuse(options: SweepOptions) -> None:
     ):
         if value is not None and value < least:
             raise InputError(f"`{field}` {value} is below {least}", field=field, value=value)
+    if where.split and where.address is None:
+        raise InputError("`split` needs the nodes of a cluster; give its `address`, or leave it out", field="split")
     out = options.out
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or OURS & {path.name for path in out.iterdir()})):
         raise InputError(

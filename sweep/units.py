@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,10 @@ from gemma_edge.export.options import ExportOptions
 
 CHECKPOINT, BUNDLE = "checkpoint", "bundle"  # folders in a unit's own
 # Kinds of units. The figures in a sweep's result count by them.
-QUANTIZE, LOWER, REFERENCE, EVALUATE, BENCH, PHONE, JUDGE = (
-    *("quantize", "lower", "reference", "evaluate", "bench", "phone", "judge"),
+MERGE, QUANTIZE, LOWER, REFERENCE, EVALUATE, BENCH, PHONE, JUDGE = (
+    *("merge", "quantize", "lower", "reference", "evaluate", "bench", "phone", "judge"),
 )
-CORES, RAM, QUIET = "cores", "ram", "bench"  # resources of a node; phones have one each: phone:SERIAL
-
+CORES, RAM, QUIET, GPU = "cores", "ram", "bench", "gpu"  # resources of a node; phones have one each: phone:SERIAL
 
 PHONE_PREFIX = "phone:"
 
@@ -47,6 +47,8 @@ class Job:
     phone: str = ""  # serial number
     answer_s: float = 0.0  # of a phone
     cool_s: float = 0.0  # of a phone
+    split: bool = False  # whether idle nodes help with a calibration
+    helpers: Callable[[], AbstractContextManager[Any]] | None = None  # those, set by the node that does the unit
 
 
 @dataclass(frozen=True)
@@ -89,16 +91,28 @@ def compute(unit: Unit, folder: Path, inputs: Mapping[str, Path]) -> dict[str, A
     return _COMPUTE[unit.kind](unit.job, folder, inputs)
 
 
+def _merge(job: Job, folder: Path, inputs: Mapping[str, Path]) -> dict[str, Any]:
+    """The original of a point with an adapter or a smaller vocabulary, in float."""
+    from gemma_edge.quantize.api import quantize
+    from gemma_edge.quantize.options import QuantizeOptions
+
+    options = job.options
+    quantize(options.model, folder / CHECKPOINT, QuantizeOptions(bits=32), lora=options.lora, vocab=options.vocab)
+    return {}
+
+
 def _quantize(job: Job, folder: Path, inputs: Mapping[str, Path]) -> dict[str, Any]:
     from gemma_edge.export.api import open_model
     from gemma_edge.progress import no_progress
     from gemma_edge.quantize.api import Quantization, choose_calibration, make_checkpoint
+    from gemma_edge.quantize.calibration.windows import in_turn
 
     opened = open_model(job.options, plan_only=True)
     quantization = job.options.quantization
     seen = choose_calibration(quantization, opened.source, opened.recipe)
     work = Quantization(quantization, opened.source, opened.recipe, seen)
-    _, learnt = make_checkpoint(work, folder / CHECKPOINT, no_progress, [])
+    with job.helpers() if job.helpers is not None else nullcontext(in_turn) as each:
+        _, learnt = make_checkpoint(work, folder / CHECKPOINT, no_progress, [], each)
     return {"learnt": learnt}
 
 
@@ -127,7 +141,7 @@ def _reference(job: Job, folder: Path, inputs: Mapping[str, Path]) -> dict[str, 
     from gemma_edge.evaluate.evaluate import evaluate
     from gemma_edge.evaluate.options import EvaluationOptions
 
-    options = EvaluationOptions((), _original(job), job.texts, window=job.window, max_tokens=job.tokens)
+    options = EvaluationOptions((), _original(job, inputs), job.texts, window=job.window, max_tokens=job.tokens)
     reference = evaluate(options, reference_folder=folder).reference
     assert reference is not None, "it was requested"
     return {"ppl": reference.ppl, "tokens": reference.tokens}
@@ -139,7 +153,7 @@ def _evaluate(job: Job, folder: Path, inputs: Mapping[str, Path]) -> dict[str, A
 
     options = EvaluationOptions(
         (inputs[LOWER] / BUNDLE,),
-        _original(job),
+        _original(job, inputs),
         job.texts,
         window=job.window,
         max_tokens=job.tokens,
@@ -151,10 +165,10 @@ def _evaluate(job: Job, folder: Path, inputs: Mapping[str, Path]) -> dict[str, A
     return {name: getattr(result, name) for name in names}
 
 
-def _original(job: Job) -> Path:
+def _original(job: Job, inputs: Mapping[str, Path]) -> Path:
     from gemma_edge.model import hub
 
-    return hub.resolve(job.options.model)
+    return inputs[MERGE] / CHECKPOINT if MERGE in inputs else hub.resolve(job.options.model)
 
 
 def _bench(job: Job, folder: Path, inputs: Mapping[str, Path]) -> dict[str, Any]:
@@ -199,6 +213,7 @@ def _phone(job: Job, folder: Path, inputs: Mapping[str, Path]) -> dict[str, Any]
 
 RECORD = "unit.json"  # file of a finished unit: its figures, and what it took
 _COMPUTE = {
+    MERGE: _merge,
     QUANTIZE: _quantize,
     LOWER: _lower,
     REFERENCE: _reference,

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from gemma_edge.quantize.calibration.gptq import Inputs, gptq, hscale, output_error
+from gemma_edge.quantize.calibration.windows import Each, in_turn
 from gemma_edge.quantize.integers import QuantizedTensor
 from gemma_edge.quantize.recipe import QuantConfig
 
@@ -69,28 +71,51 @@ def candidates(block: nn.Module, fold: Fold, hessian: Tensor) -> list[Tensor]:
     return scales
 
 
-def find_scale(block: nn.Module, fold: Fold, hessian: Tensor, configs: Sequence[QuantConfig]) -> Tensor:
+def find_scale(
+    block: nn.Module, fold: Fold, hessian: Tensor, configs: Sequence[QuantConfig], each: Each = in_turn
+) -> Tensor:
     """The candidate under which GPTQ leaves the least output error, judged on a sample of the outputs.
 
     Args:
         hessian: (in, in) second moment of the consumers' inputs.
         configs: the integers of each consumer.
+        each: tries the candidates.
 
     Returns:
         (n,): all ones if no other candidate is better.
     """
+    samples = []
+    for name in fold.consumers:
+        weight = block.get_parameter(f"{name}.weight").data
+        rows = weight[:: max(1, len(weight) // SAMPLED_ROWS)]
+        samples.append((rows.clone(), len(weight) / len(rows)))
+    tried = candidates(block, fold, hessian)
     best, best_error = torch.empty(0), float("inf")
-    for scale in candidates(block, fold, hessian):
-        columns = expand(scale, fold)
-        inputs = Inputs.from_hessian(hessian / columns / columns[:, None])
-        error = 0.0
-        for name, config in zip(fold.consumers, configs, strict=True):
-            weight = block.get_parameter(f"{name}.weight").data
-            rows = weight[:: max(1, len(weight) // SAMPLED_ROWS)] * columns
-            step = hscale(rows, inputs, config)
-            rounded = QuantizedTensor(gptq(rows, inputs, step, config), step.to(torch.bfloat16), config)
-            share = len(weight) / len(rows)
-            error += share * float(output_error(rows, inputs, rounded.dequantize()).sum())
+    for scale, error in zip(tried, each(partial(_error, fold, hessian, configs, samples), tried), strict=True):
         if error < best_error:
             best, best_error = scale, error
     return best
+
+
+def _error(
+    fold: Fold,
+    hessian: Tensor,
+    configs: Sequence[QuantConfig],
+    samples: Sequence[tuple[Tensor, float]],
+    scale: Tensor,
+) -> float:
+    """The output error that a candidate leaves.
+
+    Args:
+        samples: rows of each consumer, and how many rows each stands for.
+        scale: the candidate, (n,).
+    """
+    columns = expand(scale, fold)
+    inputs = Inputs.from_hessian(hessian / columns / columns[:, None])
+    error = 0.0
+    for (sample, share), config in zip(samples, configs, strict=True):
+        rows = sample * columns
+        step = hscale(rows, inputs, config)
+        rounded = QuantizedTensor(gptq(rows, inputs, step, config), step.to(torch.bfloat16), config)
+        error += share * float(output_error(rows, inputs, rounded.dequantize()).sum())
+    return error

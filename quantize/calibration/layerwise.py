@@ -11,7 +11,6 @@ import copy
 import fcntl
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,32 +18,27 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gemma_edge.errors import InputError
 from gemma_edge.model.checkpoint import TABLE, Weights, layer_norms, linear_shapes
 from gemma_edge.model.config import GemmaConfig
-from gemma_edge.model.gemma import DecoderLayer, layer_rope
-from gemma_edge.model.kv_cache import RingCache
+from gemma_edge.model.gemma import DecoderLayer
 from gemma_edge.model.safetensors_reader import SafetensorsFile
-from gemma_edge.quantize.calibration.awq import EXPONENTS, SAMPLED_ROWS
 from gemma_edge.quantize.calibration.block import Choice, gemma_topology, quantize_block, second_moments
 from gemma_edge.quantize.calibration.head import HEAD_FILE, calibrates_head, write_moment
 from gemma_edge.quantize.calibration.refit import refit_post_norms
+from gemma_edge.quantize.calibration.windows import Each, advance, advance_with_ranges, in_turn, runner
 from gemma_edge.quantize.checkpoint.kv_scales import KVRanges, KVScales
 from gemma_edge.quantize.checkpoint.safetensors_writer import plain_spec, write_safetensors
 from gemma_edge.quantize.checkpoint.writer import block_specs, float_type
 from gemma_edge.quantize.integers import QuantizedTensor, quantize
 from gemma_edge.quantize.recipe import Recipe
 
-VERSION = 5  # version of what this pass computes; a pass does not go on with files of another version
+VERSION = 6  # version of what this pass computes; a pass does not go on with files of another version
 STATE = "state.safetensors"
 SAMPLES, SAMPLE_BYTES = 256, 64  # number and size of the pieces of each model file that go into the key
 HEADER_BYTES = 8192  # bytes of a layer's file beside its tensors, with what packing rounds up
-# For `estimate_s`:
-PASSES, REFIT_PASSES = 3, 3  # forward passes of a layer, and those that a refit adds
-SEARCH = 5000.0  # floating-point operations of a matrix product that takes as long as the scale search of one weight
-OVERHEAD = 1.3  # measured factor for everything else
 
 
 @dataclass(frozen=True)
@@ -134,6 +128,7 @@ def calibrate(
     calibration: Calibration,
     folder: Path,
     progress: Callable[[int], None] = lambda done: None,
+    each: Each = in_turn,
 ) -> tuple[list[Report], KVScales]:
     """Quantize every layer into `folder`, going on where an earlier pass with the same inputs stopped.
 
@@ -143,6 +138,7 @@ def calibrate(
         calibration: the windows of text, and how much work is done.
         folder: a folder of this pass alone: see `key_of` and `only_here`.
         progress: called with 1 per finished layer, and at the start with the number of layers that an earlier pass finished.
+        each: does the parts of a layer's work that do not depend on each other; the integers do not depend on it.
 
     Returns:
         how far each layer's output is from the original's, and the scales of an int8 KV cache.
@@ -155,7 +151,7 @@ def calibrate(
     streams = _load(folder, last) or _embedded(source, recipe, calibration.windows)
     progress(streams.done)
     for layer in range(streams.done, layers):
-        block, integers = _quantize_layer(source, recipe, calibration, layer, streams)
+        block, integers = _quantize_layer(source, recipe, calibration, layer, streams, each)
         streams.reports.append(Report(layer, stream_error(streams.quantized, streams.original)))
         streams.done = layer + 1
         if streams.done == layers and calibrates_head(source, recipe):
@@ -169,47 +165,28 @@ def calibrate(
 
 
 def _quantize_layer(
-    source: Weights, recipe: Recipe, calibration: Calibration, layer: int, streams: _Streams
+    source: Weights, recipe: Recipe, calibration: Calibration, layer: int, streams: _Streams, each: Each
 ) -> tuple[DecoderLayer, dict[str, QuantizedTensor]]:
     """Quantize one layer, and move both streams to its output.
 
     Returns:
         the block as it will compute, and the integers of its linears by their name in the block.
     """
-    tokens = calibration.windows.shape[1]
-    block, run = source.load_layer(layer), runner(source, layer, tokens)
-    advance(block, streams.original, run)
+    block, run = source.load_layer(layer), runner(source, layer, calibration.windows.shape[1])
+    advance(block, streams.original, run, each)
     original = copy.deepcopy(block) if calibration.refit else None
     topology = gemma_topology(source.config)
     try:
-        moments = second_moments(block, streams.quantized, run, topology)
+        moments = second_moments(block, streams.quantized, run, topology, each)
         choices = _choices(source, recipe, layer)
-        integers = quantize_block(block, moments, topology, choices, rounds=calibration.rounds)
+        integers = quantize_block(block, moments, topology, choices, rounds=calibration.rounds, each=each)
     except InputError as error:
         raise InputError(f"layer {layer}: {error.spelled(lambda name: f'`{name}`')}") from None
     _round_rest(block, source, recipe, layer, integers)
     if original is not None:
         refit_post_norms(block, original, streams.quantized, run, source.config.rms_norm_eps)
-    advance(block, streams.quantized, runner(source, layer, tokens, streams.ranges))
+    advance_with_ranges(block, streams.quantized, run, streams.ranges, each)
     return block, integers
-
-
-def runner(
-    source: Weights, layer: int, tokens: int, ranges: KVRanges | None = None
-) -> Callable[[nn.Module, Tensor], Tensor]:
-    """A function that applies a layer to one window (1, T, hidden) from position 0; `ranges` is given the keys and values."""
-    start = torch.zeros(1, dtype=torch.int64)
-    rope = layer_rope(source.config, layer, start, tokens)
-
-    def run(block: nn.Module, x: Tensor) -> Tensor:
-        cache = RingCache(source.config, context=tokens, chunk=tokens, layers=[layer])
-        out: Tensor = block(x, cache, rope, start)
-        if ranges is not None:
-            k, v = (cache.get_buffer(f"{kind}_{layer}")[:, :, :tokens] for kind in "kv")  # (1, K, T, D)
-            ranges.add(layer, k, v)
-        return out
-
-    return run
 
 
 def token_rows(source: Weights, windows: Tensor) -> tuple[Tensor, Tensor]:
@@ -235,12 +212,6 @@ def _choices(source: Weights, recipe: Recipe, layer: int) -> dict[str, Choice]:
         name.removeprefix(prefix): Choice(recipe.config_for(name, columns), recipe.rule_for(name).method)
         for name, (_, columns) in linear_shapes(source.config, layer).items()
     }
-
-
-def advance(block: nn.Module, x: Tensor, run: Callable[[nn.Module, Tensor], Tensor]) -> None:
-    """Apply a block to every window of (N, T, hidden), in place."""
-    for i in range(len(x)):
-        x[i] = run(block, x[i : i + 1])[0]
 
 
 def _round_rest(
@@ -285,26 +256,6 @@ def folder_bytes(config: GemmaConfig, recipe: Recipe, calibration: Calibration) 
             kind = recipe.config_for(name, columns)
             total += rows * (columns * kind.bits // 8 + 2 * kind.groups(columns)) if kind else 4 * rows * columns
     return total
-
-
-def estimate_s(config: GemmaConfig, recipe: Recipe, calibration: Calibration) -> float:
-    """Roughly how many seconds a whole pass takes on this machine: its work, at the speed of a matrix product timed now."""
-    shapes = {name.split(".", 3)[3]: shape for name, shape in linear_shapes(config, 0).items()}
-    weights = sum(rows * columns for rows, columns in shapes.values())
-    tokens, rounds = calibration.windows.numel(), calibration.rounds
-    inputs = [shapes[site[0]][1] for site in gemma_topology(config).sites]
-    flops = 2.0 * tokens * ((PASSES + REFIT_PASSES * calibration.refit) * weights + sum(n * n for n in inputs))
-    flops += sum(n**3 / 3 for n in inputs) + SEARCH * weights
-    flops += (1 + 4 * rounds) * sum(2.0 * rows * columns**2 for rows, columns in shapes.values())
-    if recipe.folds:
-        flops += len(EXPONENTS) * sum(n**3 / 3 + 4 * SAMPLED_ROWS * n**2 for n in inputs)
-    x = torch.ones(1024, 2048)
-    fastest = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        x @ x.T
-        fastest = min(fastest, time.perf_counter() - start)
-    return OVERHEAD * config.num_hidden_layers * flops * fastest / (2.0 * 1024 * 1024 * 2048)
 
 
 def _save(path: Path, streams: _Streams) -> None:

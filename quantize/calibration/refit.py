@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gemma_edge.model.gemma import DecoderLayer
-from gemma_edge.quantize.calibration.block import Run
+from gemma_edge.quantize.calibration.windows import Run
 
 PULL = 0.01  # pull towards the old weights, as a part of the evidence
 MAX_WINDOWS = 16  # windows that are used; a few numbers per channel need no more

@@ -55,8 +55,13 @@ class KVRanges:
                 raise InputError(
                     f"{kind} of layer {layer} is NaN or infinite on the calibration text; the weights are damaged"
                 )
-        before = self.largest.get(layer)
-        self.largest[layer] = new if before is None else (new[0].maximum(before[0]), new[1].maximum(before[1]))
+        self.merge(KVRanges({layer: new}))
+
+    def merge(self, other: KVRanges) -> None:
+        """Take what others have seen into account."""
+        for layer, new in other.largest.items():
+            before = self.largest.get(layer)
+            self.largest[layer] = new if before is None else (new[0].maximum(before[0]), new[1].maximum(before[1]))
 
     def scales(self, margin: float = MARGIN) -> KVScales:
         """Scales that can represent `margin` times the largest magnitude. They are never zero, not even for dead channels."""

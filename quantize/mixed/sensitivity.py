@@ -27,13 +27,14 @@ from gemma_edge.model.safetensors_reader import SafetensorsFile
 from gemma_edge.model.soft_cap import soft_cap
 from gemma_edge.quantize.calibration.block import WITH_INPUTS, gemma_topology, second_moments
 from gemma_edge.quantize.calibration.gptq import Inputs
-from gemma_edge.quantize.calibration.layerwise import advance, hash_of, runner, token_rows
+from gemma_edge.quantize.calibration.layerwise import hash_of, token_rows
+from gemma_edge.quantize.calibration.windows import advance, runner
 from gemma_edge.quantize.checkpoint.safetensors_writer import plain_spec, write_safetensors
 from gemma_edge.quantize.integers import quantize
 from gemma_edge.quantize.recipe import DATA_FREE, INT8_ROW, QuantConfig
 from gemma_edge.reading import read_json
 
-VERSION = 3  # version of what is measured
+VERSION = 4  # version of what is measured
 CANDIDATES = (QuantConfig(4, 0), QuantConfig(4, 128), QuantConfig(4, 64), QuantConfig(4, 32), QuantConfig(8, 0))
 TABLE_METHODS = {QuantConfig(4, 32): "mse", INT8_ROW: "rtn"}  # candidates of the tied table, and their methods
 SAMPLED_ROWS = 256  # rows of a linear whose errors are measured

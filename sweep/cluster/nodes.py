@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import subprocess
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,10 +22,10 @@ from distributed import Client, Future, LocalCluster
 from gemma_edge.bench import machine
 from gemma_edge.errors import InputError, one_line
 from gemma_edge.memory import room_bytes
-from gemma_edge.sweep.cluster import carried, work
+from gemma_edge.sweep.cluster import carried, process, work
 from gemma_edge.sweep.cluster.store import Record, Store
 from gemma_edge.sweep.options import named_phones
-from gemma_edge.sweep.units import CORES, PHONE_PREFIX, QUIET, RAM, Unit, phone_resource
+from gemma_edge.sweep.units import CORES, GPU, PHONE_PREFIX, QUIET, RAM, Unit, phone_resource
 
 ANSWER_S = 5.0  # how long a scheduler may take to answer
 SPARE_THREADS = 4  # of a node, for phones and benchmarks beside what takes its cores
@@ -33,11 +35,21 @@ NOWHERE = "127.0.0.1:0"
 START = "start one with: gemma-sweep node ADDRESS"
 
 
-def own_resources(phones: Collection[str], *, quiet: bool = True) -> dict[str, float]:
-    """What this machine offers as a node: cores, bytes of memory, whether things can be timed on it, and its phones."""
+def sees_gpu() -> bool:
+    """Whether torch sees a GPU. Where torch is not loaded, a process that ends asks: a node does without its memory."""
+    if "torch" in sys.modules:
+        return bool(sys.modules["torch"].cuda.is_available())
+    question = "import torch; raise SystemExit(not torch.cuda.is_available())"
+    return subprocess.run([sys.executable, "-c", question], capture_output=True, check=False).returncode == 0
+
+
+def own_resources(phones: Collection[str], *, quiet: bool = True, gpu: bool = True) -> dict[str, float]:
+    """What this machine offers as a node: cores, bytes of memory, whether things can be timed on it, a GPU, and its phones."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ram = RAM_PART * (room_bytes() or machine.describe().get("ram_bytes", 1 << 40))
-    return {CORES: cores, RAM: ram, **({QUIET: 1.0} if quiet else {}), **{phone_resource(one): 1.0 for one in phones}}
+    flags = {QUIET: quiet, GPU: gpu and sees_gpu()}
+    there = {name: 1.0 for name, offered in flags.items() if offered}
+    return {CORES: cores, RAM: ram, **there, **{phone_resource(one): 1.0 for one in phones}}
 
 
 def threads_of(resources: Mapping[str, float]) -> int:
@@ -149,11 +161,11 @@ class Nodes:
 
     def stop(self) -> None:
         """End what still runs for this sweep."""
-        self._client.run(work.stop, self._sweep, on_error="ignore")
+        self._client.run(process.stop, self._sweep, on_error="ignore")
 
 
 # PRIORITIES: what is done first. Benchmarks last: they need a quiet machine, and other work would wait for them.
-PRIORITIES = {"reference": 2, "quantize": 1, "bench": -1, "phone": 1}
+PRIORITIES = {"merge": 2, "reference": 2, "quantize": 1, "bench": -1, "phone": 1}
 
 
 @contextmanager

@@ -15,8 +15,8 @@ from distributed.scheduler import KilledWorker
 
 from gemma_edge.errors import one_line
 from gemma_edge.sweep.cluster.nodes import Nodes
+from gemma_edge.sweep.cluster.process import UnitFailed
 from gemma_edge.sweep.cluster.store import Record, Store
-from gemma_edge.sweep.cluster.work import UnitFailed
 from gemma_edge.sweep.units import RAM, Unit
 
 POLL_S = 2.0  # how often it is looked whether a node can still do what waits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,16 @@ from gemma_edge.bench.result import Settings
 from gemma_edge.export.options import ExportOptions
 from gemma_edge.export.plan import Plan
 from gemma_edge.model.config import GemmaConfig
+from gemma_edge.quantize.options import QuantizeOptions
 from gemma_edge.quantize.recipe import make_recipe
+from gemma_edge.sweep.cluster.process import UnitFailed
 from gemma_edge.sweep.cluster.schedule import Runner
 from gemma_edge.sweep.cluster.store import Store
-from gemma_edge.sweep.cluster.work import UnitFailed
 from gemma_edge.sweep.course import Course
-from gemma_edge.sweep.options import Limits, Measuring, SweepOptions
+from gemma_edge.sweep.options import Limits, Measuring, SweepOptions, Where
 from gemma_edge.sweep.points import LeftOut, Planned, Point
 from gemma_edge.sweep.result import FAILED, LEFT_OUT, MEASURED, PRUNED, SweepResult
-from gemma_edge.sweep.units import Unit
+from gemma_edge.sweep.units import GPU, Unit
 
 CONFIG = GemmaConfig.from_hf(DEMO)
 BENCH = Settings(threads=1, prefill=4, decode=4)
@@ -37,7 +39,7 @@ def point(number: int) -> Point:
     plan = Plan("android", "onnx", "int4", 256, 64, "float32", number * 10**6, 1, 1, 10**7, 10**9, 10**8, 10**8)
     choice = {"bits": number}
     return Point(
-        number, f"bits {number}", choice, ExportOptions(), plan, f"q{number // 3}", f"l{number}", make_recipe(4), 0
+        number, f"bits {number}", choice, ExportOptions(), plan, f"q{number // 3}", f"l{number}", make_recipe(4), 0, "m"
     )
 
 
@@ -57,7 +59,7 @@ def swept(
 
     started: list[Unit] = []
     planned = Planned(
-        [point(number) for number in range(count)], [LeftOut(count, "no", {"bits": 99}, "why not")], "m", CONFIG
+        [point(number) for number in range(count)], [LeftOut(count, "no", {"bits": 99}, "why not")], CONFIG
     )
     store = Store(tmp_path)
     runner = Runner(FakeNodes(store, failures or {}, results), store, 0)  # type: ignore[arg-type]
@@ -117,3 +119,22 @@ def test_a_failed_unit_ends_its_points_only(tmp_path: Path, budget: int | None) 
     assert [row.number for row in result.rows if row.state == FAILED] == [3, 4, 5, 8]
     assert result.rows[4].reason == "quantize: killed (1 attempts)" and result.rows[8].reason == "lower: no kernels"
     assert result.rows[0].state == MEASURED and result.rows[0].decode_tokens_per_s == 2.0
+
+
+def test_a_distillation_is_placed_on_a_gpu_where_there_is_one(tmp_path: Path) -> None:
+    plain, other = point(0), point(3)
+    distilled = replace(other, options=ExportOptions(quantization=QuantizeOptions(distill=4096)))
+    planned = Planned([plain, distilled], [], CONFIG)
+    for gpu in (False, True):
+        course = Course(options(tmp_path), planned, gpu=gpu)
+        placed = {unit.id for unit in course.everything() if GPU in unit.needs}
+        assert placed == ({course.quantizing(distilled).id} if gpu else set())
+
+
+def test_only_calibrations_are_split_and_only_where_that_is_requested(tmp_path: Path) -> None:
+    plain, calibrated = point(0), replace(point(3), calibration_tokens=8192)
+    planned = Planned([plain, calibrated], [], CONFIG)
+    for split in (False, True):
+        course = Course(options(tmp_path, where=Where(split=split)), planned)
+        found = {unit.id for unit in course.everything() if unit.job.split}
+        assert found == ({course.quantizing(calibrated).id} if split else set())

@@ -6,25 +6,23 @@ import os
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("distributed", reason="distributed is not installed: pip install 'gemma-edge[sweep]'")
 
-from support.checkpoints import ROOT
+from support.sweeping.cluster import PATIENCE_S, cluster, wait_until
 from support.sweeping.fake_units import FakeStore
 
 from gemma_edge.errors import InputError
 from gemma_edge.export.options import ExportOptions
-from gemma_edge.sweep.cluster import work
-from gemma_edge.sweep.cluster.nodes import nodes
+from gemma_edge.sweep.cluster import process
+from gemma_edge.sweep.cluster.nodes import nodes, own_resources
 from gemma_edge.sweep.cluster.schedule import Outcome, Runner
-from gemma_edge.sweep.units import CORES, QUIET, Job, Unit
+from gemma_edge.sweep.units import CORES, GPU, QUIET, RAM, Job, Unit
 
-PATIENCE_S = 120
 JOB = Job(ExportOptions())
 
 
@@ -35,7 +33,7 @@ def unit(key: str, kind: str = "phone", **needs: float) -> Unit:
 @pytest.fixture(autouse=True)
 def light(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Units of these tests need no torch, and locks of their own."""
-    monkeypatch.setattr(work, "LOADED", ())
+    monkeypatch.setattr(process, "LOADED", ())
     monkeypatch.setenv("GEMMA_EDGE_QUIET", str(tmp_path / "quiet"))
 
 
@@ -70,40 +68,16 @@ def test_stopping_ends_what_runs_and_keeps_what_is_done(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
-    """A scheduler and two nodes as processes: only the first one may time things."""
-    path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
-    environment = {**os.environ, "PYTHONPATH": path, "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "2"}
-    started: list[subprocess.Popen[bytes]] = []
-
-    def start(*words: str) -> None:
-        with (tmp_path / f"log-{len(started)}").open("wb") as log:
-            started.append(subprocess.Popen([sys.executable, *words], env=environment, stdout=log, stderr=log))
-
-    file = tmp_path / "scheduler.json"
-    start("-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard",
-          "--dashboard-address", "127.0.0.1:0", "--scheduler-file", str(file))  # fmt: skip
-    wait_until(file.exists)
-    import json
-
-    address = json.loads(file.read_text())["address"]
-    code = (
-        "from gemma_edge.sweep.cluster import nodes, work; import sys; work.LOADED = ();"
-        " nodes.join(sys.argv[1], {'cores': 1.0, 'ram': 1e12, **({'bench': 1.0} if sys.argv[2] == 'first' else {})}, sys.argv[2])"
-    )
-    for name in ("first", "second"):
-        start("-c", code, address, name)
-    wait_until(lambda: all(b"Starting established" in (tmp_path / f"log-{n}").read_bytes() for n in (1, 2)))
-    yield address, started[1:]
-    for process in started:
-        process.kill()
-        process.wait()
+def two_nodes(tmp_path: Path) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
+    """Only the first one may time things."""
+    with cluster(tmp_path, {"first": {CORES: 1, RAM: 1e12, QUIET: 1}, "second": {CORES: 1, RAM: 1e12}}) as started:
+        yield started
 
 
 def test_work_goes_where_its_resources_are_and_a_lost_nodes_work_is_done_by_the_other(
-    cluster: tuple[str, list[subprocess.Popen[bytes]]], tmp_path: Path
+    two_nodes: tuple[str, list[subprocess.Popen[bytes]]], tmp_path: Path
 ) -> None:
-    address, (first, second) = cluster
+    address, (first, second) = two_nodes
     store = FakeStore(tmp_path)
     ordinary = [unit(f"slow-{number}") for number in range(12)]
     timed = [Unit("bench", f"timed-{number}", "", JOB, needs={QUIET: 1.0}) for number in range(3)]
@@ -127,6 +101,46 @@ def test_work_goes_where_its_resources_are_and_a_lost_nodes_work_is_done_by_the_
     assert where["second"] and where["first"] | where["second"] == {one.key for one in (*ordinary, *timed)}
     finished = [str(outcome.record["node"]) for outcome in ended.values() if outcome.record]
     assert len(finished) == 15
+
+
+def test_work_that_can_use_a_gpu_goes_where_one_is_and_other_work_does_not_see_it(tmp_path: Path) -> None:
+    """No GPU is needed for this: a resource is a name, and a process sees what its environment says."""
+    offers = {CORES: 1.0, RAM: 1e12}
+    names = {"plain": offers, "fast": {**offers, GPU: 1.0}}
+    store = FakeStore(tmp_path)
+    units = [unit(f"slow-{number}") for number in range(4)]
+    units += [unit(f"distill-{number}", **{CORES: 1, GPU: 1}) for number in range(3)]
+    variables = {name: {"CUDA_VISIBLE_DEVICES": "7"} for name in names}
+    with (
+        cluster(tmp_path, names, environments=variables) as (address, (_, fast)),
+        nodes(address, store, 0, []) as running,
+    ):
+        ended = run_all(Runner(running, store, 0), units)
+    places = {key: int(node.rpartition(":")[2]) for key, _, node in store.begun()}
+    assert {places[key] for key in places if key.startswith("distill")} == {fast.pid}
+    assert {places[key] for key in places if key.startswith("slow")} - {fast.pid}
+    assert {key: outcome.result["gpus"] for key, outcome in ended.items()} == {
+        key: "7" if key.startswith("distill") else "" for key in places
+    }
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_machine_offers_the_gpu_that_torch_sees(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    fake = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: there))
+    monkeypatch.setitem(sys.modules, "torch", fake)
+    assert (own_resources([]).get(GPU) == 1.0) == there
+    assert GPU not in own_resources([], gpu=False)
+    monkeypatch.delitem(sys.modules, "torch")
+    asked: list[list[str]] = []
+
+    def answer(words: list[str], **more: object) -> SimpleNamespace:
+        asked.append(words)
+        return SimpleNamespace(returncode=int(not there))
+
+    monkeypatch.setattr(subprocess, "run", answer)
+    assert (GPU in own_resources([])) == there and "torch.cuda.is_available()" in asked[0][2]
 
 
 def test_without_a_shared_folder_results_travel_through_the_engine(
@@ -164,10 +178,3 @@ def alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-def wait_until(true: Callable[[], bool]) -> None:
-    until = time.monotonic() + PATIENCE_S
-    while not true():
-        assert time.monotonic() < until, "it took too long"
-        time.sleep(0.05)

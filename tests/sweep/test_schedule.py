@@ -15,9 +15,9 @@ from support.sweeping.fake_units import Done, FakeNodes
 
 from gemma_edge.export.options import ExportOptions
 from gemma_edge.sweep.cluster import schedule
+from gemma_edge.sweep.cluster.process import UnitFailed
 from gemma_edge.sweep.cluster.schedule import Outcome, Runner
 from gemma_edge.sweep.cluster.store import Store
-from gemma_edge.sweep.cluster.work import UnitFailed
 from gemma_edge.sweep.units import Job, Unit
 
 JOB = Job(ExportOptions())

@@ -27,6 +27,16 @@ def test_lists_become_every_combination_and_each_the_options_of_an_export() -> N
     assert (made.kv_bits, made.model) == (32, "m")
 
 
+def test_an_option_may_be_left_out_in_some_points() -> None:
+    space = {"lora": values("lora", "none,a"), "vocab": values("vocab", "none"), "seed": (1, 2)}
+    first, *_, last = combinations(space)
+    assert (name_of(first, space), name_of(last, space)) == ("no lora, seed 1", "a, seed 2")
+    made = [options_of(choice, ExportOptions()) for choice in (first, last)]
+    assert [(each.lora, each.vocab, each.quantization.calibration_text.seed) for each in made] == [
+        *((None, None, 1), ("a", None, 2)),
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "given", "part"),
     [

@@ -25,7 +25,7 @@ from gemma_edge.quantize.api import Quantization, make_checkpoint
 from gemma_edge.quantize.calibration import text as calibration
 from gemma_edge.quantize.calibration.block import gemma_topology, second_moments
 from gemma_edge.quantize.calibration.gptq import Inputs, output_error, quantize_outputs
-from gemma_edge.quantize.calibration.layerwise import runner
+from gemma_edge.quantize.calibration.windows import runner
 from gemma_edge.quantize.mixed import sensitivity
 from gemma_edge.quantize.mixed.choose import TOKENS
 from gemma_edge.quantize.options import CalibrationText, QuantizeOptions

@@ -20,7 +20,8 @@ from gemma_edge.model.kv_cache import RingCache
 from gemma_edge.quantize.calibration import text as calibration
 from gemma_edge.quantize.calibration.block import Choice, gemma_topology, quantize_block, second_moments
 from gemma_edge.quantize.calibration.gptq import Inputs, gptq
-from gemma_edge.quantize.calibration.layerwise import Calibration, calibrate, layer_file, runner
+from gemma_edge.quantize.calibration.layerwise import Calibration, calibrate, layer_file
+from gemma_edge.quantize.calibration.windows import runner
 from gemma_edge.quantize.checkpoint.writer import Fitted, write_quantized
 from gemma_edge.quantize.integers import QuantizedTensor, absmax_scale, quantize
 from gemma_edge.quantize.options import CalibrationText

@@ -27,15 +27,14 @@ from gemma_edge.quantize.calibration import layerwise
 from gemma_edge.quantize.calibration.layerwise import (
     STATE,
     Calibration,
-    advance,
     calibrate,
     folder_bytes,
     key_of,
     layer_file,
     missing_bytes,
     only_here,
-    runner,
 )
+from gemma_edge.quantize.calibration.windows import advance, runner
 from gemma_edge.quantize.checkpoint.kv_scales import KVRanges
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint, open_weights
 from gemma_edge.quantize.checkpoint.writer import Fitted, shard_names, write_quantized

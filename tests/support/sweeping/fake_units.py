@@ -29,7 +29,8 @@ class FakeStore(Store):
         if unit.key.startswith("killed"):
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(600 if unit.key == "endless" else 0.3 if unit.key.startswith("slow") else 0)
-        record: dict[str, Any] = {"result": {}, "node": node, "cpu_s": 0.0}
+        seen = {"gpus": os.environ.get("CUDA_VISIBLE_DEVICES")}
+        record: dict[str, Any] = {"result": seen, "node": node, "cpu_s": 0.0}
         self.place(unit).mkdir(parents=True, exist_ok=True)
         write_whole(self.place(unit) / RECORD, json.dumps(record))
         return record
