@@ -86,7 +86,7 @@ def plan_points(options: SweepOptions, progress: Progress) -> Planned:
     choices = list(combinations(options.space))
     base = replace(options.base, verify="none")  # the gate judges what is picked
     plain = open_source(base.model, None)
-    originals = {(None, None): (plain, _model_key(plain))}
+    originals: dict[tuple[object, object], tuple[Weights, str]] = {(None, None): (plain, _model_key(plain))}
     points: list[Point] = []
     left_out: list[LeftOut] = []
     for number, choice in enumerate(choices):

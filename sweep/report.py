@@ -125,9 +125,13 @@ def print_estimate(found: Estimate) -> None:
     columns = ("unit", "not done", "s each", "hours together", "RAM of the largest")
     print_table(f"{found.points} points", columns, rows, names=("unit",))
     for nodes, seconds in found.seconds.items():
-        say(OUT, f"{nodes} node{'s' * (nodes > 1)}: at least {seconds / 3600:.2f} hours")
+        say(OUT, f"{nodes} node{'s' * (nodes > 1)}: at least {_time(seconds)}")
     if unknown := [work.kind for work in found.work if work.seconds is None]:
         say(OUT, f"Not counted, because none was done here before: {', '.join(unknown)}.")
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 600 else f"{seconds / 3600:.2f} hours"
 
 
 def _sized(count: int | None) -> str:

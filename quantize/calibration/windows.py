@@ -21,7 +21,8 @@ from gemma_edge.model.kv_cache import RingCache
 from gemma_edge.quantize.checkpoint.kv_scales import KVRanges
 
 SHARD = 4  # windows of a shard
-Job, Done = TypeVar("Job"), TypeVar("Done")
+Job = TypeVar("Job")
+Done = TypeVar("Done")
 Run = Callable[[nn.Module, Tensor], Tensor]  # applies a block to one window: (1, T, hidden) -> (1, T, hidden)
 
 
@@ -67,20 +68,22 @@ def runner(source: Weights, layer: int, tokens: int) -> LayerRun:
 
 def shards(x: Tensor) -> Iterator[Tensor]:
     """Windows (N, T, hidden) in parts of SHARD, the last one of fewer; copies, as a view is pickled with all that it views."""
-    return (part.clone() for part in x.split(SHARD))
+    return (part.clone() for part in _views(x))
+
+
+def _views(x: Tensor) -> list[Tensor]:
+    return [x[start : start + SHARD] for start in range(0, len(x), SHARD)]
 
 
 def advance(block: nn.Module, x: Tensor, run: Run, each: Each = in_turn) -> None:
     """Apply a block to every window of (N, T, hidden), in place."""
-    for part, out in zip(x.split(SHARD), each(partial(_outputs, block, run), shards(x)), strict=True):
+    for part, out in zip(_views(x), each(partial(_outputs, block, run), shards(x)), strict=True):
         part.copy_(out)
 
 
 def advance_with_ranges(block: nn.Module, x: Tensor, run: LayerRun, ranges: KVRanges, each: Each = in_turn) -> None:
     """`advance`, and `ranges` is given the keys and values."""
-    for part, (out, seen) in zip(
-        x.split(SHARD), each(partial(_outputs_and_ranges, block, run), shards(x)), strict=True
-    ):
+    for part, (out, seen) in zip(_views(x), each(partial(_outputs_and_ranges, block, run), shards(x)), strict=True):
         part.copy_(out)
         ranges.merge(seen)
 

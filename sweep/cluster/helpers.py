@@ -34,8 +34,8 @@ def assist(function: bytes, job: bytes, sweep: str, threads: int, topic: str, na
     Raises:
         UnitFailed: it cannot be done, or its process died.
     """
-    get_worker().log_event(topic, name)
-    with working(alone=False, beside=True):
+    with working(alone=False, beside=True):  # a benchmark may hold the machine
+        get_worker().log_event(topic, name)
         return in_process(partial(_apply, function, job), sweep, threads)
 
 
@@ -107,7 +107,7 @@ class Helpers:
         for address, known in there.items():
             offers = known.get("resources") or {}
             count = min(int(offers.get(name, 0) // amount) for name, amount in self._needs.items())
-            if self._processors.get(address) == same:
+            if same is not None and self._processors.get(address) == same:
                 places += [address] * (count - (address == self._own))
         return places
 

@@ -45,21 +45,22 @@ class RemoteStore(Store):
         return user_cache.folder(CACHED, key_of(self.url)) / unit.kind / unit.key
 
     def record(self, unit: Unit) -> Record | None:
-        """What a finished unit found, here or behind the URL."""
-        if (here := super().record(unit)) is not None:
-            return here
+        """What a finished unit found. Only what lies behind the URL counts: a node may end before it has sent its result."""
         with self._reached() as files:
             try:
                 found: Record = json.loads(files.cat_file(f"{self._there(unit)}/{RECORD}"))
-            except FileNotFoundError:
+            except (FileNotFoundError, json.JSONDecodeError):  # half a record: the node ended while it sent it
                 return None
         return found
 
     def make(self, unit: Unit, node: str) -> Record:
-        """Fetch what a unit needs, do its work, and send the result; the record last, so that it stands for a whole result."""
+        """Fetch what a unit needs, do its work unless the mirror has it, and send the result.
+
+        The record is sent last, so that it stands for a whole result.
+        """
         for other in unit.after.values():
             self.fetch(other)
-        record = super().make(unit, node)
+        record = super().record(unit) or super().make(unit, node)
         folder, there = self.place(unit), self._there(unit)
         paths = sorted((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.name == RECORD)
         with self._reached() as files:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from gemma_edge.sweep.cluster import process
 from gemma_edge.sweep.cluster.helpers import helpers
@@ -35,7 +38,7 @@ def run_unit(unit: Unit, store: Store, sweep: str) -> Record:
         return process.in_process(partial(store.make, unit, process.name()), sweep, threads, gpu=GPU in unit.needs)
 
 
-def _helpers(unit: Unit, sweep: str) -> object:
+def _helpers(unit: Unit, sweep: str) -> Callable[[], AbstractContextManager[Any]]:
     from distributed import get_worker
 
     worker = get_worker()

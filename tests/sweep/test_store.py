@@ -11,6 +11,8 @@ import pytest
 
 pytest.importorskip("fsspec", reason="fsspec is not installed: pip install 'gemma-edge[sweep]'")
 
+import fsspec
+
 from gemma_edge.errors import InputError
 from gemma_edge.export.options import ExportOptions
 from gemma_edge.sweep.cluster import store as module
@@ -75,6 +77,42 @@ def test_behind_a_url_every_node_has_a_mirror_of_what_it_needs(
     monkeypatch.setenv(VARIABLE, str(tmp_path / "three"))
     store.fetch(SECOND)
     assert (store.place(SECOND) / "deep" / "file").read_text() == "l"
+
+
+class Killed(BaseException):
+    """Stands for the end of a process: nothing in the product catches it."""
+
+
+@pytest.mark.parametrize("last", ["deep/file", RECORD])
+def test_an_upload_that_was_killed_is_never_taken_for_a_result(
+    last: str, tmp_path: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = fsspec.filesystem("memory")
+    store = open_store(f"memory://killed-{tmp_path.name}-{len(last)}", tmp_path)
+    real = type(files).put_file
+
+    def half(self: Any, source: str, target: str, *args: object, **more: object) -> None:
+        if not target.endswith(last):
+            real(self, source, target, *args, **more)
+            return
+        whole = Path(source).read_bytes()
+        self.pipe_file(target, whole[: len(whole) // 2])
+        raise Killed
+
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "one"))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(files), "put_file", half)
+        with pytest.raises(Killed):
+            store.make(FIRST, "one")
+    assert files.find(store._there(FIRST))  # type: ignore[attr-defined]  # half a result is there
+    for mirror in ("one", "two"):
+        monkeypatch.setenv(VARIABLE, str(tmp_path / mirror))
+        assert store.record(FIRST) is None
+    assert store.make(FIRST, "two")["node"] == "two" and computed == ["q", "q"]
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "three"))
+    assert store.record(FIRST) is not None and store.make(SECOND, "three")["result"] == {"read": ["q"]}
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "one"))
+    assert store.make(FIRST, "one")["node"] == "one" and computed == ["q", "q", "l"]  # it sends what it has made
 
 
 @pytest.mark.parametrize("url", ["nonsense://bucket/x", "file:///proc/nowhere/x"])
