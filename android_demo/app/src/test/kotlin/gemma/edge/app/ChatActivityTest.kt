@@ -109,10 +109,9 @@ class ChatActivityTest {
         assertEquals(application.getString(R.string.empty_chat), chat.get().text(R.id.status))
         chat.say("Who is Ishmael?")
         assertEquals(listOf("Who is Ishmael?") + answers("Who is Ishmael?"), chat.messages())
-        val bubbles = chat.get().findViewById<RecyclerView>(R.id.messages).let { list -> (0..1).map(list::getChildAt) }
-        assertEquals(chat.messages(), bubbles.map { "${it.findViewById<TextView>(R.id.text).text}" })
-        val stats = bubbles[1].findViewById<TextView>(R.id.stats)
-        assertTrue("${stats.text}", "tokens/s" in stats.text)
+        val list = chat.get().findViewById<RecyclerView>(R.id.messages)
+        waitUntil("the answer's numbers are shown") { "tokens/s" in "${list.getChildAt(1)?.findViewById<TextView>(R.id.stats)?.text}" }
+        assertEquals(chat.messages(), (0..1).map { "${list.getChildAt(it).findViewById<TextView>(R.id.text).text}" })
         assertEquals("", chat.get().text(R.id.input))
         chat.get().screenshot("chat")
     }
