@@ -240,6 +240,8 @@ def join(address: str, offers: Mapping[str, float], name: str | None) -> None:
 
     from distributed import Worker
 
+    _connected(address).close()  # a worker would print lines before it gave up
+
     async def run() -> None:
         with dask.config.set({"distributed.comm.timeouts.connect": ANSWER_S}):
             try:
