@@ -109,7 +109,7 @@ def test_work_that_can_use_a_gpu_goes_where_one_is_and_other_work_does_not_see_i
     names = {"plain": offers, "fast": {**offers, GPU: 1.0}}
     store = FakeStore(tmp_path)
     units = [unit(f"slow-{number}") for number in range(4)]
-    units += [unit(f"distill-{number}", **{CORES: 1, GPU: 1}) for number in range(3)]
+    units += [unit(f"distill-{number}", cores=1, gpu=1) for number in range(3)]
     variables = {name: {"CUDA_VISIBLE_DEVICES": "7"} for name in names}
     with (
         cluster(tmp_path, names, environments=variables) as (address, (_, fast)),
