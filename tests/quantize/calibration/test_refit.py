@@ -15,9 +15,8 @@ from torch.testing import assert_close
 
 from gemma_edge.model.checkpoint import Checkpoint
 from gemma_edge.model.gemma import DecoderLayer
-from gemma_edge.quantize.calibration.block import Run
 from gemma_edge.quantize.calibration.refit import PULL, refit_post_norms
-from gemma_edge.quantize.calibration.windows import runner
+from gemma_edge.quantize.calibration.windows import Run, runner
 from gemma_edge.quantize.integers import quantize
 from gemma_edge.quantize.recipe import QuantConfig
 

@@ -20,7 +20,7 @@ from gemma_edge.model.config import GemmaConfig
 from gemma_edge.quantize.calibration.block import gemma_topology, second_moments
 from gemma_edge.quantize.calibration.estimate import estimate_s
 from gemma_edge.quantize.calibration.layerwise import Calibration, calibrate
-from gemma_edge.quantize.calibration.windows import SHARD, runner
+from gemma_edge.quantize.calibration.windows import SHARD, Each, in_turn, runner
 from gemma_edge.quantize.recipe import make_recipe
 
 RECIPES = {"gptq": (make_recipe(4, quality="balanced"), False), "awq+gptq": (make_recipe(4, quality="best"), True)}
@@ -65,9 +65,10 @@ def test_jobs_in_other_processes_give_the_same_bytes(
     seen = Calibration(text(), rounds=1, refit=refit)
     found = []
     scattered = Scattered(pool)
-    for name, more in (("serial", {}), ("scattered", {"each": scattered})):
+    ways: dict[str, Each] = {"serial": in_turn, "scattered": scattered}
+    for name, each in ways.items():
         (tmp_path / name).mkdir()
-        reports, scales = calibrate(source, recipe, seen, tmp_path / name, **more)
+        reports, scales = calibrate(source, recipe, seen, tmp_path / name, each=each)
         files = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
         found.append((reports, {layer: [x.tolist() for x in pair] for layer, pair in scales.items()}, files))
     assert found[0] == found[1]
@@ -93,8 +94,9 @@ def test_second_moments_do_not_depend_on_the_shards_but_for_rounding(source: Che
     x = torch.randn(2 * SHARD + 1, 24, source.config.hidden_size, generator=torch.Generator().manual_seed(0))
     block, run, topology = source.load_layer(0), runner(source, 0, 24), gemma_topology(source.config)
     whole = second_moments(block, x, run, topology)
-    weights = [len(part) / len(x) for part in x.split(2)]
-    parts = [second_moments(block, part, run, topology) for part in x.split(2)]
+    pairs = [x[start : start + 2] for start in range(0, len(x), 2)]
+    weights = [len(pair) / len(x) for pair in pairs]
+    parts = [second_moments(block, pair, run, topology) for pair in pairs]
     for name, moment in whole.items():
         expected = sum(weight * part[name].double() for weight, part in zip(weights, parts, strict=True))
         torch.testing.assert_close(moment.double(), expected, rtol=1e-4, atol=1e-5)

@@ -111,9 +111,9 @@ def main() -> None:
     print(f"{source.config.num_hidden_layers} layers, {tokens} tokens, {os.cpu_count()} cores, {words.quality}")
     first = median(seconds[counts[0]])
     for count in counts:
-        took, planned = seconds[count], estimate_s(source.config, recipe, seen, count)
-        print(f"{count} nodes: median {median(took):.1f} s ({min(took):.1f} to {max(took):.1f}),"
-              f" {first / median(took):.2f} times as fast; planned {planned:.1f} s,"
+        runs, planned = seconds[count], estimate_s(source.config, recipe, seen, count)
+        print(f"{count} nodes: median {median(runs):.1f} s ({min(runs):.1f} to {max(runs):.1f}),"
+              f" {first / median(runs):.2f} times as fast; planned {planned:.1f} s,"
               f" {estimate_s(source.config, recipe, seen, counts[0]) / planned:.2f} times")  # fmt: skip
     print("the same bytes" if len(hashes) == 1 else f"DIFFERENT BYTES: {sorted(hashes)}")
 
