@@ -35,7 +35,6 @@ class MovingRows:
         self._slots = min(each.slots for each in keeping.values())
         self._buffers = [rows for name, rows in buffers.items() if int(name.partition(".")[0]) in keeping]
         self._dropped = 0
-        self._no_bias = np.zeros((1, 1, 1, self._slots), np.float32)
 
     def clear(self) -> None:
         """Begin anew."""
@@ -53,8 +52,6 @@ class MovingRows:
         last = position + tokens - 1
         oldest = last - self._window + 1 - self._dropped  # the last query sees rows from here on
         if oldest <= pinned and not self._dropped:
-            if tokens == 1:
-                return self._no_bias[..., :rows]
             return np.zeros((1, 1, tokens, rows), np.float32)
         row = np.arange(rows)
         positions = np.where(row < self._kept, row, row + self._dropped)

@@ -133,7 +133,14 @@ class Engine:
         for adapter in adapters:
             runtime.use_adapter(adapter)  # refuses one of another bundle before any request comes
         self.model = Model(
-            tokenizer, template, form, runtime.vocab_size, runtime.cache.context, self.name, tuple(self.adapters)
+            tokenizer,
+            template,
+            form,
+            runtime.vocab_size,
+            runtime.cache.context,
+            self.name,
+            tuple(self.adapters),
+            pins=runtime.cache.pinned > 0,
         )
         self.generator = TextGenerator(runtime, tokenizer, notify, form)
         self.generator.prepare(options)

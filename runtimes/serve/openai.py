@@ -44,6 +44,7 @@ class Model:
     context: int
     name: str = ""
     adapters: tuple[str, ...] = ()  # names of models too: NAME:ADAPTER
+    pins: bool = False  # whether it can keep the beginning of a conversation
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ class ParsedRequest:
             messages = messages_of(body, takes_system=model.template.takes_system, tools=tools["tools"])
             prompt = model.form.render(model.template, messages, tools["tools"])
             prompts = [_ids(prompt, model)]
-            pinned = _beginning(body, prompt, prompts[0], model, tools["tools"])
+            if model.pins:
+                pinned = _beginning(body, prompt, prompts[0], model, tools["tools"])
             judged = [message["content"] for message in messages if message["role"] in ("user", "tool")][-1:] or [""]
         elif tools["tools"]:
             raise InputError("tools are not supported without messages; leave them out", field="tools")

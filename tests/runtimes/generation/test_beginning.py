@@ -114,7 +114,9 @@ def test_a_request_pins_the_system_s_message() -> None:
     from gemma_edge.runtimes.serve.openai import Model, ParsedRequest
     from gemma_edge.runtimes.tools.json_calls import JsonCalls
 
-    model = Model(Tokenizer(DEMO, toy_manifest()), ChatTemplate.from_bundle(DEMO), JsonCalls(), VOCAB, context=64)
+    model = Model(
+        Tokenizer(DEMO, toy_manifest()), ChatTemplate.from_bundle(DEMO), JsonCalls(), VOCAB, context=64, pins=True
+    )
 
     def pinned(*messages: dict[str, str]) -> tuple[int, tuple[int, ...]]:
         request = ParsedRequest.parse(
