@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from support.checkpoints import DEMO, ROOT, SHAPES, hf_holding, hf_logits, make_checkpoint, relative_error
+from support.checkpoints import DEMO, ROOT, SHAPES, hf_holding, hf_logits, hf_model, make_checkpoint, relative_error
 from support.commands import refused, run
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
+import gemma_edge
 from gemma_edge.model.checkpoint import TABLE, Checkpoint, norm_names, weight_shapes
 from gemma_edge.model.gguf.folder import prepare
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
+from gemma_edge.text.tokenizer import Tokenizer as TextTokenizer
 
 pytest.importorskip("gguf")
 
@@ -141,3 +143,68 @@ def test_a_bundle_gives_its_integers_back(backend: str, tmp_path: Path) -> None:
     found, expected = (Checkpoint.open(prepare(tmp_path / f"{folder}.gguf")) for folder in ("bundle", "kept"))
     for name in weight_shapes(expected.config):
         assert torch.equal(found.matrix(name), expected.matrix(name)), name
+
+
+class LlamaCpp:
+    """llama.cpp with a file, in one thread and with float32 caches."""
+
+    def __init__(self, path: Path) -> None:
+        xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp is not installed: pip install 'gemma-edge[dev]'")
+        params = xllamacpp.CommonParams()
+        params.model.path, params.n_ctx, params.cpuparams.n_threads = str(path), 512, 1
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        self._server = xllamacpp.Server(params)
+
+    def after(self, ids: list[int]) -> torch.Tensor:
+        """The log probabilities of all 4096 tokens after some: (V,)."""
+        asked = {"prompt": ids, "max_tokens": 1, "temperature": 0, "n_probs": 4096}
+        (step,) = self._server.handle_completions(asked)["choices"][0]["logprobs"]["content"]
+        found = torch.full((4096,), -1e9)
+        for each in step["top_logprobs"]:
+            found[each["id"]] = each["logprob"]
+        return found
+
+
+def kl(reference: torch.Tensor, found: torch.Tensor) -> float:
+    """Mean over positions, in nats; of log probabilities (T, V)."""
+    return float(torch.nn.functional.kl_div(found, reference, log_target=True, reduction="batchmean"))
+
+
+@pytest.mark.parametrize("shape", ["tiny", "gemma3_scaled", "gemma1"])
+def test_llama_cpp_computes_what_transformers_does(shape: str, tmp_path: Path) -> None:
+    """Random float weights, a window shorter than the text."""
+    model = random_model(tmp_path / "model", **SHAPES[shape])
+    source = quantized(model, tmp_path / "checkpoint", "--bits", "16")
+    assert run("gguf", source.folder, "-o", tmp_path / "out.gguf").exit_code == 0
+    ids = torch.tensor([2, *range(5, 4000, 71)][:40])
+    llama, ends = LlamaCpp(tmp_path / "out.gguf"), range(12, 41, 4)
+    found = torch.stack([llama.after(ids[:end].tolist()) for end in ends])
+    expected = hf_logits(hf_model(source.folder), ids)[[end - 1 for end in ends]].log_softmax(-1)
+    assert kl(expected, found) <= 5e-3  # it multiplies in bfloat16: Gemma 1's, without norms behind, are 2e-3 off
+    assert (expected.argmax(-1) == found.argmax(-1)).sum() >= 7
+
+
+PROMPTS = ("And the LORD said unto", "It is a truth", "In the beginning", "Elizabeth was", "Behold, I will")
+
+
+def test_llama_cpp_says_what_the_bundle_says(tmp_path: Path) -> None:
+    source = quantized(DEMO, tmp_path / "checkpoint", "--bits", "8", "--group-size", "32")
+    options = ("--backend", "onnx", "--context", "128", "--kv-bits", "32", "--verify", "none")
+    made = run(source.folder, "-o", tmp_path / "bundle", *options)
+    assert made.exit_code == 0, made.output
+    assert run("gguf", tmp_path / "bundle", "-o", tmp_path / "out.gguf").exit_code == 0
+    runtime, llama = gemma_edge.load(tmp_path / "bundle"), LlamaCpp(tmp_path / "out.gguf")
+    tokenizer = TextTokenizer(tmp_path / "bundle", runtime.manifest)
+    for prompt in PROMPTS:
+        runtime.reset()
+        ids = tokenizer.encode(prompt)
+        ours, theirs, logits = [], [], runtime.prefill(ids)
+        for _ in range(24):
+            ours.append(torch.from_numpy(logits).log_softmax(-1))
+            theirs.append(llama.after(ids))
+            ids.append(int(logits.argmax()))
+            logits = runtime.decode(ids[-1])
+        expected, found = torch.stack(ours), torch.stack(theirs)
+        assert kl(expected, found) <= 1e-3
+        choice = expected.gather(1, found.argmax(-1, keepdim=True))[:, 0]
+        assert (expected.amax(-1) - choice).max() <= 0.1  # the same tokens, unless two are as likely
