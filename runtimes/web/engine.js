@@ -1,6 +1,6 @@
 // A bundle in LiteRT.js: tokens into signatures, caches from call to call, text out. Runs in worker.js.
 import { Template } from "./jinja.js";
-import { loadAndCompile, loadLiteRt, supportsFeature, Tensor } from "./litert.js";
+import { getWebGpuDevice, loadAndCompile, loadLiteRt, supportsFeature, Tensor } from "./litert.js";
 import { sampler } from "./sampling.js";
 import { stored } from "./store.js";
 import { Tokenizer } from "./tokenizers.js";
@@ -9,7 +9,18 @@ const FIXED_COST = 16; // of a call, in tokens: as in bundle/signature.py
 const PADDING = -1; // position of a token that fills up a call
 const MAX_THREADS = 4;
 
-export async function open({ url, threads }, onProgress) {
+// How LiteRT.js computes, by name.
+const ACCELERATORS = {
+  wasm: (threads) => ({ cpuOptions: { numThreads: threads } }),
+  webgpu: () => {
+    if (!getWebGpuDevice()) throw new Error("this browser gives the page no GPU (WebGPU); leave out the accelerator: WebAssembly runs everywhere");
+    return { gpuOptions: { precision: "fp32" } }; // in float16 the angles of positions go wrong
+  },
+};
+
+export async function open({ url, threads, accelerator = "wasm" }, onProgress) {
+  const choose = ACCELERATORS[accelerator];
+  if (!choose) throw new Error(`accelerator ${accelerator}: give one of ${Object.keys(ACCELERATORS).join(", ")}`);
   const place = (name) => new URL(name, url.endsWith("/") ? url : `${url}/`).href;
   const manifest = await (await got(place("manifest.json"))).json();
   const web = manifest.backends?.web;
@@ -17,17 +28,18 @@ export async function open({ url, threads }, onProgress) {
   const { program } = web.settings;
   const file = await stored(place(program), manifest.files[program], onProgress);
   const used = await startLiteRt(threads);
+  const options = choose(used);
   onProgress({ stage: "compile", done: 0, total: file.size });
-  const options = { accelerator: "wasm", cpuOptions: { numThreads: used } };
-  const model = await loadAndCompile(file.stream().getReader(), options).catch((error) => {
+  const model = await loadAndCompile(file.stream().getReader(), { accelerator, ...options }).catch((error) => {
     throw new Error(`the model does not start in this browser: ${error.message ?? error}`);
   });
+  if (accelerator !== "wasm" && !model.isFullyAccelerated) throw new Error(`${accelerator} cannot run all of this model`);
   onProgress({ stage: "compile", done: file.size, total: file.size });
   const [tokenizer, config] = await Promise.all(["tokenizer.json", "tokenizer_config.json"].map((name) => json(place(name))));
   if (!tokenizer) throw new Error(`${url} has no tokenizer.json`);
   const own = await fetch(place("chat_template.jinja")).catch(() => null);
   const template = own?.ok ? await own.text() : config?.chat_template;
-  return new Engine(manifest, model, new Tokenizer(tokenizer, config ?? {}), template, used);
+  return new Engine(manifest, model, new Tokenizer(tokenizer, config ?? {}), template, { accelerator, threads: used });
 }
 
 async function got(address) {
@@ -54,15 +66,16 @@ async function startLiteRt(requested) {
 }
 
 class Engine {
-  constructor(manifest, model, tokenizer, template, threads) {
+  constructor(manifest, model, tokenizer, template, used) {
     const { plan, settings } = manifest.backends.web;
     this.bos = manifest.config.bos_token_id;
     this.ends = new Set(manifest.config.eos_token_id);
     this.signatures = settings.signatures.map((each) => ({ ...each, runner: model.signatures[each.name] }));
     this.tokenizer = tokenizer;
     this.template = template ? new Template(template) : null;
-    this.facts = { name: manifest.model.name, chats: Boolean(template), context: plan.context, threads };
+    this.facts = { name: manifest.model.name, chats: Boolean(template), context: plan.context, ...used };
     this.caches = null; // tensors by name
+    this.lost = lostGpu();
     this.fed = []; // ids that the caches hold
     this.stopping = false;
   }
@@ -132,13 +145,23 @@ class Engine {
     tokens.set(ids);
     ids.forEach((_, at) => (positions[at] = position + at));
     const inputs = { tokens: new Tensor(tokens, [1, size]), input_pos: new Tensor(positions, [size]) };
-    const { logits, ...caches } = await runner.run({ ...inputs, ...this.caches });
+    const { logits, ...caches } = await Promise.race([runner.run({ ...inputs, ...this.caches }), this.lost]);
     for (const old of [...Object.values(inputs), ...Object.values(this.caches)]) old.delete();
     this.caches = caches;
-    const values = logits?.toTypedArray().slice();
+    const values = (await Promise.race([logits?.data(), this.lost]))?.slice();
     logits?.delete();
     return values;
   }
+}
+
+/** Fails when the GPU is gone, as it is after a driver's crash: calls that wait for it may never end. */
+function lostGpu() {
+  const lost = getWebGpuDevice()?.lost ?? new Promise(() => {});
+  const failure = lost.then(({ message }) => {
+    throw new Error(`the GPU was lost (${message || "no reason given"}); load the page again`);
+  });
+  failure.catch(() => {}); // nobody may be waiting
+  return failure;
 }
 
 function zeros(runner) {

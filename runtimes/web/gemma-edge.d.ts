@@ -10,6 +10,8 @@ export interface Progress {
 export interface LoadOptions {
   /** Threads of the matrix products: more than one only in a page that is cross-origin isolated. Default: up to 4. */
   threads?: number;
+  /** What computes: WebAssembly, or the GPU by WebGPU. There is no silent way back from the GPU. Default: "wasm". */
+  accelerator?: "wasm" | "webgpu";
   onProgress?: (progress: Progress) => void;
 }
 
@@ -50,6 +52,7 @@ export interface Model {
   /** Tokens that the model looks back on. */
   readonly context: number;
   readonly threads: number;
+  readonly accelerator: "wasm" | "webgpu";
   session(): Session;
   /** End the worker and give its memory back. */
   close(): void;

@@ -1,10 +1,10 @@
 // The API, in the page's thread. The types and what they mean are in gemma-edge.d.ts; worker.js computes.
 
-export async function load(url, { threads, onProgress } = {}) {
+export async function load(url, { threads, accelerator, onProgress } = {}) {
   const worker = new Worker(new URL("worker.js", import.meta.url)); // a classic one: LiteRT.js calls importScripts
   const calls = new Calls(worker, onProgress);
   try {
-    const facts = await calls.result({ call: "open", url: new URL(url, location.href).href, threads });
+    const facts = await calls.result({ call: "open", url: new URL(url, location.href).href, threads, accelerator });
     return new Model(calls, facts);
   } catch (error) {
     worker.terminate();
@@ -59,6 +59,7 @@ class Model {
     this.chats = facts.chats;
     this.context = facts.context;
     this.threads = facts.threads;
+    this.accelerator = facts.accelerator;
   }
 
   session() {

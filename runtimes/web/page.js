@@ -52,12 +52,14 @@ function busy(is) {
 
 async function start() {
   await install();
-  const model = await load("./", { onProgress: progress });
+  const accelerator = new URLSearchParams(location.search).get("accelerator") ?? "wasm";
+  const model = await load("./", { accelerator, onProgress: progress });
   const session = model.session();
   at("name").textContent = model.name;
   at("progress").hidden = true;
   at("form").hidden = false;
-  say(`Ready: ${model.threads} thread${model.threads > 1 ? "s" : ""}. Nothing you write leaves this page.`);
+  const used = accelerator === "webgpu" ? "the GPU" : `${model.threads} thread${model.threads > 1 ? "s" : ""}`;
+  say(`Ready: ${used}. Nothing you write leaves this page.`);
   at("stop").onclick = () => session.stop();
   at("text").onkeydown = (event) => {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.browsing.browser import needs_browser, wait_on
+from support.browsing.browser import NO_GPU, SWIFTSHADER, needs_browser, wait_on
 from support.browsing.site import Site, served
-from support.checkpoints import ROOT
+from support.checkpoints import ROOT, relative_error
 from support.lowered import prefilled, some_ids
 from support.tflite_bundles import UNEVEN, make_bundle
 
@@ -59,10 +59,11 @@ def folder(tmp_path: Path) -> Path:
     return Path(shutil.copytree(MADE, tmp_path / "site"))
 
 
-def ask(site: Site, home: Path, script: str, page: str = "ask.html") -> Any:
+def ask(site: Site, home: Path, script: str, flags: Sequence[str] = NO_GPU) -> Any:
     """What a script returns in the browser."""
+    page = "ask.html"
     (site.folder / page).write_text(ASK.format(script=script, new=NEW), encoding="utf-8")
-    document, console = wait_on(site.url + page, home, 'document.getElementById("result") !== null')
+    document, console = wait_on(site.url + page, home, 'document.getElementById("result") !== null', flags=flags)
     found = re.search(r'<pre id="result">(.*?)</pre>', document, re.DOTALL)
     assert found, console
     answer = json.loads(unescape(found[1]))
@@ -200,17 +201,20 @@ PROBE = """
 importScripts("sha256.js");
 (async () => {{
   const {{ open }} = await import("./engine.js");
-  const engine = await open({{ url: new URL("./", location.href).href }}, () => {{}});
+  const engine = await open({{ url: new URL("./", location.href).href, accelerator: "{accelerator}" }}, () => {{}});
   const ids = {ids}, rows = [];
   for (const end of {ends}) rows.push([...(await engine.feed(ids.slice(0, end))).logits]);
-  postMessage({{ rows }});
+  (await import("./litert.js")).getWebGpuDevice()?.destroy();
+  const lost = "{accelerator}" === "webgpu" && (await engine.feed(ids).catch((error) => error.message));
+  postMessage({{ rows, lost }});
 }})().catch((error) => postMessage({{ error: error.message }}));
 """
 
 
+@pytest.mark.parametrize("accelerator", ["wasm", "webgpu"])
 @pytest.mark.parametrize("shape", ["tiny", "gemma3_odd"])
 def test_logits_of_a_random_model_past_window_and_context_in_uneven_chunks(
-    shape: str, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shape: str, accelerator: str, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every weight is random and different. The browser's logits are compared with LiteRT's for the same file."""
     monkeypatch.setattr("gemma_edge.export.web.backend.check_npm", lambda: None)
@@ -220,15 +224,19 @@ def test_logits_of_a_random_model_past_window_and_context_in_uneven_chunks(
     ids, ends = some_ids(sum(UNEVEN), quantized.config.vocab_size), np.cumsum(UNEVEN)
     expected = prefilled(gemma_edge.load(bundle), ids, UNEVEN)
     shutil.copyfile(MADE / "tokenizer.json", bundle / "tokenizer.json")
-    (bundle / "probe.js").write_text(PROBE.format(ids=ids, ends=ends.tolist()), encoding="utf-8")
+    (bundle / "probe.js").write_text(
+        PROBE.format(ids=ids, ends=ends.tolist(), accelerator=accelerator), encoding="utf-8"
+    )
     script = "return new Promise((resolve) => { new Worker('probe.js').onmessage = ({ data }) => resolve(data); });"
     with served(bundle) as site:
-        said = ask(site, tmp_path, script)
+        said = ask(site, tmp_path, script, SWIFTSHADER if accelerator == "webgpu" else NO_GPU)
     assert "error" not in said, said
+    assert accelerator == "wasm" or said["lost"].startswith("the GPU was lost (")
     found = torch.tensor(said["rows"])
     kl = torch.nn.functional.kl_div(
         found.log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="batchmean"
     )
+    assert relative_error(found, expected) <= 0.02
     assert kl <= 2e-3
     assert torch.equal(found.argmax(-1), expected.argmax(-1))
 
@@ -265,3 +273,19 @@ def test_stop_within_a_token_seeds_and_a_wrong_option(folder: Path, tmp_path: Pa
     same, again, other = said["seeded"]
     assert same == again != other
     assert "topP 2" in said["refused"]
+
+
+GPU = "const model = await load('./', {accelerator: 'webgpu'}), session = model.session(); "
+GPU += f"await all(session.complete({json.dumps(PROMPT)}, {{maxTokens: 4}})); return session.stats;"
+
+
+def test_four_tokens_by_webgpu(folder: Path, tmp_path: Path) -> None:
+    """On SwiftShader, a GPU driver that computes on the CPU."""
+    with served(folder) as site:
+        tokens = ask(site, tmp_path, GPU, SWIFTSHADER)["tokens"]
+        refused = ask(site, tmp_path, GPU)["error"]
+        unknown = ask(site, tmp_path, GPU.replace("webgpu", "tpu"))["error"]
+    assert len(tokens) == 4
+    assert_native_agrees(PROMPT, tokens)
+    assert "gives the page no GPU" in refused
+    assert "accelerator tpu: give one of wasm, webgpu" in unknown

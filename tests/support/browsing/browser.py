@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from html import unescape
 from itertools import count
 from pathlib import Path
@@ -36,7 +37,9 @@ document.body.append(result);
 </script>"""
 
 
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr")
+FLAGS = ("--headless", "--no-sandbox", "--enable-logging=stderr")
+NO_GPU = ("--disable-gpu",)
+SWIFTSHADER = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan")  # a GPU in software
 
 
 def look_at(page: Path, folder: Path, *, width: int = 1000) -> dict[str, Any]:
@@ -45,7 +48,7 @@ def look_at(page: Path, folder: Path, *, width: int = 1000) -> dict[str, Any]:
     text = page.read_text(encoding="utf-8")
     probed.write_text(text.replace("</body>", f"{PROBE}</body>"), encoding="utf-8")
     assert CHROMIUM is not None
-    command = [CHROMIUM, *FLAGS, "--dump-dom"]
+    command = [CHROMIUM, *FLAGS, *NO_GPU, "--dump-dom"]
     command += [f"--window-size={width},1200", f"--user-data-dir={folder / 'profile'}", probed.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     found = re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.DOTALL)
@@ -55,7 +58,9 @@ def look_at(page: Path, folder: Path, *, width: int = 1000) -> dict[str, Any]:
     return {**result, "console": console}
 
 
-def wait_on(url: str, folder: Path, ended: str, *, seconds: float = 300) -> tuple[str, list[str]]:
+def wait_on(
+    url: str, folder: Path, ended: str, *, seconds: float = 300, flags: Sequence[str] = NO_GPU
+) -> tuple[str, list[str]]:
     """Open a page, and wait until the JavaScript expression `ended` is true of it, however slow the machine.
 
     Returns:
@@ -67,7 +72,7 @@ def wait_on(url: str, folder: Path, ended: str, *, seconds: float = 300) -> tupl
     assert CHROMIUM is not None
     log, (asked, ask), (answer, answered) = folder / "chromium.log", os.pipe(), os.pipe()
     # Chromium listens to the DevTools protocol on file descriptor 3 and answers on 4; each message ends with a NUL.
-    command = ["bash", "-c", f'exec "$@" 3<&{asked} 4>&{answered}', "bash", CHROMIUM, *FLAGS]
+    command = ["bash", "-c", f'exec "$@" 3<&{asked} 4>&{answered}', "bash", CHROMIUM, *FLAGS, *flags]
     command += ["--remote-debugging-pipe", f"--user-data-dir={folder / 'profile'}"]
     with log.open("wb") as stderr, os.fdopen(ask, "wb") as to_browser, os.fdopen(answer, "rb") as from_browser:
         browser = subprocess.Popen(command, pass_fds=(asked, answered), stdout=stderr, stderr=stderr)
