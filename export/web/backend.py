@@ -11,16 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma_edge.export.backend import Configs, Kernels, LoweringTask, StoredWeights
+from gemma_edge.errors import InputError
+from gemma_edge.export.backend import TABLE_FIELDS, Configs, Kernels, LoweringTask, StoredWeights
 from gemma_edge.export.tflite import packing
 from gemma_edge.export.tflite.backend import TFLiteBackend
 from gemma_edge.export.tflite.seams import two_signatures
 from gemma_edge.export.web.packages import PACKAGES, check_npm, fetched
+from gemma_edge.model.checkpoint import TABLE, weight_shapes
 from gemma_edge.model.config import GemmaConfig
 from gemma_edge.runtimes import web
 
 SITE = (".html", ".js", ".ts")  # suffixes of the files in runtimes/web that a site holds
 BARE, RELATIVE = '"@litertjs/wasm-utils"', '"./litert-wasm-utils.js"'  # a worker resolves no names of packages
+MATRIX_BITS = (
+    1 << 32
+)  # what XNNPACK can count where addresses have 32 bits: larger matrices make all logits 0, without an error
 COPIES = 3  # of the weights in memory while it starts: the file, and one for each signature
 
 
@@ -31,6 +36,17 @@ class WebBackend(TFLiteBackend):
     def refuse_unsupported(self, config: GemmaConfig, configs: Configs, float_bits: int) -> None:
         """See Backend."""
         super().refuse_unsupported(config, configs, float_bits)
+        for weight, (rows, columns) in weight_shapes(config).items():
+            bits = rows * columns * (configs[weight].bits if configs[weight] else 32)
+            multiplied = weight != TABLE or config.tie_word_embeddings
+            if multiplied and bits >= MATRIX_BITS:
+                field = TABLE_FIELDS.get(weight, "bits")
+                raise InputError(
+                    f"{weight} has {bits // 8} bytes: with a matrix of {MATRIX_BITS // 8} or more LiteRT.js computes zeros;"
+                    f" use `{field}` 4, or keep a part of the vocabulary (`vocab`)",
+                    field=field,
+                    value=bits // rows // columns,
+                )
         check_npm()
 
     def resident_bytes(self, weights: StoredWeights) -> int:

@@ -8,6 +8,7 @@ import { Tokenizer } from "./tokenizers.js";
 const FIXED_COST = 16; // of a call, in tokens: as in bundle/signature.py
 const PADDING = -1; // position of a token that fills up a call
 const MAX_THREADS = 4;
+const NOTHING = 1e-20; // LiteRT.js reports no error where a call failed; what it returns is not exactly 0
 
 // How LiteRT.js computes, by name.
 const ACCELERATORS = {
@@ -75,7 +76,7 @@ class Engine {
     this.template = template ? new Template(template) : null;
     this.facts = { name: manifest.model.name, chats: Boolean(template), context: plan.context, ...used };
     this.caches = null; // tensors by name
-    this.lost = lostGpu();
+    this.gpu = new Gpu(getWebGpuDevice());
     this.fed = []; // ids that the caches hold
     this.stopping = false;
   }
@@ -145,23 +146,36 @@ class Engine {
     tokens.set(ids);
     ids.forEach((_, at) => (positions[at] = position + at));
     const inputs = { tokens: new Tensor(tokens, [1, size]), input_pos: new Tensor(positions, [size]) };
-    const { logits, ...caches } = await Promise.race([runner.run({ ...inputs, ...this.caches }), this.lost]);
+    const { logits, ...caches } = await this.gpu.during(runner.run({ ...inputs, ...this.caches }));
     for (const old of [...Object.values(inputs), ...Object.values(this.caches)]) old.delete();
     this.caches = caches;
-    const values = (await Promise.race([logits?.data(), this.lost]))?.slice();
+    const values = logits && (await this.gpu.during(logits.data())).slice();
     logits?.delete();
+    if (values && !values.some((value) => Math.abs(value) > NOTHING)) {
+      throw new Error("the model cannot be computed in this browser: all its logits are 0, as where memory did not suffice");
+    }
     return values;
   }
 }
 
-/** Fails when the GPU is gone, as it is after a driver's crash: calls that wait for it may never end. */
-function lostGpu() {
-  const lost = getWebGpuDevice()?.lost ?? new Promise(() => {});
-  const failure = lost.then(({ message }) => {
-    throw new Error(`the GPU was lost (${message || "no reason given"}); load the page again`);
-  });
-  failure.catch(() => {}); // nobody may be waiting
-  return failure;
+/** Whether the GPU is still there: calls that wait for one that was lost, as by a driver's crash, may never end. */
+class Gpu {
+  constructor(device) {
+    this.error = null;
+    this.fail = () => {};
+    device?.lost.then(({ message }) => {
+      this.error = new Error(`the GPU was lost (${message || "no reason given"}); load the page again`);
+      this.fail(this.error);
+    });
+  }
+
+  during(call) {
+    return new Promise((resolve, reject) => {
+      this.fail = reject;
+      if (this.error) reject(this.error);
+      call.then(resolve, reject);
+    });
+  }
 }
 
 function zeros(runner) {

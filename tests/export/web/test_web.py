@@ -6,17 +6,16 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from html import unescape
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from support.browsing.browser import NO_GPU, SWIFTSHADER, needs_browser, wait_on
-from support.browsing.site import Site, served
-from support.checkpoints import ROOT, relative_error
+from support.browsing.browser import SWIFTSHADER, needs_browser, wait_on
+from support.browsing.page import MADE, ask, copy_site, feed, needs_site
+from support.browsing.site import served
+from support.checkpoints import relative_error
 from support.lowered import prefilled, some_ids
 from support.tflite_bundles import UNEVEN, make_bundle
 
@@ -28,46 +27,18 @@ from gemma_edge.quantize.recipe import make_recipe
 from gemma_edge.text.chat import ChatTemplate
 from gemma_edge.text.tokenizer import Tokenizer
 
-MADE = ROOT / "out/web"
 PROMPT = (
     "And the LORD said unto Moses, Speak unto the children of Israel, and say unto them, When ye be come into the land"
 )
 NEW = 40
 
-pytestmark = [
-    needs_browser,
-    pytest.mark.skipif(not (MADE / "manifest.json").is_file(), reason="no site: make web makes one, with npm"),
-]
-
-# ASK: a page that runs a piece of JavaScript with `load`, and shows what it returns, or the error.
-ASK = """<!doctype html><body><script type="module">
-import {{ load }} from "./gemma-edge.js";
-const options = {{ maxTokens: {new} }};
-const all = async (pieces) => {{ let text = ""; for await (const piece of pieces) text += piece; return text; }};
-let shown;
-try {{ shown = await (async () => {{ {script} }})(); }} catch (error) {{ shown = {{ error: error.message }}; }}
-const result = document.createElement("pre");
-result.id = "result";
-result.textContent = JSON.stringify(shown);
-document.body.append(result);
-</script></body>"""
+pytestmark = [needs_browser, needs_site]
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A copy of the site."""
     return Path(shutil.copytree(MADE, tmp_path / "site"))
-
-
-def ask(site: Site, home: Path, script: str, flags: Sequence[str] = NO_GPU) -> Any:
-    """What a script returns in the browser."""
-    page = "ask.html"
-    (site.folder / page).write_text(ASK.format(script=script, new=NEW), encoding="utf-8")
-    document, console = wait_on(site.url + page, home, 'document.getElementById("result") !== null', flags=flags)
-    found = re.search(r'<pre id="result">(.*?)</pre>', document, re.DOTALL)
-    assert found, console
-    answer = json.loads(unescape(found[1]))
-    return {**answer, "console": console} if "error" in answer else answer
 
 
 COMPLETE = "const model = await load('./'), session = model.session(); "
@@ -196,21 +167,6 @@ def test_a_conversation_is_gemma_runs(folder: Path, tmp_path: Path) -> None:
     assert_native_agrees(rendered("Who art thou?", answer, "Go on."), second)
 
 
-# PROBE: a worker that feeds texts chunk by chunk and posts the logits after each chunk.
-PROBE = """
-importScripts("sha256.js");
-(async () => {{
-  const {{ open }} = await import("./engine.js");
-  const engine = await open({{ url: new URL("./", location.href).href, accelerator: "{accelerator}" }}, () => {{}});
-  const ids = {ids}, rows = [];
-  for (const end of {ends}) rows.push([...(await engine.feed(ids.slice(0, end))).logits]);
-  (await import("./litert.js")).getWebGpuDevice()?.destroy();
-  const lost = "{accelerator}" === "webgpu" && (await engine.feed(ids).catch((error) => error.message));
-  postMessage({{ rows, lost }});
-}})().catch((error) => postMessage({{ error: error.message }}));
-"""
-
-
 @pytest.mark.parametrize("accelerator", ["wasm", "webgpu"])
 @pytest.mark.parametrize("shape", ["tiny", "gemma3_odd"])
 def test_logits_of_a_random_model_past_window_and_context_in_uneven_chunks(
@@ -221,17 +177,11 @@ def test_logits_of_a_random_model_past_window_and_context_in_uneven_chunks(
     monkeypatch.setattr("gemma_edge.export.web.backend.write_site", copy_site)
     recipe = make_recipe(4, group_size=0, method="rtn")
     quantized, bundle = make_bundle(checkpoint(shape), tmp_path, recipe, context=24, name="web")
-    ids, ends = some_ids(sum(UNEVEN), quantized.config.vocab_size), np.cumsum(UNEVEN)
+    ids = some_ids(sum(UNEVEN), quantized.config.vocab_size)
     expected = prefilled(gemma_edge.load(bundle), ids, UNEVEN)
-    shutil.copyfile(MADE / "tokenizer.json", bundle / "tokenizer.json")
-    (bundle / "probe.js").write_text(
-        PROBE.format(ids=ids, ends=ends.tolist(), accelerator=accelerator), encoding="utf-8"
-    )
-    script = "return new Promise((resolve) => { new Worker('probe.js').onmessage = ({ data }) => resolve(data); });"
-    with served(bundle) as site:
-        said = ask(site, tmp_path, script, SWIFTSHADER if accelerator == "webgpu" else NO_GPU)
-    assert "error" not in said, said
+    said = feed(bundle, ids, UNEVEN, tmp_path, accelerator)
     assert accelerator == "wasm" or said["lost"].startswith("the GPU was lost (")
+    assert "all its logits are 0" in said["empty"]
     found = torch.tensor(said["rows"])
     kl = torch.nn.functional.kl_div(
         found.log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="batchmean"
@@ -239,12 +189,6 @@ def test_logits_of_a_random_model_past_window_and_context_in_uneven_chunks(
     assert relative_error(found, expected) <= 0.02
     assert kl <= 2e-3
     assert torch.equal(found.argmax(-1), expected.argmax(-1))
-
-
-def copy_site(out: Path) -> None:
-    for file in MADE.iterdir():
-        if file.suffix in (".js", ".wasm", ".html", ".ts"):
-            shutil.copyfile(file, out / file.name)
 
 
 STOPPED = """

@@ -1,0 +1,54 @@
+"""A model of 600 MB in the page: WebAssembly has 4 GiB of memory at most."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from support.browsing.browser import needs_browser
+from support.browsing.page import copy_site, feed, needs_site
+from support.checkpoints import make_checkpoint, relative_error
+from support.lowered import prefilled, some_ids
+from support.tflite_bundles import make_bundle
+
+import gemma_edge
+from gemma_edge.errors import InputError
+from gemma_edge.export.backend import exporter
+from gemma_edge.export.web.backend import COPIES
+from gemma_edge.model.checkpoint import weight_shapes
+from gemma_edge.model.config import PRESETS
+from gemma_edge.quantize.recipe import make_recipe
+
+LARGE = {"vocab_size": 430080, "hidden_size": 1152, "intermediate_size": 36864, "num_hidden_layers": 2}
+
+
+@needs_browser
+@needs_site
+def test_600_mb_load_and_answer_within_the_plans_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of it is the table, as in every small Gemma."""
+    monkeypatch.setattr("gemma_edge.export.web.backend.check_npm", lambda: None)
+    monkeypatch.setattr("gemma_edge.export.web.backend.write_site", copy_site)
+    model = make_checkpoint(tmp_path / "model", initializer_range=0.02, **LARGE)
+    recipe = make_recipe(4, group_size=0, method="rtn")
+    _, bundle = make_bundle(model, tmp_path, recipe, context=24, name="web")
+    shutil.rmtree(model)
+    size, chunks = (bundle / "model.web.tflite").stat().st_size, [9, 3, 1]
+    assert size >= 600e6
+    ids = some_ids(sum(chunks), 4000)
+    said = feed(bundle, ids, chunks, tmp_path)
+    assert said["heap"] <= COPIES * size
+    assert relative_error(torch.tensor(said["rows"]), prefilled(gemma_edge.load(bundle), ids, chunks)) <= 0.02
+
+
+def test_a_matrix_that_would_become_zeros_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In XNNPACK the number of a matrix's bits overflows where addresses have 32."""
+    monkeypatch.setattr("gemma_edge.export.web.backend.check_npm", lambda: None)
+    web = exporter("web")
+    for name, bits, refused in (("gemma2-2b", 8, True), ("gemma2-2b", 4, False), ("gemma3-1b", 8, False)):
+        config = PRESETS[name]
+        configs = make_recipe(4, group_size=0, method="rtn", table_bits=bits).configs(weight_shapes(config))
+        with pytest.raises(InputError, match="use table_bits 4") if refused else nullcontext():
+            web.refuse_unsupported(config, configs, 32)

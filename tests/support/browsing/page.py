@@ -1,0 +1,90 @@
+"""A site in the browser: a script that it runs with the page's own API, and the logits that its engine computes."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.browsing.browser import NO_GPU, SWIFTSHADER, wait_on
+from support.browsing.site import Site, served
+from support.checkpoints import ROOT
+
+MADE = ROOT / "out/web"
+needs_site = pytest.mark.skipif(not (MADE / "manifest.json").is_file(), reason="no site: make web makes one, with npm")
+
+# ASK: a page that runs a piece of JavaScript with `load`, and shows what it returns, or the error.
+ASK = """<!doctype html><body><script type="module">
+import {{ load }} from "./gemma-edge.js";
+const options = {{ maxTokens: 40 }};
+const all = async (pieces) => {{ let text = ""; for await (const piece of pieces) text += piece; return text; }};
+let shown;
+try {{ shown = await (async () => {{ {script} }})(); }} catch (error) {{ shown = {{ error: error.message }}; }}
+const result = document.createElement("pre");
+result.id = "result";
+result.textContent = JSON.stringify(shown);
+document.body.append(result);
+</script></body>"""
+
+
+def ask(site: Site, home: Path, script: str, flags: Sequence[str] = NO_GPU) -> Any:
+    """What a script returns in the browser."""
+    page = "ask.html"
+    (site.folder / page).write_text(ASK.format(script=script), encoding="utf-8")
+    document, console = wait_on(site.url + page, home, 'document.getElementById("result") !== null', flags=flags)
+    found = re.search(r'<pre id="result">(.*?)</pre>', document, re.DOTALL)
+    assert found, console
+    answer = json.loads(unescape(found[1]))
+    return {**answer, "console": console} if "error" in answer else answer
+
+
+# PROBE: a worker that feeds texts chunk by chunk and posts the logits after each chunk.
+PROBE = """
+importScripts("sha256.js");
+(async () => {{
+  const {{ open }} = await import("./engine.js");
+  const engine = await open({{ url: new URL("./", location.href).href, accelerator: "{accelerator}" }}, () => {{}});
+  const ids = {ids}, rows = [];
+  for (const end of {ends}) rows.push([...(await engine.feed(ids.slice(0, end))).logits]);
+  const {{ getGlobalLiteRt, getWebGpuDevice }} = await import("./litert.js");
+  const heap = getGlobalLiteRt().liteRtWasm.HEAPU8.length;
+  getWebGpuDevice()?.destroy();
+  const lost = "{accelerator}" === "webgpu" && (await engine.feed(ids).catch((error) => error.message));
+  const zeros = {{ logits: {{ data: async () => new Float32Array(9).fill(5e-44), delete() {{}} }} }};
+  for (const each of engine.signatures) each.runner = {{ run: async () => zeros }};
+  engine.gpu.error = null;
+  const empty = await engine.feed(ids).catch((error) => error.message);
+  postMessage({{ rows, heap, lost, empty }});
+}})().catch((error) => postMessage({{ error: error.message }}));
+"""
+
+
+def feed(bundle: Path, ids: list[int], chunks: Sequence[int], home: Path, accelerator: str = "wasm") -> dict[str, Any]:
+    """What the engine says to tokens fed in chunks.
+
+    Returns:
+        rows: logits after each chunk; heap: bytes of WebAssembly's memory; lost: the error after the GPU went away;
+        empty: the error after LiteRT.js returned nothing but zeros.
+    """
+    shutil.copyfile(MADE / "tokenizer.json", bundle / "tokenizer.json")
+    ends = np.cumsum(chunks).tolist()
+    probe = PROBE.format(ids=ids, ends=ends, accelerator=accelerator)
+    (bundle / "probe.js").write_text(probe, encoding="utf-8")
+    script = "return new Promise((resolve) => { new Worker('probe.js').onmessage = ({ data }) => resolve(data); });"
+    with served(bundle) as site:
+        said = ask(site, home, script, SWIFTSHADER if accelerator == "webgpu" else NO_GPU)
+    assert "error" not in said, said
+    return said
+
+
+def copy_site(out: Path) -> None:
+    """The page and its libraries, without npm."""
+    for file in MADE.iterdir():
+        if file.suffix in (".js", ".wasm", ".html", ".ts"):
+            shutil.copyfile(file, out / file.name)
