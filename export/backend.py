@@ -183,7 +183,7 @@ class Kernels:
             )
         if config.group_size and self.no_groups:
             raise InputError(
-                f"{weight} has groups of {config.group_size}: {self.no_groups}; use `group_size` 0",
+                f"{weight} has groups of {config.group_size}: {self.no_groups}; use {self._without_groups(weight)}",
                 field="group_size",
                 value=config.group_size,
             )
@@ -201,6 +201,11 @@ class Kernels:
                 field="bits",
                 value=4,
             )
+
+    @staticmethod
+    def _without_groups(weight: str) -> str:
+        """What gives a weight one scale per channel; a table of 4 bits has groups always."""
+        return "`table_bits` 8, or `head_bits` 4" if weight == TABLE else "`group_size` 0"
 
 
 def exporter(name: str, accelerator: str = CPU) -> Backend:

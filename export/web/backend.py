@@ -37,14 +37,14 @@ class WebBackend(TFLiteBackend):
         """See Backend."""
         super().refuse_unsupported(config, configs, float_bits)
         for weight, (rows, columns) in weight_shapes(config).items():
-            bits = rows * columns * (configs[weight].bits if configs[weight] else 32)
+            own = configs[weight]
+            bits = rows * columns * (own.bits if own else 32)
             multiplied = weight != TABLE or config.tie_word_embeddings
             if multiplied and bits >= MATRIX_BITS:
-                field = TABLE_FIELDS.get(weight, "bits")
                 raise InputError(
                     f"{weight} has {bits // 8} bytes: with a matrix of {MATRIX_BITS // 8} or more LiteRT.js computes zeros;"
-                    f" use `{field}` 4, or keep a part of the vocabulary (`vocab`)",
-                    field=field,
+                    " use `head_bits` 4, or keep a part of the vocabulary (`vocab`)",
+                    field=TABLE_FIELDS.get(weight, "bits"),
                     value=bits // rows // columns,
                 )
         check_npm()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from gemma_edge.export.backend import exporter
 from gemma_edge.export.web.backend import COPIES
 from gemma_edge.model.checkpoint import weight_shapes
 from gemma_edge.model.config import PRESETS
-from gemma_edge.quantize.recipe import make_recipe
+from gemma_edge.quantize.recipe import QuantConfig, make_recipe
 
 LARGE = {"vocab_size": 430080, "hidden_size": 1152, "intermediate_size": 36864, "num_hidden_layers": 2}
 
@@ -47,8 +48,11 @@ def test_a_matrix_that_would_become_zeros_is_refused(monkeypatch: pytest.MonkeyP
     """In XNNPACK the number of a matrix's bits overflows where addresses have 32."""
     monkeypatch.setattr("gemma_edge.export.web.backend.check_npm", lambda: None)
     web = exporter("web")
-    for name, bits, refused in (("gemma2-2b", 8, True), ("gemma2-2b", 4, False), ("gemma3-1b", 8, False)):
-        config = PRESETS[name]
-        configs = make_recipe(4, group_size=0, method="rtn", table_bits=bits).configs(weight_shapes(config))
-        with pytest.raises(InputError, match="use table_bits 4") if refused else nullcontext():
+    recipe = make_recipe(4, group_size=0, method="rtn")
+    for name, head_bits, refused in (("gemma2-2b", None, True), ("gemma2-2b", 4, False), ("gemma3-1b", None, False)):
+        config = replace(PRESETS[name], tie_word_embeddings=head_bits is None)
+        configs = recipe.configs(weight_shapes(config))
+        if head_bits:
+            configs["lm_head"] = QuantConfig(head_bits, 0)
+        with pytest.raises(InputError, match="use head_bits 4") if refused else nullcontext():
             web.refuse_unsupported(config, configs, 32)

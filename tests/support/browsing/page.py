@@ -78,7 +78,7 @@ def feed(bundle: Path, ids: list[int], chunks: Sequence[int], home: Path, accele
     (bundle / "probe.js").write_text(probe, encoding="utf-8")
     script = "return new Promise((resolve) => { new Worker('probe.js').onmessage = ({ data }) => resolve(data); });"
     with served(bundle) as site:
-        said = ask(site, home, script, SWIFTSHADER if accelerator == "webgpu" else NO_GPU)
+        said: dict[str, Any] = ask(site, home, script, SWIFTSHADER if accelerator == "webgpu" else NO_GPU)
     assert "error" not in said, said
     return said
 
