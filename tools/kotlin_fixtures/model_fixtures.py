@@ -25,6 +25,7 @@ from gemma_edge.text.tokenizer import Tokenizer
 
 PROMPTS = ["And the LORD said unto", "It is a truth universally acknowledged, that", "Call me Ishmael. \U0001f40b"]
 TURNS = ["Who are you?", "  And what is  a whale?\n", "Tell me more.\u0085"]
+PREFIX = "Be kind. "
 FILTERS = [
     {"temperature": 0.7},
     {"temperature": 1.3, "top_k": 40},
@@ -77,23 +78,24 @@ def write_rewound_state(out: Path, runtime: Runtime, tokens: list[int], calls: l
 def greedy(runtime: Runtime, tokenizer: Tokenizer, prompt: str) -> str:
     """The greedy continuation of a prompt."""
     runtime.reset()
+    runtime.pin(0)
     options = GenerationOptions(max_tokens=60)
     tokens = generate(runtime, tokenizer.encode(prompt), options, stop_ids=tokenizer.stop_ids)
     return "".join(tokenizer.stream(tokens))
 
 
-def conversation(runtime: Runtime, tokenizer: Tokenizer, saved: Path) -> list[dict[str, Any]]:
-    """Greedy answers to all turns, with the runtime's position after each.
+def conversation(runtime: Runtime, tokenizer: Tokenizer, saved: Path, prefix: str = "") -> list[dict[str, Any]]:
+    """Greedy answers to all turns, with the runtime's position and the number of its pinned tokens after each.
 
     The conversation is saved to `saved` before each turn, so the file holds all turns but the last.
     """
-    session = Session(runtime, tokenizer, ChatTemplate.from_bundle(runtime.bundle))
+    session = Session(runtime, tokenizer, ChatTemplate.from_bundle(runtime.bundle), prefix=prefix)
     session.reset()
     rows = []
     for text in TURNS:
         session.save(saved)
         answer = "".join(session.send(text, GenerationOptions(max_tokens=20)))
-        rows.append({"text": text, "answer": answer, "position": runtime.position})
+        rows.append({"text": text, "answer": answer, "position": runtime.position, "pinned": runtime.pinned})
     return rows
 
 
@@ -150,6 +152,8 @@ def write_answers(out: Path, bundle: Path, backend: str = "onnx", adapter: Path 
     runtime = gemma_edge.load(bundle, backend=backend, threads=1, adapter=adapter)
     tokenizer = Tokenizer(bundle, runtime.manifest)
     tokens, calls = fed(runtime)
+    pinned = max(0, runtime.cache.pinned - 2)  # less than the bundle keeps
+    runtime.pin(pinned)
     logits_of(runtime, tokens, calls).astype("<f4").tofile(out / "runtime.f32")
     write_rewound_state(out, runtime, tokens, calls)
     answers = {
@@ -157,10 +161,12 @@ def write_answers(out: Path, bundle: Path, backend: str = "onnx", adapter: Path 
         "adapter": str(adapter.resolve()) if adapter else None,
         "tokens": tokens,
         "calls": calls,
+        "pinned": pinned,
         "state_calls": state_calls(calls),
         "stop_ids": sorted(tokenizer.stop_ids),
         "greedy": [{"prompt": prompt, "text": greedy(runtime, tokenizer, prompt)} for prompt in PROMPTS],
         "conversation": conversation(runtime, tokenizer, out / "conversation.safetensors"),
+        "prefixed": conversation(runtime, tokenizer, out / "prefixed.safetensors", PREFIX),
         "chats": chats(runtime),
         "filters": filters(),
     }

@@ -2,7 +2,6 @@ package gemma.edge
 
 import gemma.edge.engine.StoredTensor
 import gemma.edge.state.StateFile
-import gemma.edge.state.StateHeader
 import java.io.File
 import java.io.IOException
 import kotlinx.coroutines.flow.toList
@@ -75,6 +74,25 @@ class StateTest {
             assertEquals(before["answer"].string, session.messages.last().content)
             assertEquals(last["answer"].string, session.say(last["text"].string))
             assertEquals("only what is new was fed", last["position"].long, runtime.position.toLong())
+        }
+    }
+
+    @Test
+    fun what_python_put_in_front_of_the_first_turn_stays_pinned() {
+        for (model in Fixtures.models) {
+            val file = File(temporary.root, "prefixed")
+            val last = model.prefixed.last()
+            withSession(model) { session, runtime ->
+                session.load(model.savedPrefixed)
+                assertEquals(model.name, model.prefixed[1]["pinned"].long, runtime.pinned.toLong())
+                session.save(file)
+            }
+            withSession(model) { session, runtime ->
+                session.load(file)
+                assertEquals(last["answer"].string, session.say(last["text"].string))
+                assertEquals(last["pinned"].long, runtime.pinned.toLong())
+                assertEquals("only what is new was fed", last["position"].long, runtime.position.toLong())
+            }
         }
     }
 
@@ -158,7 +176,7 @@ class StateTest {
         val changed = File(temporary.root, "changed")
         StateFile.open(file).use { state ->
             val originals = state.tensors.associateBy(rename)
-            val header = StateHeader(state.header.identity, position, state.header.written, state.header.notes)
+            val header = state.header.copy(position = position)
             StateFile.write(changed, header, originals.keys.toList()) { listOf(state.read(originals.getValue(it))) }
         }
         return changed.readBytes()

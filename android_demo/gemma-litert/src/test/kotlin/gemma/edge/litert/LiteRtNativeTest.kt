@@ -29,7 +29,7 @@ class LiteRtNativeTest : EngineTest("tflite") {
         assertRefuses<BundleException>("not a TFLite model") { open(damaged(model) { bytes -> bytes.also { it[4] = 0 } }) }
         val folder = damaged(model) { it }
         val manifest = File(folder, Bundle.MANIFEST)
-        val slots = Bundle.open(folder).backend("tflite").cache.slots.first()
+        val slots = Bundle.open(folder).backend("tflite").cache.layers.first().slots
         manifest.writeText(manifest.readText().replace("\"slots\": $slots", "\"slots\": ${slots - 1}"))
         assertRefuses<BundleException>("kv_cache_k_0", "$slots", "${slots - 1}") { open(folder) }
     }
