@@ -38,11 +38,15 @@ BLANKS = "".join(chr(code) for code in range(0x3100) if chr(code).isspace())
 
 
 def fed(runtime: Runtime) -> tuple[list[int], list[int]]:
-    """The tokens to feed, and how many of them in each call: uneven chunks, then single steps past the end of the context."""
+    """The tokens to feed, and how many of them in each call.
+
+    Uneven chunks fill the caches and what they keep of the beginning. Then come as many single steps as move every layer's rows.
+    """
     cache = runtime.cache
-    calls = [1, 3, cache.prefill_chunk, 1, 2 * cache.prefill_chunk + 3]
-    steps = max(40, cache.context - sum(calls) + 40)
-    calls += [5, 1, cache.prefill_chunk - 1, 1, *[1] * steps]
+    chunk = cache.prefill_chunk
+    calls = [1, 3, chunk, 1, 2 * chunk + 3, 5, 1, chunk - 1, 1]
+    missing = max(layer.slots for layer in cache.layers) - sum(calls)
+    calls += [*([missing] if missing > 0 else []), *[1] * max(40, chunk + 12)]
     vocab = runtime.manifest.config.vocab_size
     return [(7 * i * i + 3 * i + 11) % vocab for i in range(sum(calls))], calls
 
