@@ -104,11 +104,11 @@ $(ADAPTERS)/.made: $(ADAPTED)/manifest.json tools/kotlin_fixtures/random_adapter
 	$(BIN)/python tools/kotlin_fixtures/random_adapters.py $(@D)/made $(ADAPTED) demo/tiny-gemma2
 	@touch $@
 
-# Bundles of another shape: three layers, windows of 8 and 24 tokens; only the second one keeps the beginning of a text
+# Bundles of another shape: three layers, windows of 8 and 24 tokens; only the first one keeps the beginning of a text
 $(ANDROID_BUILD)/bundles/random/manifest.json: PRESET := gemma2-2b
-$(ANDROID_BUILD)/bundles/random/manifest.json: PINNED := 0
+$(ANDROID_BUILD)/bundles/random/manifest.json: PINNED := 20
 $(ANDROID_BUILD)/bundles/random-gemma3/manifest.json: PRESET := gemma3-4b
-$(ANDROID_BUILD)/bundles/random-gemma3/manifest.json: PINNED := 20
+$(ANDROID_BUILD)/bundles/random-gemma3/manifest.json: PINNED := 0
 $(ANDROID_BUILD)/bundles/random/manifest.json $(ANDROID_BUILD)/bundles/random-gemma3/manifest.json: \
 		$(STAMP) tools/kotlin_fixtures/random_checkpoint.py
 	$(BIN)/python tools/kotlin_fixtures/random_checkpoint.py $(ANDROID_BUILD)/$(notdir $(@D)) $(PRESET)

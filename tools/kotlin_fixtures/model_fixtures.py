@@ -7,6 +7,7 @@ The Kotlin runtime must compute the logits in `runtime.f32` bit for bit, and tho
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from gemma_edge.text.tokenizer import Tokenizer
 PROMPTS = ["And the LORD said unto", "It is a truth universally acknowledged, that", "Call me Ishmael. \U0001f40b"]
 TURNS = ["Who are you?", "  And what is  a whale?\n", "Tell me more.\u0085"]
 PREFIX = "Be kind. "
+REFED = 5  # calls
 FILTERS = [
     {"temperature": 0.7},
     {"temperature": 1.3, "top_k": 40},
@@ -67,7 +69,10 @@ def state_calls(calls: list[int]) -> int:
 
 
 def write_rewound_state(out: Path, runtime: Runtime, tokens: list[int], calls: list[int]) -> None:
-    """Write `state.safetensors`, the state after a token was taken back, and `state.f32`, the logits after it was restored."""
+    """Write `state.safetensors`, the state after a token was taken back, and the logits after it was restored.
+
+    They are in `state.f32`, and those after its tokens were fed again in `refed.f32`, for the first of the calls that follow.
+    """
     before = state_calls(calls)
     at = sum(calls[:before])
     runtime.reset()
@@ -77,6 +82,8 @@ def write_rewound_state(out: Path, runtime: Runtime, tokens: list[int], calls: l
     write_state(out / "state.safetensors", state, {"kept": "with it"})
     runtime.restore(state)
     logits_of(runtime, tokens[at:], calls[before:]).astype("<f4").tofile(out / "state.f32")
+    runtime.restore(replace(state, rows={}))
+    logits_of(runtime, tokens[at:], calls[before : before + REFED]).astype("<f4").tofile(out / "refed.f32")
 
 
 def greedy(runtime: Runtime, tokenizer: Tokenizer, prompt: str) -> str:

@@ -74,11 +74,11 @@ class GemmaSessionTest {
 
     @Test
     fun what_the_system_says_stays_pinned_beyond_the_context_unless_it_is_too_long_or_not_wanted() = runBlocking {
-        val bundle = Bundle.open(Fixtures.models.first { it.name == "random-gemma3" }.bundle)
+        val bundle = Bundle.open(Fixtures.models.first { it.name == "random" }.bundle)
         val tokenizer = Tokenizer.open(bundle)
         GemmaRuntime.open(bundle, threads = 1).use { runtime ->
             suspend fun pinned(system: String?, pinSystem: Boolean = true): Int {
-                val session = GemmaSession(runtime, tokenizer, ChatTemplate.of(bundle), pinSystem = pinSystem)
+                val session = GemmaSession(runtime, tokenizer, ChatTemplate.GEMMA3, pinSystem = pinSystem)
                 session.restore(listOfNotNull(system?.let { Message("system", it) }))
                 session.say("Who are you?")
                 session.say("Tell me more.")

@@ -120,12 +120,25 @@ class StateTest {
     }
 
     @Test
+    fun a_state_without_a_cache_is_fed_again_with_pythons_bits() {
+        for (model in Fixtures.models) withRuntime(model) { runtime ->
+            val file = File(temporary.root, "ids")
+            StateFile.open(model.state).use { state ->
+                StateFile.write(file, state.header, state.tensors.filter { !it.name.startsWith("cache.") }) { listOf(state.read(it)) }
+            }
+            runtime.load(file)
+            val expected = model.logitsFedAgain()
+            val count = expected.size / runtime.bundle.vocabSize
+            assertArrayEquals(model.name, expected, runtime.run(model, model.stateCalls until model.stateCalls + count), 0f)
+        }
+    }
+
+    @Test
     fun the_pinned_tokens_of_a_long_text_are_saved_and_fed_again() {
-        val model = Fixtures.models.first { it.name == "random-gemma3" }
-        val ids = IntArray(500) { model.tokens[it % model.tokens.size] }
+        val ids = IntArray(500) { random.tokens[it % random.tokens.size] }
         val saved = File(temporary.root, "long")
-        val end = withRuntime(model) { runtime ->
-            runtime.pin(model.pinned)
+        val end = withRuntime(random) { runtime ->
+            runtime.pin(random.pinned)
             runtime.prefill(ids)
             runtime.save(saved)
             runtime.decode(2).copyOf()
@@ -143,9 +156,9 @@ class StateTest {
                     }
                 }
             }
-        withRuntime(model) { runtime ->
+        withRuntime(random) { runtime ->
             runtime.load(shortened())
-            assertEquals(ids.size to model.pinned, runtime.position to runtime.pinned)
+            assertEquals(ids.size to random.pinned, runtime.position to runtime.pinned)
             assertArrayEquals(ids.copyOfRange(ids.size - LAST, ids.size), runtime.ids)
             assertTrue(difference(runtime.decode(2), end) < 1e-3) // chunks at other places round differently
             runtime.prefill(ids.copyOf(9))
@@ -153,7 +166,7 @@ class StateTest {
             assertTrue("after a rewind", difference(runtime.decode(2), end) < 1e-3)
             runtime.load(shortened { it.putInt(8, 77) })
             assertTrue("one of them is another one", difference(runtime.decode(2), end) > 1e-2)
-            assertRefuses<StateException>("0 ids of ${model.pinned} pinned tokens") { runtime.load(shortened(keep = { false })) }
+            assertRefuses<StateException>("0 ids of ${random.pinned} pinned tokens") { runtime.load(shortened(keep = { false })) }
         }
     }
 

@@ -71,6 +71,9 @@ internal object Fixtures {
         /** The logits after every call that follows the state, joined. */
         fun logitsAfterState(): FloatArray = floats("state.f32")
 
+        /** The logits after the first calls that follow, joined, if the state's tokens are fed again. */
+        fun logitsFedAgain(): FloatArray = floats("refed.f32")
+
         private fun floats(file: String): FloatArray {
             val buffer = ByteBuffer.wrap(File(folder, file).readBytes()).order(ByteOrder.LITTLE_ENDIAN).asFloatBuffer()
             return FloatArray(buffer.remaining()).also { buffer.get(it) }
