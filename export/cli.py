@@ -109,7 +109,7 @@ DEVICE = (
         type=int,
         metavar="TOKENS",
         help="Tokens at the beginning of a chat, such as its system turn, that the model can go on seeing beyond the context."
-        f" Default: {DEFAULT_PINNED}, or a quarter of the context where that is less; 0 on android and web.",
+        f" Default: {DEFAULT_PINNED}, or a quarter of the context where that is less; 0 on web.",
     ),
     click.option(
         "--kv-bits",

@@ -25,8 +25,7 @@ class Target:
 TARGETS = {
     target.name: target
     for target in (
-        # the Kotlin library cannot pin yet
-        Target("android", ram_bytes=4 * GIB, threads=4, context=2048, kv_bits=8, pinned=0),
+        Target("android", ram_bytes=4 * GIB, threads=4, context=2048, kv_bits=8),
         Target("raspberry-pi", ram_bytes=6 * GIB, threads=4, context=4096),
         Target("desktop", ram_bytes=16 * GIB, threads=8, context=8192),
         # a page's WebAssembly has 4 GiB of memory at most

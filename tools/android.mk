@@ -104,14 +104,16 @@ $(ADAPTERS)/.made: $(ADAPTED)/manifest.json tools/kotlin_fixtures/random_adapter
 	$(BIN)/python tools/kotlin_fixtures/random_adapters.py $(@D)/made $(ADAPTED) demo/tiny-gemma2
 	@touch $@
 
-# Bundles of another shape: three layers, windows of 8 and 24 tokens
+# Bundles of another shape: three layers, windows of 8 and 24 tokens; only the first one keeps the beginning of a text
 $(ANDROID_BUILD)/bundles/random/manifest.json: PRESET := gemma2-2b
+$(ANDROID_BUILD)/bundles/random/manifest.json: PINNED := 20
 $(ANDROID_BUILD)/bundles/random-gemma3/manifest.json: PRESET := gemma3-4b
+$(ANDROID_BUILD)/bundles/random-gemma3/manifest.json: PINNED := 0
 $(ANDROID_BUILD)/bundles/random/manifest.json $(ANDROID_BUILD)/bundles/random-gemma3/manifest.json: \
 		$(STAMP) tools/kotlin_fixtures/random_checkpoint.py
 	$(BIN)/python tools/kotlin_fixtures/random_checkpoint.py $(ANDROID_BUILD)/$(notdir $(@D)) $(PRESET)
 	$(BIN)/gemma-export $(ANDROID_BUILD)/$(notdir $(@D)) --target android --bits 4 --method rtn --kv-bits 32 --context 24 --prefill-chunk 5 \
-		--verify none -o $(@D) --force
+		--pinned $(PINNED) --verify none -o $(@D) --force
 
 # The APK with the demo's bundle in it. ENGINES=onnx,executorch,tflite chooses the engines; ORT_AAR, EXECUTORCH_AAR and LITERT_AAR
 # take their official AARs; SHRINK=1 shrinks the app with R8.

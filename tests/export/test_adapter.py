@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -205,11 +206,17 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
 
 
 def test_sessions_with_different_adapters_interleave(demo: tuple[Path, list[Path]]) -> None:
-    """Each says what it says alone."""
+    """Each says what it says alone, if that also feeds the whole conversation in every turn: other chunks round differently."""
     base, folders = demo
     options = GenerationOptions(max_tokens=8)
     turns = ["Who is there?", "Tell me more.", "And then?"]
-    alone = [[list(s.send(turn)) for turn in turns] for s in (Session.open(base, options, adapter=f) for f in folders)]
+
+    def answers(session: Session) -> Iterator[list[str]]:
+        for turn in turns:
+            session.runtime.reset()
+            yield list(session.send(turn))
+
+    alone = [list(answers(Session.open(base, options, adapter=folder))) for folder in folders]
     assert alone[0] != alone[1]
     first = Session.open(base, options, adapter=folders[0])
     second = Session(first.runtime, first.tokenizer, first.template, options, adapter=Adapter.open(folders[1]))

@@ -33,14 +33,15 @@ def check_state(runtime: Runtime, answers: dict[str, Any], expected: Path, saved
         saved: file with the state that Kotlin saved.
 
     Raises:
-        SystemExit: the notes, the position or the logits differ.
+        SystemExit: the notes, the position, what is pinned or the logits differ.
     """
     state, notes = read_state(saved)
     runtime.restore(state)
     before = answers["state_calls"]
     at = sum(answers["calls"][:before])
-    if notes != {"kept": "by Kotlin"} or runtime.position != at:
-        raise SystemExit(f"{saved}: notes {notes} and position {runtime.position}, {at} expected")
+    if notes != {"kept": "by Kotlin"} or (runtime.position, runtime.pinned) != (at, answers["pinned"]):
+        found = f"notes {notes}, position {runtime.position} and {runtime.pinned} pinned tokens"
+        raise SystemExit(f"{saved}: {found}; {at} and {answers['pinned']} expected")
     logits = logits_of(runtime, answers["tokens"][at:], answers["calls"][before:])
     pythons = np.fromfile(expected, "<f4").reshape(logits.shape)
     if not np.array_equal(logits, pythons):

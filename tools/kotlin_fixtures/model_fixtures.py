@@ -7,6 +7,7 @@ The Kotlin runtime must compute the logits in `runtime.f32` bit for bit, and tho
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from gemma_edge.text.tokenizer import Tokenizer
 
 PROMPTS = ["And the LORD said unto", "It is a truth universally acknowledged, that", "Call me Ishmael. \U0001f40b"]
 TURNS = ["Who are you?", "  And what is  a whale?\n", "Tell me more.\u0085"]
+PREFIX = "Be kind. "
+REFED = 5  # calls
 FILTERS = [
     {"temperature": 0.7},
     {"temperature": 1.3, "top_k": 40},
@@ -37,11 +40,15 @@ BLANKS = "".join(chr(code) for code in range(0x3100) if chr(code).isspace())
 
 
 def fed(runtime: Runtime) -> tuple[list[int], list[int]]:
-    """The tokens to feed, and how many of them in each call: uneven chunks, then single steps past the end of the context."""
+    """The tokens to feed, and how many of them in each call.
+
+    Uneven chunks fill the caches and what they keep of the beginning. Then come as many single steps as move every layer's rows.
+    """
     cache = runtime.cache
-    calls = [1, 3, cache.prefill_chunk, 1, 2 * cache.prefill_chunk + 3]
-    steps = max(40, cache.context - sum(calls) + 40)
-    calls += [5, 1, cache.prefill_chunk - 1, 1, *[1] * steps]
+    chunk = cache.prefill_chunk
+    calls = [1, 3, chunk, 1, 2 * chunk + 3, 5, 1, chunk - 1, 1]
+    missing = max(layer.slots for layer in cache.layers) - sum(calls)
+    calls += [*([missing] if missing > 0 else []), *[1] * max(40, chunk + 12)]
     vocab = runtime.manifest.config.vocab_size
     return [(7 * i * i + 3 * i + 11) % vocab for i in range(sum(calls))], calls
 
@@ -62,7 +69,10 @@ def state_calls(calls: list[int]) -> int:
 
 
 def write_rewound_state(out: Path, runtime: Runtime, tokens: list[int], calls: list[int]) -> None:
-    """Write `state.safetensors`, the state after a token was taken back, and `state.f32`, the logits after it was restored."""
+    """Write `state.safetensors`, the state after a token was taken back, and the logits after it was restored.
+
+    They are in `state.f32`, and those after its tokens were fed again in `refed.f32`, for the first of the calls that follow.
+    """
     before = state_calls(calls)
     at = sum(calls[:before])
     runtime.reset()
@@ -72,28 +82,31 @@ def write_rewound_state(out: Path, runtime: Runtime, tokens: list[int], calls: l
     write_state(out / "state.safetensors", state, {"kept": "with it"})
     runtime.restore(state)
     logits_of(runtime, tokens[at:], calls[before:]).astype("<f4").tofile(out / "state.f32")
+    runtime.restore(replace(state, rows={}))
+    logits_of(runtime, tokens[at:], calls[before : before + REFED]).astype("<f4").tofile(out / "refed.f32")
 
 
 def greedy(runtime: Runtime, tokenizer: Tokenizer, prompt: str) -> str:
     """The greedy continuation of a prompt."""
     runtime.reset()
+    runtime.pin(0)
     options = GenerationOptions(max_tokens=60)
     tokens = generate(runtime, tokenizer.encode(prompt), options, stop_ids=tokenizer.stop_ids)
     return "".join(tokenizer.stream(tokens))
 
 
-def conversation(runtime: Runtime, tokenizer: Tokenizer, saved: Path) -> list[dict[str, Any]]:
-    """Greedy answers to all turns, with the runtime's position after each.
+def conversation(runtime: Runtime, tokenizer: Tokenizer, saved: Path, prefix: str = "") -> list[dict[str, Any]]:
+    """Greedy answers to all turns, with the runtime's position and the number of its pinned tokens after each.
 
     The conversation is saved to `saved` before each turn, so the file holds all turns but the last.
     """
-    session = Session(runtime, tokenizer, ChatTemplate.from_bundle(runtime.bundle))
+    session = Session(runtime, tokenizer, ChatTemplate.from_bundle(runtime.bundle), prefix=prefix)
     session.reset()
     rows = []
     for text in TURNS:
         session.save(saved)
         answer = "".join(session.send(text, GenerationOptions(max_tokens=20)))
-        rows.append({"text": text, "answer": answer, "position": runtime.position})
+        rows.append({"text": text, "answer": answer, "position": runtime.position, "pinned": runtime.pinned})
     return rows
 
 
@@ -150,6 +163,8 @@ def write_answers(out: Path, bundle: Path, backend: str = "onnx", adapter: Path 
     runtime = gemma_edge.load(bundle, backend=backend, threads=1, adapter=adapter)
     tokenizer = Tokenizer(bundle, runtime.manifest)
     tokens, calls = fed(runtime)
+    pinned = max(0, runtime.cache.pinned - 2)  # less than the bundle keeps
+    runtime.pin(pinned)
     logits_of(runtime, tokens, calls).astype("<f4").tofile(out / "runtime.f32")
     write_rewound_state(out, runtime, tokens, calls)
     answers = {
@@ -157,10 +172,12 @@ def write_answers(out: Path, bundle: Path, backend: str = "onnx", adapter: Path 
         "adapter": str(adapter.resolve()) if adapter else None,
         "tokens": tokens,
         "calls": calls,
+        "pinned": pinned,
         "state_calls": state_calls(calls),
         "stop_ids": sorted(tokenizer.stop_ids),
         "greedy": [{"prompt": prompt, "text": greedy(runtime, tokenizer, prompt)} for prompt in PROMPTS],
         "conversation": conversation(runtime, tokenizer, out / "conversation.safetensors"),
+        "prefixed": conversation(runtime, tokenizer, out / "prefixed.safetensors", PREFIX),
         "chats": chats(runtime),
         "filters": filters(),
     }

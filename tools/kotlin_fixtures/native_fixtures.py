@@ -30,14 +30,15 @@ def write_text_logits(out: Path, answers: Path, bundle: Path, backend: str) -> N
         backend: its backend.
     """
     out.mkdir(parents=True)
+    rest = json.loads((answers / "answers.json").read_text(encoding="utf-8"))
     runtime = gemma_edge.load(bundle, backend=backend, threads=1)
+    runtime.pin(rest["pinned"])
     context, chunk = runtime.cache.context, runtime.cache.prefill_chunk
     calls = [1, 3, chunk, 2 * chunk + 3, 5, chunk - 1]
     calls += [context - sum(calls), *[1] * STEPS]
     text = TEXT.read_text(encoding="utf-8")
     tokens = Tokenizer(bundle, runtime.manifest).encode(text[: 10 * context])[: sum(calls)]
     model_fixtures.logits_of(runtime, tokens, calls).astype("<f4").tofile(out / "runtime.f32")
-    rest = json.loads((answers / "answers.json").read_text(encoding="utf-8"))
     rest |= {"tokens": tokens, "calls": calls, "state_calls": 1}
     (out / "answers.json").write_text(json.dumps(rest, ensure_ascii=False), encoding="utf-8")
 

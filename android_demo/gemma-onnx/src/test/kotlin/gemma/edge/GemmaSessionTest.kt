@@ -73,6 +73,27 @@ class GemmaSessionTest {
     }
 
     @Test
+    fun what_the_system_says_stays_pinned_beyond_the_context_unless_it_is_too_long_or_not_wanted() = runBlocking {
+        val bundle = Bundle.open(Fixtures.models.first { it.name == "random" }.bundle)
+        val tokenizer = Tokenizer.open(bundle)
+        GemmaRuntime.open(bundle, threads = 1).use { runtime ->
+            suspend fun pinned(system: String?, pinSystem: Boolean = true): Int {
+                val session = GemmaSession(runtime, tokenizer, ChatTemplate.GEMMA3, pinSystem = pinSystem)
+                session.restore(listOfNotNull(system?.let { Message("system", it) }))
+                session.say("Who are you?")
+                session.say("Tell me more.")
+                check(session.position > runtime.backend.cache.context)
+                return runtime.pinned
+            }
+            val start = "<bos><start_of_turn>user\n"
+            assertEquals(tokenizer.encode(start).size, pinned(null))
+            assertEquals(tokenizer.encode("${start}Be kind.\n\n").size, pinned("Be kind."))
+            assertEquals(0, pinned("Be kind.", pinSystem = false))
+            assertEquals("longer than what the bundle keeps", 0, pinned("Be brief, and be kind to everybody."))
+        }
+    }
+
+    @Test
     fun a_stop_text_ends_the_answer_and_the_chat_goes_on() = withSession { session, _ ->
         val whole = session.say("Who was Moses?", maxTokens = 30)
         val stop = whole.substring(9, 12)

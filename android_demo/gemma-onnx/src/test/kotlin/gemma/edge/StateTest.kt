@@ -1,10 +1,13 @@
 package gemma.edge
 
 import gemma.edge.engine.StoredTensor
+import gemma.edge.engine.goTo
 import gemma.edge.state.StateFile
-import gemma.edge.state.StateHeader
 import java.io.File
 import java.io.IOException
+import java.nio.ByteBuffer
+import java.nio.ByteOrder
+import kotlin.math.abs
 import kotlinx.coroutines.flow.toList
 import kotlinx.coroutines.runBlocking
 import org.junit.Assert.assertArrayEquals
@@ -63,7 +66,7 @@ class StateTest {
             runtime.reset()
             runtime.load(file)
             assertArrayEquals(model.name, unbroken, runtime.run(model, rest), 0f)
-            assertTrue(unbroken.contentEquals(model.logits().copyOfRange(rest.first * runtime.bundle.vocabSize, model.logits().size)))
+            assertArrayEquals("${model.name}: Python's, which saved there too", model.logitsAfterState(), unbroken, 0f)
         }
     }
 
@@ -75,6 +78,25 @@ class StateTest {
             assertEquals(before["answer"].string, session.messages.last().content)
             assertEquals(last["answer"].string, session.say(last["text"].string))
             assertEquals("only what is new was fed", last["position"].long, runtime.position.toLong())
+        }
+    }
+
+    @Test
+    fun what_python_put_in_front_of_the_first_turn_stays_pinned() {
+        for (model in Fixtures.models) {
+            val file = File(temporary.root, "prefixed")
+            val last = model.prefixed.last()
+            withSession(model) { session, runtime ->
+                session.load(model.savedPrefixed)
+                assertEquals(model.name, model.prefixed[1]["pinned"].long, runtime.pinned.toLong())
+                session.save(file)
+            }
+            withSession(model) { session, runtime ->
+                session.load(file)
+                assertEquals(last["answer"].string, session.say(last["text"].string))
+                assertEquals(last["pinned"].long, runtime.pinned.toLong())
+                assertEquals("only what is new was fed", last["position"].long, runtime.position.toLong())
+            }
         }
     }
 
@@ -96,6 +118,59 @@ class StateTest {
             }
         }
     }
+
+    @Test
+    fun a_state_without_a_cache_is_fed_again_with_pythons_bits() {
+        for (model in Fixtures.models) withRuntime(model) { runtime ->
+            val file = File(temporary.root, "ids")
+            StateFile.open(model.state).use { state ->
+                StateFile.write(file, state.header, state.tensors.filter { !it.name.startsWith("cache.") }) { listOf(state.read(it)) }
+            }
+            runtime.load(file)
+            val expected = model.logitsFedAgain()
+            val count = expected.size / runtime.bundle.vocabSize
+            assertArrayEquals(model.name, expected, runtime.run(model, model.stateCalls until model.stateCalls + count), 0f)
+        }
+    }
+
+    @Test
+    fun the_pinned_tokens_of_a_long_text_are_saved_and_fed_again() {
+        val ids = IntArray(500) { random.tokens[it % random.tokens.size] }
+        val saved = File(temporary.root, "long")
+        val end = withRuntime(random) { runtime ->
+            runtime.pin(random.pinned)
+            runtime.prefill(ids)
+            runtime.save(saved)
+            runtime.decode(2).copyOf()
+        }
+
+        /** The state without its cache, and with the last ids only, as after thousands of tokens. */
+        fun shortened(keep: (StoredTensor) -> Boolean = { true }, change: (ByteBuffer) -> ByteBuffer = { it }) =
+            File(temporary.root, "shortened").also { file ->
+                StateFile.open(saved).use { state ->
+                    val last = ByteBuffer.allocate(Int.SIZE_BYTES * LAST).order(ByteOrder.LITTLE_ENDIAN)
+                    ids.takeLast(LAST).forEach(last::putInt)
+                    val pinned = state.tensors.filter { it.name == StateFile.FIRST && keep(it) }
+                    StateFile.write(file, state.header, pinned + StoredTensor(StateFile.IDS, "I32", listOf(LAST))) { tensor ->
+                        listOf(if (tensor.name == StateFile.IDS) last.duplicate().also { it.goTo(0) } else change(state.read(tensor)))
+                    }
+                }
+            }
+        withRuntime(random) { runtime ->
+            runtime.load(shortened())
+            assertEquals(ids.size to random.pinned, runtime.position to runtime.pinned)
+            assertArrayEquals(ids.copyOfRange(ids.size - LAST, ids.size), runtime.ids)
+            assertTrue(difference(runtime.decode(2), end) < 1e-3) // chunks at other places round differently
+            runtime.prefill(ids.copyOf(9))
+            runtime.rewind(10)
+            assertTrue("after a rewind", difference(runtime.decode(2), end) < 1e-3)
+            runtime.load(shortened { it.putInt(8, 77) })
+            assertTrue("one of them is another one", difference(runtime.decode(2), end) > 1e-2)
+            assertRefuses<StateException>("0 ids of ${random.pinned} pinned tokens") { runtime.load(shortened(keep = { false })) }
+        }
+    }
+
+    private fun difference(one: FloatArray, other: FloatArray): Float = one.indices.maxOf { abs(one[it] - other[it]) }
 
     @Test
     fun an_empty_state_is_one_too() = withRuntime(random) { runtime ->
@@ -158,7 +233,7 @@ class StateTest {
         val changed = File(temporary.root, "changed")
         StateFile.open(file).use { state ->
             val originals = state.tensors.associateBy(rename)
-            val header = StateHeader(state.header.identity, position, state.header.written, state.header.notes)
+            val header = state.header.copy(position = position)
             StateFile.write(changed, header, originals.keys.toList()) { listOf(state.read(originals.getValue(it))) }
         }
         return changed.readBytes()
@@ -170,5 +245,9 @@ class StateTest {
         val text = String(file.readBytes(), Charsets.ISO_8859_1)
         check(old in text) { "$old is not in the header" }
         return text.replaceFirst(old, new).toByteArray(Charsets.ISO_8859_1)
+    }
+
+    private companion object {
+        const val LAST = 60 // tokens: more than the cache can depend on
     }
 }

@@ -52,6 +52,15 @@ public class MemoryPlan internal constructor(public val weightsBytes: Long, publ
 public class Signature(public val name: String, public val prefills: Boolean, public val tokens: Int, public val longest: Int?)
 
 /**
+ * The KV cache of one layer, in tokens.
+ *
+ * @property window keys that a query may see, its own included.
+ * @property slots rows allocated.
+ * @property pinned rows at the beginning that the first tokens keep; the others are used again and again.
+ */
+public data class LayerCache(public val window: Int, public val slots: Int, public val pinned: Int)
+
+/**
  * The KV cache of the whole model: fixed when the bundle is made, whatever is generated.
  *
  * @property context tokens that the model can look back on; beyond it the oldest fall out.
@@ -59,8 +68,7 @@ public class Signature(public val name: String, public val prefills: Boolean, pu
  * @property kvHeads key and value heads of a layer.
  * @property headDim elements of a head.
  * @property int8 whether elements are int8 codes, else float32.
- * @property slots rows allocated, by layer.
- * @property windows keys that a query may see, by layer.
+ * @property layers the cache of each layer.
  */
 public class CacheGeometry internal constructor(
     public val context: Int,
@@ -68,17 +76,19 @@ public class CacheGeometry internal constructor(
     public val kvHeads: Int,
     public val headDim: Int,
     public val int8: Boolean,
-    public val slots: List<Int>,
-    public val windows: List<Int>,
+    public val layers: List<LayerCache>,
 ) {
+    /** The largest number of tokens at the beginning of a text that the model can go on seeing beyond the context. */
+    public val pinned: Int get() = layers.maxOf { it.pinned }
+
     /** Bytes of all K and V buffers. */
-    public val bytes: Long get() = 2L * kvHeads * headDim * slots.sumOf { it.toLong() } * elementBytes
+    public val bytes: Long get() = 2L * kvHeads * headDim * layers.sumOf { it.slots.toLong() } * elementBytes
 
     /** Tokens back that a cache can depend on: a layer's oldest key saw the window of the layer below, and so on. */
-    internal val reach: Int get() = 1 + windows.sumOf { it - 1 }
+    internal val reach: Int get() = 1 + layers.sumOf { it.window - 1 }
 
     /** Bytes of the keys and values that a token sees at a depth of so many tokens. */
-    internal fun bytesSeen(depth: Int): Long = windows.sumOf { minOf(it, depth).toLong() } * 2 * kvHeads * headDim * elementBytes
+    internal fun bytesSeen(depth: Int): Long = layers.sumOf { minOf(it.window, depth).toLong() } * 2 * kvHeads * headDim * elementBytes
 
     private val elementBytes get() = if (int8) 1 else 4
 
@@ -100,17 +110,18 @@ public class CacheGeometry internal constructor(
             val layers = node["layers"].list
             val kinds = config["layer_types"].list
             if (layers.size != kinds.size || layers.isEmpty()) node["layers"].fail("a list of ${kinds.size} layers")
-            if (layers.any { "pinned" in it && it["pinned"].int(0..MAX_TOKENS) != 0 }) {
-                throw UnsupportedException("a KV cache that keeps the beginning of a text; export the bundle with --pinned 0")
-            }
             val local = minOf(config["sliding_window"].int(1..MAX_TOKENS), context)
-            val windows = layers.zip(kinds) { layer, kind -> layer["window"].equalTo(if (kind.string == LOCAL) local else context) }
+            val pinned = layers.maxOf { if ("pinned" in it) it["pinned"].int(0..MAX_PINNED) else 0 }
             // a buffer's bytes are an Int
             val maxSlots = Int.MAX_VALUE / (Float.SIZE_BYTES * kvHeads * headDim)
-            val slots = layers.zip(windows) { layer, window ->
-                layer["slots"].int(window + chunk - 1..minOf(maxSlots, window + 2 * chunk - 2 + MAX_ROUNDING))
+            val read = layers.zip(kinds) { layer, kind ->
+                val window = layer["window"].equalTo(if (kind.string == LOCAL) local else context)
+                val kept = if (kind.string == LOCAL) 0 else pinned
+                if ("pinned" in layer || kept > 0) layer["pinned"].equalTo(kept)
+                val least = kept + window + chunk - 1
+                LayerCache(window, layer["slots"].int(least..minOf(maxSlots, least + chunk - 1 + MAX_ROUNDING)), kept)
             }
-            return CacheGeometry(context, chunk, kvHeads, headDim, int8, slots, windows)
+            return CacheGeometry(context, chunk, kvHeads, headDim, int8, read)
         }
     }
 }

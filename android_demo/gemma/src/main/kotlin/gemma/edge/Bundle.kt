@@ -174,6 +174,7 @@ public class BundleFile internal constructor(public val name: String, public val
 
 internal const val MAX_TOKENS = 1 shl 24 // these ranges are those of bundle/ranges.py
 internal const val MAX_CHUNK = 4096
+internal const val MAX_PINNED = 1 shl 16
 internal const val MAX_HEADS = 1024
 internal const val MAX_HEAD_DIM = 4096
 private const val MAX_THREADS = 1024

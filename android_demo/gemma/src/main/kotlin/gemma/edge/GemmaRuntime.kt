@@ -26,6 +26,9 @@ public interface GemmaRuntime : AutoCloseable {
     /** The number of tokens fed since the last reset, including those that have fallen out of the cache. */
     public val position: Int
 
+    /** The number of tokens at the beginning that every later one sees in the global layers; [pin] sets it. */
+    public val pinned: Int
+
     /** The ids of the tokens fed since the last reset; only the last few thousand are kept. */
     public val ids: IntArray
 
@@ -43,6 +46,14 @@ public interface GemmaRuntime : AutoCloseable {
 
     /** Forget all tokens. The next token is fed at position 0. */
     public fun reset()
+
+    /**
+     * Let every token see the first [count] ones of its text in the global layers, however far back they are; 0 pins nothing. They may
+     * be fed before or afterwards. Once the text is longer than the context, another number than before begins at position 0.
+     *
+     * @throws InputException the bundle does not keep so many: `gemma-export --pinned` says how many it keeps.
+     */
+    public fun pin(count: Int)
 
     /**
      * Compute with an adapter from now on, or with the bundle alone. Another one than before begins at position 0. The first one takes as

@@ -4,7 +4,6 @@ import gemma.edge.state.SavedConversation
 import gemma.edge.text.IntList
 import gemma.edge.text.StopTexts
 import java.io.File
-import java.util.WeakHashMap
 import kotlinx.coroutines.CoroutineDispatcher
 import kotlinx.coroutines.Dispatchers
 import kotlinx.coroutines.channels.Channel
@@ -15,7 +14,6 @@ import kotlinx.coroutines.flow.FlowCollector
 import kotlinx.coroutines.flow.buffer
 import kotlinx.coroutines.flow.flow
 import kotlinx.coroutines.flow.flowOn
-import kotlinx.coroutines.sync.Mutex
 import kotlinx.coroutines.sync.withLock
 import kotlinx.coroutines.withContext
 
@@ -33,6 +31,8 @@ import kotlinx.coroutines.withContext
  * @param template the chat format; it may be null if only [complete] is used.
  * @param dispatcher where the model runs.
  * @param adapter computes the answers together with the bundle; null takes the one that the runtime has now, if any.
+ * @param pinSystem whether the model goes on seeing what stands before the user's own first words, such as a system message, when the
+ *   conversation is longer than the context. The bundle must keep so many tokens (`gemma-export --pinned`), else it keeps none of them.
  */
 public class GemmaSession(
     private val runtime: GemmaRuntime,
@@ -40,10 +40,12 @@ public class GemmaSession(
     private val template: ChatTemplate?,
     private val dispatcher: CoroutineDispatcher = Dispatchers.Default,
     adapter: Adapter? = null,
+    private val pinSystem: Boolean = true,
 ) : AutoCloseable {
     private val shared = Shared.of(runtime)
     private val self = Any()
     private var cached = CachedText.NOTHING
+    private var before = "" // what Python's `prefix` put in front of the first turn of a conversation that it saved
     private val fed = IntList() // ids of all tokens fed since the cache was empty
     private val seen = HashSet<Int>() // distinct ids of the context, for the repetition penalty
 
@@ -92,7 +94,8 @@ public class GemmaSession(
             ?: throw UnsupportedException("this session has no chat template; call complete, or pass a template to the session")
         val history = messages + Message("user", text)
         val prompt = template.render(history)
-        generate(newTokens(prompt), Wanted(params, maxTokens, stop), prompt, it) { answer -> remember(history + Message("assistant", answer)) }
+        val ids = pinned(newTokens(prompt)) { all -> beginning(all, prompt, template.render(opening(history)), tokenizer::encode) }
+        generate(ids, Wanted(params, maxTokens, stop), prompt, it) { answer -> remember(history + Message("assistant", answer)) }
     }
 
     /**
@@ -109,12 +112,14 @@ public class GemmaSession(
         val ids = tokenizer.encode(prompt)
         forget()
         remember(emptyList())
+        runtime.pin(0)
         generate(ids, Wanted(params, maxTokens, stop), prompt, it) {}
     }
 
     /** Replace the conversation, for example by a saved one. The next turn feeds all of it. */
     public suspend fun restore(messages: List<Message>): Unit = onRuntime {
         forget()
+        before = ""
         remember(messages)
     }
 
@@ -126,7 +131,7 @@ public class GemmaSession(
     public suspend fun save(file: File): Unit = onRuntime {
         val known = cached.texts.isNotEmpty() && (runtime.position == cached.position || runtime.position == 0)
         val ids = if (known) fed.toArray() + cached.pending else IntArray(0)
-        runtime.save(file, SavedConversation(messages, ids, if (known) cached.texts else emptySet()).toNotes())
+        runtime.save(file, SavedConversation(messages, ids, if (known) cached.texts else emptySet(), before).toNotes())
     }
 
     /**
@@ -143,6 +148,7 @@ public class GemmaSession(
         } catch (error: JsonException) {
             throw StateException("$file holds no conversation (${error.message}); save one with GemmaSession.save", error)
         }
+        before = saved.before
         remember(saved.messages)
         val position = runtime.position
         val last = runtime.ids
@@ -194,6 +200,19 @@ public class GemmaSession(
         fed.clear()
         return again + new
     }
+
+    /** Pin as many tokens as [count] says of the whole text, and return those to feed: [new], or all if the runtime began anew. */
+    private fun pinned(new: IntArray, count: (all: IntArray) -> Int): IntArray {
+        val most = backend.cache.pinned
+        val all = fed.toArray() + new
+        runtime.pin(if (pinSystem && most > 0) count(all).let { if (it <= most) it else 0 } else 0)
+        if (runtime.position > 0) return new
+        fed.clear()
+        return all
+    }
+
+    /** A conversation that begins as [history] does, up to the user's own words. */
+    private fun opening(history: List<Message>) = history.takeWhile { it.role != "user" } + Message("user", before + OTHER_WORDS)
 
     private fun forget() {
         runtime.reset()
@@ -297,6 +316,7 @@ public class GemmaSession(
          * @param cacheDir folder of the app for files that make the next start faster; null keeps none.
          * @param template the chat format; null takes the bundle's.
          * @param adapter folder of an adapter of the bundle, which computes the answers together with it.
+         * @param pinSystem as in [GemmaSession].
          * @throws GemmaException the bundle cannot be used here; see [Bundle.open], [GemmaRuntime.open], [GemmaRuntime.useAdapter],
          *   [Adapter.open], [Tokenizer.open], [ChatTemplate.of].
          */
@@ -307,6 +327,7 @@ public class GemmaSession(
             cacheDir: File? = null,
             template: ChatTemplate? = null,
             adapter: File? = null,
+            pinSystem: Boolean = true,
         ): GemmaSession = withContext(Dispatchers.IO) {
             val bundle = Bundle.open(folder)
             val format = template ?: ChatTemplate.of(bundle)
@@ -319,32 +340,7 @@ public class GemmaSession(
                 runtime.close()
                 throw error
             }
-            GemmaSession(runtime, tokenizer, format)
+            GemmaSession(runtime, tokenizer, format, pinSystem = pinSystem)
         }
-    }
-}
-
-/** What the sessions of a runtime share. */
-private class Shared {
-    val turn = Mutex()
-    var last: Any? = null // the session whose tokens are in the cache
-
-    companion object {
-        private val all = WeakHashMap<GemmaRuntime, Shared>()
-
-        fun of(runtime: GemmaRuntime): Shared = synchronized(all) { all.getOrPut(runtime) { Shared() } }
-    }
-}
-
-/**
- * The text in the cache.
- *
- * @property texts the text, in every form in which a template may write it; empty if the text is not known.
- * @property position the runtime's position after the text.
- * @property pending the last tokens of the text, which were not fed yet.
- */
-private class CachedText(val texts: Set<String>, val position: Int, val pending: IntArray) {
-    companion object {
-        val NOTHING = CachedText(emptySet(), 0, IntArray(0))
     }
 }

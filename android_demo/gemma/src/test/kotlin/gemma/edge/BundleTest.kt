@@ -38,8 +38,11 @@ class BundleTest {
     }
 
     @Test
-    fun a_cache_that_keeps_the_beginning_of_a_text_is_refused_by_name() {
-        assertRefuses<UnsupportedException>("keeps the beginning of a text", "--pinned 0") { Bundle.open(changed("\"pinned\": 0", "\"pinned\": 9")) }
+    fun global_layers_keep_the_beginning_of_a_text_and_local_layers_do_not() {
+        assertEquals(listOf(0, 128), Bundle.open(Fixtures.demoBundle).backends.single().cache.layers.take(2).map { it.pinned })
+        assertRefuses<BundleException>("pinned") { Bundle.open(changed("\"pinned\": 0", "\"pinned\": 9")) }
+        assertRefuses<BundleException>("pinned") { Bundle.open(changed("\"pinned\": 128", "\"pinned\": 9")) }
+        assertRefuses<BundleException>("pinned") { Bundle.open(changed("\"pinned\": 128", "\"pinned\": 65537")) }
     }
 
     @Test

@@ -39,8 +39,14 @@ internal object Fixtures {
         val adapter: File? = if (answers["adapter"].value == null) null else File(answers["adapter"].string)
         val tokens = ints(answers["tokens"])
         val calls = ints(answers["calls"])
+
+        /** How many tokens at the beginning are pinned while the calls are made. */
+        val pinned = answers["pinned"].int(0..Int.MAX_VALUE)
         val greedy = answers["greedy"].list
         val conversation = answers["conversation"].list
+
+        /** A conversation that begins with a text that is not the user's. */
+        val prefixed = answers["prefixed"].list
         val chats = answers["chats"].list
         val filters = answers["filters"].list
 
@@ -51,6 +57,7 @@ internal object Fixtures {
         val stateCalls = answers["state_calls"].int(1..calls.size)
         val state = File(folder, "state.safetensors")
         val savedConversation = File(folder, "conversation.safetensors")
+        val savedPrefixed = File(folder, "prefixed.safetensors")
 
         /** The folder in which Python looks for the states that Kotlin saved. */
         val fromKotlin = File(root, "from-kotlin/$name").also { it.mkdirs() }
@@ -63,6 +70,9 @@ internal object Fixtures {
 
         /** The logits after every call that follows the state, joined. */
         fun logitsAfterState(): FloatArray = floats("state.f32")
+
+        /** The logits after the first calls that follow, joined, if the state's tokens are fed again. */
+        fun logitsFedAgain(): FloatArray = floats("refed.f32")
 
         private fun floats(file: String): FloatArray {
             val buffer = ByteBuffer.wrap(File(folder, file).readBytes()).order(ByteOrder.LITTLE_ENDIAN).asFloatBuffer()
@@ -90,6 +100,7 @@ internal val Node.double: Double get() = (value as Number).toDouble()
 
 /** Feed a model's tokens call by call, as Python did, and return the logits after each of [calls], joined. */
 internal fun GemmaRuntime.run(model: Fixtures.Model, calls: IntRange = model.calls.indices): FloatArray {
+    if (position == 0) pin(model.pinned)
     val all = FloatArray(calls.count() * bundle.vocabSize)
     var start = model.calls.take(calls.first).sum()
     model.calls.slice(calls).forEachIndexed { row, length ->

@@ -50,7 +50,7 @@ internal class ExecuTorchRuntime(bundle: Bundle, backend: Backend, private val m
 
     override fun forward(ids: IntArray, start: Int, end: Int) {
         val tokens = LongArray(end - start) { ids[start + it].toLong() }
-        val inputs = arrayOf(tensor(tokens, 1, tokens.size.toLong()), tensor(longArrayOf(position.toLong()), 1))
+        val inputs = arrayOf(tensor(tokens, 1, tokens.size.toLong()), tensor(longArrayOf(position + pinned * PINNED_UNIT), 1))
         output = try {
             module.execute(METHOD, *inputs).single().toTensor()
         } catch (error: RuntimeException) {
@@ -75,6 +75,9 @@ internal class ExecuTorchRuntime(bundle: Bundle, backend: Backend, private val m
 }
 
 private const val METHOD = "forward"
+
+// PINNED_UNIT: what the program's position holds for each pinned token, as in bundle/geometry.py.
+private const val PINNED_UNIT = 1L shl 32
 
 /** The first line of an error of the library, whose messages hold its log. */
 internal fun oneLine(error: Throwable): String = error.message.orEmpty().lineSequence().firstOrNull { it.isNotBlank() } ?: error.toString()

@@ -7,14 +7,17 @@ import gemma.edge.engine.StoredTensor
 import gemma.edge.engine.goTo
 import java.nio.ByteBuffer
 import java.nio.ByteOrder
+import kotlin.math.abs
 
 /**
  * The buffers of the KV cache: keys and values of each layer, and which position each slot holds, by kind of layer. A position p lies in
  * a slot that is at most p (export/tflite/seams.py), so only the first rows are saved while a text is short. `TFLiteRuntime` in
- * runtimes/engines/litert.py saves the same. The library hands out copies, so one buffer at a time is read and written.
+ * runtimes/engines/litert.py saves the same. Where the number of a slot's position is negative, every query sees it: so the first tokens
+ * of a text are pinned. The library hands out copies, so one buffer at a time is read and written.
  */
 internal class LiteRtCache(private val geometry: CacheGeometry, create: (name: String) -> TensorBuffer) : SavedCache {
-    private val kinds = kindsOf(geometry)
+    private val kinds = geometry.layers.distinct()
+    private var marked = 0 // tokens whose slots say that they are pinned
 
     /** The buffers by name. */
     val buffers: Map<String, TensorBuffer> = shapesOf(geometry).mapValues { (name, shape) ->
@@ -35,7 +38,7 @@ internal class LiteRtCache(private val geometry: CacheGeometry, create: (name: S
     override fun rows(saved: StoredTensor): List<ByteBuffer> {
         val name = saved.name.removePrefix(PREFIX)
         val bytes = ByteBuffer.allocate(saved.bytes.toInt()).order(ByteOrder.LITTLE_ENDIAN)
-        val held = buffers.getValue(heldBy(name)).readInt()
+        val held = heldPositions(heldBy(name)) // without the marks: what is pinned stands in the state
         if (holdsPositions(name)) {
             bytes.asIntBuffer().put(held, 0, saved.shape[0])
             return listOf(bytes)
@@ -67,13 +70,30 @@ internal class LiteRtCache(private val geometry: CacheGeometry, create: (name: S
             for (head in 0 until geometry.kvHeads) floats.get(all, head * slots * geometry.headDim, tensor.shape[ROWS] * geometry.headDim)
             buffers.getValue(name).writeFloat(all)
         }
+        marked = 0
     }
 
-    private fun slotsOf(name: String): Int = number(name).let { if (holdsPositions(name)) kinds[it].second else geometry.slots[it] }
+    /** Mark the slots of the first [count] tokens as pinned, and no others. They must have been written. */
+    fun mark(count: Int) {
+        if (count == marked) return
+        kinds.forEachIndexed { kind, layer ->
+            if (layer.pinned == 0) return@forEachIndexed
+            val held = heldPositions("$HELD$kind")
+            for (slot in 0 until count) held[slot] = -held[slot]
+            buffers.getValue("$HELD$kind").writeInt(held)
+        }
+        marked = count
+    }
+
+    private fun heldPositions(name: String): IntArray = buffers.getValue(name).readInt().also { held ->
+        for (slot in held.indices) held[slot] = abs(held[slot])
+    }
+
+    private fun slotsOf(name: String): Int = number(name).let { if (holdsPositions(name)) kinds[it].slots else geometry.layers[it].slots }
 
     /** The buffer that says which position each slot of a buffer holds. */
     private fun heldBy(name: String): String =
-        if (holdsPositions(name)) name else HELD + kinds.indexOf(geometry.windows[number(name)] to geometry.slots[number(name)])
+        if (holdsPositions(name)) name else HELD + kinds.indexOf(geometry.layers[number(name)])
 
     private fun number(name: String) = name.substringAfterLast('_').toInt()
 
@@ -86,13 +106,10 @@ internal class LiteRtCache(private val geometry: CacheGeometry, create: (name: S
 
         /** The shapes of the buffers by name. */
         fun shapesOf(geometry: CacheGeometry): Map<String, List<Int>> {
-            val layers = geometry.slots.flatMapIndexed { layer, count ->
-                listOf("k", "v").map { "kv_cache_${it}_$layer" to listOf(1, geometry.kvHeads, count, geometry.headDim) }
+            val layers = geometry.layers.flatMapIndexed { index, layer ->
+                listOf("k", "v").map { "kv_cache_${it}_$index" to listOf(1, geometry.kvHeads, layer.slots, geometry.headDim) }
             }
-            return (layers + kindsOf(geometry).mapIndexed { kind, (_, count) -> "$HELD$kind" to listOf(1, 1, 1, count) }).toMap()
+            return (layers + geometry.layers.distinct().mapIndexed { kind, layer -> "$HELD$kind" to listOf(1, 1, 1, layer.slots) }).toMap()
         }
-
-        /** Window and slots of each kind of layer. */
-        private fun kindsOf(geometry: CacheGeometry): List<Pair<Int, Int>> = geometry.windows.zip(geometry.slots).distinct()
     }
 }

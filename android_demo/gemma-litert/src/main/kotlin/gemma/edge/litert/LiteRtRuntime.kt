@@ -77,7 +77,10 @@ internal class LiteRtRuntime(bundle: Bundle, backend: Backend, threads: Int, pac
 
     override fun forward(ids: IntArray, start: Int, end: Int) {
         try {
-            for (call in signatures.calls(position, end - start)) run(call, ids, start)
+            for (call in signatures.calls(position, end - start, pinned)) {
+                cache.mark(if (position + call.start >= pinned) pinned else 0)
+                run(call, ids, start)
+            }
         } catch (error: LiteRtException) {
             throw BundleException("$path does not run: ${error.message}; import the bundle again", error)
         }

@@ -7,13 +7,17 @@ internal data class Call(val signature: Signature, val start: Int, val count: In
 
 /** Chooses the signatures that work off a text in the shortest time. `SignatureRuntime` in runtimes/engines/signatures.py does the same. */
 internal class Signatures(private val all: List<Signature>) {
-    /** The calls that feed [count] tokens from [position] on. The last one gives the logits of the last token. */
-    fun calls(position: Int, count: Int): List<Call> {
+    /**
+     * The calls that feed [count] tokens from [position] on. The last one gives the logits of the last token. No call goes on behind the
+     * [pinned] tokens, because only what was written can be marked.
+     */
+    fun calls(position: Int, count: Int, pinned: Int = 0): List<Call> {
         val calls = ArrayList<Call>()
         var start = 0
         while (start < count - 1) {
             val best = best(all, position + start, count - 1 - start)
-            calls += Call(best, start, minOf(count - 1 - start, best.tokens))
+            val room = if (position + start < pinned) pinned - position - start else Int.MAX_VALUE
+            calls += Call(best, start, minOf(count - 1 - start, best.tokens, room))
             start += calls.last().count
         }
         calls += Call(best(all.filter { !it.prefills }, position + count - 1, 1), count - 1, 1)

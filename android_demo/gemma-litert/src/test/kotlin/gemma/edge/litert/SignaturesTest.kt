@@ -25,6 +25,15 @@ class SignaturesTest {
     }
 
     @Test
+    fun no_call_goes_on_behind_the_pinned_tokens() {
+        val calls = { position: Int, count: Int, pinned: Int -> Signatures(long).calls(position, count, pinned).map { it.start to it.count } }
+        assertEquals(listOf(0 to 9, 9 to 16, 25 to 16, 41 to 8, 49 to 1), calls(0, 50, 9))
+        assertEquals(listOf(0 to 2, 2 to 16, 18 to 16, 34 to 8, 42 to 1), calls(7, 43, 9))
+        assertEquals("all are pinned", listOf(0 to 9, 9 to 1), calls(0, 10, 10))
+        assertEquals("they were fed before", calls(9, 50, 0), calls(9, 50, 9))
+    }
+
+    @Test
     fun a_signature_for_short_texts_is_left_in_time() {
         assertEquals(listOf("short_16: 16 from 0", "short_16: 11 from 16", "short_1: 1 from 27"), calls(100, 28))
         assertEquals("the last token lies at position 128", "decode: 1 from 28", calls(100, 29).last())

@@ -16,10 +16,10 @@ internal class OnnxCache(private val geometry: CacheGeometry, private val enviro
     private val type = if (geometry.int8) OnnxJavaType.INT8 else OnnxJavaType.FLOAT
     private val rowBytes = geometry.headDim * type.size
     private val slots: Map<String, Int> =
-        geometry.slots.flatMapIndexed { layer, count -> listOf("$layer.key" to count, "$layer.value" to count) }.toMap()
+        geometry.layers.flatMapIndexed { index, layer -> listOf("$index.key" to layer.slots, "$index.value" to layer.slots) }.toMap()
     private val byName = LinkedHashMap<String, OnnxTensor>()
 
-    /** The tensors by name. [fill] replaces them. */
+    /** The tensors by name. [fill] and [move] replace them. */
     val tensors: Map<String, OnnxTensor> get() = byName
 
     init {
@@ -62,6 +62,17 @@ internal class OnnxCache(private val geometry: CacheGeometry, private val enviro
                 }
                 all.goTo(0)
                 byName.put(name, memory.copyOf(all, shape(count)))?.close()
+            }
+        }
+    }
+
+    /** Give the layers that keep the beginning of a text the rows with these numbers, each once for every row that there is. */
+    fun move(rows: (slots: Int) -> LongArray) {
+        RowGather(environment, type).use { gather ->
+            for ((index, layer) in geometry.layers.withIndex()) {
+                if (layer.pinned == 0) continue
+                val numbers = rows(layer.slots)
+                for (name in listOf("$index.key", "$index.value")) byName.put(name, gather.gathered(byName.getValue(name), numbers))?.close()
             }
         }
     }

@@ -51,9 +51,9 @@ public class OnnxEngine : Engine {
 }
 
 /**
- * Runs a bundle's ONNX backend on the CPU. Every tensor of the cache is both an input and a pinned output of a step, so the graph
- * updates it in place. The graph moves the window itself and reads only rows that it has written. Therefore there is no last position,
- * and a reset does not have to clear the buffers. The inputs and outputs of the graph are described in docs/export/bundle-format.md.
+ * Runs a bundle's ONNX backend on the CPU. Every tensor of the cache is both an input and an output of a step, so the graph updates it in
+ * place. The graph moves the window of a layer itself, except in global layers that keep the beginning of a text: [MovingRows]. It reads
+ * only rows that it has written. Therefore there is no last position, and a reset does not have to clear the buffers. The inputs and outputs of the graph are described in docs/export/bundle-format.md.
  */
 internal class OnnxRuntime(bundle: Bundle, backend: Backend, private val environment: OrtEnvironment, private val threads: Int) :
     ChunkedRuntime(bundle, backend) {
@@ -61,13 +61,16 @@ internal class OnnxRuntime(bundle: Bundle, backend: Backend, private val environ
     private var graph: OnnxGraph? = null // null only while another one is opened
     private var graphOf: Adapter? = null // an adapter whose graph is open; it also computes without one
     private val inputs = HashMap<String, OnnxTensor>()
-    private val pinned = HashMap<String, OnnxTensor>()
+    private val outputs = HashMap<String, OnnxTensor>()
     private val inputPos: LongBuffer = direct(Long.SIZE_BYTES).asLongBuffer()
+    private val pastRows: LongBuffer = direct(Long.SIZE_BYTES).asLongBuffer()
+    private var biasBuffer: FloatBuffer = direct(0).asFloatBuffer()
     private val idBuffer: LongBuffer = direct(Long.SIZE_BYTES * backend.cache.prefillChunk).asLongBuffer()
     private val idTensors = HashMap<Int, OnnxTensor>() // by length: one token, a whole chunk, and the last chunk of a prompt
     private val logitsBuffer: FloatBuffer = direct(Float.SIZE_BYTES * bundle.vocabSize).asFloatBuffer()
     private val logits = FloatArray(bundle.vocabSize)
     private val cache: OnnxCache
+    private val moving: MovingRows? // null if the bundle keeps no beginning of a text
 
     override val library = EngineLibrary("onnxruntime", environment.version)
 
@@ -77,9 +80,17 @@ internal class OnnxRuntime(bundle: Bundle, backend: Backend, private val environ
         try {
             graph = OnnxGraph.open(bundle, backend.program, environment, threads)
             cache = resources.add(OnnxCache(backend.cache, environment))
+            moving = if (backend.cache.pinned == 0) null else MovingRows(backend.cache) { rows ->
+                try {
+                    cache.move(rows)
+                } finally {
+                    bindCache()
+                }
+            }
             bindCache()
+            if (moving != null) inputs["past_rows"] = resources.add(OnnxTensor.createTensor(environment, pastRows, longArrayOf(1)))
             inputs["input_pos"] = resources.add(OnnxTensor.createTensor(environment, inputPos, longArrayOf(1)))
-            pinned["logits"] = resources.add(
+            outputs["logits"] = resources.add(
                 OnnxTensor.createTensor(environment, logitsBuffer, longArrayOf(1, 1, bundle.vocabSize.toLong())),
             )
             graph?.checkContract(contract())
@@ -96,18 +107,52 @@ internal class OnnxRuntime(bundle: Bundle, backend: Backend, private val environ
         for (i in start until end) idBuffer.put(i - start, ids[i].toLong())
         inputPos.put(0, position.toLong())
         inputs["input_ids"] = idTensor(end - start)
+        if (moving == null) return run()
+        val past = moving.makeRoom(position, end - start)
+        pastRows.put(0, past.toLong())
+        bias(moving, end - start, past + end - start).use { bias ->
+            inputs[BIAS] = bias
+            try {
+                run()
+            } finally {
+                inputs.remove(BIAS)
+            }
+        }
+    }
+
+    private fun run() {
         val session = graph?.session ?: throw BundleException("${bundle.folder} has no open graph; open the bundle again")
-        session.run(inputs, emptySet(), pinned).close() // this leaves the pinned outputs open
+        session.run(inputs, emptySet(), outputs).close() // this leaves the outputs that it was given open
+    }
+
+    /** What is added to the scores of the next [tokens] queries: (1, 1, tokens, [rows]). */
+    private fun bias(moving: MovingRows, tokens: Int, rows: Int): OnnxTensor {
+        // one buffer for all calls, because the memory of a direct buffer is freed only when the garbage collector finds it
+        if (biasBuffer.capacity() < tokens * rows) {
+            val longest = backend.cache.layers.maxOf { it.slots }
+            biasBuffer = direct(Float.SIZE_BYTES * longest * (if (tokens == 1) 1 else backend.cache.prefillChunk)).asFloatBuffer()
+        }
+        biasBuffer.endAt(biasBuffer.capacity())
+        moving.bias(position, tokens, pinned, biasBuffer)
+        biasBuffer.endAt(tokens * rows)
+        return OnnxTensor.createTensor(environment, biasBuffer, longArrayOf(1, 1, tokens.toLong(), rows.toLong()))
+    }
+
+    override fun clear() {
+        moving?.clear()
     }
 
     /**
-     * The window is contiguous. When a layer of C slots is full, the rows before its window of W move out, C - W + 1 at a time. Rows are
+     * A local window is contiguous. When a layer of C slots is full, the rows before its window of W move out, C - W + 1 at a time. Rows are
      * where they were if as many moves lie before both positions.
      */
-    override fun holds(position: Int, written: Int): Boolean = backend.cache.slots.zip(backend.cache.windows).all { (slots, window) ->
-        val step = slots - window + 1
-        fun moves(total: Int) = (maxOf(0, total - slots) + step - 1) / step
-        moves(position) == moves(written)
+    override fun holds(position: Int, written: Int): Boolean {
+        if (moving != null && !moving.holds(position, written)) return false
+        return backend.cache.layers.filter { it.pinned == 0 }.all { layer ->
+            val step = layer.slots - layer.window + 1
+            fun moves(total: Int) = (maxOf(0, total - layer.slots) + step - 1) / step
+            moves(position) == moves(written)
+        }
     }
 
     override fun free() {
@@ -164,15 +209,17 @@ internal class OnnxRuntime(bundle: Bundle, backend: Backend, private val environ
     private fun bindCache() {
         for ((name, tensor) in cache.tensors) {
             inputs["past_key_values.$name"] = tensor
-            pinned["present.$name"] = tensor
+            outputs["present.$name"] = tensor
         }
     }
 
     /** The types and shapes that a graph of this bundle must have. */
     private fun contract(): Map<String, Pair<OnnxJavaType, LongArray>> {
-        val bound = inputs.filterKeys { !isFactor(it) } + pinned
-        return bound.mapValues { (_, tensor) -> tensor.info.type to tensor.info.shape } +
+        val bound = inputs.filterKeys { !isFactor(it) } + outputs
+        val fixed = bound.mapValues { (_, tensor) -> tensor.info.type to tensor.info.shape } +
             ("input_ids" to (OnnxJavaType.INT64 to longArrayOf(1, OnnxGraph.ANY)))
+        if (moving == null) return fixed
+        return fixed + (BIAS to (OnnxJavaType.FLOAT to longArrayOf(1, 1, OnnxGraph.ANY, OnnxGraph.ANY)))
     }
 
     /** The cache, bound to the session again after its tensors were replaced. */
@@ -184,5 +231,17 @@ internal class OnnxRuntime(bundle: Bundle, backend: Backend, private val environ
                 bindCache()
             }
         }
+
+        override fun settle(position: Int, written: Int) {
+            moving?.settle(position, written)
+        }
+
+        override fun settled(position: Int, written: Int) {
+            moving?.settled(position, written)
+        }
+    }
+
+    private companion object {
+        const val BIAS = "attention_bias"
     }
 }

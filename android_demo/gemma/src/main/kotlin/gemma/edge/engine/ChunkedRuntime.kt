@@ -24,10 +24,14 @@ import java.nio.ByteOrder
 @EngineApi
 public abstract class ChunkedRuntime(final override val bundle: Bundle, final override val backend: Backend) : GemmaRuntime {
     private val kept = IntList(keep = maxOf(MIN_KEPT_IDS, backend.cache.reach + backend.cache.context))
+    private val first = IntArray(backend.cache.pinned) // ids of the first tokens, as many as could be pinned
     private var written = 0 // highest position written so far; larger than `position` after tokens were taken back
     private var closed = false
 
     final override var position: Int = 0
+        private set
+
+    final override var pinned: Int = 0
         private set
 
     final override var adapter: Adapter? = null
@@ -48,6 +52,9 @@ public abstract class ChunkedRuntime(final override val bundle: Bundle, final ov
     /** Compute with an adapter of this bundle from now on, or with none. If it cannot, everything is as before. */
     protected open fun take(adapter: Adapter?): Unit = Unit
 
+    /** Let the cache be written from any position on. */
+    protected open fun clear(): Unit = Unit
+
     /** Run the tokens from [start] until [end] of [ids] at [position]. At position 0 the cache must forget what it holds. */
     protected abstract fun forward(ids: IntArray, start: Int, end: Int)
 
@@ -61,10 +68,8 @@ public abstract class ChunkedRuntime(final override val bundle: Bundle, final ov
      * Whether the cache still has every key that a text needs to go on at [position], if the highest position that was written is
      * [written]. This is the answer for a ring, which has position p in slot p mod slots.
      */
-    protected open fun holds(position: Int, written: Int): Boolean {
-        val layers = backend.cache.windows.zip(backend.cache.slots)
-        return layers.all { (window, slots) -> maxOf(0, position - window + 1) >= written - slots }
-    }
+    protected open fun holds(position: Int, written: Int): Boolean =
+        backend.cache.layers.all { maxOf(0, position - it.window + 1 - it.pinned) >= written - it.slots }
 
     @Synchronized
     final override fun prefill(ids: IntArray): FloatArray {
@@ -85,6 +90,17 @@ public abstract class ChunkedRuntime(final override val bundle: Bundle, final ov
     }
 
     @Synchronized
+    final override fun pin(count: Int) {
+        checkOpen()
+        val most = backend.cache.pinned
+        if (count !in 0..most) {
+            throw InputException("cannot pin $count tokens: this bundle keeps at most $most beyond its context; export it with a larger --pinned")
+        }
+        if (count != pinned && position > backend.cache.context) startAt(0)
+        pinned = count
+    }
+
+    @Synchronized
     final override fun useAdapter(adapter: Adapter?) {
         checkOpen()
         if (identityWith(adapter) == identityWith(this.adapter)) return
@@ -98,12 +114,12 @@ public abstract class ChunkedRuntime(final override val bundle: Bundle, final ov
     final override fun rewind(count: Int) {
         checkOpen()
         val target = position - count
-        val first = position - kept.size
+        val remembered = position - kept.size
         if (count < 0 || count > kept.size) {
             throw InputException("cannot rewind $count tokens: the last ${kept.size} of $position are remembered; give 0 to ${kept.size}")
         }
         val free = count == 0 || holds(target, written)
-        if (!free && first > maxOf(0, target - backend.cache.reach)) {
+        if (!free && remembered > maxOf(0, target - backend.cache.reach)) {
             throw InputException("cannot rewind $count tokens: too few of the tokens before them are remembered; reset, and feed the text again")
         }
         kept.removeLast(count)
@@ -116,9 +132,12 @@ public abstract class ChunkedRuntime(final override val bundle: Bundle, final ov
         checkOpen()
         val last = kept.toArray()
         val cache = savedCache
-        val tensors = listOf(StoredTensor(StateFile.IDS, "I32", listOf(last.size))) + cache?.saved(written).orEmpty()
-        StateFile.write(file, StateHeader(identityWith(adapter), position, written, notes), tensors) { tensor ->
-            if (tensor.name == StateFile.IDS) listOf(bytesOf(last)) else cache?.rows(tensor).orEmpty()
+        cache?.settle(position, written)
+        val ids = mapOf(StateFile.IDS to last, StateFile.FIRST to first.copyOf(minOf(pinned, position)))
+            .filter { (name, ids) -> name == StateFile.IDS || ids.isNotEmpty() }
+        val tensors = ids.map { (name, ids) -> StoredTensor(name, "I32", listOf(ids.size)) } + cache?.saved(written).orEmpty()
+        StateFile.write(file, StateHeader(identityWith(adapter), position, written, pinned, notes), tensors) { tensor ->
+            ids[tensor.name]?.let { listOf(bytesOf(it)) } ?: cache?.rows(tensor).orEmpty()
         }
     }
 
@@ -135,17 +154,21 @@ public abstract class ChunkedRuntime(final override val bundle: Bundle, final ov
                 )
             }
             val last = idsIn(state)
+            val pinnedIds = pinnedIdsIn(state)
             val cache = savedCache
-            if (cache == null || state.tensors.size == 1) { // a state without a cache: its ids alone
-                position = header.position
-                feedAgain(last)
-            } else {
-                fill(cache, state)
-                kept.clear()
+            val rows = state.tensors.filter { it.name != StateFile.IDS && it.name != StateFile.FIRST }
+            if (cache != null && rows.isNotEmpty()) {
+                fill(cache, state, rows)
+                startAt(0)
+                cache.settled(header.position, header.written)
                 kept.addAll(last)
-                position = header.position
                 written = header.written
             }
+            position = header.position
+            pinned = header.pinned
+            pinnedIds.copyInto(first)
+            if (last.size == position) last.copyInto(first, 0, 0, minOf(first.size, position))
+            if (cache == null || rows.isEmpty()) feedAgain(last) // a state without a cache
             return header.notes
         }
     }
@@ -185,6 +208,7 @@ public abstract class ChunkedRuntime(final override val bundle: Bundle, final ov
             for (start in ids.indices step atOnce) {
                 val end = minOf(start + atOnce.toLong(), ids.size.toLong()).toInt()
                 forward(ids, start, end)
+                for (i in position until minOf(position + end - start, first.size)) first[i] = ids[start + i - position]
                 position += end - start
                 written = maxOf(written, position)
                 for (i in start until end) kept.add(ids[i])
@@ -195,21 +219,26 @@ public abstract class ChunkedRuntime(final override val bundle: Bundle, final ov
         }
     }
 
-    /** Write the cache anew with [last], the tokens before [position]. */
+    /** Write the cache anew with what is pinned and with [last], the tokens before [position]. */
     private fun feedAgain(last: IntArray) {
-        startAt(position - last.size)
+        val start = position - last.size
+        startAt(0)
+        if (start > 0 && pinned > 0) feed(first.copyOf(minOf(pinned, start)))
+        position = start
+        written = start
+        kept.clear()
         if (last.isNotEmpty()) feed(last)
     }
 
     private fun startAt(start: Int) {
+        clear()
         position = start
         written = start
         kept.clear()
     }
 
-    private fun fill(cache: SavedCache, state: StateFile) {
+    private fun fill(cache: SavedCache, state: StateFile, saved: List<StoredTensor>) {
         val expected = cache.saved(state.header.written)
-        val saved = state.tensors.filter { it.name != StateFile.IDS }
         val different = (saved - expected.toSet() + (expected - saved.toSet())).firstOrNull()
         if (different != null) throw StateException("the state is damaged: ${different.name} is not what this bundle has; save it again")
         var complete = false
@@ -230,13 +259,28 @@ public abstract class ChunkedRuntime(final override val bundle: Bundle, final ov
     }
 
     private fun idsIn(state: StateFile): IntArray {
-        val tensor = state.tensors.firstOrNull { it.name == StateFile.IDS && it.dtype == "I32" && it.shape.size == 1 }
-        val ids = tensor?.let { IntArray(it.shape[0]).also { ids -> state.read(tensor).asIntBuffer().get(ids) } }
+        val ids = idsIn(state, StateFile.IDS)
         val position = state.header.position
-        if (ids == null || ids.size > position || (position > 0 && ids.isEmpty()) || ids.any { it !in 0 until bundle.vocabSize }) {
+        if (ids == null || ids.size > position || (position > 0 && ids.isEmpty())) {
             throw StateException("the state is damaged: its token ids do not lead to position $position; save it again")
         }
         return ids
+    }
+
+    private fun pinnedIdsIn(state: StateFile): IntArray {
+        val ids = idsIn(state, StateFile.FIRST) ?: IntArray(0)
+        val pinned = state.header.pinned
+        if (pinned > backend.cache.pinned || ids.size != minOf(pinned, state.header.position)) {
+            throw StateException("the state is damaged: it has ${ids.size} ids of $pinned pinned tokens; save it again")
+        }
+        return ids
+    }
+
+    /** The ids in one of a state's tensors; null if they are none of this vocabulary. */
+    private fun idsIn(state: StateFile, name: String): IntArray? {
+        val tensor = state.tensors.firstOrNull { it.name == name && it.dtype == "I32" && it.shape.size == 1 } ?: return null
+        val ids = IntArray(tensor.shape[0]).also { state.read(tensor).asIntBuffer().get(it) }
+        return ids.takeIf { all -> all.all { it in 0 until bundle.vocabSize } }
     }
 
     private fun bytesOf(ids: IntArray): ByteBuffer {

@@ -15,6 +15,12 @@ public interface SavedCache {
 
     /** Fill the cache with saved tensors; [read] returns the bytes of one of them. */
     public fun fill(saved: List<StoredTensor>, read: (StoredTensor) -> ByteBuffer)
+
+    /** Bring the rows into the order that follows from the two numbers alone, before they are read. A ring has them in it anyway. */
+    public fun settle(position: Int, written: Int): Unit = Unit
+
+    /** The cache was filled with rows in that order. */
+    public fun settled(position: Int, written: Int): Unit = Unit
 }
 
 /** One tensor of a safetensors file; [dtype] is the type's name there. */

@@ -16,7 +16,7 @@ import java.nio.file.Files
 import java.nio.file.StandardCopyOption
 
 /** The description of a state. `State` in runtimes/engines/state.py has the same fields. */
-internal data class StateHeader(val identity: String, val position: Int, val written: Int, val notes: String)
+internal data class StateHeader(val identity: String, val position: Int, val written: Int, val pinned: Int, val notes: String)
 
 /**
  * The state of a runtime in one safetensors file, in the format of the Python runtime (runtimes/engines/state.py). Tensors are read and
@@ -35,6 +35,9 @@ internal class StateFile private constructor(private val file: Safetensors, val 
         /** The name of the tensor with the last token ids that were fed. Every state has it. */
         const val IDS = "ids"
 
+        /** The name of the tensor with the ids of the pinned tokens. It is absent if there are none. */
+        const val FIRST = "first"
+
         /**
          * Write a state. The file is written whole or not at all.
          *
@@ -42,7 +45,8 @@ internal class StateFile private constructor(private val file: Safetensors, val 
          * @throws IOException the file cannot be written.
          */
         fun write(path: File, header: StateHeader, tensors: List<StoredTensor>, data: (StoredTensor) -> List<ByteBuffer>) {
-            val numbers = mapOf("identity" to header.identity, "position" to header.position, "written" to header.written)
+            val numbers = mapOf("identity" to header.identity, "position" to header.position, "written" to header.written) +
+                (if (header.pinned > 0) mapOf("pinned" to header.pinned) else emptyMap())
             val metadata = mapOf("format" to FORMAT, "state" to toJson(numbers), "notes" to header.notes)
             val entries = LinkedHashMap<String, Any>()
             entries[Safetensors.METADATA] = metadata + (DIGEST to digestOf(metadata, tensors) { tensor -> sha256 { data(tensor).forEach(::update) } })
@@ -104,7 +108,8 @@ internal class StateFile private constructor(private val file: Safetensors, val 
             fun text(key: String) = metadata[key] ?: throw JsonException("its header has no '$key'")
             val state = Node(JsonReader.parse(text("state").toByteArray()), "state")
             val written = state["written"].int(0..Int.MAX_VALUE)
-            return StateHeader(state["identity"].string, state["position"].int(0..written), written, text("notes"))
+            val pinned = if ("pinned" in state) state["pinned"].int(0..Int.MAX_VALUE) else 0
+            return StateHeader(state["identity"].string, state["position"].int(0..written), written, pinned, text("notes"))
         }
 
         private fun long(value: Long) = ByteBuffer.allocate(Long.SIZE_BYTES).order(ByteOrder.LITTLE_ENDIAN).putLong(0, value)
