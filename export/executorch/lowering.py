@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.export import Dim, ExportedProgram, export
 
 from gemma_edge.bundle.geometry import CacheGeometry
 from gemma_edge.export.executorch.compose import Composed, Embedding
+from gemma_edge.export.executorch.kept import kept_template
 from gemma_edge.export.executorch.packing import Weight, pieces_of, random_weight
 from gemma_edge.export.executorch.pte import write_pte
 from gemma_edge.export.executorch.seams import (
@@ -30,7 +32,7 @@ from gemma_edge.export.executorch.seams import (
     linears_of,
     vector_of,
 )
-from gemma_edge.export.executorch.templates import COMPILE, Lowered, Template, lower_half
+from gemma_edge.export.executorch.templates import COMPILE, Lowered, Template
 from gemma_edge.logits import scored_at_once
 from gemma_edge.model.checkpoint import TABLE
 from gemma_edge.model.config import GemmaConfig
@@ -120,7 +122,7 @@ def _parts(
         limits = Limits(geometry.prefill_chunk, geometry.layers[layer].slots if kind is AttendHalf else 0)
         key = (kind, integers, limits)
         if key not in templates:
-            templates[key] = lower_half(block_half(kind, config, layer, weight), limits)
+            templates[key] = kept_template(partial(block_half, kind, config, layer), weight, limits, (config, *key))
         return templates[key]
 
     def vector(name: str) -> Tensor:
@@ -133,7 +135,8 @@ def _parts(
         (named(lowered(ProjectHalf, layer), layer), named(lowered(AttendHalf, layer), layer))
         for layer in range(config.num_hidden_layers)
     ]
-    piece = lower_half(head_piece(config, weight), Limits(geometry.prefill_chunk, 0))
+    limits = Limits(geometry.prefill_chunk, 0)
+    piece = kept_template(partial(head_piece, config), weight, limits, (config, configs[config.head], limits))
     count = pieces_of(config.head, (config.vocab_size, config.hidden_size))
     return layers, [Lowered(piece, "", checkpoint.vector, piece=index) for index in range(count)]
 

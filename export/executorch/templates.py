@@ -26,24 +26,30 @@ from gemma_edge.export.executorch.packing import SCALE, Constant, packed
 from gemma_edge.export.executorch.seams import DECOMPOSITIONS, Half, Limits, Linear
 
 COMPILE = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
+BACKEND = "XnnpackBackend"
 ALIGNMENT = 16  # bytes, of a constant: XNNPACK's
 
 
 @dataclass(frozen=True)
-class Template:
-    """A lowered half without its constants."""
+class Delegate:
+    """XNNPACK's delegate of a half, without its constants."""
 
-    lowered: LoweredBackendModule
+    blob: bytes
     keys: Mapping[str, Constant]  # key in the blob -> which weight's bytes belong there
     shared: Mapping[str, bytes]  # key -> bytes of a constant that is the same in every layer
-    arguments: Sequence[
-        int | str | Tensor
-    ]  # the delegate's: index of an input of the half, name of a norm, or a constant
+    arguments: Sequence[int | str | Tensor]  # index of an input of the half, name of a norm, or a constant
     outputs: Sequence[int]  # indices of the delegate's outputs, in the half's order
+
+
+@dataclass(frozen=True)
+class Template:
+    """A delegate, and what stands for it while the composed graph is traced."""
+
+    delegate: Delegate
     stub: ExportedProgram
 
 
-def lower_half(half: Half, limits: Limits) -> Template:
+def lower_half(half: Half, limits: Limits) -> Delegate:
     """Lower a half to one XNNPACK delegate.
 
     Raises:
@@ -61,8 +67,11 @@ def lower_half(half: Half, limits: Limits) -> Template:
     results: Any = next(node.args[0] for node in edge.graph.nodes if node.op == "output")
     outputs = [node.args[1] for node in results]
     arguments = [_argument(edge, node) for node in call.args[1:]]
-    stub = _stub(half, call, arguments, outputs, sizes)
-    return Template(module, keys, shared, arguments, outputs, stub)
+    if module.backend_id != BACKEND or module.compile_specs:
+        raise RuntimeError(
+            f"{type(half).__name__} lowered to {module.backend_id} with {len(module.compile_specs)} specs"
+        )
+    return Delegate(bytes(module.processed_bytes), keys, shared, arguments, outputs)
 
 
 def _only_delegate(half: Half, edge: ExportedProgram) -> Any:
@@ -122,24 +131,26 @@ class _Stub(nn.Module):
         return tuple(zeros[self.outputs.index(index)] for index in range(len(zeros)))
 
 
-def _stub(
-    half: Half, call: Any, arguments: Sequence[int | str | Tensor], outputs: Sequence[int], sizes: Sequence[Any]
-) -> ExportedProgram:
-    """What stands for the delegate's program while the composed graph is traced, which re-runs it at every pass: without it
-    each layer costs seconds.
+def template(half: Half, delegate: Delegate, limits: Limits) -> Template:
+    """Put to a half's delegate what stands for its program while the composed graph is traced, which re-runs it at every pass:
+    without it each layer costs seconds. The half's weights are not read.
     """
+    arguments = delegate.arguments
+    inputs, sizes = half.example(limits)
     given = {argument: at for at, argument in enumerate(arguments) if isinstance(argument, int)}
     order = [given[index] for index in range(len(sizes))]  # the half's inputs among the delegate's arguments
-    stub = _Stub(half, order, outputs)
-    inputs = half.example(Limits(2, 2))[0]
+    norms = {name.removeprefix("block."): value for name, value in half.named_parameters()}
     args = tuple(
-        inputs[argument] if isinstance(argument, int) else torch.zeros_like(call.args[1 + at].meta["val"], device="cpu")
-        for at, argument in enumerate(arguments)
+        inputs[argument]
+        if isinstance(argument, int)
+        else torch.zeros_like(norms[argument] if isinstance(argument, str) else argument)
+        for argument in arguments
     )
     free = tuple(sizes[argument] if isinstance(argument, int) else None for argument in arguments)
+    stub = _Stub(half, order, delegate.outputs)
     program = export(stub, args, dynamic_shapes=(free,), strict=False)
     edge: ExportedProgram = to_edge(program, compile_config=COMPILE).exported_program()
-    return edge
+    return Template(delegate, edge)
 
 
 class Lowered(nn.Module):
@@ -155,8 +166,9 @@ class Lowered(nn.Module):
             piece: which piece of the head it is.
         """
         super().__init__()
-        blob, store = bytes(template.lowered.processed_bytes), NamedDataStore()
-        for key, constant in template.keys.items():
+        delegate = template.delegate
+        blob, store = delegate.blob, NamedDataStore()
+        for key, constant in delegate.keys.items():
             own = replace(constant, weight=prefix + constant.weight, piece=constant.piece + piece).key
             if blob.count(key.encode()) != 1 or len(own) != len(key):
                 raise RuntimeError(
@@ -165,17 +177,17 @@ class Lowered(nn.Module):
             blob = blob.replace(key.encode(), own.encode())
             # holds the place: pte.py streams the bytes into the file
             store.add_named_data(own, own.encode(), ALIGNMENT)
-        for key, value in template.shared.items():
+        for key, value in delegate.shared.items():
             store.add_named_data(key, value, ALIGNMENT)
         self.delegate = LoweredBackendModule(
             template.stub,
-            template.lowered.backend_id,
+            BACKEND,
             blob,
-            template.lowered.compile_specs,
+            [],
             store.get_named_data_store_output(),
         )
-        self.template = template
-        for at, argument in enumerate(template.arguments):
+        self.arguments, self.outputs = delegate.arguments, delegate.outputs
+        for at, argument in enumerate(delegate.arguments):
             if isinstance(argument, str):
                 self.register_buffer(f"argument_{at}", vector(prefix + argument))
             elif isinstance(argument, Tensor):
@@ -185,7 +197,7 @@ class Lowered(nn.Module):
         """The half's outputs of the half's inputs."""
         arguments = [
             inputs[argument] if isinstance(argument, int) else self.get_buffer(f"argument_{at}")
-            for at, argument in enumerate(self.template.arguments)
+            for at, argument in enumerate(self.arguments)
         ]
         results = self.delegate(*arguments)
-        return tuple(results[index] for index in self.template.outputs)
+        return tuple(results[index] for index in self.outputs)
