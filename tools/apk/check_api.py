@@ -16,6 +16,11 @@ MODIFIERS = re.compile(r"\b(final|native|synchronized|abstract|open) ")
 # OURS: classes of the double that the library need not have: its native code, and what Kotlin makes.
 OURS = re.compile(r"Native$|Kt$|\$(WhenMappings|DefaultImpls|EntriesMappings)")
 
+# BY_NAME: members that gemma-litert calls by their name, because releases of the library differ in their types.
+BY_NAME = re.compile(r"public \S+ (?=getDimensions\(\))")
+# MADE: constructors of such classes, which only the double calls.
+MADE = re.compile(r"TensorType\$Layout\(")
+
 
 def class_names(classes: Path) -> list[str]:
     """The names of the classes in a folder, as javap takes them."""
@@ -31,8 +36,8 @@ def members(classes: Path, names: list[str]) -> set[str]:
         if line.endswith("{"):
             owner = re.split(r" (?:extends|implements) |[<{]", line)[0].split()[-1]
             found.add(owner)
-        elif line.endswith(";"):
-            found.add(f"{owner}: {line.removesuffix(';')}")
+        elif line.endswith(";") and not MADE.search(line):
+            found.add(f"{owner}: {BY_NAME.sub('', line.removesuffix(';'))}")
     return found
 
 

@@ -121,14 +121,14 @@ internal class LiteRtRuntime(bundle: Bundle, backend: Backend, threads: Int, pac
     private fun checkContract(file: Model, signature: Signature) {
         val named = mapOf("tokens" to listOf(1, signature.tokens), "input_pos" to listOf(signature.tokens)) +
             LiteRtCache.shapesOf(backend.cache)
-        for ((key, shape) in named) check(signature, key, shape, file.getInputTensorType(key, signature.name).layout?.dimensions)
+        for ((key, shape) in named) check(signature, key, shape, sizesOf(file.getInputTensorType(key, signature.name).layout))
         if (signature.prefills) return
-        check(signature, "logits", listOf(1, signature.tokens, bundle.vocabSize), file.getOutputTensorType("logits", signature.name).layout?.dimensions)
+        check(signature, "logits", listOf(1, signature.tokens, bundle.vocabSize), sizesOf(file.getOutputTensorType("logits", signature.name).layout))
     }
 
-    private fun check(signature: Signature, key: String, expected: List<Int>, actual: IntArray?) {
-        if (actual?.asList() == expected) return
-        throw BundleException("$path: $key of ${signature.name} is ${actual?.asList()}, the manifest says $expected; export the bundle again")
+    private fun check(signature: Signature, key: String, expected: List<Int>, actual: List<Int>?) {
+        if (actual == expected) return
+        throw BundleException("$path: $key of ${signature.name} is $actual, the manifest says $expected; export the bundle again")
     }
 
     private companion object {
