@@ -9,15 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.checkpoints import HFModel, hf_model, hf_windowed, relative_error
+from support.checkpoints import DEMO, ROOT, HFModel, hf_model, hf_windowed, relative_error
 from support.lowered import lower_bundle, some_ids
 
 import gemma_edge
 from gemma_edge.errors import InputError
 from gemma_edge.export.backend import exporter
+from gemma_edge.export.gate.limits import limits_for
 from gemma_edge.quantize.recipe import make_recipe
 from gemma_edge.runtimes.engines.base import Runtime
 from gemma_edge.runtimes.engines.state import read_state, write_state
+from gemma_edge.text.tokenizer import Tokenizer
 
 CONTEXT, CHUNK, KEPT = 24, 7, 9
 LENGTH = 20 * CONTEXT
@@ -157,3 +159,18 @@ def test_another_number_past_the_context_begins_anew(runtime: Runtime) -> None:
 def test_more_than_the_bundle_keeps_is_refused(runtime: Runtime, count: int) -> None:
     with pytest.raises(InputError, match=f"cannot pin {count} tokens: this bundle keeps at most {KEPT}"):
         runtime.pin(count)
+
+
+def test_quantized_it_is_within_the_gates_limits(talker: Runtime) -> None:
+    """The demo in 4 bits against the original with that mask, over five contexts of text."""
+    if not talker.cache.pinned:
+        pytest.skip("this backend pins nothing")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    ids = Tokenizer(talker.bundle, talker.manifest).encode(text)[: 5 * talker.cache.context]
+    talker.pin(talker.cache.pinned)
+    found = torch.from_numpy(talker.decode_many(ids)).log_softmax(-1)
+    window = talker.manifest.config.sliding_window
+    sizes = {"local_window": window, "global_window": talker.cache.context}
+    right = hf_windowed(hf_model(DEMO), torch.tensor(ids), pinned=talker.pinned, **sizes).log_softmax(-1)
+    kl = torch.nn.functional.kl_div(found, right, log_target=True, reduction="batchmean")
+    assert kl <= 0.1 < limits_for([4, 8], "float32").kl
