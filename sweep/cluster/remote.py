@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, Queue
 from typing import Any
 
 import fsspec
@@ -16,6 +18,8 @@ from gemma_edge.bundle.staging import staged
 from gemma_edge.errors import InputError, one_line
 from gemma_edge.sweep.cluster.store import CACHED, UNIT, UNITS, Record, Store
 from gemma_edge.sweep.units import RECORD, Unit, key_of
+
+ANSWERS_S = 8  # seconds that a store may take to answer at all
 
 
 def open_store(named: str | None, out: Path) -> Store:
@@ -85,8 +89,28 @@ class RemoteStore(Store):
         """Refuse a URL that cannot be written to.
 
         Raises:
-            InputError: with the reason.
+            InputError: with the reason, or after ANSWERS_S without an answer.
         """
+        outcome: Queue[InputError | None] = Queue()
+
+        def ask() -> None:
+            try:
+                self._write()
+            except InputError as error:
+                outcome.put(error)
+            else:
+                outcome.put(None)
+
+        threading.Thread(target=ask, daemon=True).start()  # a client may go on trying for a minute
+        try:
+            failure = outcome.get(timeout=ANSWERS_S)
+        except Empty:
+            failure = self._unusable(f"no answer within {ANSWERS_S} s")
+        if failure:
+            raise failure
+
+    def _write(self) -> None:
+        """Write something, and remove it."""
         with self._reached() as files:
             probe = f"{self._root(files)}/.probe"
             files.makedirs(self._root(files), exist_ok=True)
@@ -107,10 +131,13 @@ class RemoteStore(Store):
             yield fsspec.core.url_to_fs(self.url)[0]
         except InputError:
             raise
-        except (OSError, ValueError, ImportError) as error:
-            raise InputError(
-                f"`store` {self.url} cannot be used: {one_line(error)}",
-                field="store",
-                value=self.url,
-                hint="give a folder or URL that every node can write to",
-            ) from None
+        except Exception as error:  # noqa: BLE001  # each client has errors of its own
+            raise self._unusable(one_line(error)) from None
+
+    def _unusable(self, reason: str) -> InputError:
+        return InputError(
+            f"`store` {self.url} cannot be used: {reason}",
+            field="store",
+            value=self.url,
+            hint="give a folder or URL that every node can write to",
+        )
