@@ -300,7 +300,8 @@ class Runtime(ABC):
         # Kotlin saves no cache where its library cannot reach it
         state.check(self.identity, self._layout(state.written) if state.rows else {})
         tokens = self._chunks(state.ids.tolist(), len(state.ids)) if len(state.ids) else []
-        first = self._chunks(state.first.tolist(), self.cache.pinned)[0].tolist() if len(state.first) else []
+        start = (state.ids if len(state.ids) == state.position else state.first)[: self.cache.pinned]
+        first = self._chunks(start.tolist(), len(start))[0].tolist() if len(start) else []
         self.pin(state.pinned)
         self.reset()
         self._first = first
@@ -314,13 +315,12 @@ class Runtime(ABC):
     def _feed_again(self, ids: Sequence[int], start: int) -> None:
         """Write the cache anew with what is pinned and with `ids`, which begin at position `start`."""
         self._clear()
-        size = self._at_once
         for begin, part in ((0, self._first[: min(self.pinned, start)]), (start, ids)):
             self._position = self._written = begin
             self._kept = array("i")
             self.stats.refed_tokens += len(part)
-            for at in range(0, len(part), size):
-                self._step(np.array(part[at : at + size], np.int64), every_position=False)
+            for at in range(0, len(part), self._at_once):
+                self._step(np.array(part[at : at + self._at_once], np.int64), every_position=False)
 
     def _step(self, chunk: NDArray[np.int64], *, every_position: bool) -> Logits:
         done = False

@@ -133,6 +133,21 @@ def test_a_saved_state_carries_it(bundle: Path, runtime: Runtime, tmp_path: Path
             assert np.array_equal(other.decode(token), runtime.decode(token))
 
 
+def test_a_text_that_was_restored_without_a_pin_may_be_pinned_later(
+    bundle: Path, runtime: Runtime, tmp_path: Path
+) -> None:
+    ids = some_ids(15 * CONTEXT, runtime.vocab_size)
+    runtime.prefill(ids[:11])
+    write_state(tmp_path / "state", runtime.snapshot(), {})
+    other = gemma_edge.load(bundle, threads=1)
+    other.restore(read_state(tmp_path / "state")[0])
+    other._max_remembered = other.reach + CONTEXT
+    other.pin(5)
+    for at in range(11, len(ids), 5):
+        other.prefill(ids[at : at + 5])
+    assert other.align([ids[0] ^ 1, *ids[1:], 7]) == 0
+
+
 def test_a_text_that_begins_otherwise_is_not_taken_for_the_same(runtime: Runtime) -> None:
     ids = some_ids(15 * CONTEXT, runtime.vocab_size)
     runtime._max_remembered = runtime.reach + CONTEXT
