@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ def _place(about: tuple[object, ...]) -> Path | None:
         return None
 
 
+@cache
 def _code() -> str:
     """Hash of our own code that a half is made by."""
     root = Path(gemma_edge.__file__).parent
@@ -92,7 +94,7 @@ def _write(path: Path, delegate: Delegate) -> None:
     try:
         with replacing(path) as partial:
             save_file(tensors, partial, {NOTES: json.dumps(notes)})
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         log.info("%s is not kept: %s", path, error)
 
 

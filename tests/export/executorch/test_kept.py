@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from support.checkpoints import make_checkpoint
 
 pytest.importorskip("executorch", reason="executorch is not installed: pip install 'gemma-edge[executorch]'")
@@ -24,7 +25,7 @@ INT4 = QuantConfig(4, 32)
 
 
 def test_a_half_is_lowered_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also after a file was damaged it is lowered again, and where there is no cache every time."""
+    """After a file was damaged it is lowered again, and every time where there is no cache or no room in it."""
     config, limits = GemmaConfig.from_hf(make_checkpoint(tmp_path / "model")), Limits(7, 14)
     generator, lowered = torch.Generator().manual_seed(0), list[Delegate]()
 
@@ -55,6 +56,14 @@ def test_a_half_is_lowered_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv(VARIABLE, str(tmp_path / "file"))
     made()
     assert len(lowered) == 6
+
+    def full(*arguments: object) -> None:
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(kept, "save_file", full)
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "full"))
+    made()
+    assert not [path for path in (tmp_path / "full").rglob("*") if path.is_file()]
 
 
 def assert_equal(one: Delegate, two: Delegate) -> None:
