@@ -76,7 +76,7 @@ class Engine {
     this.template = template ? new Template(template) : null;
     this.facts = { name: manifest.model.name, chats: Boolean(template), context: plan.context, ...used };
     this.caches = null; // tensors by name
-    this.gpu = new Gpu(getWebGpuDevice());
+    this.gpu = new Gpu(used.accelerator === "webgpu" ? getWebGpuDevice() : null);
     this.fed = []; // ids that the caches hold
     this.stopping = false;
   }

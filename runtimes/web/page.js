@@ -58,7 +58,7 @@ async function start() {
   at("name").textContent = model.name;
   at("progress").hidden = true;
   at("form").hidden = false;
-  const used = accelerator === "webgpu" ? "the GPU" : `${model.threads} thread${model.threads > 1 ? "s" : ""}`;
+  const used = model.accelerator === "webgpu" ? "the GPU" : `${model.threads} thread${model.threads > 1 ? "s" : ""}`;
   say(`Ready: ${used}. Nothing you write leaves this page.`);
   at("stop").onclick = () => session.stop();
   at("text").onkeydown = (event) => {
