@@ -26,6 +26,12 @@ Configs = Mapping[str, QuantConfig | None]  # weight -> its integers; None: it s
 
 
 TABLE_FIELDS = {TABLE: "table_bits", HEAD: "head_bits"}  # options that decide the bits of these matrices
+# WITHOUT_GROUPS: what gives them one scale per channel. With 4 bits they have groups whatever `group_size` says; only a head
+# that is calibrated has none.
+WITHOUT_GROUPS = {
+    TABLE: "`table_bits` 8, or `head_bits` 4",
+    HEAD: "`head_bits` 8, or a `quality` that calibrates",
+}
 
 
 @dataclass(frozen=True)
@@ -183,7 +189,8 @@ class Kernels:
             )
         if config.group_size and self.no_groups:
             raise InputError(
-                f"{weight} has groups of {config.group_size}: {self.no_groups}; use {self._without_groups(weight)}",
+                f"{weight} has groups of {config.group_size}: {self.no_groups};"
+                f" use {WITHOUT_GROUPS.get(weight, '`group_size` 0')}",
                 field="group_size",
                 value=config.group_size,
             )
@@ -201,11 +208,6 @@ class Kernels:
                 field="bits",
                 value=4,
             )
-
-    @staticmethod
-    def _without_groups(weight: str) -> str:
-        """What gives a weight one scale per channel; a table of 4 bits has groups always."""
-        return "`table_bits` 8, or `head_bits` 4" if weight == TABLE else "`group_size` 0"
 
 
 def exporter(name: str, accelerator: str = CPU) -> Backend:

@@ -103,3 +103,21 @@ def test_the_target_takes_one_scale_per_channel_and_refuses_groups(monkeypatch: 
     with pytest.raises(InputError, match="has groups of 32: LiteRT.js computes them wrongly; use group_size 0"):
         groups = QuantizeOptions(bits=4, group_size=32)
         open_model(ExportOptions(model=str(DEMO), target="web", quantization=groups), plan_only=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "way_out"),
+    [
+        (QuantizeOptions(bits=4, table_bits=4), "use table_bits 8, or head_bits 4"),
+        (QuantizeOptions(bits=4, head_bits=4, quality="fast"), "use head_bits 8, or a quality that calibrates"),
+    ],
+    ids=["table", "head"],
+)
+def test_a_table_and_a_head_in_groups_are_refused_with_what_helps(
+    options: QuantizeOptions, way_out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gemma_edge.export.api import open_model
+
+    monkeypatch.setattr("gemma_edge.export.web.backend.check_npm", lambda: None)
+    with pytest.raises(InputError, match=f"has groups of 32: LiteRT.js computes them wrongly; {way_out}"):
+        open_model(ExportOptions(model=str(DEMO), target="web", quantization=options), plan_only=True)
