@@ -131,7 +131,7 @@ class RemoteStore(Store):
             yield fsspec.core.url_to_fs(self.url)[0]
         except InputError:
             raise
-        except Exception as error:  # noqa: BLE001  # each client has errors of its own
+        except Exception as error:  # noqa: BLE001 (each client has errors of its own)
             raise self._unusable(one_line(error)) from None
 
     def _unusable(self, reason: str) -> InputError:

@@ -9,7 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from support.checkpoints import DEMO, ROOT, SHAPES, hf_holding, hf_logits, hf_model, make_checkpoint, relative_error
+from support.checkpoints import (
+    DEMO,
+    ROOT,
+    SHAPES,
+    hf_holding,
+    hf_logits,
+    hf_model,
+    kl_divergence,
+    make_checkpoint,
+    relative_error,
+)
 from support.commands import refused, run
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
@@ -165,11 +175,6 @@ class LlamaCpp:
         return found
 
 
-def kl(reference: torch.Tensor, found: torch.Tensor) -> float:
-    """Mean over positions, in nats; of log probabilities (T, V)."""
-    return float(torch.nn.functional.kl_div(found, reference, log_target=True, reduction="batchmean"))
-
-
 @pytest.mark.parametrize("shape", ["tiny", "gemma3_scaled", "gemma1"])
 def test_llama_cpp_computes_what_transformers_does(shape: str, tmp_path: Path) -> None:
     """Random float weights, a window shorter than the text."""
@@ -180,7 +185,9 @@ def test_llama_cpp_computes_what_transformers_does(shape: str, tmp_path: Path) -
     llama, ends = LlamaCpp(tmp_path / "out.gguf"), range(12, 41, 4)
     found = torch.stack([llama.after(ids[:end].tolist()) for end in ends])
     expected = hf_logits(hf_model(source.folder), ids)[[end - 1 for end in ends]].log_softmax(-1)
-    assert kl(expected, found) <= 5e-3  # it multiplies in bfloat16: Gemma 1's, without norms behind, are 2e-3 off
+    assert (
+        kl_divergence(found, expected) <= 5e-3
+    )  # it multiplies in bfloat16: Gemma 1's, without norms behind, are 2e-3 off
     assert (expected.argmax(-1) == found.argmax(-1)).sum() >= 7
 
 
@@ -205,6 +212,6 @@ def test_llama_cpp_says_what_the_bundle_says(tmp_path: Path) -> None:
             ids.append(int(logits.argmax()))
             logits = runtime.decode(ids[-1])
         expected, found = torch.stack(ours), torch.stack(theirs)
-        assert kl(expected, found) <= 1e-3
+        assert kl_divergence(found, expected) <= 1e-3
         choice = expected.gather(1, found.argmax(-1, keepdim=True))[:, 0]
         assert (expected.amax(-1) - choice).max() <= 0.1  # the same tokens, unless two are as likely

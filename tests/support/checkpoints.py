@@ -313,6 +313,12 @@ def hf_windowed(
     return logits
 
 
+def kl_divergence(found: torch.Tensor, reference: torch.Tensor) -> float:
+    """Of logits (T, V), mean over positions, in nats."""
+    p, q = reference.double().log_softmax(-1), found.double().log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
 def relative_error(found: torch.Tensor, reference: torch.Tensor) -> float:
     """Largest difference as a part of the reference's range."""
     return float((found - reference).abs().max() / (reference.max() - reference.min()))

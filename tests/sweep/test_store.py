@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import fsspec
 
 from gemma_edge.errors import InputError
 from gemma_edge.export.options import ExportOptions
+from gemma_edge.sweep.cluster import remote
 from gemma_edge.sweep.cluster import store as module
 from gemma_edge.sweep.cluster.remote import RemoteStore, open_store
 from gemma_edge.sweep.cluster.store import Store
@@ -41,6 +42,27 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return done
 
 
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URL of a bucket on a server that speaks S3, on the loopback."""
+    s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'gemma-edge[dev]'")
+    moto = pytest.importorskip("moto.server", reason="moto is not installed: pip install 'gemma-edge[dev]'")
+    running = moto.ThreadedMotoServer(port=0, verbose=False)
+    running.start()
+    host, port = running.get_host_and_port()
+    settings = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+    }
+    for name, value in {**settings, "AWS_DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    s3fs.S3FileSystem().makedirs("bucket", exist_ok=True)
+    yield "s3://bucket/sweep"
+    running.stop()
+
+
 def test_a_result_appears_whole_and_a_failure_leaves_nothing(
     tmp_path: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -63,16 +85,24 @@ def test_a_result_appears_whole_and_a_failure_leaves_nothing(
     assert sorted(path.name for path in (tmp_path / "quantize").iterdir()) == ["q"]
 
 
+@pytest.mark.parametrize("scheme", ["file", "s3"])
 def test_behind_a_url_every_node_has_a_mirror_of_what_it_needs(
-    tmp_path: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch
+    scheme: str,
+    tmp_path: Path,
+    computed: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
-    store = open_store(f"file://{tmp_path}/bucket", tmp_path / "default")
+    url = request.getfixturevalue("bucket") if scheme == "s3" else f"file://{tmp_path}/bucket"
+    store = open_store(url, tmp_path / "default")
     assert isinstance(store, RemoteStore) and store.shared == []
     monkeypatch.setenv(VARIABLE, str(tmp_path / "one"))
     store.check()
-    store.make(FIRST, "one")
+    assert store.record(FIRST) is None
+    made = store.make(FIRST, "one")
     monkeypatch.setenv(VARIABLE, str(tmp_path / "two"))
-    assert store.record(FIRST) == json.loads((tmp_path / "bucket/quantize/q" / RECORD).read_text())
+    with fsspec.open(f"{url}/quantize/q/{RECORD}") as there:
+        assert store.record(FIRST) == made == json.load(there)
     assert store.make(SECOND, "two")["result"] == {"read": ["q"]} and computed == ["q", "l"]
     monkeypatch.setenv(VARIABLE, str(tmp_path / "three"))
     store.fetch(SECOND)
@@ -120,3 +150,21 @@ def test_a_url_that_cannot_be_used_is_one_line(url: str, tmp_path: Path) -> None
     with pytest.raises(InputError, match="cannot be used") as caught:
         open_store(url, tmp_path).check()
     assert caught.value.field == "store"
+
+
+def test_a_server_that_does_not_answer_is_one_line(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client itself tries again for longer than anybody wants to wait."""
+    monkeypatch.setattr(remote, "ANSWERS_S", 1)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    with pytest.raises(InputError, match="s3://bucket/sweep cannot be used: no answer within 1 s"):
+        open_store(bucket, tmp_path).check()
+
+
+def test_a_clients_own_error_is_one_line(bucket: str, tmp_path: Path) -> None:
+    """Those of botocore are no OSErrors."""
+    with pytest.raises(InputError, match="s3://bucket/sweep cannot be used: Invalid"):
+        with open_store(bucket, tmp_path)._reached():  # type: ignore[attr-defined]
+            raise RuntimeError("Invalid")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.browsing.browser import needs_browser
-from support.browsing.page import copy_site, feed, needs_site
+from support.browsing.page import feed, needs_site, without_npm
 from support.checkpoints import make_checkpoint, relative_error
 from support.lowered import prefilled, some_ids
 from support.tflite_bundles import make_bundle
@@ -30,8 +30,7 @@ LARGE = {"vocab_size": 430080, "hidden_size": 1152, "intermediate_size": 36864, 
 @needs_site
 def test_600_mb_load_and_answer_within_the_plans_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Most of it is the table, as in every small Gemma."""
-    monkeypatch.setattr("gemma_edge.export.web.backend.check_npm", lambda: None)
-    monkeypatch.setattr("gemma_edge.export.web.backend.write_site", copy_site)
+    without_npm(monkeypatch)
     model = make_checkpoint(tmp_path / "model", initializer_range=0.02, **LARGE)
     recipe = make_recipe(4, group_size=0, method="rtn")
     _, bundle = make_bundle(model, tmp_path, recipe, context=24, name="web")
@@ -46,7 +45,7 @@ def test_600_mb_load_and_answer_within_the_plans_memory(tmp_path: Path, monkeypa
 
 def test_a_matrix_that_would_become_zeros_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """In XNNPACK the number of a matrix's bits overflows where addresses have 32."""
-    monkeypatch.setattr("gemma_edge.export.web.backend.check_npm", lambda: None)
+    without_npm(monkeypatch)
     web = exporter("web")
     recipe = make_recipe(4, group_size=0, method="rtn")
     for name, head_bits, refused in (("gemma2-2b", None, True), ("gemma2-2b", 4, False), ("gemma3-1b", None, False)):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.browsing.browser import SWIFTSHADER, needs_browser, wait_on
-from support.browsing.page import MADE, ask, copy_site, feed, needs_site
+from support.browsing.page import MADE, ask, feed, needs_site, without_npm
 from support.browsing.site import served
 from support.checkpoints import relative_error
 from support.lowered import prefilled, some_ids
@@ -173,8 +173,7 @@ def test_logits_of_a_random_model_past_window_and_context_in_uneven_chunks(
     shape: str, accelerator: str, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every weight is random and different. The browser's logits are compared with LiteRT's for the same file."""
-    monkeypatch.setattr("gemma_edge.export.web.backend.check_npm", lambda: None)
-    monkeypatch.setattr("gemma_edge.export.web.backend.write_site", copy_site)
+    without_npm(monkeypatch)
     recipe = make_recipe(4, group_size=0, method="rtn")
     quantized, bundle = make_bundle(checkpoint(shape), tmp_path, recipe, context=24, name="web")
     ids = some_ids(sum(UNEVEN), quantized.config.vocab_size)

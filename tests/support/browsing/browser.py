@@ -39,11 +39,8 @@ document.body.append(result);
 
 FLAGS = ("--headless", "--no-sandbox", "--enable-logging=stderr")
 NO_GPU = ("--disable-gpu",)
-SWIFTSHADER = (
-    "--enable-unsafe-webgpu",
-    "--use-webgpu-adapter=swiftshader",
-    "--enable-features=Vulkan",
-)  # a GPU in software
+# SWIFTSHADER: a GPU in software
+SWIFTSHADER = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan")
 
 
 def look_at(page: Path, folder: Path, *, width: int = 1000) -> dict[str, Any]:

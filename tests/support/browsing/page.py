@@ -35,9 +35,8 @@ document.body.append(result);
 
 def ask(site: Site, home: Path, script: str, flags: Sequence[str] = NO_GPU) -> Any:
     """What a script returns in the browser."""
-    page = "ask.html"
-    (site.folder / page).write_text(ASK.format(script=script), encoding="utf-8")
-    document, console = wait_on(site.url + page, home, 'document.getElementById("result") !== null', flags=flags)
+    (site.folder / "ask.html").write_text(ASK.format(script=script), encoding="utf-8")
+    document, console = wait_on(f"{site.url}ask.html", home, 'document.getElementById("result") !== null', flags=flags)
     found = re.search(r'<pre id="result">(.*?)</pre>', document, re.DOTALL)
     assert found, console
     answer = json.loads(unescape(found[1]))
@@ -83,8 +82,13 @@ def feed(bundle: Path, ids: list[int], chunks: Sequence[int], home: Path, accele
     return said
 
 
-def copy_site(out: Path) -> None:
-    """The page and its libraries, without npm."""
+def without_npm(patch: pytest.MonkeyPatch) -> None:
+    """Let sites be made of the page and the libraries of MADE."""
+    patch.setattr("gemma_edge.export.web.backend.check_npm", lambda: None)
+    patch.setattr("gemma_edge.export.web.backend.write_site", _copy_site)
+
+
+def _copy_site(out: Path) -> None:
     for file in MADE.iterdir():
         if file.suffix in (".js", ".wasm", ".html", ".ts"):
             shutil.copyfile(file, out / file.name)
