@@ -19,17 +19,21 @@ from gemma_edge.errors import InputError, one_line
 from gemma_edge.sweep.cluster.store import CACHED, UNIT, UNITS, Record, Store
 from gemma_edge.sweep.units import RECORD, Unit, key_of
 
-ANSWERS_S = 8  # seconds that a store may take to answer at all
+ANSWERS_S = 5  # seconds that a store may take to answer at all
 
 
 def open_store(named: str | None, out: Path) -> Store:
     """The store at a path or URL; None: in the sweep's folder `out`.
 
     Raises:
-        InputError: a URL that fsspec cannot reach.
+        InputError: a URL that names no place.
     """
     if named is None or "://" not in named:
         return Store(Path(named or out / UNITS).absolute())
+    if not named.partition("://")[2].strip("/"):
+        raise InputError(
+            f"`store` {named} names no place; give a folder too, as in s3://bucket/sweep", field="store", value=named
+        )
     return RemoteStore(Path(), named.rstrip("/"))
 
 

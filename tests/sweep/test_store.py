@@ -145,6 +145,12 @@ def test_an_upload_that_was_killed_is_never_taken_for_a_result(
     assert store.make(FIRST, "one")["node"] == "one" and computed == ["q", "q", "l"]  # it sends what it has made
 
 
+@pytest.mark.parametrize("url", ["s3://", "file:///"])
+def test_a_url_that_names_no_place_is_refused(url: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"store {url} names no place"):
+        open_store(url, tmp_path)
+
+
 @pytest.mark.parametrize("url", ["nonsense://bucket/x", "file:///proc/nowhere/x"])
 def test_a_url_that_cannot_be_used_is_one_line(url: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be used") as caught:
