@@ -14,6 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from support.checkpoints import DEMO
 from support.commands import COMMAND, refused, run
+from support.damage import fill_disk
 
 from gemma_edge.bundle.manifest import Manifest
 from gemma_edge.export.api import open_model
@@ -157,16 +158,8 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch:
 def test_a_disk_that_fills_up_is_one_line_and_the_next_run_goes_on(
     tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    full = Path("/dev/full")
-    if not full.exists():
-        pytest.skip("no /dev/full: a disk that fills up is only faked on Linux")
-    real = Path.open
-
-    def open_on_full_disk(path: Path, mode: str = "r", *args: object, **kwargs: object) -> object:
-        return real(full if path.name.startswith(".layer-002.safetensors.partial") else path, mode, *args, **kwargs)  # type: ignore[call-overload]
-
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", open_on_full_disk)
+        fill_disk(patch, ".layer-002.safetensors.partial")
         refused(run(DEMO, "-o", tmp_path / "out", *QUICK), "no space left")
     assert list(tmp_path.iterdir()) == []
     made = layers(kept)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from support.checkpoints import DEMO
 from support.commands import COMMAND, refused, run
+from support.damage import fill_disk
 
 from gemma_edge.bundle.backends import registered
 from gemma_edge.bundle.manifest import Manifest
@@ -136,15 +137,7 @@ def test_full_disk_is_one_line_before_the_work_and_in_the_middle(
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
         refused(run(DEMO, "-o", out), "no space for the export", "0.00 GiB are free")
-    full = Path("/dev/full")
-    if not full.exists():
-        pytest.skip("no /dev/full: a disk that fills up is only faked on Linux")
-    real = Path.open
-
-    def open_on_full_disk(path: Path, mode: str = "r", *args: object, **kwargs: object) -> object:
-        return real(full if path.name == "model.onnx.data" else path, mode, *args, **kwargs)  # type: ignore[call-overload]
-
-    monkeypatch.setattr(Path, "open", open_on_full_disk)
+    fill_disk(monkeypatch, "model.onnx.data")
     refused(run(DEMO, "-o", out, *FAST), "no space left")
     assert list(tmp_path.iterdir()) == []
 
