@@ -12,6 +12,8 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,7 +108,7 @@ def onnx_fixtures(fixtures: Path) -> Path:
     return folder
 
 
-def test(engine: engines.Engine, here: Host, fixtures: Path) -> None:
+def test(engine: engines.Engine, classes: str, here: Host, fixtures: Path) -> None:
     """Run the tests of an engine.
 
     Raises:
@@ -114,9 +116,7 @@ def test(engine: engines.Engine, here: Host, fixtures: Path) -> None:
     """
     answers = onnx_fixtures(fixtures) if engine.backend == "onnx" else fixtures / engine.backend
     shutil.rmtree(answers / "from-kotlin", ignore_errors=True)
-    output = here.run(
-        class_path(classes_of(engine)), {"gemma.fixtures": answers}, "org.junit.runner.JUnitCore", *tests_of(engine)
-    )
+    output = here.run(classes, {"gemma.fixtures": answers}, "org.junit.runner.JUnitCore", *tests_of(engine))
     print(engine.module, here.abi.name, *(line for line in output.splitlines() if line.startswith("OK")), flush=True)
     if engine.backend != "onnx":  # make android-test checks those of ONNX Runtime with another Python
         print(run([sys.executable, CHECK_STATES, answers, "--backend", engine.backend]).strip(), flush=True)
@@ -151,6 +151,16 @@ def shrunk(used: list[engines.Engine]) -> Path:
     return once("shrunk", [*rules, *jars], make) / "shrunk.jar"
 
 
+def side_by_side(task: Callable[[engines.Engine], None], used: list[engines.Engine]) -> None:
+    """Do something with every engine, with as many at once as there are cores: each has a process of its own.
+
+    Raises:
+        SystemExit: from a task; the others end first.
+    """
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(task, used))
+
+
 def main(fixtures: Path, demo: Path) -> None:
     """Prepare the libraries and run all tests."""
     if reason := missing():
@@ -160,20 +170,18 @@ def main(fixtures: Path, demo: Path) -> None:
     used = [make(None) for make in engines.ENGINES.values()]
     check_api.check("executorch", used[0].jars[0])
     here = host(X86_64, used, ["java", "-Xmx1g"], demo)
-    for engine in used:
-        test(engine, here, fixtures)
+    classes = {engine.backend: class_path(classes_of(engine)) for engine in used}
+    side_by_side(lambda engine: test(engine, classes[engine.backend], here, fixtures), used)
     small = shrunk(used)
     print(f"shrunk by R8: {small.stat().st_size / 1e6:.2f} MB of classes")
-    for engine in used:
-        compare(engine.backend, str(small), here, fixtures)
+    side_by_side(lambda engine: compare(engine.backend, str(small), here, fixtures), used)
     print(f"{time.monotonic() - start:.0f} s on {X86_64.name}", flush=True)
     system = arm64.debian()
     if system is None:
         print("arm64: skipped, Debian's packages cannot be had here")
         return
     phone = host(arm64.abi(), used, arm64.jvm(system), demo)
-    for engine in used:
-        compare(engine.backend, class_path(classes_of(engine)), phone, fixtures)
+    side_by_side(lambda engine: compare(engine.backend, classes[engine.backend], phone, fixtures), used)
     print(f"{time.monotonic() - start:.0f} s with {phone.abi.name}", flush=True)
 
 
