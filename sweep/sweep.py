@@ -1,25 +1,30 @@
-"""A sweep from its options to a table and a bundle: plan the points, run their units, mark the front, publish the picked one."""
+"""A sweep from its options to a table and a bundle: plan the points, run their units, mark the front, publish the picked one.
+
+PyTorch, Dask and Optuna are imported after what needs none of them is refused.
+"""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gemma_edge.bundle.staging import BUNDLE, staged
 from gemma_edge.errors import InputError
 from gemma_edge.files import write_whole
 from gemma_edge.progress import Progress, no_progress
-from gemma_edge.sweep import points as planning
-from gemma_edge.sweep.cluster.nodes import Nodes, nodes
 from gemma_edge.sweep.cluster.remote import open_store
-from gemma_edge.sweep.cluster.schedule import Runner
 from gemma_edge.sweep.cluster.store import UNITS, Store, write_probe
-from gemma_edge.sweep.course import Course
 from gemma_edge.sweep.options import PICKS, SweepOptions
 from gemma_edge.sweep.result import SweepResult, candidates, mark_front, to_csv, to_json
 from gemma_edge.sweep.shelf import connected
 from gemma_edge.sweep.units import GPU
+
+if TYPE_CHECKING:
+    from gemma_edge.sweep.cluster.nodes import Nodes
+    from gemma_edge.sweep.cluster.schedule import Runner
+    from gemma_edge.sweep.course import Course
 
 JSON, CSV, PICKED, LOG = "sweep.json", "sweep.csv", "bundle", "failures.log"
 OURS = {JSON, CSV, PICKED, LOG, UNITS, "sweep.html"}
@@ -36,6 +41,12 @@ def sweep(options: SweepOptions, progress: Progress = no_progress) -> SweepResul
     _refuse(options)
     store = open_store(options.where.store, options.out)
     store.check()
+
+    from gemma_edge.sweep import points as planning
+    from gemma_edge.sweep.cluster.nodes import nodes
+    from gemma_edge.sweep.cluster.schedule import Runner
+    from gemma_edge.sweep.course import Course
+
     planned = planning.plan_points(options, progress)
     limits = options.limits
     planning.refuse_impossible(planned.points, {"max_size": limits.max_size, "max_ram": limits.max_ram})
@@ -50,6 +61,7 @@ def sweep(options: SweepOptions, progress: Progress = no_progress) -> SweepResul
             read = [path for point in planned.points for path in planning.local_paths(point.options)]
             _refuse_blind(running, list(dict.fromkeys([*named, *texts, *read])))
             running.carries = any(running.blind(path) for path in store.shared)
+        options.out.mkdir(parents=True, exist_ok=True)
         runner = Runner(running, store, where.retries)
         gpu = any(GPU in node.resources for node in running.now())
         course = Course(options, planned, running.machines(), phones, gpu=gpu)

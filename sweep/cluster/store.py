@@ -96,13 +96,13 @@ class Store:
 
 
 def write_probe(folder: Path) -> None:
-    """Make a folder if there is none, and try to write into it.
+    """Try to write into a folder, or into the one that it would be made in; nothing stays.
 
     Raises:
         OSError: that is not possible.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f".probe-{os.getpid()}"
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    probe = there / f".probe-{os.getpid()}"
     probe.touch()
     probe.unlink()
 
