@@ -127,6 +127,5 @@ TFLITE_RUNTIME = TFLiteBackend(
     Kernels("tflite-runtime", "tflite-runtime", bits=(8,)),
     packing.TFLITE_RUNTIME,
     variables=True,
-    pins=False,  # the engine cannot reach the variables
     needs={"min_tflite_runtime": "2.14"},
 )

@@ -8,17 +8,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import ExportedProgram, export
 from torch.export.graph_signature import InputKind
 
 from gemma_edge.bundle.geometry import CacheGeometry
-from gemma_edge.bundle.signature import RESET, Signature
+from gemma_edge.bundle.signature import PIN, RESET, Signature
 from gemma_edge.export.hollow import hollow
 from gemma_edge.export.tflite.graph import Model, Subgraph
 from gemma_edge.export.tflite.operators import Lowering, Variable, Weight
 from gemma_edge.export.tflite.packing import Packing
-from gemma_edge.export.tflite.seams import Step, states
+from gemma_edge.export.tflite.seams import HELD, Pin, Step, states
 from gemma_edge.model.gemma import Gemma, inverse_frequencies
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
 
@@ -52,17 +52,29 @@ def build_model(
         add_signature(model, signature.name, program, checkpoint, past if variables else {})
     if variables:
         add_reset(model, past)
+        if geometry.pinned:
+            held = {name: _hollow_of(*like) for name, like in past.items() if name.startswith(HELD)}
+            program = _traced(Pin(geometry), (torch.zeros(1, dtype=torch.int32), held))
+            add_signature(model, PIN, program, checkpoint, past)
     return model
 
 
 def trace(decoder: Gemma, geometry: CacheGeometry, signature: Signature, past: States) -> ExportedProgram:
     """One signature's graph, without weights. `past`: of `states`."""
-    caches = {name: hollow(torch.empty(shape, dtype=dtype)) for name, (shape, dtype) in past.items()}
+    caches = {name: _hollow_of(*like) for name, like in past.items()}
     tokens = signature.tokens
     inputs = torch.zeros(1, tokens, dtype=torch.int32), torch.zeros(tokens, dtype=torch.int32), caches
+    return _traced(Step(decoder, geometry, signature.role, longest=signature.longest), inputs)
+
+
+def _traced(module: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return export(Step(decoder, geometry, signature.role, longest=signature.longest), inputs, strict=False)
+        return export(module, inputs, strict=False)
+
+
+def _hollow_of(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return hollow(torch.empty(shape, dtype=dtype))
 
 
 def add_signature(

@@ -252,6 +252,7 @@ OPERATORS: Mapping[Any, Lower] = {
     aten.le.Tensor: _elementwise("LESS_EQUAL"),
     aten.linear.default: _linear,
     aten.lt.Scalar: _elementwise("LESS"),
+    aten.lt.Tensor: _elementwise("LESS"),
     aten.matmul.default: _matmul,
     aten.mul.Tensor: _elementwise("MUL", "MulOptions"),
     aten.remainder.Scalar: _elementwise("FLOOR_MOD"),

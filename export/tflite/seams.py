@@ -219,3 +219,22 @@ class Step(nn.Module):
         x = decoder.model(tokens, input_pos[:1], cache)
         logits = {} if self.role == PREFILL else {"logits": decoder.head(x)}
         return {**logits, **cache.after}
+
+
+class Pin(nn.Module):
+    """The signature that marks the first tokens in the layers that keep them: for an engine that cannot reach the caches."""
+
+    def __init__(self, geometry: CacheGeometry) -> None:
+        super().__init__()
+        self.geometry = geometry
+
+    def forward(self, pinned: Tensor, past: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the slots hold (see `view`) once the first `pinned` (1,) int32 tokens are pinned, and no others."""
+        after = {}
+        for index, layer in enumerate(kinds(self.geometry)):
+            if layer.pinned:
+                held = past[f"{HELD}{index}"]
+                held = torch.where(held < 0, -1 * held, held)
+                slots = torch.arange(layer.slots, dtype=torch.int32).view(held.shape)
+                after[f"{HELD}{index}"] = torch.where(slots < pinned, -1 * held, held)
+        return after

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from tflite_runtime.interpreter import Interpreter, OpResolverType
 
 from gemma_edge.bundle.manifest import Manifest
-from gemma_edge.bundle.signature import RESET, Signature
+from gemma_edge.bundle.signature import PIN, RESET, Signature
 from gemma_edge.errors import InputError
 from gemma_edge.logits import Logits
-from gemma_edge.runtimes.engines.signatures import SignatureRuntime
+from gemma_edge.runtimes.engines.load import in_library
+from gemma_edge.runtimes.engines.signatures import ERRORS, SignatureRuntime
 
 OLDEST = (2, 14)
 
@@ -42,7 +43,8 @@ class InterpreterRuntime(SignatureRuntime):
                 experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
             )
             names = self._model.get_signature_list()
-            for name in [*(signature.name for signature in self._signatures), RESET]:
+            pin = [PIN] if self.cache.pinned else []
+            for name in [*(signature.name for signature in self._signatures), RESET, *pin]:
                 if name not in names:
                     raise RuntimeError(f"it has no signature {name}")
             self._runners = {each.name: self._model.get_signature_runner(each.name) for each in self._signatures}
@@ -51,6 +53,13 @@ class InterpreterRuntime(SignatureRuntime):
                 details = {**runner.get_input_details(), **runner.get_output_details()}
                 self._check(signature, {key: detail["shape"] for key, detail in details.items()}, {})
             self._model.get_signature_runner(RESET)()
+            self._pin = self._model.get_signature_runner(PIN) if pin else None
+
+    def _mark(self, count: int) -> None:
+        """See SignatureRuntime."""
+        assert self._pin is not None, "a bundle that keeps nothing pins nothing"
+        with in_library(self._path, "does not run", ERRORS):
+            self._pin(pinned=np.array([count], np.int32))
 
     def _call(self, signature: Signature, tokens: NDArray[np.int32], input_pos: NDArray[np.int32]) -> Logits | None:
         """See SignatureRuntime."""

@@ -8,7 +8,9 @@ from gemma_edge.bundle.ranges import Chunk, Name, Role, Tokens
 
 # FIXED_COST: what a call costs beside its tokens, in tokens. Reading the weights takes as long as computing about 16 tokens.
 FIXED_COST = 16
-RESET = "reset"  # name of the signature that makes the caches, in a model whose caches are variables
+# Names of more signatures, in a model whose caches are variables
+RESET = "reset"  # makes them
+PIN = "pin"  # marks the first `pinned` tokens; only where the model keeps the beginning of a text
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 from numpy.typing import NDArray
-from support.checkpoints import DEMO, ROOT, hf_logits, hf_model, relative_error
+from support.checkpoints import DEMO, ROOT, hf_logits, hf_model, hf_windowed, relative_error
 
 pytest.importorskip("ai_edge_litert", reason="ai-edge-litert is not installed: pip install 'gemma-edge[tflite]'")
 
-from support.lowered import some_ids
+from support.lowered import lower_bundle, some_ids
 from support.tflite_bundles import UNEVEN, assert_holds_integers, make_bundle, reference
 
 from gemma_edge.bundle.manifest import Manifest
@@ -61,13 +61,30 @@ if task["rewind"]:
 np.savez(task["out"], **found)
 """
 
+RUN_PINNED = """
+import json, sys
+import numpy as np
+import gemma_edge
+task = json.loads(sys.argv[1])
+runtime, found = gemma_edge.load(task["bundle"]), {}
+for pinned in task["pinned"]:
+    runtime.reset()
+    runtime.pin(pinned)
+    parts = np.split(np.array(task["ids"]), np.cumsum(task["uneven"])[:-1])
+    found[str(pinned)] = np.concatenate([runtime.decode_many(part.tolist()) for part in parts])
+np.savez(task["out"], **found)
+"""
 
-def run_there(bundle: Path, ids: list[int], *, rewind: bool = False) -> dict[str, NDArray[Any]]:
-    """What the bundle says in the other environment: after uneven chunks, position by position, and all at once."""
+
+def run_there(bundle: Path, ids: list[int], *, script: str = RUN, **more: Any) -> dict[str, NDArray[Any]]:
+    """What a script finds in the other environment. RUN: after uneven chunks, position by position, and all at once."""
     out = bundle.parent / "found.npz"
-    task = {"bundle": str(bundle), "ids": ids, "uneven": UNEVEN, "out": str(out), "rewind": rewind}
+    task = {"bundle": str(bundle), "ids": ids, "uneven": UNEVEN, "out": str(out), "rewind": False, **more}
     done = subprocess.run(
-        [PYTHON, "-c", RUN, json.dumps(task)], env={"PYTHONPATH": str(ROOT / "tests")}, capture_output=True, text=True
+        [PYTHON, "-c", script, json.dumps(task)],
+        env={"PYTHONPATH": str(ROOT / "tests")},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0 and done.stderr == "", done.stderr
     return dict(np.load(out))
@@ -119,6 +136,23 @@ def test_integers_run_five_contexts_and_stay_with_torch(
     if recipe == "float":
         worst, free, again = found["rewind"]
         assert worst < 1e-3 and free > 10 and again > 10  # logits of a range of 60
+
+
+@there
+def test_the_beginning_of_a_text_stays_visible(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """Several contexts after it, in the global layers; pinned anew and no more."""
+    folder, context = checkpoint("gemma3_odd"), 24
+    _, bundle = lower_bundle(BACKEND, folder, tmp_path, RECIPES["float"], context, 7, pinned=9)
+    model = hf_model(folder)
+    window, ids = model.config.sliding_window, some_ids(sum(UNEVEN), model.config.vocab_size)
+    found = run_there(bundle, ids, script=RUN_PINNED, pinned=[5, 0, 9])
+    right = {
+        pinned: hf_windowed(model, torch.tensor(ids), local_window=window, global_window=context, pinned=int(pinned))
+        for pinned in found
+    }
+    for pinned, logits in found.items():
+        assert relative_error(torch.from_numpy(logits), right[pinned]) < 1e-4, pinned
+    assert relative_error(right["5"], right["0"]) > 1e-2, "the bound would let no pin pass"
 
 
 @pytest.mark.parametrize("recipe", ["int8", "untied"])
