@@ -42,7 +42,6 @@ class TFLiteBackend(Backend):
     signatures: Callable[[CacheGeometry], list[Signature]] = signatures  # of the model
     group_size: int | None = None
     slot_multiple: int = 1
-    pins: bool = True
 
     def refuse_weight(self, weight: str, config: QuantConfig | None, columns: int, float_bits: int) -> None:
         """See Kernels."""

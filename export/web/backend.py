@@ -90,5 +90,4 @@ BACKEND = WebBackend(
     needs={"min_litert": "2.3"},
     signatures=two_signatures,
     group_size=0,
-    pins=False,  # the page pins nothing
 )

@@ -8,6 +8,8 @@ import { Tokenizer } from "./tokenizers.js";
 const FIXED_COST = 16; // of a call, in tokens: as in bundle/signature.py
 const PADDING = -1; // position of a token that fills up a call
 const MAX_THREADS = 4;
+const HELD = "kv_cache_held_"; // begins the names of what the slots of a kind of layer hold: export/tflite/seams.py
+const OTHER_WORDS = "\ufffd"; // stands for what a user says: no text begins with it
 const NOTHING = 1e-20; // LiteRT.js reports no error where a call failed; what it returns is not exactly 0
 
 // How LiteRT.js computes, by name.
@@ -68,7 +70,7 @@ async function startLiteRt(requested) {
 
 class Engine {
   constructor(manifest, model, tokenizer, template, used) {
-    const { plan, settings } = manifest.backends.web;
+    const { plan, settings, cache } = manifest.backends.web;
     this.bos = manifest.config.bos_token_id;
     this.ends = new Set(manifest.config.eos_token_id);
     this.signatures = settings.signatures.map((each) => ({ ...each, runner: model.signatures[each.name] }));
@@ -76,6 +78,10 @@ class Engine {
     this.template = template ? new Template(template) : null;
     this.facts = { name: manifest.model.name, chats: Boolean(template), context: plan.context, ...used };
     this.caches = null; // tensors by name
+    this.keeps = plan.pinned; // tokens that a text's beginning may keep beyond the context
+    this.pins = pinsByKind(cache.layers);
+    this.pinned = 0; // tokens at the beginning of the text that stay visible
+    this.marked = 0; // tokens whose slots say so
     this.gpu = new Gpu(used.accelerator === "webgpu" ? getWebGpuDevice() : null);
     this.fed = []; // ids that the caches hold
     this.stopping = false;
@@ -90,7 +96,8 @@ class Engine {
     const choose = sampler(choices);
     this.stopping = false;
     const started = performance.now();
-    const { logits: first, fed } = await this.feed(this.ids(prompt));
+    const { ids, pinned } = this.ids(prompt);
+    const { logits: first, fed } = await this.feed(ids, pinned);
     let logits = first;
     const answering = performance.now(), tokens = [], text = new Stream(this.tokenizer, tell);
     while (logits && tokens.length < maxTokens && !this.stopping) {
@@ -98,7 +105,7 @@ class Engine {
       if (this.ends.has(id)) break;
       tokens.push(id);
       text.add(id);
-      if (tokens.length < maxTokens) ({ logits } = await this.feed([...this.fed, id]));
+      if (tokens.length < maxTokens) ({ logits } = await this.feed([...this.fed, id], pinned));
       await breathe();
     }
     text.end();
@@ -106,24 +113,47 @@ class Engine {
     return { promptTokens: fed, tokens, prefillMs: answering - started, decodeMs: ended - answering, stopped: this.stopping };
   }
 
-  ids({ text, messages }) {
-    if (messages && !this.template) throw new Error("this model has no chat template: it completes texts");
+  /** A prompt's ids, and how many of them come before the user's own words and can be kept: runtimes/generation/turn.py. */
+  ids({ text, messages, system = "" }) {
+    if (!messages) return { ids: this.encode(text), pinned: 0 };
+    const [first, ...others] = messages;
+    const whole = this.render([{ ...first, content: system + first.content }, ...others]);
+    const other = this.render([{ role: "user", content: system + OTHER_WORDS }]);
+    const ids = this.encode(whole), before = this.encode(common(whole, other));
+    const pinned = common(ids, before).length;
+    return { ids, pinned: pinned <= this.keeps ? pinned : 0 };
+  }
+
+  render(messages) {
+    if (!this.template) throw new Error("this model has no chat template: it completes texts");
     const marks = { bos_token: this.tokenizer.id_to_token(this.bos), add_generation_prompt: true };
-    const whole = messages ? this.template.render({ messages: messages.map(asTemplate), ...marks }) : text;
-    const { ids } = this.tokenizer.encode(whole, { add_special_tokens: false });
+    return this.template.render({ messages: messages.map(asTemplate), ...marks });
+  }
+
+  encode(text) {
+    const { ids } = this.tokenizer.encode(text, { add_special_tokens: false });
     return ids[0] === this.bos ? ids : [this.bos, ...ids];
   }
 
-  /** Feed what the caches do not hold yet; the logits (V,) after the last token, null if stopped, and how many were fed. */
-  async feed(ids) {
+  /**
+   * Feed what the caches do not hold yet, and let every token see the first `pinned` ones in the global layers.
+   * Returns the logits (V,) after the last token, null if stopped, and how many were fed.
+   */
+  async feed(ids, pinned = 0) {
     const known = this.fed.findIndex((id, at) => id !== ids[at]);
-    let from = this.fed.length && known < 0 && this.fed.length < ids.length ? this.fed.length : 0; // at 0 the model forgets
+    const goesOn = this.fed.length && known < 0 && this.fed.length < ids.length;
+    const lost = pinned !== this.pinned && this.fed.length > this.facts.context; // what is pinned now may have slid out
+    let from = goesOn && !lost ? this.fed.length : 0; // at 0 the model forgets
     const fed = ids.length - from;
     this.fed = []; // a call that fails or is stopped leaves caches that nobody may go on with
+    if (!from) await this.mark(0);
+    this.pinned = pinned;
     let logits;
     while (from < ids.length) {
+      await this.mark(from >= pinned ? pinned : 0);
       const last = from === ids.length - 1;
-      const waiting = last ? 1 : ids.length - 1 - from;
+      let waiting = last ? 1 : ids.length - 1 - from;
+      if (from < pinned) waiting = Math.min(waiting, pinned - from); // only what was written can be marked
       const signature = this.best(waiting, last ? ["decode"] : ["prefill", "decode"]);
       const count = Math.min(waiting, signature.tokens);
       logits = await this.run(signature, ids.slice(from, from + count), from);
@@ -135,13 +165,25 @@ class Engine {
     return { logits, fed };
   }
 
+  /** Mark the slots of the first `count` tokens as pinned, and no others: their positions become negative. */
+  async mark(count) {
+    if (count === this.marked) return;
+    this.marked = count;
+    for (const name of this.pins) {
+      const old = this.caches[name], held = (await this.gpu.during(old.data())).map(Math.abs);
+      for (let slot = 0; slot < count; slot++) held[slot] = -held[slot];
+      this.caches[name] = new Tensor(held, this.shapes[name]);
+      old.delete();
+    }
+  }
+
   best(waiting, roles) {
     const worth = ({ tokens }) => Math.min(waiting, tokens) / (tokens + FIXED_COST);
     return this.signatures.filter(({ role }) => roles.includes(role)).reduce((a, b) => (worth(b) > worth(a) ? b : a));
   }
 
   async run({ runner, tokens: size }, ids, position) {
-    this.caches ??= zeros(runner);
+    if (!this.caches) [this.caches, this.shapes] = zeros(runner);
     const tokens = new Int32Array(size), positions = new Int32Array(size).fill(PADDING);
     tokens.set(ids);
     ids.forEach((_, at) => (positions[at] = position + at));
@@ -178,14 +220,29 @@ class Gpu {
   }
 }
 
+/** Zeros for a model's caches, and their shapes, by name. */
 function zeros(runner) {
   const caches = runner.getInputDetails().filter(({ name }) => name.startsWith("kv_cache"));
-  return Object.fromEntries(caches.map(({ name, shape, dtype }) => [name, zero(dtype, shape)]));
+  const byName = (of) => Object.fromEntries(caches.map((each) => [each.name, of(each)]));
+  return [byName(({ shape, dtype }) => zero(dtype, shape)), byName(({ shape }) => [...shape])];
 }
 
 function zero(dtype, shape) {
   const elements = shape.reduce((a, b) => a * b);
   return new Tensor(dtype === "int32" ? new Int32Array(elements) : new Float32Array(elements), shape);
+}
+
+/** The names of what the slots of layers hold that keep the beginning of a text. */
+function pinsByKind(layers) {
+  const kinds = [...new Map(layers.map((layer) => [JSON.stringify(layer), layer])).values()];
+  return kinds.map(({ pinned }, kind) => pinned && `${HELD}${kind}`).filter(Boolean);
+}
+
+/** What two texts, or two lists, begin with alike. */
+function common(one, other) {
+  let length = 0;
+  while (length < one.length && one[length] === other[length]) length += 1;
+  return one.slice(0, length);
 }
 
 /** Gemma's templates call the model's turn `assistant` in their input. */

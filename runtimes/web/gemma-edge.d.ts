@@ -15,6 +15,14 @@ export interface LoadOptions {
   onProgress?: (progress: Progress) => void;
 }
 
+export interface SessionOptions {
+  /**
+   * Text in front of the first message, because Gemma has no turn of the system's own. It stays visible when the conversation is
+   * longer than the context, if it is not longer than what the model keeps. Default: none.
+   */
+  system?: string;
+}
+
 export interface GenerationOptions {
   maxTokens?: number; // default 256
   temperature?: number; // default 0, which takes the likeliest token
@@ -53,7 +61,7 @@ export interface Model {
   readonly context: number;
   readonly threads: number;
   readonly accelerator: "wasm" | "webgpu";
-  session(): Session;
+  session(options?: SessionOptions): Session;
   /** End the worker and give its memory back. */
   close(): void;
 }

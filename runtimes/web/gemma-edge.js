@@ -62,8 +62,8 @@ class Model {
     this.accelerator = facts.accelerator;
   }
 
-  session() {
-    return new Session(this.calls);
+  session({ system = "" } = {}) {
+    return new Session(this.calls, system);
   }
 
   close() {
@@ -72,8 +72,9 @@ class Model {
 }
 
 class Session {
-  constructor(calls) {
+  constructor(calls, system) {
     this.calls = calls;
+    this.system = system;
     this.messages = [];
     this.stats = null;
   }
@@ -83,7 +84,7 @@ class Session {
     this.messages = [...before, { role: "user", content: message }];
     let answer = "";
     try {
-      for await (const piece of this.answer({ messages: this.messages }, options)) {
+      for await (const piece of this.answer({ messages: this.messages, system: this.system }, options)) {
         answer += piece;
         yield piece;
       }

@@ -20,10 +20,10 @@ UNEVEN = [7, 3, 1, 7, 2, *[1] * 12, 5, 6, 30, 9]  # 82 tokens, the 30 in several
 
 
 def make_bundle(
-    folder: Path, out: Path, recipe: Recipe, context: int, chunk: int = CHUNK, *, name: str = "tflite"
+    folder: Path, out: Path, recipe: Recipe, context: int, chunk: int = CHUNK, *, name: str = "tflite", pinned: int = 0
 ) -> tuple[QuantizedCheckpoint, Path]:
     """Quantize and lower a checkpoint; the bundle lies in `out`."""
-    return lower_bundle(exporter(name), folder, out, recipe, context, chunk)
+    return lower_bundle(exporter(name), folder, out, recipe, context, chunk, pinned=pinned)
 
 
 def reference(quantized: QuantizedCheckpoint, ids: list[int], context: int) -> torch.Tensor:

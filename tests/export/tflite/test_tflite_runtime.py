@@ -17,7 +17,7 @@ from support.checkpoints import DEMO, ROOT, hf_logits, hf_model, hf_windowed, re
 
 pytest.importorskip("ai_edge_litert", reason="ai-edge-litert is not installed: pip install 'gemma-edge[tflite]'")
 
-from support.lowered import lower_bundle, some_ids
+from support.lowered import some_ids
 from support.tflite_bundles import UNEVEN, assert_holds_integers, make_bundle, reference
 
 from gemma_edge.bundle.manifest import Manifest
@@ -142,7 +142,7 @@ def test_integers_run_five_contexts_and_stay_with_torch(
 def test_the_beginning_of_a_text_stays_visible(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     """Several contexts after it, in the global layers; pinned anew and no more."""
     folder, context = checkpoint("gemma3_odd"), 24
-    _, bundle = lower_bundle(BACKEND, folder, tmp_path, RECIPES["float"], context, 7, pinned=9)
+    _, bundle = make_bundle(folder, tmp_path, RECIPES["float"], context, 7, name=NAME, pinned=9)
     model = hf_model(folder)
     window, ids = model.config.sliding_window, some_ids(sum(UNEVEN), model.config.vocab_size)
     found = run_there(bundle, ids, script=RUN_PINNED, pinned=[5, 0, 9])

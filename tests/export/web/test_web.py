@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from support.browsing.browser import SWIFTSHADER, needs_browser, wait_on
-from support.browsing.page import MADE, ask, feed, needs_site, without_npm
+from support.browsing.page import MADE, ask, feed, needs_site, without_npm, work
 from support.browsing.site import served
-from support.checkpoints import relative_error
+from support.checkpoints import kl_divergence, relative_error
 from support.lowered import prefilled, some_ids
 from support.tflite_bundles import UNEVEN, make_bundle
 
@@ -24,6 +24,7 @@ pytest.importorskip("ai_edge_litert", reason="ai-edge-litert is not installed: p
 import gemma_edge
 from gemma_edge.bundle.manifest import Manifest
 from gemma_edge.quantize.recipe import make_recipe
+from gemma_edge.runtimes.generation.turn import OTHER_WORDS, beginning
 from gemma_edge.text.chat import ChatTemplate
 from gemma_edge.text.tokenizer import Tokenizer
 
@@ -167,26 +168,71 @@ def test_a_conversation_is_gemma_runs(folder: Path, tmp_path: Path) -> None:
     assert_native_agrees(rendered("Who art thou?", answer, "Go on."), second)
 
 
+# KEPT: prompts as the engine would feed them, and a text that goes on after another one was pinned.
+KEPT = """
+importScripts("sha256.js");
+(async () => {{
+  const {{ open }} = await import("./engine.js");
+  const engine = await open({{ url: new URL("./", location.href).href }}, () => {{}});
+  const prompts = {prompts}.map((prompt) => engine.ids(prompt)), ids = {ids}, logits = {{}};
+  for (const pinned of [9, 0, 4]) logits[pinned] = [...(await engine.feed(ids, pinned)).logits];
+  postMessage({{ prompts, logits, keeps: engine.keeps }});
+}})().catch((error) => postMessage({{ error: error.message }}));
+"""
+SYSTEM = "Thou art a shepherd. "
+
+
+def test_what_stands_before_the_users_own_words_stays_visible(folder: Path, tmp_path: Path) -> None:
+    runtime = gemma_edge.load(MADE)
+    encode = Tokenizer(MADE, runtime.manifest).encode
+    said = [["Who art thou?"], ["Who art thou?", "A man.", "Go on."]]
+    right = []
+    for texts in said:
+        prompt = rendered(SYSTEM + texts[0], *texts[1:])
+        ids = encode(prompt)
+        right.append({"ids": ids, "pinned": beginning(ids, prompt, rendered(SYSTEM + OTHER_WORDS), encode)})
+    assert right[0]["pinned"] > 8
+    roles = ("user", "model")
+    messages = [[{"role": roles[at % 2], "content": text} for at, text in enumerate(texts)] for texts in said]
+    prompts = [{"messages": each, "system": system} for each in messages for system in (SYSTEM, SYSTEM * 200)]
+    ids = some_ids(runtime.cache.context + 300, runtime.vocab_size)
+    found = work(folder, KEPT.format(prompts=json.dumps(prompts), ids=ids), tmp_path)
+    assert found["prompts"][::2] == right
+    assert [each["pinned"] for each in found["prompts"][1::2]] == [0, 0], "it is longer than what is kept"
+    assert found["keeps"] == runtime.cache.pinned
+    for pinned, logits in found["logits"].items():
+        runtime.reset()
+        runtime.pin(int(pinned))
+        assert relative_error(torch.tensor(logits), torch.from_numpy(runtime.prefill(ids))) <= 0.02, pinned
+
+
 @pytest.mark.parametrize("accelerator", ["wasm", "webgpu"])
-@pytest.mark.parametrize("shape", ["tiny", "gemma3_odd"])
+@pytest.mark.parametrize(("shape", "pinned"), [("starts_global", 9), ("gemma3_odd", 0)])
 def test_logits_of_a_random_model_past_window_and_context_in_uneven_chunks(
-    shape: str, accelerator: str, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shape: str,
+    pinned: int,
+    accelerator: str,
+    checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Every weight is random and different. The browser's logits are compared with LiteRT's for the same file."""
     without_npm(monkeypatch)
     recipe = make_recipe(4, group_size=0, method="rtn")
-    quantized, bundle = make_bundle(checkpoint(shape), tmp_path, recipe, context=24, name="web")
+    quantized, bundle = make_bundle(checkpoint(shape), tmp_path, recipe, context=24, name="web", pinned=pinned)
     ids = some_ids(sum(UNEVEN), quantized.config.vocab_size)
-    expected = prefilled(gemma_edge.load(bundle), ids, UNEVEN)
-    said = feed(bundle, ids, UNEVEN, tmp_path, accelerator)
+    runtime = gemma_edge.load(bundle)
+    plain = prefilled(runtime, ids, UNEVEN)
+    runtime.reset()
+    runtime.pin(pinned)
+    expected = prefilled(runtime, ids, UNEVEN)
+    assert not pinned or relative_error(plain, expected) > 0.05, "the bounds would let no pin pass"
+    said = feed(bundle, ids, UNEVEN, tmp_path, accelerator, pinned)
     assert accelerator == "wasm" or said["lost"].startswith("the GPU was lost (")
     assert "all its logits are 0" in said["empty"]
     found = torch.tensor(said["rows"])
-    kl = torch.nn.functional.kl_div(
-        found.log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="batchmean"
-    )
     assert relative_error(found, expected) <= 0.02
-    assert kl <= 2e-3
+    assert kl_divergence(found, expected) <= 2e-3
     assert torch.equal(found.argmax(-1), expected.argmax(-1))
 
 

@@ -50,7 +50,7 @@ importScripts("sha256.js");
   const {{ open }} = await import("./engine.js");
   const engine = await open({{ url: new URL("./", location.href).href, accelerator: "{accelerator}" }}, () => {{}});
   const ids = {ids}, rows = [];
-  for (const end of {ends}) rows.push([...(await engine.feed(ids.slice(0, end))).logits]);
+  for (const end of {ends}) rows.push([...(await engine.feed(ids.slice(0, end), {pinned})).logits]);
   const {{ getGlobalLiteRt, getWebGpuDevice }} = await import("./litert.js");
   const heap = getGlobalLiteRt().liteRtWasm.HEAPU8.length;
   getWebGpuDevice()?.destroy();
@@ -64,8 +64,10 @@ importScripts("sha256.js");
 """
 
 
-def feed(bundle: Path, ids: list[int], chunks: Sequence[int], home: Path, accelerator: str = "wasm") -> dict[str, Any]:
-    """What the engine says to tokens fed in chunks.
+def feed(
+    bundle: Path, ids: list[int], chunks: Sequence[int], home: Path, accelerator: str = "wasm", pinned: int = 0
+) -> dict[str, Any]:
+    """What the engine says to tokens fed in chunks, of which the first `pinned` ones stay visible.
 
     Returns:
         rows: logits after each chunk; heap: bytes of WebAssembly's memory; lost: the error after the GPU went away;
@@ -73,11 +75,16 @@ def feed(bundle: Path, ids: list[int], chunks: Sequence[int], home: Path, accele
     """
     shutil.copyfile(MADE / "tokenizer.json", bundle / "tokenizer.json")
     ends = np.cumsum(chunks).tolist()
-    probe = PROBE.format(ids=ids, ends=ends, accelerator=accelerator)
-    (bundle / "probe.js").write_text(probe, encoding="utf-8")
-    script = "return new Promise((resolve) => { new Worker('probe.js').onmessage = ({ data }) => resolve(data); });"
+    probe = PROBE.format(ids=ids, ends=ends, accelerator=accelerator, pinned=pinned)
+    return work(bundle, probe, home, SWIFTSHADER if accelerator == "webgpu" else NO_GPU)
+
+
+def work(bundle: Path, script: str, home: Path, flags: Sequence[str] = NO_GPU) -> dict[str, Any]:
+    """What a worker beside a bundle's files posts."""
+    (bundle / "probe.js").write_text(script, encoding="utf-8")
+    wait = "return new Promise((resolve) => { new Worker('probe.js').onmessage = ({ data }) => resolve(data); });"
     with served(bundle) as site:
-        said: dict[str, Any] = ask(site, home, script, SWIFTSHADER if accelerator == "webgpu" else NO_GPU)
+        said: dict[str, Any] = ask(site, home, wait, flags)
     assert "error" not in said, said
     return said
 
