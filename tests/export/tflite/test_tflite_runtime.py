@@ -144,7 +144,7 @@ def test_the_beginning_of_a_text_stays_visible(checkpoint: Callable[..., Path], 
     folder, context = checkpoint("gemma3_odd"), 24
     _, bundle = make_bundle(folder, tmp_path, RECIPES["float"], context, 7, name=NAME, pinned=9)
     model = hf_model(folder)
-    window, ids = model.config.sliding_window, some_ids(sum(UNEVEN), model.config.vocab_size)
+    window, ids = Manifest.load(bundle).config.sliding_window, some_ids(sum(UNEVEN), model.config.vocab_size)
     found = run_there(bundle, ids, script=RUN_PINNED, pinned=[5, 0, 9])
     right = {
         pinned: hf_windowed(model, torch.tensor(ids), local_window=window, global_window=context, pinned=int(pinned))

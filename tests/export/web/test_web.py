@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from html import unescape
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -186,7 +187,7 @@ def test_what_stands_before_the_users_own_words_stays_visible(folder: Path, tmp_
     runtime = gemma_edge.load(MADE)
     encode = Tokenizer(MADE, runtime.manifest).encode
     said = [["Who art thou?"], ["Who art thou?", "A man.", "Go on."]]
-    right = []
+    right: list[dict[str, Any]] = []
     for texts in said:
         prompt = rendered(SYSTEM + texts[0], *texts[1:])
         ids = encode(prompt)
