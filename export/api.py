@@ -112,7 +112,13 @@ def open_model(
     hint = way_to_kv_scales(options.quantization, source, recipe)
     kv_dtypes = {
         backend: planning.choose_kv_dtype(
-            options.kv_bits, target, backend, head_dim=source.config.head_dim, calibrated=calibrated, hint=hint
+            options.kv_bits,
+            target,
+            backend,
+            head_dim=source.config.head_dim,
+            calibrated=calibrated,
+            hint=hint,
+            accelerator=options.accelerator,
         )
         for backend in backends
     }

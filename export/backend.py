@@ -68,6 +68,7 @@ class Backend(ABC):
     group_size: int | None = None
     slot_multiple: int = 1  # the slots of every layer's cache are a multiple of it
     pins: bool = True  # whether its caches can keep the beginning of a text for good
+    int8_kv: bool = True  # whether they can be int8, where the backend's can
     # signed_scales: whether its kernels multiply by scales below zero, which llama.cpp's Q4_0 has
     signed_scales: ClassVar[bool] = False
 

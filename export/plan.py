@@ -156,7 +156,14 @@ def make_plan(
 
 
 def choose_kv_dtype(
-    requested: int | None, target: Target, backend: str, *, head_dim: int, calibrated: bool, hint: str
+    requested: int | None,
+    target: Target,
+    backend: str,
+    *,
+    head_dim: int,
+    calibrated: bool,
+    hint: str,
+    accelerator: str = CPU,
 ) -> str:
     """The element type of the KV cache: the requested one, else the target's where it can be had, else float32.
 
@@ -167,6 +174,7 @@ def choose_kv_dtype(
         head_dim: the model's.
         calibrated: there will be scales.
         hint: how to get scales where there are none.
+        accelerator: that the backend is made for.
 
     Raises:
         InputError: there is no such cache, not for this model, or an int8 cache has no scales.
@@ -174,10 +182,14 @@ def choose_kv_dtype(
     if requested is not None and requested not in KV_DTYPES:
         raise InputError(field="kv_bits", value=requested, allowed=KV_DTYPES)
     info = registered()[backend]
-    int8, fits = "int8" in info.kv_dtypes, head_dim % info.int8_kv_multiple == 0
+    made_for = exporter(backend, accelerator)
+    int8, fits = "int8" in info.kv_dtypes and made_for.int8_kv, head_dim % info.int8_kv_multiple == 0
     if requested == 8 and not int8:
         raise InputError(
-            f"`kv_bits` 8: the {backend} backend keeps its cache in float32; use `kv_bits` 32", field="kv_bits", value=8
+            f"`kv_bits` 8: the {backend} backend{accelerator != CPU and f' for {accelerator}' or ''} keeps its cache in float32;"
+            " use `kv_bits` 32",
+            field="kv_bits",
+            value=8,
         )
     if requested == 8 and not fits:
         raise InputError(

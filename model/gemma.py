@@ -219,8 +219,12 @@ def inverse_frequencies(config: GemmaConfig) -> dict[str, Tensor]:
 
 def rotary_angles(inv_freq: Tensor, input_pos: Tensor, tokens: int) -> Rope:
     """Rotary angles of `tokens` positions from `input_pos` (1,) on. They are computed, not looked up: no position is the last."""
-    positions = (input_pos + torch.arange(tokens)).to(torch.float32)  # (T,)
-    angles = positions[:, None] * inv_freq[None, :]  # (T, D/2)
+    return angles_at(inv_freq, input_pos + torch.arange(tokens))
+
+
+def angles_at(inv_freq: Tensor, positions: Tensor) -> Rope:
+    """Rotary angles of positions (T,)."""
+    angles = positions.to(torch.float32)[:, None] * inv_freq[None, :]  # (T, D/2)
     return Rope(angles.cos(), angles.sin())
 
 

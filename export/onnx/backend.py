@@ -80,4 +80,31 @@ def _multiplied(weights: StoredWeights) -> list[storage.Blob]:
     return blobs if weights.config.tie_word_embeddings else [b for b in blobs if not b.name.startswith(f"{TABLE}.")]
 
 
+@dataclass(frozen=True)
+class StaticOnnxBackend(OnnxBackend):
+    """Graphs in plain operators, with static shapes, over the same weights file: plain.py."""
+
+    accuracy_level: int = FLOAT_ACTIVATIONS
+    pins: bool = False
+    int8_kv: bool = False
+
+    def write(self, task: LoweringTask) -> dict[str, Any]:
+        """See Backend."""
+        from gemma_edge.export.onnx.lowering import STATIC_FILES, write_static_files
+        from gemma_edge.export.onnx.seams import make_layers
+
+        checkpoint, configs = task.checkpoint, task.checkpoint.configs
+        dtypes = storage.float_dtypes(checkpoint, configs, task.float_bits)
+        layers = make_layers(configs, dtypes, self.accuracy_level)
+        write_static_files(checkpoint, task.cache, task.out, _blobs(_stored(task)), layers, task.progress)
+        return {**STATIC_FILES, "genai": None, "accuracy_level": self.accuracy_level, "min_onnxruntime": "1.29"}
+
+    def check(self, task: LoweringTask) -> None:
+        """See Backend."""
+        from gemma_edge.export.onnx.lowering import check_static_files
+
+        check_static_files(task.checkpoint, task.cache, task.out, _blobs(_stored(task)))
+
+
 BACKEND = OnnxBackend()
+STATIC = StaticOnnxBackend()

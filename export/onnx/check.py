@@ -46,8 +46,8 @@ def check_graph(
     graph = ir.load(path).graph
     _check_counts(path, graph, config, configs)
     _check_attention(path, graph, config, geometry, windowed)
-    _check_weights(path, graph, blobs)
-    _check_integers(path, graph, config, configs)
+    check_weights(path, graph, blobs)
+    check_integers(path, graph, config, configs)
     _check_table_and_head(path, graph, config)
     for node in graph:
         if node.op_type == "Gelu" and node.attributes["approximate"].as_string() != "tanh":
@@ -123,14 +123,14 @@ def _check_cache(path: Path, node: ir.Node, layer: int, dtype: str, *, biased: b
             raise RuntimeError(f"{path.name}: layer {layer} attends with {attribute} {actual} over a cache of {dtype}")
 
 
-def _check_weights(path: Path, graph: ir.Graph, blobs: list[Blob]) -> None:
+def check_weights(path: Path, graph: ir.Graph, blobs: list[Blob], small: int = SMALL_BYTES) -> None:
     """Every weight is in the file once, at its place, and no other constant is large (a float copy of a weight would be)."""
     by_name = {blob.name: blob for blob in blobs}
     for name, value in graph.initializers.items():
         tensor = value.const_value
         assert tensor is not None
         if not isinstance(tensor, ir.ExternalTensor):
-            if tensor.nbytes > SMALL_BYTES:
+            if tensor.nbytes > small:
                 raise RuntimeError(f"{path.name}: constant {name} of {tensor.nbytes} bytes is inside the graph")
             continue
         blob = by_name.get(name) or (by_name.get(f"{TABLE}.weight_packed") if name == HEAD_PACKED else None)
@@ -140,12 +140,15 @@ def _check_weights(path: Path, graph: ir.Graph, blobs: list[Blob]) -> None:
             raise RuntimeError(
                 f"{path.name}: {name} points to {tensor.offset}+{tensor.length}, written at {blob.offset}"
             )
-    missing = {blob.name for blob in blobs} - set(graph.initializers)
+    held = set(graph.initializers)
+    if HEAD_PACKED in held - by_name.keys():  # the table's bytes: a graph that does not look up has them under this name only
+        held.add(f"{TABLE}.weight_packed")
+    missing = {blob.name for blob in blobs} - held
     if missing:
         raise RuntimeError(f"{path.name}: {sorted(missing)[0]} is in the weights file but not in the graph")
 
 
-def _check_integers(
+def check_integers(
     path: Path, graph: ir.Graph, config: GemmaConfig, configs: Mapping[str, QuantConfig | None]
 ) -> None:
     """Bits, shape and group of every quantized operator are its weight's, and so are the scales that it reads.
@@ -192,12 +195,12 @@ def _check_table_and_head(path: Path, graph: ir.Graph, config: GemmaConfig) -> N
         ("table", lookup.inputs[0], {f"{TABLE}.weight", f"{TABLE}.weight_packed"}),
         ("head", product.inputs[1], {f"{config.head}.weight", HEAD_PACKED}),
     ):
-        name = _stored(value)
+        name = stored_name(value)
         if name not in expected:
             raise RuntimeError(f"{path.name}: the {what} is {name}, expected {sorted(expected)[0]}")
 
 
-def _stored(value: ir.Value | None) -> str | None:
+def stored_name(value: ir.Value | None) -> str | None:
     """The name of the initializer behind a value, which may have been cast or transposed."""
     while value is not None and (node := value.producer()) is not None:
         value = node.inputs[0]

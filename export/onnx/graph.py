@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -84,27 +85,43 @@ def trace(config: GemmaConfig, geometry: CacheGeometry, layers: Layers) -> ir.Mo
     # sizes of their own, or the number of tokens would be read from the bias, which genai's graph does not have
     bias = {axis: torch.export.Dim(name, min=1, max=1 << 24) for axis, name in ((2, "queries"), (3, "rows"))}
     kept = [torch.zeros(1, dtype=torch.int64), torch.zeros(1, 1, *TRACED_BIAS)] if geometry.pinned else []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            step,
-            (torch.zeros(1, TRACED, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), past, kept),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=["input_ids", "input_pos", *cache_names(count, "past_key_values"), *KEPT[: len(kept)]],
-            output_names=["logits", *cache_names(count, "present")],
-            dynamic_shapes=({1: tokens}, None, [None] * len(past), [None, bias][: len(kept)]),
-            optimize=False,  # the exporter's own optimiser reads the weights, and there are none
-            verbose=False,
-        )
-    assert program is not None
-    model: ir.Model = program.model
-    _simplify(model)
+    model = onnx_program(
+        step,
+        (torch.zeros(1, TRACED, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), past, kept),
+        input_names=["input_ids", "input_pos", *cache_names(count, "past_key_values"), *KEPT[: len(kept)]],
+        output_names=["logits", *cache_names(count, "present")],
+        dynamic_shapes=({1: tokens}, None, [None] * len(past), [None, bias][: len(kept)]),
+    )
     for value in model.graph.inputs:
         if value.name == "input_ids":
             value.shape = ir.Shape([1, "tokens"])
         if value.name == KEPT[1]:
             value.shape = ir.Shape([1, 1, "tokens", "rows"])
+    return model
+
+
+def onnx_program(step: nn.Module, arguments: tuple[Any, ...], **options: Any) -> ir.Model:
+    """A module as a graph whose weights are nameless holes: see `attach_weights`.
+
+    Args:
+        step: the module, its weights hollow.
+        arguments: what it is called with while it is traced.
+        options: `torch.onnx.export`'s.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            step,
+            arguments,
+            dynamo=True,
+            opset_version=OPSET,
+            optimize=False,  # the exporter's own optimiser reads the weights, and there are none
+            verbose=False,
+            **options,
+        )
+    assert program is not None
+    model: ir.Model = program.model
+    _simplify(model)
     return model
 
 
@@ -175,6 +192,8 @@ def _name_table_twice(graph: ir.Graph) -> None:
     if table is None or f"{MODULE}.{HEAD_PACKED}" in graph.initializers:
         return
     reshapes = [node for node, _ in table.uses() if node.op_type == "Reshape"]
+    if not reshapes and all(node.op_type != "MatMulNBits" for node in graph):  # a graph that only looks up
+        return
     if len(reshapes) != 1:
         raise RuntimeError(f"the tied table is reshaped {len(reshapes)} times, expected once for the head")
     old = reshapes[0].outputs[0]

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from gemma_edge.bundle.geometry import CacheGeometry
-from gemma_edge.export.onnx import graph
+from gemma_edge.export.onnx import graph, plain
 from gemma_edge.export.onnx.check import check_graph
+from gemma_edge.export.onnx.plain_check import check_static_graph
 from gemma_edge.export.onnx.weights import Blob, write_weights
 from gemma_edge.model.config import GemmaConfig
 from gemma_edge.model.gemma import Layers
@@ -19,6 +20,7 @@ from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
 WEIGHTS = "model.onnx.data"
 GRAPHS = {"generate": "generate.onnx", "score": "score.onnx", "genai": "genai.onnx"}
 FILES = {**GRAPHS, "weights": WEIGHTS}
+STATIC_FILES = {**{role: f"{role}.onnx" for role in plain.ROLES}, "weights": WEIGHTS}
 
 
 def write_files(
@@ -50,6 +52,30 @@ def write_files(
         graph.save(model, out / FILES[role])
     text = json.dumps(genai_config(config, cache), indent=1)
     (out / "genai_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def write_static_files(
+    checkpoint: QuantizedCheckpoint,
+    cache: CacheGeometry,
+    out: Path,
+    blobs: list[Blob],
+    layers: Layers,
+    progress: Callable[[int], None],
+) -> None:
+    """Write the graphs of plain.py and the weights into `out`; arguments as of `write_files`."""
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    config = checkpoint.config
+    write_weights(checkpoint, blobs, out / WEIGHTS, progress)
+    for role, held in plain.weights_of(config, blobs).items():
+        model = plain.trace_role(role, config, cache, layers)
+        graph.attach_weights(model, held, WEIGHTS)
+        graph.save(model, out / STATIC_FILES[role])
+
+
+def check_static_files(checkpoint: QuantizedCheckpoint, cache: CacheGeometry, out: Path, blobs: list[Blob]) -> None:
+    """Compare the graphs in `out` with the model; raises what check.py raises."""
+    for role, held in plain.weights_of(checkpoint.config, blobs).items():
+        check_static_graph(out / STATIC_FILES[role], role, checkpoint.config, checkpoint.configs, cache, held)
 
 
 def check_files(checkpoint: QuantizedCheckpoint, cache: CacheGeometry, out: Path, blobs: list[Blob]) -> None:

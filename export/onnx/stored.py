@@ -31,9 +31,11 @@ def stored_weights(bundle: Path, settings: OnnxSettings, config: ModelConfig) ->
     """
     path = confined(bundle, settings.generate)
     weights = confined(bundle, settings.weights or settings.generate)
+    graphs = [path, *([confined(bundle, settings.feeds)] if settings.feeds else [])]
     pieces = {
         name: Piece(weights, value.const_value.offset or 0, DTYPES[value.const_value.dtype], _shape(value.const_value))
-        for name, value in ir.load(path).graph.initializers.items()
+        for each in graphs
+        for name, value in ir.load(each).graph.initializers.items()
         if isinstance(value.const_value, ir.ExternalTensor)
     }
     full = GemmaConfig(**vars(config))

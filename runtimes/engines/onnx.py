@@ -239,7 +239,7 @@ class OnnxRuntime(Runtime):
             intact(self.bundle, self.manifest.files, self._graphs["weights"])
         log.info("loading %s with %d threads", path, self.threads)
         with in_library(path, "is damaged, or is not a graph of this bundle", ERRORS):
-            options, graph = _options(self.threads), path if path == own else path.read_bytes()
+            options, graph = session_options(self.threads), path if path == own else path.read_bytes()
             if path != own:  # a graph without a place of its own finds its weights in the bundle
                 options.add_session_config_entry(WEIGHTS_IN, str(self.bundle.resolve()))
             session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"], enable_fallback=0)
@@ -303,7 +303,8 @@ def _no_factor(shape: list[int | str]) -> NDArray[np.float32]:
     return np.zeros([size if isinstance(size, int) else 0 for size in shape], np.float32)
 
 
-def _options(threads: int) -> ort.SessionOptions:
+def session_options(threads: int) -> ort.SessionOptions:
+    """What every session of a bundle is opened with."""
     # before the session, which sends events on Windows
     ort.disable_telemetry_events()
     options = ort.SessionOptions()

@@ -8,3 +8,4 @@ Accelerator = Literal["cpu", "gpu", "npu:qualcomm"]
 ACCELERATORS: tuple[Accelerator, ...] = get_args(Accelerator)
 CPU: Final = "cpu"
 GPU: Final = "gpu"
+QUALCOMM: Final = "npu:qualcomm"

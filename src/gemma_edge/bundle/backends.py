@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemma_edge.bundle.accelerators import ACCELERATORS, CPU, GPU
+from gemma_edge.bundle.accelerators import ACCELERATORS, CPU, GPU, QUALCOMM
 from gemma_edge.errors import InputError
 
 if TYPE_CHECKING:  # naming a backend reads no manifest
@@ -65,6 +65,8 @@ class BackendInfo:
     in_all: bool = False  # belongs to ALL
     # accelerators: by accelerator beside the CPU, "module:attribute" of the Backend that makes bundles for it
     accelerators: dict[str, str] = field(default_factory=dict)
+    # engines: by accelerator that a bundle was made for, the Runtime that runs it, if that is not `engine`
+    engines: dict[str, str] = field(default_factory=dict)
 
     @property
     def runs_on(self) -> tuple[str, ...]:
@@ -96,7 +98,8 @@ class BackendInfo:
             the `Runtime`.
         """
         told = {} if accelerator == CPU else {"accelerator": accelerator}
-        return resolve(self.engine)(bundle, manifest, threads=threads, **told)
+        engine = self.engines.get(manifest.backends[self.name].accelerator, self.engine)
+        return resolve(engine)(bundle, manifest, threads=threads, **told)
 
     def load_exporter(self, accelerator: str = CPU) -> Any:
         """Import the exporter for one of `runs_on`: export/backend.py's `Backend`."""
@@ -123,6 +126,8 @@ _BUILT_IN = (
         kv_dtypes=("int8", "float32"),
         int8_kv_multiple=16,  # ONNX Runtime: "head_size must be a multiple of 16 for an 8-bit KV cache"
         in_all=True,
+        accelerators={QUALCOMM: f"{_EXPORT}.onnx.backend:STATIC"},
+        engines={QUALCOMM: f"{_ENGINES}.qnn:StaticOnnxRuntime"},
     ),
     BackendInfo(
         "executorch",

@@ -23,11 +23,16 @@ class OnnxSettings:
     weights: Name | None  # file from which the graphs read their weights
     accuracy_level: Literal[0, 4]  # of MatMulNBits: 4 rounds activations to int8 per block, 0 computes in float
     min_onnxruntime: Version  # oldest ONNX Runtime that has every operator
+    # feeds, prefill: of graphs in plain operators, with static shapes. `feeds` makes what the others are fed; then `generate` takes
+    # one token, `prefill` and `score` take a chunk
+    feeds: Name | None = None
+    prefill: Name | None = None
 
     @property
     def roles(self) -> dict[str, str]:
         """Files by role."""
-        roles = {"generate": self.generate, "score": self.score, "genai": self.genai, "weights": self.weights}
+        names = ("generate", "score", "genai", "weights", "feeds", "prefill")
+        roles: dict[str, str | None] = {name: getattr(self, name) for name in names}
         return {role: name for role, name in roles.items() if name is not None}
 
 

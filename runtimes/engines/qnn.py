@@ -1,0 +1,189 @@
+"""ONNX Runtime over graphs in plain operators with static shapes, on Qualcomm's NPU, on the library that emulates it, or on the CPU.
+
+A step is two graphs: `feeds` computes on the CPU what depends on tokens and positions, and `generate` (one token), `prefill` or
+`score` (a chunk each) compute the rest. A shorter chunk is filled up with its last token at its own position, which writes the
+same rows to the same slot again.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import platform
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import onnxruntime as ort  # type: ignore[import-untyped]
+from numpy.typing import NDArray
+
+from gemma_edge.bundle.accelerators import CPU, QUALCOMM
+from gemma_edge.bundle.entries import BackendEntry
+from gemma_edge.bundle.manifest import Manifest, intact
+from gemma_edge.bundle.settings import OnnxSettings
+from gemma_edge.errors import InputError, one_line
+from gemma_edge.logits import Logits
+from gemma_edge.runtimes.engines.base import Buffers, Runtime
+from gemma_edge.runtimes.engines.load import in_library, refuse_older, thread_count
+from gemma_edge.runtimes.engines.onnx import ERRORS, OLDEST_ONNXRUNTIME, session_options
+
+log = logging.getLogger(__name__)
+
+PACKAGE: Final = "onnxruntime_qnn"
+PROVIDER: Final = "QNNExecutionProvider"
+SIMULATOR: Final = "htp-simulator v79"  # as `judged_on` says it
+# of the emulated NPU, which cannot be asked: SM8750, known as Snapdragon 8 Elite
+EMULATED: Final = {"htp_arch": "79", "soc_model": "69"}
+REAL_MACHINES: Final = ("arm64", "aarch64")  # elsewhere Qualcomm's library emulates the NPU
+
+
+class StaticOnnxRuntime(Runtime):
+    """A bundle's ONNX backend that was made for an NPU."""
+
+    def __init__(self, bundle: Path, manifest: Manifest, *, threads: int | None, accelerator: str = CPU) -> None:
+        """Open the graphs of one token.
+
+        Args:
+            bundle, manifest: the folder and what it says of itself.
+            threads: of what is computed on the CPU; None takes the target's.
+            accelerator: what computes all but the feeds.
+
+        Raises:
+            InputError: a package is missing or too old, the files are not what the manifest says, or the NPU cannot run them whole.
+        """
+        entry: BackendEntry[OnnxSettings] = manifest.backends["onnx"]
+        super().__init__(bundle, manifest, entry.cache, entry.identity)
+        refuse_older("onnxruntime", ort.__version__, OLDEST_ONNXRUNTIME)
+        self._graphs = entry.settings.roles
+        self.threads = thread_count(threads, manifest)
+        self._device = None if accelerator == CPU else qualcomm_device()
+        if self._device is not None:
+            self.computes_on = SIMULATOR if is_simulated() else QUALCOMM
+        cache = self.cache
+        self._rows: dict[str, NDArray[np.float32]] = {
+            f"{index}.{kind}": np.zeros((1, cache.kv_heads, layer.slots, cache.head_dim), np.float32)
+            for index, layer in enumerate(cache.layers)
+            for kind in ("key", "value")
+        }
+        self._sessions: dict[str, ort.InferenceSession] = {}
+        self._fed = [node.name for node in self._session("feeds").get_outputs()]
+        self._session("generate")
+
+    def _forward(self, ids: NDArray[np.int64], *, every_position: bool) -> Logits:
+        """See Runtime."""
+        count = len(ids)
+        role = "generate" if count == 1 else "score" if every_position else "prefill"
+        session = self._session(role)
+        size = next(node.shape[1] for node in session.get_inputs() if node.name == "inputs_embeds")
+        at = np.minimum(np.arange(size), count - 1)  # the last token fills the graph up
+        fed = self._run("feeds", {"input_ids": ids[at][None], "positions": self.position + at})
+        past = {f"past_key_values.{name}": rows for name, rows in self._rows.items()}
+        out = self._run(role, {**fed, **past})
+        self._rows = {name: out[f"present.{name}"] for name in self._rows}
+        logits: Logits = out["logits"][0]
+        return logits[:count] if every_position else logits
+
+    def _run(self, role: str, inputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        session = self._sessions[role]
+        with in_library(self.bundle / self._graphs[role], "does not run", ERRORS):
+            outputs = session.run(None, inputs)
+        return dict(zip((node.name for node in session.get_outputs()), outputs, strict=True))
+
+    def _clear(self) -> None:
+        """See Runtime: masks hide every slot that was not written since."""
+
+    def _buffers(self) -> Buffers:
+        """See Runtime."""
+        return dict(self._rows)
+
+    def _session(self, role: str) -> ort.InferenceSession:
+        """The graph of a role, opened when it is first used."""
+        if role in self._sessions:
+            return self._sessions[role]
+        path = intact(self.bundle, self.manifest.files, self._graphs[role])
+        intact(self.bundle, self.manifest.files, self._graphs["weights"])
+        log.info("loading %s", path)
+        options = session_options(self.threads)
+        with in_library(path, "is damaged, or is not a graph of this bundle", ERRORS):
+            if self._device is None or role == "feeds":
+                session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0)
+            else:
+                session = self._on_npu(path, options)
+            self._check_contract(path, role, session)
+        self._sessions[role] = session
+        return session
+
+    def _on_npu(self, path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
+        """A graph of which nothing is left on the CPU."""
+        import onnxruntime_qnn  # type: ignore[import-untyped]
+
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        own = EMULATED if is_simulated() else {}
+        settings = {"backend_path": onnxruntime_qnn.get_qnn_htp_path(), "enable_htp_fp16_precision": "1"}
+        options.add_provider_for_devices([self._device], {**settings, "htp_performance_mode": "burst", **own})
+        try:
+            return ort.InferenceSession(str(path), options)
+        except ERRORS as error:
+            raise InputError(
+                f"`accelerator` {QUALCOMM}: Qualcomm's library cannot compute the whole of {path} ({one_line(error)});"
+                " use `accelerator` cpu",
+                field="accelerator",
+                value=QUALCOMM,
+            ) from None
+
+    def _check_contract(self, path: Path, role: str, session: ort.InferenceSession) -> None:
+        """Names and shapes of the graph against the manifest."""
+        found = {node.name: node.shape for node in (*session.get_inputs(), *session.get_outputs())}
+        if role == "feeds":
+            expected: dict[str, list[int | None]] = {"input_ids": [1, None], "positions": [None]}
+        else:
+            size = found["inputs_embeds"][1]
+            expected = {name: [] for name in self._fed} | {"logits": [1, size if role == "score" else 1, self.vocab_size]}
+            for name, rows in self._rows.items():
+                expected |= {f"{side}.{name}": list(rows.shape) for side in ("past_key_values", "present")}
+        for name, shape in expected.items():
+            actual = found.get(name)
+            fits = actual is not None and all(want in (None, size) for want, size in zip(shape, actual, strict=False))
+            if not fits:
+                raise InputError(f"{path}: {name} is {actual}, the manifest says {shape}; export the bundle again")
+
+
+def is_simulated() -> bool:
+    """Whether Qualcomm's library emulates the NPU on this machine."""
+    return platform.machine().lower() not in REAL_MACHINES
+
+
+def has_package() -> bool:
+    """Whether ONNX Runtime's package for Qualcomm's NPU is installed."""
+    return importlib.util.find_spec(PACKAGE) is not None
+
+
+def qualcomm_device() -> Any:
+    """ONNX Runtime's device of Qualcomm's NPU.
+
+    Raises:
+        InputError: its package is not installed, or finds no device.
+    """
+    if not has_package():
+        raise InputError(
+            f"`accelerator` {QUALCOMM}: onnxruntime-qnn is not installed: pip install 'gemma-edge[qnn]',"
+            " or use `accelerator` cpu",
+            field="accelerator",
+            value=QUALCOMM,
+        )
+    import onnxruntime_qnn
+
+    devices = _devices()
+    if not devices:
+        # the library calls its provider by this name, and finds itself under no other
+        ort.register_execution_provider_library(PROVIDER, onnxruntime_qnn.get_library_path())
+        devices = _devices()
+    if not devices:
+        raise InputError(
+            f"`accelerator` {QUALCOMM}: this machine has none; use `accelerator` cpu", field="accelerator", value=QUALCOMM
+        )
+    return devices[0]
+
+
+def _devices() -> list[Any]:
+    return [device for device in ort.get_ep_devices() if device.ep_name == PROVIDER]
