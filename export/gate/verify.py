@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 import torch
 
-from gemma_edge.bundle.accelerators import CPU, GPU
+from gemma_edge.bundle.accelerators import CPU, GPU, QUALCOMM
 from gemma_edge.bundle.backends import registered
 from gemma_edge.bundle.codec import convert
 from gemma_edge.bundle.entries import GateResult
@@ -32,12 +32,14 @@ from gemma_edge.memory import give_back
 from gemma_edge.model import layerwise as reference
 from gemma_edge.model.checkpoint import Weights
 from gemma_edge.reading import present
-from gemma_edge.runtimes.engines import software_gpu
+from gemma_edge.runtimes.engines import qualcomm, software_gpu
 from gemma_edge.text import corpus
 from gemma_edge.text.tokenizer import TOKENIZER_FILE, TOKENIZER_HINT, open_tokenizer
 
 # MAX_STAND_IN: weights of the largest model that SwiftShader runs: it holds them in float32, and computes about a token a second
 MAX_STAND_IN = 500_000_000
+# MAX_SIMULATED: the same of Qualcomm's library where it emulates the NPU
+MAX_SIMULATED = 20_000_000
 KILLED = 9  # SIGKILL, which Windows does not know
 
 
@@ -247,7 +249,16 @@ def _gpu(parameters: int) -> Place:
     return Place(GPU, {software_gpu.VARIABLE: str(folder)}) if folder else Place(CPU)
 
 
-PLACES: Mapping[str, Callable[[int], Place]] = {CPU: lambda parameters: Place(CPU), GPU: _gpu}
+def _qualcomm(parameters: int) -> Place:
+    usable = qualcomm.has_package() and (not qualcomm.is_simulated() or parameters <= MAX_SIMULATED)
+    return Place(QUALCOMM if usable else CPU)
+
+
+PLACES: Mapping[str, Callable[[int], Place]] = {
+    CPU: lambda parameters: Place(CPU),
+    GPU: _gpu,
+    QUALCOMM: _qualcomm,
+}
 
 
 def typed(results: Mapping[str, Any]) -> dict[str, GateResult]:

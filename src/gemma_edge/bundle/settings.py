@@ -23,8 +23,8 @@ class OnnxSettings:
     weights: Name | None  # file from which the graphs read their weights
     accuracy_level: Literal[0, 4]  # of MatMulNBits: 4 rounds activations to int8 per block, 0 computes in float
     min_onnxruntime: Version  # oldest ONNX Runtime that has every operator
-    # feeds, prefill: of graphs in plain operators, with static shapes. `feeds` makes what the others are fed; then `generate` takes
-    # one token, `prefill` and `score` take a chunk
+    # feeds, prefill: of graphs in plain operators, with static shapes. `feeds` makes what the others are fed; there `generate`
+    # takes one token, `prefill` and `score` take a chunk
     feeds: Name | None = None
     prefill: Name | None = None
 

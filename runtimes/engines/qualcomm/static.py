@@ -7,11 +7,9 @@ same rows to the same slot again.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-import platform
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]
@@ -26,15 +24,9 @@ from gemma_edge.logits import Logits
 from gemma_edge.runtimes.engines.base import Buffers, Runtime
 from gemma_edge.runtimes.engines.load import in_library, refuse_older, thread_count
 from gemma_edge.runtimes.engines.onnx import ERRORS, OLDEST_ONNXRUNTIME, session_options
+from gemma_edge.runtimes.engines.qualcomm import npu
 
 log = logging.getLogger(__name__)
-
-PACKAGE: Final = "onnxruntime_qnn"
-PROVIDER: Final = "QNNExecutionProvider"
-SIMULATOR: Final = "htp-simulator v79"  # as `judged_on` says it
-# of the emulated NPU, which cannot be asked: SM8750, known as Snapdragon 8 Elite
-EMULATED: Final = {"htp_arch": "79", "soc_model": "69"}
-REAL_MACHINES: Final = ("arm64", "aarch64")  # elsewhere Qualcomm's library emulates the NPU
 
 
 class StaticOnnxRuntime(Runtime):
@@ -56,9 +48,9 @@ class StaticOnnxRuntime(Runtime):
         refuse_older("onnxruntime", ort.__version__, OLDEST_ONNXRUNTIME)
         self._graphs = entry.settings.roles
         self.threads = thread_count(threads, manifest)
-        self._device = None if accelerator == CPU else qualcomm_device()
+        self._device = None if accelerator == CPU else npu.find()
         if self._device is not None:
-            self.computes_on = SIMULATOR if is_simulated() else QUALCOMM
+            self.computes_on = npu.SIMULATOR if npu.is_simulated() else QUALCOMM
         cache = self.cache
         self._rows: dict[str, NDArray[np.float32]] = {
             f"{index}.{kind}": np.zeros((1, cache.kv_heads, layer.slots, cache.head_dim), np.float32)
@@ -115,12 +107,9 @@ class StaticOnnxRuntime(Runtime):
 
     def _on_npu(self, path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
         """A graph of which nothing is left on the CPU."""
-        import onnxruntime_qnn  # type: ignore[import-untyped]
-
+        # else the rest would be computed on the CPU without a word
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        own = EMULATED if is_simulated() else {}
-        settings = {"backend_path": onnxruntime_qnn.get_qnn_htp_path(), "enable_htp_fp16_precision": "1"}
-        options.add_provider_for_devices([self._device], {**settings, "htp_performance_mode": "burst", **own})
+        options.add_provider_for_devices([self._device], npu.settings())
         try:
             return ort.InferenceSession(str(path), options)
         except ERRORS as error:
@@ -146,44 +135,3 @@ class StaticOnnxRuntime(Runtime):
             fits = actual is not None and all(want in (None, size) for want, size in zip(shape, actual, strict=False))
             if not fits:
                 raise InputError(f"{path}: {name} is {actual}, the manifest says {shape}; export the bundle again")
-
-
-def is_simulated() -> bool:
-    """Whether Qualcomm's library emulates the NPU on this machine."""
-    return platform.machine().lower() not in REAL_MACHINES
-
-
-def has_package() -> bool:
-    """Whether ONNX Runtime's package for Qualcomm's NPU is installed."""
-    return importlib.util.find_spec(PACKAGE) is not None
-
-
-def qualcomm_device() -> Any:
-    """ONNX Runtime's device of Qualcomm's NPU.
-
-    Raises:
-        InputError: its package is not installed, or finds no device.
-    """
-    if not has_package():
-        raise InputError(
-            f"`accelerator` {QUALCOMM}: onnxruntime-qnn is not installed: pip install 'gemma-edge[qnn]',"
-            " or use `accelerator` cpu",
-            field="accelerator",
-            value=QUALCOMM,
-        )
-    import onnxruntime_qnn
-
-    devices = _devices()
-    if not devices:
-        # the library calls its provider by this name, and finds itself under no other
-        ort.register_execution_provider_library(PROVIDER, onnxruntime_qnn.get_library_path())
-        devices = _devices()
-    if not devices:
-        raise InputError(
-            f"`accelerator` {QUALCOMM}: this machine has none; use `accelerator` cpu", field="accelerator", value=QUALCOMM
-        )
-    return devices[0]
-
-
-def _devices() -> list[Any]:
-    return [device for device in ort.get_ep_devices() if device.ep_name == PROVIDER]
