@@ -32,7 +32,8 @@ from gemma_edge.memory import give_back
 from gemma_edge.model import layerwise as reference
 from gemma_edge.model.checkpoint import Weights
 from gemma_edge.reading import present
-from gemma_edge.runtimes.engines import qualcomm, software_gpu
+from gemma_edge.runtimes.engines import software_gpu
+from gemma_edge.runtimes.engines.qualcomm import npu
 from gemma_edge.text import corpus
 from gemma_edge.text.tokenizer import TOKENIZER_FILE, TOKENIZER_HINT, open_tokenizer
 
@@ -250,7 +251,7 @@ def _gpu(parameters: int) -> Place:
 
 
 def _qualcomm(parameters: int) -> Place:
-    usable = qualcomm.has_package() and (not qualcomm.is_simulated() or parameters <= MAX_SIMULATED)
+    usable = npu.has_package() and (not npu.is_simulated() or parameters <= MAX_SIMULATED)
     return Place(QUALCOMM if usable else CPU)
 
 

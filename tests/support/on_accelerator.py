@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 
 import gemma_edge
 from gemma_edge.runtimes.engines import software_gpu
+from gemma_edge.runtimes.engines.qualcomm import npu
 from support.checkpoints import ROOT
 
 
 def logits_on(bundle: Path, accelerator: str, ids: list[int], chunks: list[int], out: Path) -> NDArray[np.float32]:
-    """The logits (C, V) after each chunk. The accelerator gpu is SwiftShader."""
+    """The logits (C, V) after each chunk. The accelerator gpu is SwiftShader, the NPU is emulated."""
     command = [sys.executable, "-m", "support.on_accelerator", str(bundle), accelerator]
     environment = {
         **os.environ,
@@ -40,7 +41,7 @@ def main() -> None:
     """Entry point of the process."""
     bundle, accelerator, ids, chunks, out = sys.argv[1:]
     runtime = gemma_edge.load(bundle, accelerator=accelerator, threads=1)
-    expected = {"gpu": software_gpu.NAME}.get(accelerator, accelerator)
+    expected = {"gpu": software_gpu.NAME, "npu:qualcomm": npu.SIMULATOR}.get(accelerator, accelerator)
     assert runtime.computes_on == expected, runtime.computes_on
     rows, waiting = [], json.loads(ids)
     for size in json.loads(chunks):

@@ -32,7 +32,7 @@ def has_package() -> bool:
 
 def settings() -> dict[str, str]:
     """What the provider is told."""
-    import onnxruntime_qnn
+    import onnxruntime_qnn  # type: ignore[import-untyped]
 
     # activations in float16: the NPU has no float32
     own = {"backend_path": onnxruntime_qnn.get_qnn_htp_path(), "enable_htp_fp16_precision": "1"}
@@ -53,7 +53,7 @@ def find() -> Any:
             value=QUALCOMM,
         )
     import onnxruntime as ort  # type: ignore[import-untyped]
-    import onnxruntime_qnn  # type: ignore[import-untyped]
+    import onnxruntime_qnn
 
     devices = _devices()
     if not devices:

@@ -127,7 +127,7 @@ _BUILT_IN = (
         int8_kv_multiple=16,  # ONNX Runtime: "head_size must be a multiple of 16 for an 8-bit KV cache"
         in_all=True,
         accelerators={QUALCOMM: f"{_EXPORT}.onnx.backend:STATIC"},
-        engines={QUALCOMM: f"{_ENGINES}.qnn:StaticOnnxRuntime"},
+        engines={QUALCOMM: f"{_ENGINES}.qualcomm.static:StaticOnnxRuntime"},
     ),
     BackendInfo(
         "executorch",
