@@ -26,7 +26,7 @@ def logits_on(bundle: Path, accelerator: str, ids: list[int], chunks: list[int],
     command = [sys.executable, "-m", "support.on_accelerator", str(bundle), accelerator]
     environment = {
         **os.environ,
-        "PYTHONPATH": str(ROOT / "tests"),
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT / "src")]),
         software_gpu.VARIABLE: str(software_gpu.swiftshader()),
     }
     done = subprocess.run(
