@@ -141,16 +141,16 @@ def check_weights(path: Path, graph: ir.Graph, blobs: list[Blob], small: int = S
                 f"{path.name}: {name} points to {tensor.offset}+{tensor.length}, written at {blob.offset}"
             )
     held = set(graph.initializers)
-    if HEAD_PACKED in held - by_name.keys():  # the table's bytes: a graph that does not look up has them under this name only
+    if (
+        HEAD_PACKED in held - by_name.keys()
+    ):  # the table's bytes: a graph that does not look up has them under this name only
         held.add(f"{TABLE}.weight_packed")
     missing = {blob.name for blob in blobs} - held
     if missing:
         raise RuntimeError(f"{path.name}: {sorted(missing)[0]} is in the weights file but not in the graph")
 
 
-def check_integers(
-    path: Path, graph: ir.Graph, config: GemmaConfig, configs: Mapping[str, QuantConfig | None]
-) -> None:
+def check_integers(path: Path, graph: ir.Graph, config: GemmaConfig, configs: Mapping[str, QuantConfig | None]) -> None:
     """Bits, shape and group of every quantized operator are its weight's, and so are the scales that it reads.
 
     A group is as many whole blocks as share a scale; the kernel takes the next scale after each block.

@@ -87,8 +87,7 @@ class PlainRing:
         v = v.view(1, tokens, kv_heads, width).transpose(1, 2)
         index = self.slots[layer].view(1, 1, tokens, 1).expand(1, kv_heads, tokens, width)
         keys, values = (
-            scatter(past, index, new)
-            for past, new in zip(self.past[2 * layer : 2 * layer + 2], (k, v), strict=True)
+            scatter(past, index, new) for past, new in zip(self.past[2 * layer : 2 * layer + 2], (k, v), strict=True)
         )  # (1, K, R, D) each
         self.present += [keys, values]
         grouped = q.reshape(1, kv_heads, -1, width)  # (1, K, G*T, D)

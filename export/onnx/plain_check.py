@@ -20,7 +20,21 @@ from gemma_edge.quantize.recipe import QuantConfig
 
 # PLAIN: what a static graph may hold besides the operators that carry the model
 PLAIN: Final = frozenset(
-    ("Add", "Cast", "Concat", "Constant", "Div", "Expand", "Gather", "Mul", "Reshape", "Slice", "Split", "Sub", "Transpose")
+    (
+        "Add",
+        "Cast",
+        "Concat",
+        "Constant",
+        "Div",
+        "Expand",
+        "Gather",
+        "Mul",
+        "Reshape",
+        "Slice",
+        "Split",
+        "Sub",
+        "Transpose",
+    )
 )
 
 
@@ -43,7 +57,9 @@ def check_static_graph(
         RuntimeError: names the first thing that is not as expected.
     """
     graph = ir.load(path).graph
-    numbers = 8 * max(layer.slots for layer in geometry.layers) if role == FEEDS else 0  # of a layer's slots, in 64 bits
+    numbers = (
+        8 * max(layer.slots for layer in geometry.layers) if role == FEEDS else 0
+    )  # of a layer's slots, in 64 bits
     check_weights(path, graph, blobs, max(numbers, SMALL_BYTES))
     check_integers(path, graph, config, configs)
     if role == FEEDS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ from gemma_edge.file_hash import identity
 from gemma_edge.memory import is_out_of_memory
 from gemma_edge.runtimes.engines.adapter import Adapter
 from gemma_edge.runtimes.engines.base import Runtime
+
+STDOUT, STDERR = 1, 2  # descriptors
 
 
 def refuse_older(package: str, version: str, oldest: tuple[int, int]) -> None:
@@ -66,6 +69,20 @@ def in_library(path: Path, problem: str, errors: tuple[type[Exception], ...]) ->
         if not isinstance(error, errors):
             raise
         raise InputError(f"{path} {problem}: {one_line(error)}; export the bundle again") from None
+
+
+@contextlib.contextmanager
+def silent(stream: int) -> Iterator[None]:
+    """Keep a library's lines off STDOUT or STDERR, to which it writes past Python. Exceptions come through."""
+    (sys.stdout if stream == STDOUT else sys.stderr).flush()
+    kept = os.dup(stream)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), stream)
+        yield
+    finally:
+        os.dup2(kept, stream)
+        os.close(kept)
 
 
 def intact_but_engines(bundle: Path, manifest: Manifest) -> None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import sys
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
@@ -26,7 +24,7 @@ from gemma_edge.bundle.signature import Signature
 from gemma_edge.errors import InputError
 from gemma_edge.logits import Logits
 from gemma_edge.runtimes.engines.base import Runtime
-from gemma_edge.runtimes.engines.load import in_library, refuse_older, thread_count
+from gemma_edge.runtimes.engines.load import STDERR, in_library, refuse_older, silent, thread_count
 from gemma_edge.runtimes.engines.structure.tflite import check_model
 
 log = logging.getLogger(__name__)
@@ -134,7 +132,7 @@ class SignatureRuntime(Runtime):
         """Silence the library, and turn its errors into an InputError."""
         with in_library(self._path, "is damaged, or is not a model of this bundle", ERRORS):
             check_model(self._path)
-            with silent():
+            with silent(STDERR):  # TFLite's lines about delegates
                 yield
 
     def _holds(self, position: int, written: int) -> bool:
@@ -150,17 +148,3 @@ class SignatureRuntime(Runtime):
         if self._marked:
             self._mark(0)
             self._marked = 0
-
-
-@contextlib.contextmanager
-def silent() -> Iterator[None]:
-    """Keep TFLite's lines about delegates off stderr, to which it writes past Python. Exceptions come through."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    try:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)

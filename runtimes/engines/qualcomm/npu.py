@@ -32,7 +32,7 @@ def has_package() -> bool:
 
 def settings() -> dict[str, str]:
     """What the provider is told."""
-    import onnxruntime_qnn  # type: ignore[import-untyped]
+    import onnxruntime_qnn
 
     # activations in float16: the NPU has no float32
     own = {"backend_path": onnxruntime_qnn.get_qnn_htp_path(), "enable_htp_fp16_precision": "1"}
@@ -62,7 +62,9 @@ def find() -> Any:
         devices = _devices()
     if not devices:
         raise InputError(
-            f"`accelerator` {QUALCOMM}: this machine has none; use `accelerator` cpu", field="accelerator", value=QUALCOMM
+            f"`accelerator` {QUALCOMM}: this machine has none; use `accelerator` cpu",
+            field="accelerator",
+            value=QUALCOMM,
         )
     return devices[0]
 

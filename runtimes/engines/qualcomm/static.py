@@ -22,7 +22,7 @@ from gemma_edge.bundle.settings import OnnxSettings
 from gemma_edge.errors import InputError, one_line
 from gemma_edge.logits import Logits
 from gemma_edge.runtimes.engines.base import Buffers, Runtime
-from gemma_edge.runtimes.engines.load import in_library, refuse_older, thread_count
+from gemma_edge.runtimes.engines.load import STDOUT, in_library, refuse_older, silent, thread_count
 from gemma_edge.runtimes.engines.onnx import ERRORS, OLDEST_ONNXRUNTIME, session_options
 from gemma_edge.runtimes.engines.qualcomm import npu
 
@@ -98,7 +98,9 @@ class StaticOnnxRuntime(Runtime):
         options = session_options(self.threads)
         with in_library(path, "is damaged, or is not a graph of this bundle", ERRORS):
             if self._device is None or role == "feeds":
-                session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0)
+                session = ort.InferenceSession(
+                    str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0
+                )
             else:
                 session = self._on_npu(path, options)
             self._check_contract(path, role, session)
@@ -111,7 +113,8 @@ class StaticOnnxRuntime(Runtime):
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         options.add_provider_for_devices([self._device], npu.settings())
         try:
-            return ort.InferenceSession(str(path), options)
+            with silent(STDOUT):  # the emulator's line about its threads
+                return ort.InferenceSession(str(path), options)
         except ERRORS as error:
             raise InputError(
                 f"`accelerator` {QUALCOMM}: Qualcomm's library cannot compute the whole of {path} ({one_line(error)});"
@@ -127,7 +130,9 @@ class StaticOnnxRuntime(Runtime):
             expected: dict[str, list[int | None]] = {"input_ids": [1, None], "positions": [None]}
         else:
             size = found["inputs_embeds"][1]
-            expected = {name: [] for name in self._fed} | {"logits": [1, size if role == "score" else 1, self.vocab_size]}
+            expected = {name: [] for name in self._fed} | {
+                "logits": [1, size if role == "score" else 1, self.vocab_size]
+            }
             for name, rows in self._rows.items():
                 expected |= {f"{side}.{name}": list(rows.shape) for side in ("past_key_values", "present")}
         for name, shape in expected.items():
