@@ -1,4 +1,4 @@
-"""ONNX Runtime over graphs in plain operators with static shapes, on Qualcomm's NPU, on the library that emulates it, or on the CPU.
+"""ONNX Runtime over graphs in plain operators with static shapes: on Qualcomm's NPU, on what emulates it, or on the CPU.
 
 A step is two graphs: `feeds` computes on the CPU what depends on tokens and positions, and `generate` (one token), `prefill` or
 `score` (a chunk each) compute the rest. A shorter chunk is filled up with its last token at its own position, which writes the
@@ -41,7 +41,7 @@ class StaticOnnxRuntime(Runtime):
             accelerator: what computes all but the feeds.
 
         Raises:
-            InputError: a package is missing or too old, the files are not what the manifest says, or the NPU cannot run them whole.
+            InputError: a package is missing or too old, files are not what the manifest says, or the NPU cannot run them whole.
         """
         entry: BackendEntry[OnnxSettings] = manifest.backends["onnx"]
         super().__init__(bundle, manifest, entry.cache, entry.identity)
