@@ -80,7 +80,7 @@ def test_the_cpu_runs_a_bundle_for_the_gpu_and_no_gpu_one_for_the_cpu(
     ("options", "parts"),
     [
         (("--accelerator", "tpu"), ("--accelerator tpu", "cpu, gpu, npu:qualcomm")),
-        (("--accelerator", "gpu"), ("the onnx backend is made for cpu only", "--backend tflite")),
+        (("--accelerator", "gpu"), ("the onnx backend is made for cpu or npu:qualcomm only", "--backend tflite")),
         (("--backend", "executorch", "--accelerator", "gpu"), ("the executorch backend is made for cpu only",)),
         (("--backend", "tflite", "--accelerator", "npu:qualcomm"), ("the tflite backend is made for cpu or gpu only",)),
         (
