@@ -89,10 +89,13 @@ class Assembly:
             manifest = make_manifest(self.opened, self.integers, entries, self.bundle, has_tokenizer=has_tokenizer)
             manifest.save(self.bundle)
         chosen = gate.choose_gate(self.opened.source, self.opened.context, self.verify)
-        if chosen is not None:
+        if chosen is not None and any(map(gate.can_judge, entries.values())):
             with stage(self.stages, "verify"):
                 self._judge(chosen)
-            manifest = replace(manifest, verification={name: self._verification[name] for name in entries})
+            manifest = replace(
+                manifest,
+                verification={name: self._verification[name] for name in entries if name in self._verification},
+            )
             manifest.save(self.bundle)
         return manifest
 
@@ -117,7 +120,11 @@ class Assembly:
         """Judge what is not judged yet; compute the references if nobody has."""
         opened, quantized = self.opened, self.integers.quantized
         config = opened.source.config
-        waiting = {name: entry.cache for name, entry in self._entries.items() if name not in self._verification}
+        waiting = {
+            name: entry.cache
+            for name, entry in self._entries.items()
+            if name not in self._verification and gate.can_judge(entry)
+        }
         bits = [config.bits if config else opened.recipe.float_bits for config in quantized.configs.values()]
         limits = {name: limits_for(bits, cache.dtype) for name, cache in waiting.items()}
         chunk = scored_at_once(next(iter(waiting.values())).prefill_chunk, config.vocab_size)

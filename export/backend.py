@@ -116,6 +116,10 @@ class Backend(ABC):
         """Bytes that the engine takes beside weights, KV cache, activations and logits."""
         return 0
 
+    def export_ram(self, weights: StoredWeights) -> int:
+        """Bytes that an export takes beside those of every backend."""
+        return 0
+
     def slots_behind(self, prefill_chunk: int) -> int:
         """Slots of a layer's cache that lie behind the end of its ring."""
         return 0

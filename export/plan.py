@@ -232,6 +232,7 @@ class _Prediction:
     file_bytes: int  # weights on disk
     resident_bytes: int  # weights in the engine's memory
     looked_up_bytes: int  # of the weights on disk: a table that is only looked up in
+    export_ram: int  # that the backend's own exporter needs
 
     @classmethod
     def of(cls, source: Weights, recipe: Recipe, target: Target, half: Backend, requested: Requested) -> _Prediction:
@@ -253,6 +254,7 @@ class _Prediction:
             file_bytes=half.weights_bytes(weights),
             resident_bytes=half.resident_bytes(weights),
             looked_up_bytes=half.looked_up_bytes(weights),
+            export_ram=half.export_ram(weights),
         )
 
     def cache(self, context: int, chunk: int) -> CacheGeometry:
@@ -297,7 +299,7 @@ class _Prediction:
             kv_bytes=cache.bytes,
             device_ram_bytes=self.device_ram(cache),
             device_ram_limit_bytes=self.target.ram_bytes,
-            export_ram_bytes=_export_ram(config),
+            export_ram_bytes=_export_ram(config) + self.export_ram,
             # The checkpoint is no larger than the bundle's file, unless it also keeps table and head in float.
             export_disk_bytes=2 * self.file_bytes + 4 * tables * config.vocab_size * config.hidden_size,
             accelerator=self.requested.accelerator,

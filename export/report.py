@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from gemma_edge.bundle.accelerators import CPU
+from gemma_edge.bundle.accelerators import CPU, DELEGATES
 from gemma_edge.bundle.entries import BackendEntry, Difference, GateResult
 from gemma_edge.bundle.manifest import Manifest
 from gemma_edge.report.console import ERR, OUT, plain, progress_bar, say, size
@@ -84,19 +84,26 @@ def parts_table(manifest: Manifest) -> Table:
 
 def gate_lines(manifest: Manifest) -> list[str]:
     """The gate's results, in sentences that claim no more than was measured."""
+    unjudged = unjudged_lines(manifest.backends, manifest.verification)
     if not manifest.verification:
-        return ["NOT VERIFIED: exported with --verify none"]
+        return unjudged or ["NOT VERIFIED: exported with --verify none"]
     lines = [line for backend, result in manifest.verification.items() for line in _result_lines(backend, result)]
-    return [*lines, *unjudged_lines(manifest.backends, manifest.verification)]
+    return [*lines, *unjudged]
 
 
 def unjudged_lines(backends: Mapping[str, BackendEntry[Any]], results: Mapping[str, GateResult]) -> list[str]:
     """What a reader must know of backends that were made for an accelerator on which nobody has judged them."""
-    return [
+    elsewhere = [
         f"{name}: NOT VERIFIED on the {entry.accelerator}, which it was made for, only on the {results[name].judged_on}"
         for name, entry in backends.items()
         if name in results and entry.accelerator != CPU and results[name].judged_on == CPU
     ]
+    nowhere = [
+        f"{name}: NOT VERIFIED, an experiment: nothing here runs {entry.accelerator}; run gemma-export verify where it does"
+        for name, entry in backends.items()
+        if name not in results and entry.accelerator in DELEGATES
+    ]
+    return [*elsewhere, *nowhere]
 
 
 def _result_lines(backend: str, result: GateResult, quality_to: str = "to the original") -> list[str]:

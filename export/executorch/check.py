@@ -12,6 +12,7 @@ from gemma_edge.bundle.geometry import CacheGeometry
 from gemma_edge.export.executorch.delegates import Kernel, kernel_of, linears
 from gemma_edge.export.executorch.packing import SCALE, Constant, constants, pieces_of
 from gemma_edge.export.executorch.pte import GATHERS, Pte, calls
+from gemma_edge.export.executorch.templates import BACKEND as XNNPACK
 from gemma_edge.model.checkpoint import weight_shapes
 from gemma_edge.model.config import GemmaConfig
 from gemma_edge.quantize.recipe import QuantConfig
@@ -71,10 +72,29 @@ def check_pte(
         if name not in plans:
             raise RuntimeError(f"{path.name} has no method {name}")
         _check_operators(path, plans[name])
-        _check_delegates(path, plans[name], config)
+        _check_delegates(path, plans[name], config, XNNPACK)
         _check_kernels(path, pte, plans[name], config, configs)
         _check_caches(path, plans[name], geometry)
     _check_constants(path, pte, config, configs)
+
+
+def check_ahead(
+    path: Path, config: GemmaConfig, geometry: CacheGeometry, methods: Sequence[str], delegate: str
+) -> None:
+    """Compare a file that was lowered ahead of time with the model, as far as it can be read: see ahead.py.
+
+    Args:
+        path, config, geometry, methods: as in `check_pte`.
+        delegate: id of the delegates that compute everything else than what is SMALL.
+
+    Raises:
+        RuntimeError: names what is not as it should be.
+    """
+    plans = {plan.name: plan for plan in Pte.open(path).program.execution_plan}
+    for name in methods:
+        _check_operators(path, plans[name])
+        _check_delegates(path, plans[name], config, delegate)
+        _check_caches(path, plans[name], geometry)
 
 
 def _check_operators(path: Path, plan: ExecutionPlan) -> None:
@@ -86,14 +106,14 @@ def _check_operators(path: Path, plan: ExecutionPlan) -> None:
         raise RuntimeError(f"{path.name}: the table is gathered {sum(name in GATHERS for name in names)} times")
 
 
-def _check_delegates(path: Path, plan: ExecutionPlan, config: GemmaConfig) -> None:
+def _check_delegates(path: Path, plan: ExecutionPlan, config: GemmaConfig, delegate: str) -> None:
     expected = 2 * config.num_hidden_layers + pieces_of(config.head, (config.vocab_size, config.hidden_size))
     backends = {delegate.id for delegate in plan.delegates}
     called = sum(isinstance(step.instr_args, DelegateCall) for chain in plan.chains for step in chain.instructions)
-    if len(plan.delegates) != expected or called != expected or backends != {"XnnpackBackend"}:
+    if len(plan.delegates) != expected or called != expected or backends != {delegate}:
         raise RuntimeError(
             f"{path.name}: {plan.name} has {len(plan.delegates)} delegates of {sorted(backends)}, called {called} times;"
-            f" expected {expected} of XNNPACK"
+            f" expected {expected} of {delegate}"
         )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gemma_edge.bundle.geometry import PINNED_UNIT, CacheGeometry, LayerCache
 from gemma_edge.export.executorch.packing import CODES, SCALE, row_bytes
 from gemma_edge.export.executorch.seams import HIDDEN
-from gemma_edge.export.executorch.templates import Lowered
+from gemma_edge.export.executorch.templates import Called
 from gemma_edge.model.config import GemmaConfig
 from gemma_edge.model.gemma import inverse_frequencies, layer_ropes
 from gemma_edge.model.kv_cache import slots_of, visible
@@ -74,8 +74,8 @@ class Composed(nn.Module):
         config: GemmaConfig,
         geometry: CacheGeometry,
         embedding: Embedding,
-        layers: Sequence[tuple[Lowered, Lowered]],
-        head: Sequence[Lowered],
+        layers: Sequence[tuple[Called, Called]],
+        head: Sequence[Called],
         *,
         every_position: bool,
     ) -> None:

@@ -32,11 +32,13 @@ from gemma_edge.export.executorch.seams import (
     linears_of,
     vector_of,
 )
-from gemma_edge.export.executorch.templates import COMPILE, Lowered, Template
+from gemma_edge.export.executorch.templates import COMPILE, Called, Lowered, Template
 from gemma_edge.logits import scored_at_once
 from gemma_edge.model.checkpoint import TABLE
 from gemma_edge.model.config import GemmaConfig
 from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
+
+Parts = tuple[Embedding, list[tuple[Called, Called]], list[Called]]  # the table, two delegates a layer, and the head's
 
 
 def write_program(
@@ -61,12 +63,11 @@ def write_program(
 
 
 def compose(
-    checkpoint: QuantizedCheckpoint, geometry: CacheGeometry, methods: Mapping[str, str]
+    checkpoint: QuantizedCheckpoint, geometry: CacheGeometry, methods: Mapping[str, str], parts: Parts | None = None
 ) -> ExecutorchProgramManager:
-    """The whole program, its large constants still missing."""
-    config, configs = checkpoint.config, checkpoint.configs
-    layers, head = _parts(checkpoint, geometry)
-    embedding = Embedding(config.hidden_size, configs[TABLE])
+    """The whole program. With `parts` it is complete; else it is XNNPACK's, its large constants still missing."""
+    config = checkpoint.config
+    embedding, layers, head = parts or _parts(checkpoint, geometry)
     # memory is planned for the largest call, and a process takes what the larger method needs
     at_once = {"generate": geometry.prefill_chunk, "score": scored_at_once(geometry.prefill_chunk, config.vocab_size)}
     programs = {
@@ -106,10 +107,8 @@ def runner_contract(config: GemmaConfig, geometry: CacheGeometry) -> dict[str, A
     }
 
 
-def _parts(
-    checkpoint: QuantizedCheckpoint, geometry: CacheGeometry
-) -> tuple[list[tuple[Lowered, Lowered]], list[Lowered]]:
-    """Every layer's two delegates and the head's, each kind lowered once."""
+def _parts(checkpoint: QuantizedCheckpoint, geometry: CacheGeometry) -> Parts:
+    """XNNPACK's, each kind lowered once."""
     config, configs = checkpoint.config, checkpoint.configs
     generator = torch.Generator().manual_seed(0)
     templates: dict[Any, Template] = {}
@@ -131,14 +130,15 @@ def _parts(
     def named(template: Template, layer: int) -> Lowered:
         return Lowered(template, f"model.layers.{layer}.", vector)
 
-    layers = [
+    layers: list[tuple[Called, Called]] = [
         (named(lowered(ProjectHalf, layer), layer), named(lowered(AttendHalf, layer), layer))
         for layer in range(config.num_hidden_layers)
     ]
     limits = Limits(geometry.prefill_chunk, 0)
     piece = kept_template(partial(head_piece, config), weight, limits, (config, configs[config.head], limits))
     count = pieces_of(config.head, (config.vocab_size, config.hidden_size))
-    return layers, [Lowered(piece, "", checkpoint.vector, piece=index) for index in range(count)]
+    embedding = Embedding(config.hidden_size, configs[TABLE])
+    return embedding, layers, [Lowered(piece, "", checkpoint.vector, piece=index) for index in range(count)]
 
 
 def _trace(composed: Composed, at_once: int) -> ExportedProgram:

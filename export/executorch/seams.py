@@ -95,8 +95,11 @@ class MeanByLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, hidden) -> same."""
-        mean = F.linear(x * x, self.get_buffer("mean_row"))  # (B, T, 1)
-        return x * torch.rsqrt(mean + self.eps) * (1.0 + self.weight)
+        return x * torch.rsqrt(self.mean(x * x) + self.eps) * (1.0 + self.weight)
+
+    def mean(self, squares: Tensor) -> Tensor:
+        """(B, T, hidden) -> (B, T, 1)."""
+        return F.linear(squares, self.get_buffer("mean_row"))
 
 
 class HalvedNorm(nn.Module):
@@ -111,9 +114,12 @@ class HalvedNorm(nn.Module):
     def forward(self, halves: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Two of (1, T, heads * D/2) -> two of (1, T, heads, D/2)."""
         a, b = (half.view(1, -1, half.shape[2] // self.size, self.size) for half in halves)
-        row = self.get_buffer("mean_row")
-        factor = torch.rsqrt(F.linear(a * a, row) + F.linear(b * b, row) + self.eps)  # (1, T, heads, 1)
+        factor = torch.rsqrt(self.share(a * a) + self.share(b * b) + self.eps)  # (1, T, heads, 1)
         return a * factor * (1.0 + self.first), b * factor * (1.0 + self.second)
+
+    def share(self, squares: Tensor) -> Tensor:
+        """What one half adds to the mean: (1, T, heads, D/2) -> (1, T, heads, 1)."""
+        return F.linear(squares, self.get_buffer("mean_row"))
 
 
 def vector_of(name: str, vector: Callable[[str], Tensor]) -> Tensor:
@@ -333,7 +339,7 @@ def head_piece(config: GemmaConfig, weight: Rows) -> Half:
 
 
 def _ready(half: Half) -> Half:
-    """Every norm replaced by one that XNNPACK takes whole. Their weights are inputs of the delegate: any value does."""
+    """Every norm replaced by one that a delegate takes whole. XNNPACK gets their weights as inputs: any value does."""
     for parent in list(half.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, RMSNorm):

@@ -18,6 +18,7 @@ import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import EdgeCompileConfig, to_edge, to_edge_transform_and_lower
 from executorch.exir._serialize._named_data_store import NamedDataStore
+from executorch.exir.backend.partitioner import Partitioner
 from executorch.exir.lowered_backend_module import LoweredBackendModule
 from torch import Tensor, nn
 from torch.export import ExportedProgram, export
@@ -55,23 +56,33 @@ def lower_half(half: Half, limits: Limits) -> Delegate:
     Raises:
         RuntimeError: it became more than one, something stayed outside, or the library packs in another way than we do.
     """
-    inputs, sizes = half.example(limits)
-    with torch.no_grad():
-        program = export(half, inputs, dynamic_shapes=sizes, strict=False)
-    program = program.run_decompositions(dict(DECOMPOSITIONS))
-    lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], compile_config=COMPILE)
-    edge = lowered.exported_program()
-    call = _only_delegate(half, edge)
-    module = getattr(edge.graph_module, str(call.args[0].target))
+    module, arguments, outputs = delegated(half, limits, XnnpackPartitioner())
     keys, shared = _constants(half, module)
-    results: Any = next(node.args[0] for node in edge.graph.nodes if node.op == "output")
-    outputs = [node.args[1] for node in results]
-    arguments = [_argument(edge, node) for node in call.args[1:]]
     if module.backend_id != BACKEND or module.compile_specs:
         raise RuntimeError(
             f"{type(half).__name__} lowered to {module.backend_id} with {len(module.compile_specs)} specs"
         )
     return Delegate(bytes(module.processed_bytes), keys, shared, arguments, outputs)
+
+
+def delegated(
+    half: Half, limits: Limits, partitioner: Partitioner
+) -> tuple[LoweredBackendModule, list[int | str | Tensor], list[int]]:
+    """A half as one delegate of any kind: the delegate, its arguments, and its outputs in the half's order, as in `Delegate`.
+
+    Raises:
+        RuntimeError: it became more than one, or something stayed outside.
+    """
+    inputs, sizes = half.example(limits)
+    with torch.no_grad():
+        program = export(half, inputs, dynamic_shapes=sizes, strict=False)
+    program = program.run_decompositions(dict(DECOMPOSITIONS))
+    lowered = to_edge_transform_and_lower(program, partitioner=[partitioner], compile_config=COMPILE)
+    edge = lowered.exported_program()
+    call = _only_delegate(half, edge)
+    module: LoweredBackendModule = getattr(edge.graph_module, str(call.args[0].target))
+    results: Any = next(node.args[0] for node in edge.graph.nodes if node.op == "output")
+    return module, [_argument(edge, node) for node in call.args[1:]], [node.args[1] for node in results]
 
 
 def _only_delegate(half: Half, edge: ExportedProgram) -> Any:
@@ -153,7 +164,30 @@ def template(half: Half, delegate: Delegate, limits: Limits) -> Template:
     return Template(delegate, edge)
 
 
-class Lowered(nn.Module):
+class Called(nn.Module):
+    """A delegate in place of the half that it was made from."""
+
+    def __init__(
+        self, delegate: LoweredBackendModule, arguments: Sequence[int | Tensor], outputs: Sequence[int]
+    ) -> None:
+        """Keep the delegate and the constants among its arguments; both lists are as in `Delegate`."""
+        super().__init__()
+        self.delegate, self.arguments, self.outputs = delegate, list(arguments), outputs
+        for at, argument in enumerate(arguments):
+            if isinstance(argument, Tensor):
+                self.register_buffer(f"argument_{at}", argument)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The half's outputs of the half's inputs."""
+        arguments = [
+            inputs[argument] if isinstance(argument, int) else self.get_buffer(f"argument_{at}")
+            for at, argument in enumerate(self.arguments)
+        ]
+        results = self.delegate(*arguments)
+        return tuple(results[index] for index in self.outputs)
+
+
+class Lowered(Called):
     """A template as the delegate of one layer, or of the head."""
 
     def __init__(self, template: Template, prefix: str, vector: Callable[[str], Tensor], *, piece: int = 0) -> None:
@@ -165,7 +199,6 @@ class Lowered(nn.Module):
             vector: a norm by its name in the checkpoint.
             piece: which piece of the head it is.
         """
-        super().__init__()
         delegate = template.delegate
         blob, store = delegate.blob, NamedDataStore()
         for key, constant in delegate.keys.items():
@@ -179,25 +212,6 @@ class Lowered(nn.Module):
             store.add_named_data(own, own.encode(), ALIGNMENT)
         for key, value in delegate.shared.items():
             store.add_named_data(key, value, ALIGNMENT)
-        self.delegate = LoweredBackendModule(
-            template.stub,
-            BACKEND,
-            blob,
-            [],
-            store.get_named_data_store_output(),
-        )
-        self.arguments, self.outputs = delegate.arguments, delegate.outputs
-        for at, argument in enumerate(delegate.arguments):
-            if isinstance(argument, str):
-                self.register_buffer(f"argument_{at}", vector(prefix + argument))
-            elif isinstance(argument, Tensor):
-                self.register_buffer(f"argument_{at}", argument)
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The half's outputs of the half's inputs."""
-        arguments = [
-            inputs[argument] if isinstance(argument, int) else self.get_buffer(f"argument_{at}")
-            for at, argument in enumerate(self.arguments)
-        ]
-        results = self.delegate(*arguments)
-        return tuple(results[index] for index in self.outputs)
+        module = LoweredBackendModule(template.stub, BACKEND, blob, [], store.get_named_data_store_output())
+        arguments = [vector(prefix + each) if isinstance(each, str) else each for each in delegate.arguments]
+        super().__init__(module, arguments, delegate.outputs)

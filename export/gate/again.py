@@ -89,6 +89,12 @@ def verify_bundle(options: VerifyOptions, progress: Progress = no_progress) -> V
     bundle, manifest = options.bundle, Manifest.load(options.bundle)
     check_hashes(bundle, manifest)
     names = list(manifest.backends) if options.backend is None else [choose_backend(bundle, manifest, options.backend)]
+    for name in names:
+        if not gate.can_judge(manifest.backends[name]):
+            made_for = manifest.backends[name].accelerator
+            raise InputError(
+                f"{bundle}: nothing here runs {made_for}; run the gate on a machine that does", field="bundle"
+            )
     pythons = gate.gate_pythons(names, options.runtime_python)
     original, integers = _original(options, manifest), _integers(options, manifest)
     results = judged(options, manifest, names, pythons, original or integers, integers, progress)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ import msgspec
 import numpy as np
 import torch
 
-from gemma_edge.bundle.accelerators import CPU, GPU, QUALCOMM
+from gemma_edge.bundle.accelerators import CPU, DELEGATES, GPU, QUALCOMM
 from gemma_edge.bundle.backends import registered
 from gemma_edge.bundle.codec import convert
-from gemma_edge.bundle.entries import GateResult
+from gemma_edge.bundle.entries import BackendEntry, GateResult
 from gemma_edge.bundle.manifest import Manifest
 from gemma_edge.children import own_place, python_command
 from gemma_edge.errors import InputError
@@ -243,6 +244,15 @@ def place_of(accelerator: str, parameters: int) -> Place:
     return PLACES.get(accelerator, PLACES[CPU])(parameters)
 
 
+def can_judge(entry: BackendEntry[Any]) -> bool:
+    """Whether anything here runs a backend of a bundle: the delegates of an experiment run on their own machine alone."""
+    if entry.accelerator not in DELEGATES:
+        return True
+    from gemma_edge.runtimes.engines.executorch import has_delegates
+
+    return has_delegates(entry.accelerator)
+
+
 def _gpu(parameters: int) -> Place:
     folder = software_gpu.swiftshader() if parameters <= MAX_STAND_IN else None
     if software_gpu.has_gpu():
@@ -259,6 +269,7 @@ PLACES: Mapping[str, Callable[[int], Place]] = {
     CPU: lambda parameters: Place(CPU),
     GPU: _gpu,
     QUALCOMM: _qualcomm,
+    **{name: partial(lambda name, parameters: Place(name), name) for name in DELEGATES},
 }
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma_edge.bundle.accelerators import CPU, DELEGATES
 from gemma_edge.bundle.entries import BackendEntry
 from gemma_edge.bundle.geometry import PINNED_UNIT
 from gemma_edge.bundle.manifest import Manifest, intact
@@ -46,20 +47,23 @@ class ExecuTorchRuntime(Runtime):
     second one. The caches are carried over, so that nothing is forgotten.
     """
 
-    def __init__(self, bundle: Path, manifest: Manifest, *, threads: int | None) -> None:
+    def __init__(self, bundle: Path, manifest: Manifest, *, threads: int | None, accelerator: str = CPU) -> None:
         """Load the method that generates.
 
         Args:
             bundle, manifest: the folder and what it says of itself.
             threads: None takes the target's; no more than the machine has are used. A process has one pool of them.
+            accelerator: what the bundle was made for: its delegates run nowhere else.
 
         Raises:
-            InputError: executorch is too old, or the file is not what the manifest says.
+            InputError: executorch is too old or lacks the delegates, or the file is not what the manifest says.
         """
         entry: BackendEntry[ExecuTorchSettings] = manifest.backends["executorch"]
         super().__init__(bundle, manifest, entry.cache, entry.identity)
         refuse_older("executorch", metadata.version("executorch"), OLDEST_EXECUTORCH)
+        _check_delegates(bundle, entry.accelerator, accelerator)
         self.threads = thread_count(threads, manifest)
+        self.computes_on = accelerator
         self._program = entry.settings.program
         self._path = bundle / self._program
         self._methods = entry.settings.methods
@@ -141,6 +145,29 @@ class ExecuTorchRuntime(Runtime):
             raise InputError(
                 f"{self._path} gives {size} logits, the vocabulary has {self.vocab_size}; export the bundle again"
             )
+
+
+def has_delegates(accelerator: str) -> bool:
+    """Whether the ExecuTorch of this machine can run programs that were made for an accelerator."""
+    return accelerator == CPU or bool(load_library()._is_available(DELEGATES[accelerator]))
+
+
+def _check_delegates(bundle: Path, made_for: str, accelerator: str) -> None:
+    """Refuse a program whose delegates are not here, or an accelerator that they do not run on."""
+    if accelerator != made_for:
+        raise InputError(
+            f"`accelerator` {accelerator}: the executorch backend of {bundle} runs on {made_for} only",
+            field="accelerator",
+            value=accelerator,
+            hint=f"export it with `accelerator` {accelerator}",
+        )
+    if not has_delegates(made_for):
+        raise InputError(
+            f"{bundle} was made for {made_for}, and the ExecuTorch of this machine has no {DELEGATES[made_for]}",
+            field="accelerator",
+            value=made_for,
+            hint="run it where it has, or export it with `accelerator` cpu",
+        )
 
 
 def load_library() -> Any:

@@ -1,12 +1,17 @@
-"""Who may send requests: by the name that a request uses for this machine, by the page that it comes from, and by a key."""
+"""Who may send requests: by the name that a request uses for this machine, by the page that it comes from, and by a key.
+
+A browser cannot send a key with the scripts and workers that a page loads. For the files of such a page a cookie stands for
+the key: it comes with the first file that was fetched with the key, and opens nothing else.
+"""
 
 from __future__ import annotations
 
 import hmac
 import ipaddress
+import secrets
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from starlette.requests import Request
@@ -16,6 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gemma_edge.runtimes.serve.refused import Refused, shown
 
 OPEN = ("/", "/health")  # paths that need no key: the chat page asks for it, and Docker's health checks have none
+FILES = "/web/"  # the files of a page that runs the model
 ANY = "*"
 
 
@@ -26,6 +32,9 @@ class Access:
     key: str | None = None  # requests must send it as `Authorization: Bearer KEY`; None lets everybody in
     hosts: frozenset[str] = frozenset()  # names of this machine that requests may use, besides IP addresses
     origins: tuple[str, ...] = ()  # of other web pages that may send requests, such as http://localhost:3000
+    ticket: str = field(
+        default_factory=secrets.token_urlsafe, repr=False
+    )  # the cookie's value; a new one for each server
 
     def check_place(self, request: Request) -> None:
         """Refuse requests that a browser sends for a web page of another origin.
@@ -50,7 +59,8 @@ class Access:
         Raises:
             Refused: the key is missing or wrong.
         """
-        if self.key is None or request.scope["path"] in OPEN:
+        path = request.scope["path"]
+        if self.key is None or path in OPEN or path.startswith(FILES) and self._has_cookie(request):
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         same = hmac.compare_digest(given.strip().encode(), self.key.encode())
@@ -59,12 +69,26 @@ class Access:
             message = f"{problem}; send the header Authorization: Bearer KEY"
             raise Refused(401, message, headers={"WWW-Authenticate": "Bearer"})
 
+    def give_cookie(self, request: Request, response: Response) -> None:
+        """Let whoever may fetch one of the page's files fetch the others without the key."""
+        if self.key is not None:
+            response.set_cookie(_cookie(request), self.ticket, path=None, httponly=True, samesite="strict")
+
+    def _has_cookie(self, request: Request) -> bool:
+        given = request.cookies.get(_cookie(request), "")
+        return hmac.compare_digest(given.encode(), self.ticket.encode())
+
     def _is_ours(self, name: str) -> bool:
         try:
             ipaddress.ip_address(name)
         except ValueError:
             return name in self.hosts or ANY in self.hosts
         return True  # nobody else can make an address lead here
+
+
+def _cookie(request: Request) -> str:
+    """The cookie's name: browsers send the cookies of all servers of one machine to each of them."""
+    return f"gemma-edge-{request.scope['server'][1]}"
 
 
 def names_of_this_machine() -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""The paths of the server: OpenAI's, counters, and the chat page. What a request may hold is openai.py's."""
+"""The paths of the server: OpenAI's, counters, the chat page, and what that page runs. What a request may hold is openai.py's."""
 
 from __future__ import annotations
 
@@ -13,26 +13,34 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from gemma_edge.bundle.manifest import confined
 from gemma_edge.errors import InputError
-from gemma_edge.runtimes.serve.access import Access, Checked
+from gemma_edge.runtimes.serve.access import FILES, Access, Checked
 from gemma_edge.runtimes.serve.body import Gone, read_body
 from gemma_edge.runtimes.serve.engine import Engine, Job
 from gemma_edge.runtimes.serve.openai import ParsedRequest
-from gemma_edge.runtimes.serve.refused import Refused, error_body, error_response
+from gemma_edge.runtimes.serve.refused import Refused, error_body, error_response, shown
 from gemma_edge.runtimes.serve.responses import ResponseForm
+from gemma_edge.runtimes.web.site import page_files
 
 PAGE_FILE = "page.html"
-# The page fetches nothing from elsewhere, sends nothing elsewhere, and cannot be put into a page of another site.
+# The page and its workers fetch nothing from elsewhere, send nothing elsewhere, and cannot be put into a page of another
+# site. They are isolated from other origins: only then WebAssembly has threads.
 PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
+    "script-src 'self' 'unsafe-inline' 'wasm-unsafe-eval'; worker-src 'self'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Embedder-Policy": "require-corp",
+    "Cross-Origin-Resource-Policy": "same-origin",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
+NO_PAGE = "this bundle runs in no page; gemma-export MODEL --target web makes one that does"
 
 
 @cache
@@ -114,8 +122,9 @@ async def _stream(job: Job, request: ParsedRequest, form: ResponseForm, send: Se
 class Api:
     """The other paths, as OpenAI documents them: platform.openai.com/docs/api-reference."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, access: Access) -> None:
+        self.engine, self.access = engine, access
+        self.page_files = page_files(engine.runtime.manifest)
 
     async def models(self, request: Request) -> Response:
         """`/v1/models`."""
@@ -133,7 +142,8 @@ class Api:
         return [self.engine.name, *self.engine.adapters]
 
     def _model(self, name: str) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": self.engine.created, "owned_by": "gemma-edge"}
+        page = {"page_files": FILES.lstrip("/")} if self.page_files and name == self.engine.name else {}
+        return {"id": name, "object": "model", "created": self.engine.created, "owned_by": "gemma-edge", **page}
 
     async def health(self, request: Request) -> Response:
         """`/health`: whether the server runs."""
@@ -151,6 +161,16 @@ class Api:
         """`/`: the chat page."""
         return HTMLResponse(chat_page(), headers=PAGE_HEADERS)
 
+    async def page_file(self, request: Request) -> Response:
+        """`/web/NAME`: a file of the bundle, for the page that runs the model."""
+        name = request.path_params["name"]
+        if name not in self.page_files:
+            raise Refused(404, f"the page fetches no file {shown(name)}" if self.page_files else NO_PAGE)
+        file, kind = confined(self.engine.runtime.bundle, name), self.page_files[name]
+        response = FileResponse(file, media_type=kind, headers={**PAGE_HEADERS, "Cache-Control": "private, no-cache"})
+        self.access.give_cookie(request, response)
+        return response
+
 
 def application(engine: Engine, access: Access) -> Starlette:
     """The server.
@@ -159,7 +179,7 @@ def application(engine: Engine, access: Access) -> Starlette:
         engine: what answers.
         access: who may send requests.
     """
-    api = Api(engine)
+    api = Api(engine, access)
 
     def refused(error: Exception) -> Response:
         engine.counts["refused"] += 1
@@ -173,6 +193,7 @@ def application(engine: Engine, access: Access) -> Starlette:
 
     routes = [
         Route("/", api.page),
+        Route(f"{FILES}{{name:path}}", api.page_file),
         Route("/v1/chat/completions", Answers(engine, chat=True), methods=["POST"]),
         Route("/v1/completions", Answers(engine, chat=False), methods=["POST"]),
         Route("/v1/models", api.models),

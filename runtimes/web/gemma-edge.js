@@ -80,19 +80,19 @@ class Session {
   }
 
   async *chat(message, options = {}) {
-    const before = this.messages;
-    this.messages = [...before, { role: "user", content: message }];
+    const before = this.messages, own = [...before, { role: "user", content: message }];
+    this.messages = own; // others after a reset, which forgets this answer, too
     let answer = "";
     try {
-      for await (const piece of this.answer({ messages: this.messages, system: this.system }, options)) {
+      for await (const piece of this.answer({ messages: [...own], system: this.system }, options)) {
         answer += piece;
         yield piece;
       }
     } catch (error) {
-      this.messages = before; // as if it had not been asked
+      if (this.messages === own) this.messages = before; // as if it had not been asked
       throw error;
     } finally {
-      if (this.messages !== before) this.messages.push({ role: "model", content: answer });
+      if (this.messages === own) own.push({ role: "model", content: answer });
     }
   }
 

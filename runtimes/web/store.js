@@ -4,6 +4,9 @@ const READ = 1 << 22; // bytes hashed at once
 
 /** The file with this hash as a File, from storage, or else from `url`. */
 export async function stored(url, { bytes, sha256 }, onProgress) {
+  if (!navigator.storage?.getDirectory) {
+    throw new Error("the browser gives this page no storage: it must be new, and the page under https:// or on localhost");
+  }
   const root = await navigator.storage.getDirectory();
   const folder = await root.getDirectoryHandle("gemma-edge", { create: true });
   const whole = await folder.getFileHandle(sha256).catch(() => null);

@@ -18,8 +18,8 @@ OURS = re.compile(r"Native$|Kt$|\$(WhenMappings|DefaultImpls|EntriesMappings)")
 
 # BY_NAME: members that gemma-litert calls by their name, because releases of the library differ in their types.
 BY_NAME = re.compile(r"public \S+ (?=getDimensions\(\))")
-# MADE: constructors of such classes, which only the double calls.
-MADE = re.compile(r"TensorType\$Layout\(")
+# MADE: constructors of classes that only the double calls by their types.
+MADE = re.compile(r"(TensorType\$Layout|CompiledModel\$GpuOptions)\(")
 
 
 def class_names(classes: Path) -> list[str]:

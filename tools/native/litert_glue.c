@@ -75,12 +75,12 @@ F(jlong, load)(JNIEnv *e, jclass c, jstring path) {
     CALL(0, LiteRtCreateModelFromFile, environment, TEXT(path), &made);
     return (jlong)made;
 }
-F(jlong, compile)(JNIEnv *e, jclass c, jlong environment, jlong model, jint threads, jstring cache) {
+F(jlong, compile)(JNIEnv *e, jclass c, jlong environment, jlong model, jint accelerators, jint threads, jstring cache) {
     P options, cpu, opaque, payload, made;
     const char *id;
     void (*deleter)(P);
     CALL(0, LiteRtCreateOptions, &options);
-    CALL(0, LiteRtSetOptionsHardwareAccelerators, options, 1);
+    CALL(0, LiteRtSetOptionsHardwareAccelerators, options, accelerators);
     CALL(0, LrtCreateCpuOptions, &cpu);
     CALL(0, LrtSetCpuOptionsNumThread, cpu, threads);
     if (cache) CALL(0, LrtSetCpuOptionsXnnPackWeightCachePath, cpu, TEXT(cache));

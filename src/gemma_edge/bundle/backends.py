@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemma_edge.bundle.accelerators import ACCELERATORS, CPU, GPU, QUALCOMM
+from gemma_edge.bundle.accelerators import ACCELERATORS, COREML, CPU, GPU, QUALCOMM, VULKAN
 from gemma_edge.errors import InputError
 
 if TYPE_CHECKING:  # naming a backend reads no manifest
@@ -135,6 +135,10 @@ _BUILT_IN = (
         f"{_EXPORT}.executorch.backend:BACKEND",
         Package("executorch", "gemma-edge[executorch]"),
         in_all=True,
+        accelerators={
+            COREML: f"{_EXPORT}.executorch.backend:COREML_BACKEND",
+            VULKAN: f"{_EXPORT}.executorch.backend:VULKAN_BACKEND",
+        },
     ),
     BackendInfo(
         "tflite",

@@ -81,7 +81,10 @@ def test_the_cpu_runs_a_bundle_for_the_gpu_and_no_gpu_one_for_the_cpu(
     [
         (("--accelerator", "tpu"), ("--accelerator tpu", "cpu, gpu, npu:qualcomm")),
         (("--accelerator", "gpu"), ("the onnx backend is made for cpu or npu:qualcomm only", "--backend tflite")),
-        (("--backend", "executorch", "--accelerator", "gpu"), ("the executorch backend is made for cpu only",)),
+        (
+            ("--backend", "executorch", "--accelerator", "gpu"),
+            ("the executorch backend is made for cpu or coreml or vulkan only",),
+        ),
         (("--backend", "tflite", "--accelerator", "npu:qualcomm"), ("the tflite backend is made for cpu or gpu only",)),
         (
             ("--backend", "tflite", "--accelerator", "gpu", "--group-size", "32"),

@@ -14,7 +14,17 @@ from typing import Any
 import pytest
 import torch
 from support.browsing.browser import SWIFTSHADER, needs_browser, wait_on
-from support.browsing.page import MADE, ask, feed, needs_site, without_npm, work
+from support.browsing.page import (
+    MADE,
+    ask,
+    assert_native_agrees,
+    decoded,
+    feed,
+    needs_site,
+    rendered,
+    without_npm,
+    work,
+)
 from support.browsing.site import served
 from support.checkpoints import kl_divergence, relative_error
 from support.lowered import prefilled, some_ids
@@ -23,10 +33,8 @@ from support.tflite_bundles import UNEVEN, make_bundle
 pytest.importorskip("ai_edge_litert", reason="ai-edge-litert is not installed: pip install 'gemma-edge[tflite]'")
 
 import gemma_edge
-from gemma_edge.bundle.manifest import Manifest
 from gemma_edge.quantize.recipe import make_recipe
 from gemma_edge.runtimes.generation.turn import OTHER_WORDS, beginning
-from gemma_edge.text.chat import ChatTemplate
 from gemma_edge.text.tokenizer import Tokenizer
 
 PROMPT = (
@@ -46,24 +54,6 @@ def folder(tmp_path: Path) -> Path:
 COMPLETE = "const model = await load('./'), session = model.session(); "
 COMPLETE += f"const text = await all(session.complete({json.dumps(PROMPT)}, options)); "
 COMPLETE += "return {text, stats: session.stats, threads: model.threads, name: model.name, context: model.context};"
-
-
-NEARLY = 0.2  # wasm rounds activations at other places than the native kernels: logits of the demo differ by up to 0.1
-
-
-def assert_native_agrees(prompt: str, tokens: list[int]) -> None:
-    """LiteRT itself would have chosen each of these tokens after the ones before it, or nearly."""
-    runtime = gemma_edge.load(MADE)
-    logits, others = runtime.prefill(Tokenizer(MADE, runtime.manifest).encode(prompt)), 0
-    for token in tokens:
-        assert logits[token] >= logits.max() - NEARLY, (token, int(logits.argmax()))
-        others += token != logits.argmax()
-        logits = runtime.decode(token)
-    assert others <= len(tokens) / 8
-
-
-def decoded(tokens: list[int]) -> str:
-    return Tokenizer(MADE, Manifest.load(MADE)).decode(tokens)
 
 
 def test_it_answers_as_gemma_run_does_and_fetches_the_weights_once(folder: Path, tmp_path: Path) -> None:
@@ -117,13 +107,6 @@ for (const message of {messages}) {{
 }}
 return {{ turns }};
 """
-
-
-def rendered(*said: str) -> str:
-    """A conversation as gemma-run's template writes it, up to the next answer."""
-    roles = ("user", "assistant")
-    messages = [{"role": roles[at % 2], "content": text} for at, text in enumerate(said)]
-    return ChatTemplate.from_bundle(MADE).render(messages)
 
 
 @pytest.mark.parametrize("ranges", [True, False])
@@ -250,7 +233,12 @@ await say({maxTokens: 2});
 const after = session.stats, seeded = [];
 for (const seed of [7, 7, 8]) seeded.push(await say({maxTokens: 12, temperature: 1, topK: 20, topP: 0.9, seed}));
 const refused = await say({topP: 2}).catch((error) => error.message);
-return {first, after, seeded, refused};
+const talk = model.session();
+for await (const piece of talk.chat('And')) {
+  talk.reset();
+  break;
+}
+return {first, after, seeded, refused, messages: talk.messages};
 """
 
 
@@ -263,6 +251,7 @@ def test_stop_within_a_token_seeds_and_a_wrong_option(folder: Path, tmp_path: Pa
     same, again, other = said["seeded"]
     assert same == again != other
     assert "topP 2" in said["refused"]
+    assert said["messages"] == []  # the end of an answer was put into the conversation after a reset
 
 
 GPU = "const model = await load('./', {accelerator: 'webgpu'}), session = model.session(); "

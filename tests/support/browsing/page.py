@@ -1,4 +1,4 @@
-"""A site in the browser: a script that it runs with the page's own API, and the logits that its engine computes."""
+"""A site in the browser: a script that it runs with the page's own API, the logits of its engine, and LiteRT's own."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ import pytest
 from support.browsing.browser import NO_GPU, SWIFTSHADER, wait_on
 from support.browsing.site import Site, served
 from support.checkpoints import ROOT
+
+import gemma_edge
+from gemma_edge.bundle.manifest import Manifest
+from gemma_edge.text.chat import ChatTemplate
+from gemma_edge.text.tokenizer import Tokenizer
 
 MADE = ROOT / "out/web"
 needs_site = pytest.mark.skipif(not (MADE / "manifest.json").is_file(), reason="no site: make web makes one, with npm")
@@ -99,3 +104,28 @@ def _copy_site(out: Path) -> None:
     for file in MADE.iterdir():
         if file.suffix in (".js", ".wasm", ".html", ".ts"):
             shutil.copyfile(file, out / file.name)
+
+
+NEARLY = 0.2  # wasm rounds activations at other places than the native kernels: logits of the demo differ by up to 0.1
+
+
+def assert_native_agrees(prompt: str, tokens: list[int]) -> None:
+    """LiteRT itself would have chosen each of these tokens after the ones before it, or nearly."""
+    runtime = gemma_edge.load(MADE)
+    logits, others = runtime.prefill(Tokenizer(MADE, runtime.manifest).encode(prompt)), 0
+    for token in tokens:
+        assert logits[token] >= logits.max() - NEARLY, (token, int(logits.argmax()))
+        others += token != logits.argmax()
+        logits = runtime.decode(token)
+    assert others <= len(tokens) / 8
+
+
+def decoded(tokens: list[int]) -> str:
+    return Tokenizer(MADE, Manifest.load(MADE)).decode(tokens)
+
+
+def rendered(*said: str) -> str:
+    """A conversation as gemma-run's template writes it, up to the next answer."""
+    roles = ("user", "assistant")
+    messages = [{"role": roles[at % 2], "content": text} for at, text in enumerate(said)]
+    return ChatTemplate.from_bundle(MADE).render(messages)

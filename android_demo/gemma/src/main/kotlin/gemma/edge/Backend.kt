@@ -12,7 +12,7 @@ import gemma.edge.engine.EngineApi
  * @property program the file that its engine loads.
  * @property signatures functions of a TFLite model; empty for the other backends.
  * @property identity hash of all that a saved state depends on, as the exporter computed it.
- * @property accelerator what its files were made for: `cpu`, `gpu` or `npu:qualcomm`.
+ * @property accelerator what its files were made for: `cpu`, `gpu`, or what this library cannot use.
  */
 public class Backend internal constructor(
     public val name: String,

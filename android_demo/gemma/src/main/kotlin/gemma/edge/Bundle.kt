@@ -188,7 +188,8 @@ private val FILES_OF = mapOf(
 )
 private val SIGNATURE_ROLES = listOf("prefill", "decode", "score")
 internal const val CPU = "cpu"
-private val ACCELERATORS = listOf(CPU, "gpu", "npu:qualcomm")
+internal const val GPU = "gpu"
+private val ACCELERATORS = listOf(CPU, GPU, "npu:qualcomm", "coreml", "vulkan") // bundle/accelerators.py
 private val SHA256 = Regex("[0-9a-f]{64}")
 
 /** Whether a name stays below a folder; false for what is not a file name. */

@@ -101,10 +101,12 @@ public interface GemmaRuntime : AutoCloseable {
          * @param threads number of threads; null takes one per big core, but no more than the bundle's target has.
          * @param cacheDir folder of the app for files that make the next start faster; null keeps none.
          * @param device the device, whose free memory is compared with the backend's plan before anything is loaded.
+         * @param accelerator what computes: `cpu`, or `gpu` for a TFLite backend that was made for it; null takes what it was made for.
+         *   There is no silent way back to the CPU.
          * @throws BundleException the files are not what the manifest says.
          * @throws NotEnoughMemoryException the device has too little free memory.
-         * @throws UnsupportedException the bundle does not hold the backend, its engine is not on the class path, or the engine does not
-         *   run on this device. The message names the dependency to add.
+         * @throws UnsupportedException the bundle does not hold the backend, its engine is not on the class path, or the engine or
+         *   the accelerator does not run on this device. The message names the dependency to add, or the way out.
          * @throws InputException [threads] is below 1.
          */
         @OptIn(EngineApi::class)
@@ -114,11 +116,13 @@ public interface GemmaRuntime : AutoCloseable {
             threads: Int? = null,
             cacheDir: File? = null,
             device: Device = Device.current(),
+            accelerator: String? = null,
         ): GemmaRuntime {
             if (threads != null && threads < 1) throw InputException("threads $threads is below 1")
             val (chosen, engine) = Engines.choose(bundle, backend)
+            val used = Engines.accelerator(bundle, chosen, accelerator)
             device.requireMemoryFor(bundle, chosen)
-            return engine.open(bundle, chosen, EngineOptions(threads ?: device.threadsFor(bundle), cacheDir))
+            return engine.open(bundle, chosen, EngineOptions(threads ?: device.threadsFor(bundle), cacheDir, used))
         }
 
         /** The backends that have an engine on the class path, in the order in which [open] tries them. */

@@ -11,6 +11,7 @@ import gemma.edge.Bundle
 import gemma.edge.BundleException
 import gemma.edge.GemmaRuntime
 import gemma.edge.Signature
+import gemma.edge.UnsupportedException
 import gemma.edge.engine.ChunkedRuntime
 import gemma.edge.engine.Engine
 import gemma.edge.engine.EngineLibrary
@@ -25,6 +26,7 @@ public class LiteRtEngine : Engine {
     override fun open(bundle: Bundle, backend: Backend, options: EngineOptions): GemmaRuntime {
         checkModel(ProgramFile(bundle, backend))
         try {
+            if (options.accelerator == "gpu") return LiteRtRuntime(bundle, backend, options.threads, null, Accelerator.GPU)
             return packedWeights(bundle, backend, options.cacheDir).use { weights -> LiteRtRuntime(bundle, backend, options.threads, weights.path) }
         } catch (error: LinkageError) {
             throw noNativeLibrary("LiteRT", error)
@@ -33,11 +35,17 @@ public class LiteRtEngine : Engine {
 }
 
 /**
- * Runs a bundle's TFLite backend on the CPU. Each tensor of the cache is one buffer that is input and output of every signature, so the
+ * Runs a bundle's TFLite backend on the CPU or the GPU. Each tensor of the cache is one buffer that is input and output of every signature, so the
  * model updates it in place. Each slot of a cache knows its position, so a reset clears nothing: tokens from position 0 on make the model
  * forget the rest. The model is described in docs/export/tflite.md; [Signatures] chooses what is fed to which signature.
  */
-internal class LiteRtRuntime(bundle: Bundle, backend: Backend, threads: Int, packedWeights: String?) : ChunkedRuntime(bundle, backend) {
+internal class LiteRtRuntime(
+    bundle: Bundle,
+    backend: Backend,
+    threads: Int,
+    packedWeights: String?,
+    private val accelerator: Accelerator = Accelerator.CPU,
+) : ChunkedRuntime(bundle, backend) {
     private val path = bundle.file(backend.program)
     private val resources = Resources()
     private val signatures = Signatures(backend.signatures)
@@ -62,9 +70,7 @@ internal class LiteRtRuntime(bundle: Bundle, backend: Backend, threads: Int, pac
             val environment = resources.add(Environment.create(emptyMap()))
             val file = resources.add(Model.load(path.path))
             for (signature in backend.signatures) checkContract(file, signature)
-            val options = CompiledModel.Options(Accelerator.CPU)
-            options.cpuOptions = CompiledModel.CpuOptions(threads, null, packedWeights)
-            model = resources.add(CompiledModel.create(file, options, environment))
+            model = resources.add(compiled(file, environment, threads, packedWeights))
             cache = LiteRtCache(backend.cache) { resources.add(model.createInputBuffer(it, backend.signatures.first().name)) }
             bindBuffers()
             complete = true
@@ -72,6 +78,21 @@ internal class LiteRtRuntime(bundle: Bundle, backend: Backend, threads: Int, pac
             throw BundleException("$path is damaged or is not the model of this bundle: ${error.message}; import the bundle again", error)
         } finally {
             if (!complete) free()
+        }
+    }
+
+    /** The model for its accelerator alone: where a part of it would have to be computed elsewhere, LiteRT gives an error. */
+    private fun compiled(file: Model, environment: Environment, threads: Int, packedWeights: String?): CompiledModel {
+        val options = CompiledModel.Options(accelerator)
+        if (accelerator == Accelerator.CPU) {
+            options.cpuOptions = CompiledModel.CpuOptions(threads, null, packedWeights)
+            return CompiledModel.create(file, options, environment)
+        }
+        try {
+            options.gpuOptions = inFloat32()
+            return CompiledModel.create(file, options, environment)
+        } catch (error: LiteRtException) {
+            throw UnsupportedException("LiteRT cannot run $path on a GPU of this device (${error.message}); open it with accelerator = \"cpu\"")
         }
     }
 
@@ -135,4 +156,15 @@ internal class LiteRtRuntime(bundle: Bundle, backend: Backend, threads: Int, pac
         // PADDING: the position of a token that fills up a call.
         const val PADDING = -1
     }
+}
+
+/**
+ * In 16 bits the angles of rotary embeddings go wrong, the more the later the position. Releases of LiteRT differ in the other options,
+ * which stay at their defaults, so the constructor is found by the type of this one.
+ */
+internal fun inFloat32(): CompiledModel.GpuOptions {
+    val precision = CompiledModel.GpuOptions.Precision::class.java
+    val constructor = CompiledModel.GpuOptions::class.java.constructors.first { precision in it.parameterTypes && it.parameterTypes.none(Class<*>::isPrimitive) }
+    val arguments = constructor.parameterTypes.map { if (it == precision) CompiledModel.GpuOptions.Precision.FP32 else null }
+    return constructor.newInstance(*arguments.toTypedArray()) as CompiledModel.GpuOptions
 }

@@ -4,6 +4,7 @@ import gemma.edge.Adapter
 import gemma.edge.Bundle
 import gemma.edge.BundleException
 import gemma.edge.Fixtures
+import gemma.edge.GemmaRuntime
 import gemma.edge.StateException
 import gemma.edge.UnsupportedException
 import gemma.edge.assertRefuses
@@ -32,6 +33,20 @@ class LiteRtNativeTest : EngineTest("tflite") {
         val slots = Bundle.open(folder).backend("tflite").cache.layers.first().slots
         manifest.writeText(manifest.readText().replace("\"slots\": $slots", "\"slots\": ${slots - 1}"))
         assertRefuses<BundleException>("kv_cache_k_0", "$slots", "${slots - 1}") { open(folder) }
+    }
+
+    @Test
+    fun a_bundle_for_a_gpu_runs_there_or_says_how_to_run_it_on_the_cpu() {
+        val folder = damaged(model) { it }
+        val manifest = File(folder, Bundle.MANIFEST)
+        manifest.writeText(manifest.readText().replace("\"accelerator\": \"cpu\"", "\"accelerator\": \"gpu\""))
+        val bundle = Bundle.open(folder)
+        for (requested in listOf(null, "gpu")) {
+            assertRefuses<UnsupportedException>("cannot run", "on a GPU of this device", "accelerator = \"cpu\"") {
+                GemmaRuntime.open(bundle, "tflite", threads = 1, accelerator = requested)
+            }
+        }
+        GemmaRuntime.open(bundle, "tflite", threads = 1, accelerator = "cpu").use { assertArrayEquals(model.logits(), it.run(model), 0f) }
     }
 
     @Test

@@ -39,6 +39,10 @@ class OnnxRuntimeTest : EngineTest("onnx") {
         assertRefuses<UnsupportedException>("onnx backend", "accelerator gpu", "--accelerator") { open(folder) }
         manifest.writeText(text.replace("\"accelerator\": \"cpu\"", "\"accelerator\": \"npu\""))
         assertRefuses<BundleException>("accelerator is not one of cpu, gpu") { Bundle.open(folder) }
+        manifest.writeText(text)
+        assertRefuses<UnsupportedException>("made for the accelerator cpu, not for gpu", "--accelerator gpu") {
+            GemmaRuntime.open(Bundle.open(folder), accelerator = "gpu")
+        }
     }
 
     @Test

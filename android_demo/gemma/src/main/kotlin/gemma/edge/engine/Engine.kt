@@ -4,6 +4,7 @@ import gemma.edge.Backend
 import gemma.edge.Benchmark
 import gemma.edge.Bundle
 import gemma.edge.CPU
+import gemma.edge.GPU
 import gemma.edge.GemmaRuntime
 import gemma.edge.UnsupportedException
 import java.io.File
@@ -26,9 +27,10 @@ public interface Engine {
  *
  * @property threads number of threads.
  * @property cacheDir folder for files that make the next start faster; null keeps none.
+ * @property accelerator what computes: `cpu`, or what the backend was made for where its engine can use that.
  */
 @EngineApi
-public class EngineOptions(public val threads: Int, public val cacheDir: File?)
+public class EngineOptions(public val threads: Int, public val cacheDir: File?, public val accelerator: String = CPU)
 
 /** The refusal of a device for which a library for inference has no native part; [name] is the library's. */
 @EngineApi
@@ -47,10 +49,10 @@ public class EngineLibrary @EngineApi constructor(public val name: String, publi
 
 /** The engines of this library: which backend each runs, and which dependency brings it to the class path. */
 @OptIn(EngineApi::class)
-internal enum class Engines(val backend: String, private val className: String, val dependency: String) {
+internal enum class Engines(val backend: String, private val className: String, val dependency: String, val accelerators: List<String> = listOf(CPU)) {
     // this is the order in which the backends of a bundle are tried, the fastest first
     EXECUTORCH("executorch", "gemma.edge.executorch.ExecuTorchEngine", "gemma.edge:gemma-executorch"),
-    LITERT("tflite", "gemma.edge.litert.LiteRtEngine", "gemma.edge:gemma-litert"),
+    LITERT("tflite", "gemma.edge.litert.LiteRtEngine", "gemma.edge:gemma-litert", listOf(CPU, GPU)),
     ONNX("onnx", "gemma.edge.onnx.OnnxEngine", "gemma.edge:gemma-onnx"),
     ;
 
@@ -67,7 +69,7 @@ internal enum class Engines(val backend: String, private val className: String, 
         /**
          * The backend that runs a bundle, and its engine: the requested backend, or the first one that has an engine here.
          *
-         * @throws UnsupportedException the bundle does not hold it, it was made for a GPU, or its engine is not on the class path.
+         * @throws UnsupportedException the bundle does not hold it, or its engine is not on the class path.
          */
         fun choose(bundle: Bundle, requested: String?): Pair<Backend, Engine> {
             val held = bundle.backendNames.joinToString()
@@ -75,7 +77,7 @@ internal enum class Engines(val backend: String, private val className: String, 
                 throw UnsupportedException("${bundle.folder} holds no '$requested' backend, only $held; export with --backend $requested")
             }
             val candidates = entries.filter { if (requested == null) it.backend in bundle.backendNames else it.backend == requested }
-            for (candidate in candidates) candidate.find()?.let { return onCpu(bundle, bundle.backend(candidate.backend)) to it }
+            for (candidate in candidates) candidate.find()?.let { return bundle.backend(candidate.backend) to it }
             if (candidates.isEmpty()) {
                 val known = entries.joinToString { it.backend }
                 throw UnsupportedException("${bundle.folder} holds ${requested ?: held}; this library runs $known; export with --backend onnx")
@@ -86,10 +88,22 @@ internal enum class Engines(val backend: String, private val className: String, 
             )
         }
 
-        /** The backend, if it was made for the CPU, which is what all engines here compute on. */
-        private fun onCpu(bundle: Bundle, backend: Backend): Backend = backend.takeIf { it.accelerator == CPU } ?: throw UnsupportedException(
-            "${bundle.folder}: its ${backend.name} backend was made for the accelerator ${backend.accelerator}; " +
-                "this library runs bundles for the cpu; export it without --accelerator",
-        )
+        /**
+         * What computes a backend: the requested accelerator, or what it was made for. The CPU also computes what was made for a GPU.
+         *
+         * @throws UnsupportedException the backend was made for another accelerator, or its engine cannot use it.
+         */
+        fun accelerator(bundle: Bundle, backend: Backend, requested: String?): String {
+            val known = of(backend.name)?.accelerators ?: listOf(CPU)
+            val chosen = requested ?: backend.accelerator
+            val made = "${bundle.folder}: its ${backend.name} backend was made for the accelerator ${backend.accelerator}"
+            if (backend.accelerator !in known) {
+                throw UnsupportedException("$made; this library runs such bundles for ${known.joinToString(" and ")}; export it without --accelerator")
+            }
+            if (chosen != CPU && chosen != backend.accelerator) {
+                throw UnsupportedException("$made, not for $chosen; export it with --accelerator $chosen, or open it for the $CPU")
+            }
+            return chosen
+        }
     }
 }

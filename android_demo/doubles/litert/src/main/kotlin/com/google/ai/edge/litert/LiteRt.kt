@@ -56,8 +56,13 @@ public class Model private constructor(handle: Long) : JniHandle(handle) {
 public class CompiledModel private constructor(handle: Long, private val model: Model, private val env: Environment) : JniHandle(handle) {
     public class CpuOptions(public val numThreads: Int?, public val xnnPackFlags: Int?, public val xnnPackWeightCachePath: String?)
 
+    public class GpuOptions(internal val constantTensorSharing: Boolean?, internal val precision: Precision?) {
+        public enum class Precision { DEFAULT, FP16, FP32 }
+    }
+
     public class Options(public vararg val accelerators: Accelerator) {
         public var cpuOptions: CpuOptions? = null
+        public var gpuOptions: GpuOptions? = null
     }
 
     override fun destroy(): Unit = Native.destroy("CompiledModel", handle)
@@ -79,7 +84,10 @@ public class CompiledModel private constructor(handle: Long, private val model: 
         @JvmStatic
         public fun create(model: Model, options: Options, optionalEnv: Environment?): CompiledModel {
             val cpu = options.cpuOptions
-            return CompiledModel(Native.compile(optionalEnv!!.handle, model.handle, cpu?.numThreads ?: 1, cpu?.xnnPackWeightCachePath), model, optionalEnv)
+            val accelerator = options.accelerators.single()
+            check(accelerator == Accelerator.CPU || options.gpuOptions?.precision == GpuOptions.Precision.FP32)
+            val handle = Native.compile(optionalEnv!!.handle, model.handle, 1 shl accelerator.ordinal - 1, cpu?.numThreads ?: 1, cpu?.xnnPackWeightCachePath)
+            return CompiledModel(handle, model, optionalEnv)
         }
     }
 }
@@ -106,7 +114,7 @@ internal object Native {
 
     @JvmStatic external fun load(path: String): Long
 
-    @JvmStatic external fun compile(environment: Long, model: Long, threads: Int, weightCache: String?): Long
+    @JvmStatic external fun compile(environment: Long, model: Long, accelerators: Int, threads: Int, weightCache: String?): Long
 
     @JvmStatic external fun names(model: Long, signature: String, input: Boolean): Array<String>
 
