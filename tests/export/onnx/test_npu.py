@@ -188,7 +188,10 @@ def compare(bundle: Path, plain: Path, chunks: list[int], out: Path, *, relative
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        (("--backend", "executorch"), ("the executorch backend is made for cpu only", "--backend onnx")),
+        (
+            ("--backend", "executorch"),
+            ("the executorch backend is made for cpu or coreml or vulkan only", "--backend onnx"),
+        ),
         (("--backend", "tflite"), ("the tflite backend is made for cpu or gpu only", "--backend onnx")),
         (("--kv-bits", "8"), ("the onnx backend for npu:qualcomm keeps its cache in float32", "--kv-bits 32")),
         (("--pinned", "4"), ("the onnx backend for npu:qualcomm keeps no beginning of a text", "--pinned 0")),
