@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.numpy import save
 
+from gemma_edge.bundle.accelerators import CPU
 from gemma_edge.bundle.entries import GateResult
 from gemma_edge.bundle.manifest import Manifest, check_hashes, list_files, total_bytes
 from gemma_edge.bundle.staging import Kind, refuse_existing, staged
@@ -114,6 +115,14 @@ def _base(bundle: Path) -> Manifest:
             field="base",
             value=bundle,
             hint=f"export the bundle with `backend` {BACKEND}, or merge the adapter into it with `lora`",
+        )
+    accelerator = manifest.backends[BACKEND].accelerator
+    if accelerator != CPU:
+        raise InputError(
+            f"{bundle} was made for the {accelerator}, where adapters are not switched",
+            field="base",
+            value=bundle,
+            hint="export the bundle without `accelerator`, or merge the adapter into it with `lora`",
         )
     return manifest
 

@@ -17,9 +17,11 @@ from gemma_edge.export.tflite import packing
 from gemma_edge.export.tflite.backend import TFLiteBackend
 from gemma_edge.export.tflite.seams import two_signatures
 from gemma_edge.export.web.packages import PACKAGES, check_npm, fetched
+from gemma_edge.files import sha256
 from gemma_edge.model.checkpoint import TABLE, weight_shapes
 from gemma_edge.model.config import GemmaConfig
 from gemma_edge.runtimes import web
+from gemma_edge.runtimes.web.site import LIBRARIES
 
 SITE = (".html", ".js", ".ts")  # suffixes of the files in runtimes/web that a site holds
 BARE, RELATIVE = '"@litertjs/wasm-utils"', '"./litert-wasm-utils.js"'  # a worker resolves no names of packages
@@ -74,10 +76,10 @@ def write_site(out: Path) -> None:
         for name in package.files.values():
             shutil.copyfile(folder / name, out / name)
     litert = out / "litert.js"
-    code = litert.read_text(encoding="utf-8")
-    if code.count(BARE) != 1:
-        raise RuntimeError(f"{litert.name} does not import {BARE} once: another LiteRT.js")
-    litert.write_text(code.replace(BARE, RELATIVE), encoding="utf-8")
+    litert.write_text(litert.read_text(encoding="utf-8").replace(BARE, RELATIVE), encoding="utf-8")
+    for name, expected in LIBRARIES.items():
+        if (found := sha256(out / name)) != expected:
+            raise RuntimeError(f"{name} has the sha256 {found}: another release than runtimes/web/site.py knows")
     lines = [f"{each.name} {each.version}: {each.licence}\n" for each in PACKAGES]
     (out / "THIRD_PARTY.txt").write_text("Libraries of this site, from npm:\n" + "".join(lines), encoding="utf-8")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -26,6 +27,8 @@ from gemma_edge.runtimes.serve.openai import ParsedRequest
 from gemma_edge.runtimes.serve.refused import Refused, error_body, error_response, shown
 from gemma_edge.runtimes.serve.responses import ResponseForm
 from gemma_edge.runtimes.web.site import page_files
+
+log = logging.getLogger(__name__)
 
 PAGE_FILE = "page.html"
 # The page and its workers fetch nothing from elsewhere, send nothing elsewhere, and cannot be put into a page of another
@@ -124,7 +127,12 @@ class Api:
 
     def __init__(self, engine: Engine, access: Access) -> None:
         self.engine, self.access = engine, access
-        self.page_files = page_files(engine.runtime.manifest)
+        self.page_files, self.no_page = {}, NO_PAGE
+        try:
+            self.page_files = page_files(engine.runtime.bundle, engine.runtime.manifest)
+        except InputError as error:  # the server itself runs none of it
+            self.no_page = str(error)
+            log.warning("%s", error)
 
     async def models(self, request: Request) -> Response:
         """`/v1/models`."""
@@ -165,7 +173,7 @@ class Api:
         """`/web/NAME`: a file of the bundle, for the page that runs the model."""
         name = request.path_params["name"]
         if name not in self.page_files:
-            raise Refused(404, f"the page fetches no file {shown(name)}" if self.page_files else NO_PAGE)
+            raise Refused(404, f"the page fetches no file {shown(name)}" if self.page_files else self.no_page)
         file, kind = confined(self.engine.runtime.bundle, name), self.page_files[name]
         response = FileResponse(file, media_type=kind, headers={**PAGE_HEADERS, "Cache-Control": "private, no-cache"})
         self.access.give_cookie(request, response)

@@ -21,6 +21,7 @@ from gemma_edge.bundle.manifest import Manifest
 from gemma_edge.comparison import Comparison
 from gemma_edge.errors import InputError
 from gemma_edge.export import report
+from gemma_edge.export.adapter.make import AdapterOptions, make_adapter
 from gemma_edge.export.backend import exporter
 from gemma_edge.export.gate import verify as gate
 from gemma_edge.export.onnx.backend import FLOAT_ACTIVATIONS, OnnxBackend
@@ -33,18 +34,8 @@ from gemma_edge.quantize.recipe import Recipe, make_recipe
 from gemma_edge.runtimes.engines.qualcomm import npu
 
 CONTEXT, CHUNK = 24, 16
-UNEVEN = [
-    7,
-    3,
-    1,
-    7,
-    2,
-    *[1] * 3,
-    5,
-    6,
-    30,
-    9,
-]  # 73 tokens, the 30 in two chunks: past windows of 5 and 8, and the context
+# UNEVEN: 73 tokens, the 30 in two chunks: past windows of 5 and 8, and the context
+UNEVEN = [7, 3, 1, 7, 2, *[1] * 3, 5, 6, 30, 9]
 EXACT = 1e-5  # of the range: two orders of additions in float32; measured 4e-7
 needs_emulator = pytest.mark.skipif(
     not npu.has_package() or not npu.is_simulated(),
@@ -201,11 +192,13 @@ def test_what_cannot_be_is_refused_by_name(options: tuple[str, ...], parts: tupl
     refused(run("plan", DEMO, "--accelerator", "npu:qualcomm", *options), *parts)
 
 
-def test_without_the_package_or_for_an_ordinary_bundle_the_npu_is_refused(
+def test_without_the_package_for_an_ordinary_bundle_and_with_an_adapter_the_npu_is_refused(
     odd: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(InputError, match="was made for the cpu; export it with accelerator npu:qualcomm"):
         gemma_edge.load(odd[1], accelerator="npu:qualcomm")
+    with pytest.raises(InputError, match="was made for the npu:qualcomm, where adapters are not switched"):
+        make_adapter(AdapterOptions(adapter="nowhere", base=odd[0], out=odd[0].parent / "adapter"))
     monkeypatch.setattr(npu, "PACKAGE", "onnxruntime_of_nobody")
     with pytest.raises(InputError, match=r"onnxruntime-qnn is not installed: pip install 'gemma-edge\[qnn\]'"):
         gemma_edge.load(odd[0])

