@@ -140,12 +140,14 @@ def test_integers_run_five_contexts_and_stay_with_torch(
 
 @there
 def test_the_beginning_of_a_text_stays_visible(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    """Several contexts after it, in the global layers; pinned anew and no more."""
+    """Twenty contexts long, in the global layers; pinned anew and no more."""
     folder, context = checkpoint("gemma3_odd"), 24
+    uneven = UNEVEN * 6
+    assert sum(uneven) > 20 * context
     _, bundle = make_bundle(folder, tmp_path, RECIPES["float"], context, 7, name=NAME, pinned=9)
     model = hf_model(folder)
-    window, ids = Manifest.load(bundle).config.sliding_window, some_ids(sum(UNEVEN), model.config.vocab_size)
-    found = run_there(bundle, ids, script=RUN_PINNED, pinned=[5, 0, 9])
+    window, ids = Manifest.load(bundle).config.sliding_window, some_ids(sum(uneven), model.config.vocab_size)
+    found = run_there(bundle, ids, script=RUN_PINNED, uneven=uneven, pinned=[5, 0, 9])
     right = {
         pinned: hf_windowed(model, torch.tensor(ids), local_window=window, global_window=context, pinned=int(pinned))
         for pinned in found

@@ -73,6 +73,24 @@ class GemmaSessionTest {
     }
 
     @Test
+    fun a_conversation_with_a_prefix_is_pythons_and_keeps_it_in_sight() {
+        for (model in Fixtures.models) {
+            val bundle = Bundle.open(model.bundle)
+            val runtime = GemmaRuntime.open(bundle, threads = 1)
+            GemmaSession(runtime, Tokenizer.open(bundle), ChatTemplate.of(bundle), prefix = "Be kind. ").use { session ->
+                repeat(2) {
+                    for (row in model.prefixed) {
+                        assertEquals(model.name, row["answer"].string, runBlocking { session.say(row["text"].string) })
+                        assertEquals(model.name, row["pinned"].long, runtime.pinned.toLong())
+                    }
+                    assertTrue(session.messages.first().content.startsWith("Be kind. "))
+                    runBlocking { session.reset() }
+                }
+            }
+        }
+    }
+
+    @Test
     fun what_the_system_says_stays_pinned_beyond_the_context_unless_it_is_too_long_or_not_wanted() = runBlocking {
         val bundle = Bundle.open(Fixtures.models.first { it.name == "random" }.bundle)
         val tokenizer = Tokenizer.open(bundle)

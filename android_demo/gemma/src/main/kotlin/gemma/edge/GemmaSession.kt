@@ -31,8 +31,9 @@ import kotlinx.coroutines.withContext
  * @param template the chat format; it may be null if only [complete] is used.
  * @param dispatcher where the model runs.
  * @param adapter computes the answers together with the bundle; null takes the one that the runtime has now, if any.
- * @param pinSystem whether the model goes on seeing what stands before the user's own first words, such as a system message, when the
- *   conversation is longer than the context. The bundle must keep so many tokens (`gemma-export --pinned`), else it keeps none of them.
+ * @param pinSystem whether the model goes on seeing what stands before the user's own first words, such as a system message or [prefix],
+ *   when the conversation is longer than the context. The bundle must keep so many tokens (`gemma-export --pinned`), else it keeps none.
+ * @param prefix text in front of the first turn, such as instructions or [Tools.offer], because Gemma has no turn of the system's own.
  */
 public class GemmaSession(
     private val runtime: GemmaRuntime,
@@ -41,11 +42,12 @@ public class GemmaSession(
     private val dispatcher: CoroutineDispatcher = Dispatchers.Default,
     adapter: Adapter? = null,
     private val pinSystem: Boolean = true,
+    private val prefix: String = "",
 ) : AutoCloseable {
     private val shared = Shared.of(runtime)
     private val self = Any()
     private var cached = CachedText.NOTHING
-    private var before = "" // what Python's `prefix` put in front of the first turn of a conversation that it saved
+    private var before = prefix // the prefix of this conversation, which may be a saved one
     private val fed = IntList() // ids of all tokens fed since the cache was empty
     private val seen = HashSet<Int>() // distinct ids of the context, for the repetition penalty
 
@@ -92,7 +94,7 @@ public class GemmaSession(
     ): Flow<String> = answer(maxTokens, stop) {
         val template = template
             ?: throw UnsupportedException("this session has no chat template; call complete, or pass a template to the session")
-        val history = messages + Message("user", text)
+        val history = messages + Message("user", if (messages.none { it.role == "user" }) before + text else text)
         val prompt = template.render(history)
         val ids = pinned(newTokens(prompt)) { all -> beginning(all, prompt, template.render(opening(history)), tokenizer::encode) }
         generate(ids, Wanted(params, maxTokens, stop), prompt, it) { answer -> remember(history + Message("assistant", answer)) }
@@ -116,10 +118,10 @@ public class GemmaSession(
         generate(ids, Wanted(params, maxTokens, stop), prompt, it) {}
     }
 
-    /** Replace the conversation, for example by a saved one. The next turn feeds all of it. */
+    /** Replace the conversation, for example by a saved one, whose first turn holds its prefix. The next turn feeds all of it. */
     public suspend fun restore(messages: List<Message>): Unit = onRuntime {
         forget()
-        before = ""
+        before = if (messages.any { it.role == "user" }) "" else prefix
         remember(messages)
     }
 
@@ -317,6 +319,7 @@ public class GemmaSession(
          * @param template the chat format; null takes the bundle's.
          * @param adapter folder of an adapter of the bundle, which computes the answers together with it.
          * @param pinSystem as in [GemmaSession].
+         * @param prefix as in [GemmaSession].
          * @throws GemmaException the bundle cannot be used here; see [Bundle.open], [GemmaRuntime.open], [GemmaRuntime.useAdapter],
          *   [Adapter.open], [Tokenizer.open], [ChatTemplate.of].
          */
@@ -328,6 +331,7 @@ public class GemmaSession(
             template: ChatTemplate? = null,
             adapter: File? = null,
             pinSystem: Boolean = true,
+            prefix: String = "",
         ): GemmaSession = withContext(Dispatchers.IO) {
             val bundle = Bundle.open(folder)
             val format = template ?: ChatTemplate.of(bundle)
@@ -340,7 +344,7 @@ public class GemmaSession(
                 runtime.close()
                 throw error
             }
-            GemmaSession(runtime, tokenizer, format, pinSystem = pinSystem)
+            GemmaSession(runtime, tokenizer, format, pinSystem = pinSystem, prefix = prefix)
         }
     }
 }

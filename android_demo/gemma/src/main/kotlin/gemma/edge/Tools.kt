@@ -30,8 +30,8 @@ public sealed interface Said {
 }
 
 /**
- * Tools for a Gemma that has no tokens for them, in the form of `runtimes/tools/json_calls.py`. Send [offer] in front of the first message
- * of a conversation, read the answer by [said], and send the results of its calls by [results].
+ * Tools for a Gemma that has no tokens for them, in the form of `runtimes/tools/json_calls.py`. Give [offer] to the session as `prefix`,
+ * read the answer by [said], and send the results of its calls by [results].
  */
 public object Tools {
     private const val OFFER = "You have access to functions. If you decide to invoke any of the function(s), you MUST put it in the format of\n" +
@@ -42,7 +42,7 @@ public object Tools {
     private val FENCE = Regex("^```(?:json|tool_code)\\s*|\\s*```$")
 
     /**
-     * The text in front of the user's first message.
+     * The text in front of the user's first message: the `prefix` of a session.
      *
      * @throws InputException a name that cannot be written, two tools of one name, or parameters that are not a JSON object.
      */
