@@ -167,7 +167,7 @@ def _warnings_shown() -> Iterator[None]:
     if any(isinstance(handler, _Warnings) for handler in library.handlers):
         yield
         return
-    library.addHandler(handler := _Warnings())
+    library.addHandler(handler := _Warnings(logging.WARNING))
     try:
         yield
     finally:

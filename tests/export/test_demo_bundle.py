@@ -89,9 +89,11 @@ def test_genai_generates_to_the_end_of_the_context(demo: Export) -> None:
     tokens = [int(token) for token in generator.get_sequence(0)]
     assert len(tokens) == 512
     rows = gemma_edge.load(demo.bundle).score(tokens)
-    # with min_length genai bans the stop ids; everything else must be the most likely token of ours
+    # With min_length genai bans the stop ids; everything else must be the most likely token of ours, or nearly: where there is no
+    # AVX-512, kernels for one row and for several round activations to int8 at other places.
     rows[:, [1, 5]] = -np.inf
-    assert (rows[2:-1].argmax(-1) == tokens[3:]).mean() > 0.99
+    short_of = rows[2:-1].max(-1) - rows[np.arange(2, 511), tokens[3:]]
+    assert (short_of == 0).mean() > 0.95 and short_of.max() < 0.2  # of a range of 32
 
 
 def test_generation_is_int8_in_activations_and_the_head_reads_the_tables_bytes(demo: Export) -> None:

@@ -29,7 +29,7 @@ class _Full(io.FileIO):
     """A file of a disk without a free byte. /dev/full is the same, but some containers write it like any file."""
 
     def write(self, data: object) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.name))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def fill_disk(monkeypatch: pytest.MonkeyPatch, name: str) -> None:

@@ -29,12 +29,12 @@ LIGHT = Tool("light", "Switches the light.", {"type": "object", "properties": {"
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model; its context is soon full. Of what it could keep this is the default."""
+    """The demo model, in float; its context is soon full. Of what it could keep this is the default."""
     options = ExportOptions(
         model=str(DEMO),
         out=tmp_path_factory.mktemp("beginning") / "bundle",
         target="desktop",
-        quantization=QuantizeOptions(bits=4, group_size=32, method="rtn"),
+        quantization=QuantizeOptions(bits=32),
         context=48,
         prefill_chunk=7,
         backend="onnx,tflite",
@@ -80,7 +80,7 @@ def test_its_answers_are_those_of_a_text_that_was_pinned_and_fed_at_once(runtime
         runtime.prefill(ids)
         other = runtime.decode(ids[0])
         errors[pin] = float(np.abs(found - other).max() / np.ptp(other))
-    assert errors[pinned] < errors[0] / 2  # chunks of other sizes change ONNX Runtime's bits
+    assert errors[pinned] < 1e-4 < 1e-3 < errors[0]  # chunks of other sizes change ONNX Runtime's last bits
 
 
 def test_it_can_be_left_to_slide(runtime: Runtime) -> None:
