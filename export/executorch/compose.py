@@ -113,7 +113,7 @@ class Composed(nn.Module):
             input_pos = torch.remainder(input_pos, PINNED_UNIT)
         ropes = layer_ropes(self, self.config, input_pos, count)
         positions = input_pos + torch.arange(count)  # (T,)
-        views = {layer: self._view(layer, positions, pinned) for layer in dict.fromkeys(self.geometry.layers)}
+        views = {layer: self._view(layer, positions, pinned) for layer in self.geometry.kinds}
         x = self.embed_tokens(tokens) * self.config.hidden_size**0.5  # (1, T, hidden)
         for index, (layer, rope, project, attend) in enumerate(
             zip(self.geometry.layers, ropes, self.project, self.attend, strict=True)

@@ -23,6 +23,9 @@ class OnnxBackend(Backend):
     signed_scales: ClassVar[bool] = True
     name: str = "onnx"
     accuracy_level: int = INT8_ACTIVATIONS  # or FLOAT_ACTIVATIONS: exact, slower
+    static: bool = False  # graphs in plain operators, with static shapes: plain.py
+    pins: bool = True
+    int8_kv: bool = True
 
     def refuse_weight(self, weight: str, config: QuantConfig | None, columns: int, float_bits: int) -> None:
         """Refuse rows that no block size of the kernels divides."""
@@ -49,20 +52,22 @@ class OnnxBackend(Backend):
 
     def write(self, task: LoweringTask) -> dict[str, Any]:
         """See Backend."""
-        from gemma_edge.export.onnx.lowering import FILES, write_files
+        from gemma_edge.export.onnx import lowering
         from gemma_edge.export.onnx.seams import make_layers
 
         checkpoint, configs = task.checkpoint, task.checkpoint.configs
         dtypes = storage.float_dtypes(checkpoint, configs, task.float_bits)
         layers = make_layers(configs, dtypes, self.accuracy_level)
-        write_files(checkpoint, task.cache, task.out, _blobs(_stored(task)), layers, task.progress)
-        return {**FILES, "accuracy_level": self.accuracy_level, "min_onnxruntime": "1.29"}
+        write = lowering.write_static_files if self.static else lowering.write_files
+        files = write(task, _blobs(_stored(task)), layers)
+        return {**files, "accuracy_level": self.accuracy_level, "min_onnxruntime": "1.29"}
 
     def check(self, task: LoweringTask) -> None:
         """See Backend."""
-        from gemma_edge.export.onnx.lowering import check_files
+        from gemma_edge.export.onnx import lowering
 
-        check_files(task.checkpoint, task.cache, task.out, _blobs(_stored(task)))
+        check = lowering.check_static_files if self.static else lowering.check_files
+        check(task, _blobs(_stored(task)))
 
 
 def _stored(task: LoweringTask) -> StoredWeights:
@@ -80,31 +85,5 @@ def _multiplied(weights: StoredWeights) -> list[storage.Blob]:
     return blobs if weights.config.tie_word_embeddings else [b for b in blobs if not b.name.startswith(f"{TABLE}.")]
 
 
-@dataclass(frozen=True)
-class StaticOnnxBackend(OnnxBackend):
-    """Graphs in plain operators, with static shapes, over the same weights file: plain.py."""
-
-    accuracy_level: int = FLOAT_ACTIVATIONS
-    pins: bool = False
-    int8_kv: bool = False
-
-    def write(self, task: LoweringTask) -> dict[str, Any]:
-        """See Backend."""
-        from gemma_edge.export.onnx.lowering import STATIC_FILES, write_static_files
-        from gemma_edge.export.onnx.seams import make_layers
-
-        checkpoint, configs = task.checkpoint, task.checkpoint.configs
-        dtypes = storage.float_dtypes(checkpoint, configs, task.float_bits)
-        layers = make_layers(configs, dtypes, self.accuracy_level)
-        write_static_files(checkpoint, task.cache, task.out, _blobs(_stored(task)), layers, task.progress)
-        return {**STATIC_FILES, "genai": None, "accuracy_level": self.accuracy_level, "min_onnxruntime": "1.29"}
-
-    def check(self, task: LoweringTask) -> None:
-        """See Backend."""
-        from gemma_edge.export.onnx.lowering import check_static_files
-
-        check_static_files(task.checkpoint, task.cache, task.out, _blobs(_stored(task)))
-
-
 BACKEND = OnnxBackend()
-STATIC = StaticOnnxBackend()
+STATIC = OnnxBackend(accuracy_level=FLOAT_ACTIVATIONS, static=True, pins=False, int8_kv=False)

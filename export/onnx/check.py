@@ -44,14 +44,12 @@ def check_graph(
         RuntimeError: names the first thing that is not as expected.
     """
     graph = ir.load(path).graph
-    _check_counts(path, graph, config, configs)
+    check_counts(path, graph, expected_counts(config, configs))
     _check_attention(path, graph, config, geometry, windowed)
     check_weights(path, graph, blobs)
     check_integers(path, graph, config, configs)
     _check_table_and_head(path, graph, config)
-    for node in graph:
-        if node.op_type == "Gelu" and node.attributes["approximate"].as_string() != "tanh":
-            raise RuntimeError(f"{path.name}: a Gelu is not the tanh approximation")
+    check_gelus(path, graph)
 
 
 def expected_counts(config: GemmaConfig, configs: Mapping[str, QuantConfig | None]) -> dict[str, int]:
@@ -71,11 +69,19 @@ def expected_counts(config: GemmaConfig, configs: Mapping[str, QuantConfig | Non
     }
 
 
-def _check_counts(path: Path, graph: ir.Graph, config: GemmaConfig, configs: Mapping[str, QuantConfig | None]) -> None:
+def check_counts(path: Path, graph: ir.Graph, expected: Mapping[str, int]) -> None:
+    """Each of these operators occurs as often as expected."""
     counts = Counter(node.op_type for node in graph)
-    for op, count in expected_counts(config, configs).items():
+    for op, count in expected.items():
         if counts[op] != count:
             raise RuntimeError(f"{path.name}: {counts[op]} {op} nodes, expected {count}")
+
+
+def check_gelus(path: Path, graph: ir.Graph) -> None:
+    """Every Gelu is Gemma's."""
+    for node in graph:
+        if node.op_type == "Gelu" and node.attributes["approximate"].as_string() != "tanh":
+            raise RuntimeError(f"{path.name}: a Gelu is not the tanh approximation")
 
 
 def _check_attention(path: Path, graph: ir.Graph, config: GemmaConfig, geometry: CacheGeometry, windowed: bool) -> None:
@@ -143,7 +149,7 @@ def check_weights(path: Path, graph: ir.Graph, blobs: list[Blob], small: int = S
     held = set(graph.initializers)
     if (
         HEAD_PACKED in held - by_name.keys()
-    ):  # the table's bytes: a graph that does not look up has them under this name only
+    ):  # the table's bytes, which a graph that looks nothing up has under this name only
         held.add(f"{TABLE}.weight_packed")
     missing = {blob.name for blob in blobs} - held
     if missing:

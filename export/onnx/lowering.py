@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from gemma_edge.bundle.geometry import CacheGeometry
+from gemma_edge.export.backend import LoweringTask
 from gemma_edge.export.onnx import graph, plain
 from gemma_edge.export.onnx.check import check_graph
 from gemma_edge.export.onnx.plain_check import check_static_graph
 from gemma_edge.export.onnx.weights import Blob, write_weights
 from gemma_edge.model.config import GemmaConfig
 from gemma_edge.model.gemma import Layers
-from gemma_edge.quantize.checkpoint.store import QuantizedCheckpoint
 
 WEIGHTS = "model.onnx.data"
 GRAPHS = {"generate": "generate.onnx", "score": "score.onnx", "genai": "genai.onnx"}
@@ -23,26 +21,22 @@ FILES = {**GRAPHS, "weights": WEIGHTS}
 STATIC_FILES = {**{role: f"{role}.onnx" for role in plain.ROLES}, "weights": WEIGHTS}
 
 
-def write_files(
-    checkpoint: QuantizedCheckpoint,
-    cache: CacheGeometry,
-    out: Path,
-    blobs: list[Blob],
-    layers: Layers,
-    progress: Callable[[int], None],
-) -> None:
-    """Write graphs, weights and genai's configuration into `out`.
+def write_files(task: LoweringTask, blobs: list[Blob], layers: Layers) -> dict[str, str | None]:
+    """Write graphs, weights and genai's configuration into `task.out`.
 
     Args:
-        checkpoint, cache, out, progress: as of `Backend.lower`.
+        task: of `Backend.lower`.
         blobs: layout of the weights file.
         layers: what the graphs' linears and embedding become.
+
+    Returns:
+        the names of the files, by role.
     """
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    config = checkpoint.config
+    config, cache, out = task.checkpoint.config, task.cache, task.out
     generate = graph.trace(config, cache, layers)
     graph.attach_weights(generate, blobs, WEIGHTS)
-    write_weights(checkpoint, blobs, out / WEIGHTS, progress)
+    write_weights(task.checkpoint, blobs, out / WEIGHTS, task.progress)
     models = {
         "generate": generate,
         "score": graph.score_graph(generate),
@@ -52,37 +46,33 @@ def write_files(
         graph.save(model, out / FILES[role])
     text = json.dumps(genai_config(config, cache), indent=1)
     (out / "genai_config.json").write_text(text + "\n", encoding="utf-8")
+    return {**FILES}
 
 
-def write_static_files(
-    checkpoint: QuantizedCheckpoint,
-    cache: CacheGeometry,
-    out: Path,
-    blobs: list[Blob],
-    layers: Layers,
-    progress: Callable[[int], None],
-) -> None:
-    """Write the graphs of plain.py and the weights into `out`; arguments as of `write_files`."""
+def write_static_files(task: LoweringTask, blobs: list[Blob], layers: Layers) -> dict[str, str | None]:
+    """The same for the graphs of plain.py, of which genai runs none."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    config = checkpoint.config
-    write_weights(checkpoint, blobs, out / WEIGHTS, progress)
+    config = task.checkpoint.config
+    write_weights(task.checkpoint, blobs, task.out / WEIGHTS, task.progress)
     for role, held in plain.weights_of(config, blobs).items():
-        model = plain.trace_role(role, config, cache, layers)
+        model = plain.trace_role(role, config, task.cache, layers)
         graph.attach_weights(model, held, WEIGHTS)
-        graph.save(model, out / STATIC_FILES[role])
+        graph.save(model, task.out / STATIC_FILES[role])
+    return {**STATIC_FILES, "genai": None}
 
 
-def check_static_files(checkpoint: QuantizedCheckpoint, cache: CacheGeometry, out: Path, blobs: list[Blob]) -> None:
-    """Compare the graphs in `out` with the model; raises what check.py raises."""
-    for role, held in plain.weights_of(checkpoint.config, blobs).items():
-        check_static_graph(out / STATIC_FILES[role], role, checkpoint.config, checkpoint.configs, cache, held)
-
-
-def check_files(checkpoint: QuantizedCheckpoint, cache: CacheGeometry, out: Path, blobs: list[Blob]) -> None:
-    """Compare the graphs in `out` with the model; raises what check.py raises."""
+def check_files(task: LoweringTask, blobs: list[Blob]) -> None:
+    """Compare the graphs in `task.out` with the model; raises what check.py raises."""
+    config, configs = task.checkpoint.config, task.checkpoint.configs
     for role in GRAPHS:
-        path = out / FILES[role]
-        check_graph(path, checkpoint.config, checkpoint.configs, cache, blobs, windowed=role != "genai")
+        check_graph(task.out / FILES[role], config, configs, task.cache, blobs, windowed=role != "genai")
+
+
+def check_static_files(task: LoweringTask, blobs: list[Blob]) -> None:
+    """The same for the graphs of plain.py; raises what plain_check.py raises."""
+    config, configs = task.checkpoint.config, task.checkpoint.configs
+    for role, held in plain.weights_of(config, blobs).items():
+        check_static_graph(task.out / STATIC_FILES[role], role, config, configs, task.cache, held)
 
 
 def genai_config(config: GemmaConfig, geometry: CacheGeometry) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from gemma_edge.bundle.geometry import CacheGeometry, LayerCache
+from gemma_edge.bundle.geometry import CacheGeometry
 from gemma_edge.export.hollow import hollow
 from gemma_edge.export.onnx.graph import MODULE, TRACED, cache_names, onnx_program
 from gemma_edge.export.onnx.weights import Blob
@@ -31,14 +31,9 @@ ROLES: Final = (FEEDS, "generate", "prefill", "score")
 HIDDEN: Final = -65504.0  # added to the scores of slots that a query must not see: the lowest number of 16 bits
 
 
-def kinds_of(geometry: CacheGeometry) -> list[LayerCache]:
-    """The different layers of a cache, which share slots and masks."""
-    return list(dict.fromkeys(geometry.layers))
-
-
 def fed_names(config: GemmaConfig, geometry: CacheGeometry) -> list[str]:
     """Names of what `feeds` makes, in order: rows of the table, then cos and sin of each rotary, slots and mask of each kind."""
-    rotaries, kinds = range(len(rotary_buffers(config))), range(len(kinds_of(geometry)))
+    rotaries, kinds = range(len(rotary_buffers(config))), range(len(geometry.kinds))
     pairs = [(f"cos_{i}", f"sin_{i}") for i in rotaries] + [(f"slots_{i}", f"mask_{i}") for i in kinds]
     return ["inputs_embeds", *(name for pair in pairs for name in pair)]
 
@@ -62,7 +57,7 @@ class Feeds(nn.Module):
         x = table(input_ids) * self.config.hidden_size**0.5  # (1, T, hidden)
         ropes = [angles_at(inv_freq, positions) for inv_freq in inverse_frequencies(self.config).values()]
         fed = [x, *(part for rope in ropes for part in (rope.cos, rope.sin))]  # (T, D/2) each
-        for kind in kinds_of(self.geometry):
+        for kind in self.geometry.kinds:
             seen = visible(positions, kind.slots, kind.window)  # (T, slots)
             fed += [slots_of(positions, kind.slots, 0).to(torch.int32), torch.where(seen, 0.0, HIDDEN)]
         return tuple(fed)
@@ -121,7 +116,7 @@ class PlainStep(nn.Module):
         pairs = list(zip(rest[::2], rest[1::2], strict=True))
         rotaries = list(rotary_buffers(c))
         ropes = [Rope(*pairs[rotaries.index(c.rotary(layer))]) for layer in range(c.num_hidden_layers)]
-        kinds = kinds_of(self.geometry)
+        kinds = self.geometry.kinds
         slots, masks = zip(*(pairs[len(rotaries) + kinds.index(each)] for each in self.geometry.layers), strict=True)
         cache = PlainRing(c, past, list(slots), list(masks))
         for layer, rope in zip(decoder.model.layers, ropes, strict=True):
@@ -173,7 +168,7 @@ def trace_plain(
     half = config.head_dim // 2
     fed = [torch.zeros(1, tokens, config.hidden_size)]
     fed += [torch.zeros(tokens, half) for _ in rotary_buffers(config) for _ in range(2)]
-    for kind in kinds_of(geometry):
+    for kind in geometry.kinds:
         fed += [torch.zeros(tokens, dtype=torch.int32), torch.zeros(tokens, kind.slots)]
     kv = [(1, geometry.kv_heads, layer.slots, geometry.head_dim) for layer in geometry.layers for _ in ("key", "value")]
     past = [hollow(torch.empty(shape, device="meta")) for shape in kv]

@@ -132,7 +132,7 @@ class SlotCache:
         self.config, self.geometry, self.past = config, geometry, past
         self.after: dict[str, Tensor] = {}
         self.views: dict[LayerCache, View] = {}
-        for index, layer in enumerate(kinds(geometry)):
+        for index, layer in enumerate(geometry.kinds):
             name = f"{HELD}{index}"
             row = past[name].view(1, 1, 1, layer.slots)
             ring = ring_of(layer, geometry.prefill_chunk)
@@ -161,11 +161,6 @@ class SlotCache:
         return self.after[name][:, :, : view.slots]
 
 
-def kinds(geometry: CacheGeometry) -> list[LayerCache]:
-    """The different geometries among the layers, in order of their first."""
-    return list(dict.fromkeys(geometry.layers))
-
-
 def states(geometry: CacheGeometry, *, fours: bool) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Inputs that come back as outputs: name -> shape and type.
 
@@ -177,7 +172,7 @@ def states(geometry: CacheGeometry, *, fours: bool) -> dict[str, tuple[tuple[int
     for index, layer in enumerate(geometry.layers):
         shape = (1, geometry.kv_heads, layer.slots, geometry.head_dim)
         shapes |= {f"{KEY}{index}": (shape, torch.float32), f"{VALUE}{index}": (shape, torch.float32)}
-    held = [(1, 1, layer.slots // 4, 4) if fours else (1, 1, 1, layer.slots) for layer in kinds(geometry)]
+    held = [(1, 1, layer.slots // 4, 4) if fours else (1, 1, 1, layer.slots) for layer in geometry.kinds]
     return shapes | {f"{HELD}{index}": (shape, torch.int32) for index, shape in enumerate(held)}
 
 
@@ -231,7 +226,7 @@ class Pin(nn.Module):
     def forward(self, pinned: Tensor, past: dict[str, Tensor]) -> dict[str, Tensor]:
         """What the slots hold (see `view`) once the first `pinned` (1,) int32 tokens are pinned, and no others."""
         after = {}
-        for index, layer in enumerate(kinds(self.geometry)):
+        for index, layer in enumerate(self.geometry.kinds):
             if layer.pinned:
                 held = past[f"{HELD}{index}"]
                 held = torch.where(held < 0, -1 * held, held)

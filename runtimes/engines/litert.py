@@ -126,7 +126,7 @@ class TFLiteRuntime(SignatureRuntime):
 
     def _mark(self, count: int) -> None:
         """See SignatureRuntime."""
-        for kind, layer in enumerate(dict.fromkeys(self.cache.layers)):
+        for kind, layer in enumerate(self.cache.kinds):
             if layer.pinned:
                 rows = np.abs(self._read(f"{HELD}{kind}"))  # (slots, 1)
                 rows[:count] *= -1
@@ -160,7 +160,7 @@ class TFLiteRuntime(SignatureRuntime):
         """See Runtime. A slot that holds nothing is saved as zeros, because an earlier text may have left its rows there."""
         layout = self._layout(self._written)
         rows = {name: self._read(name)[..., : layout[name][0][-2], :].copy() for name in layout}
-        kinds = list(dict.fromkeys(self.cache.layers))
+        kinds = self.cache.kinds
         for index in range(len(kinds)):  # without the marks: what is pinned stands in the state
             np.abs(rows[f"{HELD}{index}"], out=rows[f"{HELD}{index}"])
         for index, layer in enumerate(self.cache.layers):

@@ -43,6 +43,11 @@ class CacheGeometry:
         return max((layer.pinned for layer in self.layers), default=0)
 
     @property
+    def kinds(self) -> list[LayerCache]:
+        """The different layers, in order of their first: those of a kind share slots and masks."""
+        return list(dict.fromkeys(self.layers))
+
+    @property
     def bytes(self) -> int:
         """Bytes of all K and V buffers."""
         slots = sum(layer.slots for layer in self.layers)
