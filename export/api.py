@@ -26,6 +26,7 @@ from gemma_edge.export.onnx import weights as onnx_weights
 from gemma_edge.export.opened import Opened
 from gemma_edge.export.options import ExportOptions
 from gemma_edge.export.targets import GIB, TARGETS, Target
+from gemma_edge.files import nearest_existing
 from gemma_edge.model.checkpoint import Weights
 from gemma_edge.model.gguf.folder import model_name
 from gemma_edge.progress import Progress, Stage, no_progress
@@ -264,7 +265,7 @@ def _check_checkpoint_place(kept: Path | None, out: Path) -> None:
     inner, outer = kept.resolve(), out.resolve()
     if inner.is_relative_to(outer) or outer.is_relative_to(inner):
         raise InputError(f"`save_checkpoint` {kept} and the bundle {out}: one would lie in the other; pass two folders")
-    parent = next(parent for parent in inner.parents if parent.exists())
+    parent = nearest_existing(inner.parent)
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
         raise InputError(f"cannot write in {parent}; pass another folder to `save_checkpoint`")
 

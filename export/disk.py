@@ -9,6 +9,7 @@ from pathlib import Path
 from gemma_edge.errors import InputError
 from gemma_edge.export.plan import Plan
 from gemma_edge.export.targets import GIB
+from gemma_edge.files import nearest_existing
 from gemma_edge.memory import memory_mib, room_bytes
 from gemma_edge.model.checkpoint import Weights
 from gemma_edge.quantize.calibration import cache, layerwise
@@ -38,7 +39,7 @@ def check_disk(
     Raises:
         InputError: names the folder, the bytes needed and the bytes free.
     """
-    out = next(parent for parent in work.absolute().parents if parent.exists())
+    out = nearest_existing(work.absolute().parent)
     needs = [(out, disk_bytes(plans), "pass `out` on another disk")]
     if calibration is not None:
         kept = cache.calibration_folder(layerwise.key_of(source, recipe, calibration))

@@ -73,6 +73,11 @@ def others_can_change(path: Path) -> bool:
     return bool(folder.st_mode & stat.S_IWOTH) and not (folder.st_mode & stat.S_ISVTX and own)
 
 
+def nearest_existing(path: Path) -> Path:
+    """A path, or the nearest one above it that exists: where it would be made."""
+    return next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+
+
 def link_home(folder: Path) -> Path:
     """The folder that links in `folder` may lead into: itself, or the repository of the hub's cache that it is part of.
 

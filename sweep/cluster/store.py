@@ -13,7 +13,7 @@ from typing import Any
 
 from gemma_edge.bundle.staging import Kind, staged
 from gemma_edge.errors import InputError
-from gemma_edge.files import write_whole
+from gemma_edge.files import nearest_existing, write_whole
 from gemma_edge.sweep.units import RECORD, Unit, compute
 
 UNIT = Kind("unit", "finished unit of a sweep", lambda folder: (folder / RECORD).is_file())
@@ -101,8 +101,7 @@ def write_probe(folder: Path) -> None:
     Raises:
         OSError: that is not possible.
     """
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    probe = there / f".probe-{os.getpid()}"
+    probe = nearest_existing(folder) / f".probe-{os.getpid()}"
     probe.touch()
     probe.unlink()
 
