@@ -185,9 +185,9 @@ def choose_kv_dtype(
     made_for = exporter(backend, accelerator)
     int8, fits = "int8" in info.kv_dtypes and made_for.int8_kv, head_dim % info.int8_kv_multiple == 0
     if requested == 8 and not int8:
+        place = "" if accelerator == CPU else f" for {accelerator}"
         raise InputError(
-            f"`kv_bits` 8: the {backend} backend{accelerator != CPU and f' for {accelerator}' or ''} keeps its cache in float32;"
-            " use `kv_bits` 32",
+            f"`kv_bits` 8: the {backend} backend{place} keeps its cache in float32; use `kv_bits` 32",
             field="kv_bits",
             value=8,
         )

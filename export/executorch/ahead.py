@@ -97,13 +97,14 @@ def write_ahead(
     Raises:
         RuntimeError: a half became something else than one delegate, or holds a weight as floats.
     """
+    parts = Halves(checkpoint, PARTITIONERS[accelerator], geometry, progress)
+    layers = [
+        (parts.half(ProjectHalf, layer), parts.half(AttendHalf, layer))
+        for layer in range(checkpoint.config.num_hidden_layers)
+    ]
+    head = parts.head()
     with _quiet():
-        parts = Halves(checkpoint, PARTITIONERS[accelerator], geometry, progress)
-        layers = [
-            (parts.half(ProjectHalf, layer), parts.half(AttendHalf, layer))
-            for layer in range(checkpoint.config.num_hidden_layers)
-        ]
-        program = compose(checkpoint, geometry, methods, (table(checkpoint), layers, parts.head()))
+        program = compose(checkpoint, geometry, methods, (table(checkpoint), layers, head))
     with path.open("wb") as file:
         program.write_to_file(file)
 
@@ -137,13 +138,15 @@ class Halves:
     def called(self, half: Half, limits: Limits, prefix: str) -> Called:
         """Lower a half."""
         weights = self.write(half, prefix)
-        delegate, arguments, outputs = delegated(half, limits, self.partitioner())
+        with _quiet():  # not around `progress`, which prints
+            delegate, arguments, outputs = delegated(half, limits, self.partitioner())
         data = delegate.named_data_store_output
         size = len(delegate.processed_bytes) + (sum(map(len, data.buffers)) if data else 0)
         if size > weights + ROOM + 32 * self.config.hidden_size:
             raise RuntimeError(f"{prefix}{type(half).__name__} lowered to {size} bytes, its weights have {weights}")
         self.progress(weights)
-        stub = template(half, Delegate(b"", {}, {}, arguments, outputs), limits).stub
+        with _quiet():
+            stub = template(half, Delegate(b"", {}, {}, arguments, outputs), limits).stub
         module = LoweredBackendModule(stub, delegate.backend_id, delegate.processed_bytes, delegate.compile_specs, data)
         return Called(module, [each for each in arguments if not isinstance(each, str)], outputs)
 

@@ -108,7 +108,7 @@ def _check_operators(path: Path, plan: ExecutionPlan) -> None:
 
 def _check_delegates(path: Path, plan: ExecutionPlan, config: GemmaConfig, delegate: str) -> None:
     expected = 2 * config.num_hidden_layers + pieces_of(config.head, (config.vocab_size, config.hidden_size))
-    backends = {delegate.id for delegate in plan.delegates}
+    backends = {each.id for each in plan.delegates}
     called = sum(isinstance(step.instr_args, DelegateCall) for chain in plan.chains for step in chain.instructions)
     if len(plan.delegates) != expected or called != expected or backends != {delegate}:
         raise RuntimeError(

@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -265,11 +264,14 @@ def _qualcomm(parameters: int) -> Place:
     return Place(QUALCOMM if usable else CPU)
 
 
+def _itself(accelerator: str) -> Callable[[int], Place]:
+    return lambda parameters: Place(accelerator)
+
+
 PLACES: Mapping[str, Callable[[int], Place]] = {
-    CPU: lambda parameters: Place(CPU),
     GPU: _gpu,
     QUALCOMM: _qualcomm,
-    **{name: partial(lambda name, parameters: Place(name), name) for name in DELEGATES},
+    **{name: _itself(name) for name in (CPU, *DELEGATES)},
 }
 
 

@@ -32,9 +32,8 @@ class Access:
     key: str | None = None  # requests must send it as `Authorization: Bearer KEY`; None lets everybody in
     hosts: frozenset[str] = frozenset()  # names of this machine that requests may use, besides IP addresses
     origins: tuple[str, ...] = ()  # of other web pages that may send requests, such as http://localhost:3000
-    ticket: str = field(
-        default_factory=secrets.token_urlsafe, repr=False
-    )  # the cookie's value; a new one for each server
+    # ticket: the cookie's value, a new one for each server
+    ticket: str = field(default_factory=secrets.token_urlsafe, repr=False)
 
     def check_place(self, request: Request) -> None:
         """Refuse requests that a browser sends for a web page of another origin.
