@@ -40,7 +40,7 @@ def factors_of(lora: Lora, config: GemmaConfig) -> Factors:
                 f"{lora.folder} changes {name}: only updates of the layers' linears can be switched at run time",
                 field="adapter",
                 value=lora.folder,
-                hint="merge it into a bundle of its own with `lora`",
+                hint="merge it into a bundle of its own with gemma-export --lora",
             )
     return {name: (pair.a.T.contiguous(), pair.b.T * pair.scaling) for name, pair in lora.pairs.items()}
 

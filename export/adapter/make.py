@@ -73,7 +73,7 @@ def make_adapter(options: AdapterOptions, progress: Progress = no_progress) -> M
     check_hashes(options.base, manifest)
     config = GemmaConfig(**asdict(manifest.config))
     lora = Lora.open(hub.resolve_adapter(options.adapter), adaptable_shapes(config))
-    base = again.read_back(options.base, manifest, "make the bundle with `backend` onnx")
+    base = again.read_back(options.base, manifest, "make the bundle with gemma-export --backend onnx")
     factors = _factors(options, manifest, lora, base)
     with staged(options.out, force=options.force, kind=KIND) as work:
         folder = work / KIND.folder
@@ -98,7 +98,7 @@ def make_adapter(options: AdapterOptions, progress: Progress = no_progress) -> M
                 raise InputError(
                     f"{options.out} not made: the bundle with this adapter differs too much from"
                     f" {'the merged original' if options.reference else 'its own integers'} ({'; '.join(result.failures)})",
-                    hint="use `factors` float32, or merge the adapter into a bundle of its own with `lora`",
+                    hint="use `factors` float32, or merge the adapter into a bundle of its own with gemma-export --lora",
                 )
             if options.reference is not None:
                 made = replace(made, verification=result)
@@ -114,7 +114,7 @@ def _base(bundle: Path) -> Manifest:
             f"{bundle} holds only {', '.join(manifest.backends)}: adapters are switched by the {BACKEND} backend alone",
             field="base",
             value=bundle,
-            hint=f"export the bundle with `backend` {BACKEND}, or merge the adapter into it with `lora`",
+            hint=f"make one with gemma-export --backend {BACKEND}, or merge the adapter into it with gemma-export --lora",
         )
     accelerator = manifest.backends[BACKEND].accelerator
     if accelerator != CPU:
@@ -122,7 +122,7 @@ def _base(bundle: Path) -> Manifest:
             f"{bundle} was made for the {accelerator}, where adapters are not switched",
             field="base",
             value=bundle,
-            hint="export the bundle without `accelerator`, or merge the adapter into it with `lora`",
+            hint="make one without --accelerator, or merge the adapter into it with gemma-export --lora",
         )
     return manifest
 
